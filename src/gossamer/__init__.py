@@ -1,0 +1,1 @@
+"""Gossamer makes transformer language models light."""

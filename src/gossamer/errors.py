@@ -1,0 +1,79 @@
+"""Every error Gossamer raises on purpose.
+
+All of them derive from :class:`GossamerError`, say what was wrong, where, and what to do about it. Errors that concern
+one request of many derive from :class:`RequestError` and carry ``request_id``: the other requests finish regardless.
+
+>>> str(PromptTooLongError("the prompt has 9000 tokens; the context holds 8192", request_id="request-7"))
+'request-7: the prompt has 9000 tokens; the context holds 8192'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gossamer.outputs import RequestOutput
+
+
+class GossamerError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class ConfigurationError(GossamerError, ValueError):
+    """An argument of the engine, of a command or of an operator is out of its range."""
+
+
+class ModelNotFoundError(GossamerError, FileNotFoundError):
+    """The model argument names nothing that can be found here."""
+
+    # FileNotFoundError formats itself from errno; ours is a plain message.
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedModelError(GossamerError, ValueError):
+    """The model exists, but its architecture or a setting of it cannot be run exactly."""
+
+
+class DownloadError(GossamerError):
+    """A model package could not be fetched."""
+
+
+class CheckpointError(GossamerError):
+    """A checkpoint or download on disk is damaged or incomplete."""
+
+
+class RequestError(GossamerError, ValueError):
+    """Something is wrong with one request.
+
+    Attributes:
+        request_id: the request, or ``None`` when the value was checked before it belonged to a request.
+        param: the field that is wrong, where one can be named.
+        outputs: filled by :meth:`gossamer.LLM.generate`: the outputs of the whole call, finished ones included.
+    """
+
+    def __init__(self, message: str, *, request_id: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.request_id = request_id
+        self.param = param
+        self.outputs: list[RequestOutput] = []
+
+    def __str__(self) -> str:
+        return f"{self.request_id}: {self.message}" if self.request_id else self.message
+
+
+class InvalidPromptError(RequestError):
+    """The prompt is empty, of the wrong type, or holds token ids outside the vocabulary."""
+
+
+class PromptTooLongError(InvalidPromptError):
+    """The prompt does not fit into the model's context."""
+
+
+class InvalidSamplingParamsError(RequestError):
+    """A sampling parameter is out of its range."""
+
+
+class MemoryBudgetError(RequestError):
+    """The request's keys and values cannot fit into the memory budget, even alone."""

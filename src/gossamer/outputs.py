@@ -1,0 +1,114 @@
+"""What comes back from a request. Field names are vLLM's, so that code carries over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gossamer.errors import RequestError
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability (natural) of one token, its rank (1 is the most probable) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, or ``None`` if unfinished.
+        stop_reason: the stop string or stop token id that ended it, ``None`` for end-of-sequence and length.
+        cumulative_logprob: sum of the chosen tokens' log-probabilities; ``None`` unless logprobs were asked for.
+        logprobs: one mapping per generated token: token id -> :class:`Logprob`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt with its completions.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose keys and values were already there or were computed for another request.
+        error: why the request failed, or ``None``. A failed request has no outputs.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    finished: bool = True
+    error: RequestError | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One hypothesis: the generated tokens, their text, and the sum of their log-probabilities."""
+
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    score: float
+    finish_reason: str
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The hypotheses of one prompt, best first."""
+
+    prompt_token_ids: list[int]
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
+class ContinuationScore:
+    """Log-likelihood of one continuation.
+
+    Attributes:
+        token_logprobs: natural log-probability of each token given everything before it.
+        logprob: their sum.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    token_logprobs: list[float]
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.token_logprobs)
+
+
+@dataclass(slots=True)
+class ScoreOutput:
+    """Log-likelihoods of a prompt, or of candidate continuations of it.
+
+    Attributes:
+        token_logprobs: without continuations: one entry per prompt token, ``None`` for the first, which nothing precedes.
+        continuations: with continuations: one score each, in the order given.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    token_logprobs: list[float | None] | None = None
+    continuations: list[ContinuationScore] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    error: RequestError | None = None
+
+    @property
+    def best(self) -> int:
+        """Index of the most probable continuation (by summed log-probability)."""
+        return max(range(len(self.continuations)), key=lambda i: self.continuations[i].logprob)

@@ -1,0 +1,163 @@
+"""What a request asks of the sampler. Field names and defaults are vLLM's, so that code carries over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gossamer.errors import InvalidSamplingParamsError
+
+
+def _require(condition: bool, param: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InvalidSamplingParamsError(f"{param} must be {expected}, got {value!r}", param=param)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to turn logits into tokens, and when to stop.
+
+    Args:
+        n: completions per prompt; the prompt is prefilled once for all of them.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches ``top_p``.
+        min_p: keep tokens at least ``min_p`` times as probable as the most probable one.
+        repetition_penalty: > 1 divides positive (multiplies negative) logits of tokens in the prompt or output
+            (Keskar et al. 2019, arXiv 1909.05858, section 4.1).
+        presence_penalty: subtracted once from logits of tokens that were generated already.
+        frequency_penalty: subtracted once per earlier occurrence in the output.
+        logit_bias: token id -> value added to its logit.
+        seed: makes this request reproducible whatever else is in the batch.
+        stop: strings that end the completion; the text is cut before them.
+        stop_token_ids: tokens that end the completion.
+        include_stop_str_in_output: keep the stop string in the text.
+        ignore_eos: go on after the end-of-sequence token.
+        max_tokens: tokens to generate at most; ``None`` is up to the end of the context.
+        min_tokens: tokens to generate before a stop token may be chosen or a stop string may end the text.
+        logprobs: log-probabilities of this many most probable tokens (plus the chosen one) at each position.
+        prompt_logprobs: the same for the prompt's tokens; such a prompt is computed anew, not taken from the cache.
+        detokenize: fill ``CompletionOutput.text``.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        InvalidSamplingParamsError: a value is out of its range; ``param`` names it.
+
+    >>> SamplingParams(temperature=0, max_tokens=32, stop="\\n").stop
+    ('\\n',)
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
+        _require(
+            _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number >= 0"
+        )
+        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= 1, or 0 or -1 for all")
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        _require(
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number > 0",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(_is_number(value) and -2 <= value <= 2, name, value, "in [-2, 2]")
+        _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
+        _require(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            self.max_tokens,
+            "an integer of at least 1, or None for the rest of the context",
+        )
+        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
+        if self.max_tokens is not None:
+            _require(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                self.min_tokens,
+                f"at most max_tokens ({self.max_tokens})",
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and value >= 0), name, value, "an integer >= 0 or None")
+        self._normalize_collections()
+
+    def _normalize_collections(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        _require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
+        ids = tuple(self.stop_token_ids or ())
+        _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids >= 0")
+        try:
+            bias = {int(token): float(value) for token, value in (self.logit_bias or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InvalidSamplingParamsError(
+                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", param="logit_bias"
+            ) from None
+        _require(
+            all(t >= 0 and math.isfinite(v) for t, v in bias.items()),
+            "logit_bias",
+            self.logit_bias,
+            "a mapping of token ids >= 0 to finite numbers",
+        )
+        # The class is frozen so that one object can serve many requests; these are its canonical forms.
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "logit_bias", bias)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """Beam search: keep the ``beam_width`` best continuations, scored by ``sum(logprobs) / length ** length_penalty``.
+
+    Raises:
+        InvalidSamplingParamsError: a value is out of its range.
+
+    >>> BeamSearchParams(beam_width=4, max_tokens=20).length_penalty
+    1.0
+    """
+
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.beam_width) and self.beam_width >= 1, "beam_width", self.beam_width, "an integer >= 1")
+        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
+        _require(_is_number(self.length_penalty), "length_penalty", self.length_penalty, "a number")
