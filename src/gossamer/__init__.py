@@ -1,1 +1,53 @@
-"""Gossamer makes transformer language models light."""
+"""Gossamer makes transformer language models light: many prompts, one prefix, on the machine you already own.
+
+The public names are imported on first use, so that ``import gossamer`` costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.errors import GossamerError, RequestError
+    from gossamer.llm import LLM
+    from gossamer.ops.attention import AttentionState, attend, merge_states
+    from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
+    from gossamer.sampling_params import BeamSearchParams, SamplingParams
+
+__version__ = version("gossamer")
+
+_HOMES = {
+    "AttentionState": "ops.attention",
+    "BeamSearchOutput": "outputs",
+    "BeamSearchParams": "sampling_params",
+    "CompletionOutput": "outputs",
+    "GossamerError": "errors",
+    "LLM": "llm",
+    "RequestError": "errors",
+    "RequestOutput": "outputs",
+    "SamplingParams": "sampling_params",
+    "ScoreOutput": "outputs",
+    "attend": "ops.attention",
+    "merge_states": "ops.attention",
+}
+
+__all__ = [
+    "LLM",
+    "AttentionState",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "GossamerError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+    "attend",
+    "merge_states",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+    return getattr(import_module(f"gossamer.{_HOMES[name]}"), name)

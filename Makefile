@@ -1,0 +1,98 @@
+# `make run` and `make test` work on a machine that has only Python >= 3.11, make and a C++ compiler: they set up .venv
+# first. What is set up is recorded in stamp files inside .venv, so that the next call reuses it.
+
+# The first of these that is new enough; `make PYTHON=/path/to/python3 ...` chooses another one.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$python -c '$(NEW_ENOUGH)' 2>/dev/null; then echo $$python; exit; fi; done; echo python3)
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+MODEL ?= smollm2-135m
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+IN_VENV := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup model run test test-slow test-peers lint format bench docs clean FORCE
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: setup model ## Answer 64 questions about one document (the example)
+	$(IN_VENV) examples/shared_document.py
+
+test: setup model ## Run the tests and doctests; PYTEST_ARGS="-k tree"
+	$(IN_VENV) -m pytest $(PYTEST_ARGS)
+
+test-slow: setup model ## Run the tests that take minutes
+	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)
+
+test-peers: setup model ## Run the comparisons with other projects that are installed in .venv
+	$(IN_VENV) -m pytest -m peers $(PYTEST_ARGS)
+
+lint: setup ## Check style and types, change nothing
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m mypy
+
+format: setup ## Sort imports, apply safe fixes, format
+	$(IN_VENV) -m ruff check --fix .
+	$(IN_VENV) -m ruff format .
+
+bench: setup model ## Measure decoding with and without sharing; BENCH_ARGS="..."
+	$(VENV)/bin/gossamer bench decode --model $(MODEL) $(BENCH_ARGS)
+
+docs: setup $(VENV)/.docs-installed ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
+
+clean: ## Remove build output and caches; keeps .venv and pulled models
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+setup: $(VENV)/.package-installed ## Only set up .venv
+
+# Not a stamp: the model lives outside of .venv, and `pull` returns at once when it is there.
+model: setup
+	@$(VENV)/bin/gossamer pull $(MODEL)
+
+# --- .venv -----------------------------------------------------------------------------------------------------------
+# Each stamp is written last. pip cannot be trusted to repair a package whose installation was cut short, so a marker
+# stands while it works; a marker that is still there means that the environment is made again from nothing.
+
+UNFINISHED := $(VENV)/.unfinished
+
+# The environment is also checked again when its interpreter is gone or the checkout has moved.
+USABLE := test -x $(IN_VENV) && test ! -e $(UNFINISHED) && test "$$(cat $(VENV)/.created 2>/dev/null)" = "$(CURDIR)"
+
+$(VENV)/.created: $(shell { $(USABLE); } || echo FORCE)
+	@if test -e $(UNFINISHED) || ! $(IN_VENV) -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null; then \
+		$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+			echo "Gossamer needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)"; \
+			echo "Install a newer one and name it: make PYTHON=/path/to/python3 ..."; exit 1; } >&2; \
+		$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+			echo "'$(PYTHON)' has no 'venv' module with pip, which Gossamer needs for its environment in $(VENV)."; \
+			echo "Install it (Debian, Ubuntu: apt install python3-venv) or name another Python: make PYTHON=..."; \
+			exit 1; } >&2; \
+		echo "Creating $(VENV) with $(PYTHON)"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "$(CURDIR)" > $@
+
+$(VENV)/.requirements-installed: requirements.txt $(VENV)/.created
+	@touch $(UNFINISHED)
+	$(IN_VENV) -m pip install -r requirements.txt
+	@rm $(UNFINISHED)
+	@touch $@
+
+$(VENV)/.package-installed: pyproject.toml $(VENV)/.requirements-installed
+	$(IN_VENV) -m pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.docs-installed: requirements-docs.txt $(VENV)/.package-installed
+	@touch $(UNFINISHED)
+	$(IN_VENV) -m pip install -r requirements-docs.txt
+	@rm $(UNFINISHED)
+	@touch $@

@@ -1,0 +1,260 @@
+"""Runs a batch file through the engine: read ahead a little, step, write each answer the moment it is complete."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gossamer.batch.input_file import CHAT_URL, BatchLine, InvalidLine, count_lines, read_lines
+from gossamer.batch.output_file import OutputFile
+from gossamer.errors import ConfigurationError, GossamerError, RequestError
+from gossamer.outputs import RequestOutput
+from gossamer.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    chat_completion_response,
+    completion_response,
+    error_body,
+)
+from gossamer.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+Prompt = str | dict[str, list[int]]
+
+_FAILURES_KEPT = 5
+
+
+@dataclass
+class BatchSummary:
+    """Where a batch stands; at the end, what it did.
+
+    Attributes:
+        total: lines of the input that are not blank.
+        completed: answered by this run.
+        failed: lines that got an error; a later ``resume`` tries them again.
+        skipped: answered by an earlier run.
+        seconds: wall time of the run, without loading the model.
+        prompt_tokens: tokens of the answered prompts, each prompt counted once.
+        completion_tokens: tokens generated for them.
+        tokens_saved: prompt tokens that were not computed because another request had computed them.
+        first_failures: the first few errors, for a person to read; all of them are in the output.
+    """
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tokens_saved: int = 0
+    first_failures: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Lines that need no more work."""
+        return self.completed + self.failed + self.skipped
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One input line on its way through the engine; a body with several prompts is several engine requests."""
+
+    line: BatchLine
+    request: CompletionRequest | ChatCompletionRequest
+    outputs: list[RequestOutput | None]
+    failed: bool = False
+
+
+class BatchRunner:
+    """Answers every request of a batch file.
+
+    Args:
+        input_path: requests, in OpenAI's batch format.
+        output_path: answers, in OpenAI's batch output format; one complete line per request.
+        resume: keep the answers of an earlier run in ``output_path`` and skip their requests, by ``custom_id``.
+        overwrite: replace an existing ``output_path``.
+        default_max_tokens: limit for bodies that give none; ``None`` is OpenAI's: 16, or for chat the whole context.
+        max_in_flight: prompts given to the engine at a time; this, not the length of the file, bounds the memory.
+        progress: called with the summary whenever it has changed.
+
+    Raises:
+        ConfigurationError: a path cannot be used. Nothing has been written and no model is needed to find out.
+
+    Example::
+
+        with LLM("smollm2-135m") as llm:
+            summary = BatchRunner("requests.jsonl", "answers.jsonl").run(llm)
+    """
+
+    def __init__(
+        self,
+        input_path: str | Path,
+        output_path: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        default_max_tokens: int | None = None,
+        max_in_flight: int = 1024,
+        progress: Callable[[BatchSummary], None] | None = None,
+    ) -> None:
+        self._input = Path(input_path)
+        if self._input.exists() and Path(output_path).exists() and self._input.samefile(output_path):
+            raise ConfigurationError(f"{output_path} is both input and output; choose another output")
+        for name, value in (("max_tokens", default_max_tokens), ("max_in_flight", max_in_flight)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        self.summary = BatchSummary(total=count_lines(self._input))
+        self._output = OutputFile(Path(output_path), resume=resume, overwrite=overwrite)
+        self._default_max_tokens = default_max_tokens
+        self._max_in_flight = max_in_flight
+        self._progress = progress
+        self._in_flight: dict[str, tuple[_Job, int]] = {}
+        self._started = 0.0
+
+    def run(self, llm: LLM) -> BatchSummary:
+        """Answer what has no answer yet. The engine must be idle; it is idle again afterwards, whatever happens.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the answers so far are in the output, ``summary`` says how many.
+            GossamerError: the output cannot be written any more.
+        """
+        self._started = time.perf_counter()
+        try:
+            with self._output:
+                self._run(llm)
+        finally:
+            for request_id in self._in_flight:
+                llm.engine.abort(request_id)
+            self._in_flight.clear()
+            self._report()
+        return self.summary
+
+    def _run(self, llm: LLM) -> None:
+        prompts = self._prompts(llm)
+        more = True
+        while more or self._in_flight:
+            while more and len(self._in_flight) < self._max_in_flight:
+                prompt = next(prompts, None)
+                if prompt is None:
+                    more = False
+                else:
+                    self._submit(llm, *prompt)
+            if self._in_flight:
+                for output in llm.engine.step():
+                    assert isinstance(output, RequestOutput)  # we ask for no scores
+                    self._collect(llm, output)
+            self._report()
+
+    def _prompts(self, llm: LLM) -> Iterator[tuple[_Job, int, Prompt, SamplingParams]]:
+        """Prompts in the order of the file. Lazy, so that a body with very many prompts is bounded as well."""
+        for line in read_lines(self._input):
+            if isinstance(line, InvalidLine):
+                self._write_invalid(line)
+                continue
+            if line.custom_id in self._output.answered:
+                self.summary.skipped += 1
+                continue
+            try:
+                request = _read_body(line)
+                params = request.to_sampling_params(self._default_max_tokens)
+                prompts = _engine_prompts(llm, request)
+            except GossamerError as error:
+                self._write_refused(line, error)
+                continue
+            job = _Job(line, request, [None] * len(prompts))
+            for index, prompt in enumerate(prompts):
+                if not job.failed:
+                    yield job, index, prompt, params
+
+    def _submit(self, llm: LLM, job: _Job, index: int, prompt: Prompt, params: SamplingParams) -> None:
+        request_id = f"line-{job.line.number}-prompt-{index}"
+        try:
+            llm.engine.add_request(request_id, prompt, params)
+        except RequestError as error:
+            self._fail(llm, job, error)
+        else:
+            self._in_flight[request_id] = (job, index)
+
+    def _collect(self, llm: LLM, output: RequestOutput) -> None:
+        if output.request_id not in self._in_flight:
+            return  # it finished in the same step in which another prompt of its body failed
+        job, index = self._in_flight.pop(output.request_id)
+        if output.error is not None:
+            self._fail(llm, job, output.error)
+            return
+        job.outputs[index] = output
+        outputs = [done for done in job.outputs if done is not None]
+        if len(outputs) == len(job.outputs):
+            self._write_answer(llm, job, outputs)
+
+    def _fail(self, llm: LLM, job: _Job, error: RequestError) -> None:
+        """One prompt of a body failed, so the body has no answer: stop its other prompts."""
+        job.failed = True
+        for request_id in [request_id for request_id, (other, _) in self._in_flight.items() if other is job]:
+            llm.engine.abort(request_id)
+            del self._in_flight[request_id]
+        self._write_refused(job.line, error)
+
+    def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
+        if isinstance(job.request, ChatCompletionRequest):
+            body = chat_completion_response(job.request, outputs[0], model=llm.model_name)
+        else:
+            body = completion_response(job.request, outputs, model=llm.model_name, decode=llm.tokenizer.decode)
+        self._write(job.line.custom_id, response=_response(200, body))
+        usage = body["usage"]
+        self.summary.completed += 1
+        self.summary.prompt_tokens += usage["prompt_tokens"]
+        self.summary.completion_tokens += usage["completion_tokens"]
+        self.summary.tokens_saved += usage["prompt_tokens_details"]["cached_tokens"]
+
+    def _write_refused(self, line: BatchLine, error: GossamerError) -> None:
+        body = error_body(error, "messages" if line.url == CHAT_URL else "prompt")
+        body["error"]["line"] = line.number
+        self._write(line.custom_id, response=_response(400, body))
+        self._count_failure(line.number, body["error"]["message"])
+
+    def _write_invalid(self, line: InvalidLine) -> None:
+        error = {"code": line.code, "message": line.message, "param": line.param, "line": line.number}
+        self._write(line.custom_id, error=error)
+        self._count_failure(line.number, line.message)
+
+    def _write(
+        self, custom_id: str | None, *, response: dict[str, Any] | None = None, error: dict[str, Any] | None = None
+    ) -> None:
+        record_id = f"batch_req_{uuid.uuid4().hex}"
+        self._output.append({"id": record_id, "custom_id": custom_id, "response": response, "error": error})
+
+    def _count_failure(self, number: int, message: str) -> None:
+        self.summary.failed += 1
+        if len(self.summary.first_failures) < _FAILURES_KEPT:
+            self.summary.first_failures.append(f"line {number}: {message}")
+
+    def _report(self) -> None:
+        self.summary.seconds = time.perf_counter() - self._started
+        if self._progress is not None:
+            self._progress(self.summary)
+
+
+def _read_body(line: BatchLine) -> CompletionRequest | ChatCompletionRequest:
+    kind = ChatCompletionRequest if line.url == CHAT_URL else CompletionRequest
+    request = kind.parse(line.body)
+    if request.stream:
+        raise RequestError("stream must be false in a batch", param="stream")
+    return request
+
+
+def _engine_prompts(llm: LLM, request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
+    if isinstance(request, CompletionRequest):
+        return list(request.engine_prompts())
+    return [{"prompt_token_ids": llm.apply_chat_template(request.chat_messages())}]
+
+
+def _response(status_code: int, body: dict[str, Any]) -> dict[str, Any]:
+    return {"status_code": status_code, "request_id": f"req_{uuid.uuid4().hex}", "body": body}

@@ -1,0 +1,150 @@
+"""``gossamer chat``: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+from gossamer.cli.conversation import Conversation, Turn
+from gossamer.cli.engine_options import Dtype, MaxModelLen, Memory, Model, Threads, load_llm
+from gossamer.cli.terminal import notice, print_error
+from gossamer.errors import ConfigurationError, GossamerError, RequestError
+from gossamer.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+_HELP = """\
+/help   this list
+/reset  forget the conversation
+/stats  what the engine has done so far
+/exit   leave, as Ctrl-D does
+Ctrl-C stops an answer; what was said until then is remembered."""
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="Instructions before the first message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Choose among the most probable tokens up to this sum.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
+    dtype: Dtype = "auto",
+    memory: Memory = "4GB",
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to a model. With text piped into it, answer that text as one message and leave."""
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    piped = None if sys.stdin.isatty() else _read_piped_message()
+    with load_llm(model, threads=threads, dtype=dtype, memory=memory, max_model_len=max_model_len) as llm:
+        conversation = Conversation(llm, params, system)
+        if not conversation.has_template:
+            notice(
+                f"{llm.model_name} has no chat template: it continues each text by itself, without the earlier ones.",
+                "yellow",
+            )
+        if piped is None:
+            _converse(llm, conversation)
+        else:
+            for piece in conversation.answer(piped, _tell_dropped):
+                _write(piece)
+            _write("\n")
+
+
+def _read_piped_message() -> str:
+    try:
+        message = sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"the text piped into chat is not UTF-8: byte {error.start} is wrong") from None
+    if not message:
+        raise ConfigurationError("nothing was piped into chat; run it in a terminal to type messages")
+    return message
+
+
+def _converse(llm: LLM, conversation: Conversation) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it gives input() line editing and history
+    _write(f"{llm.model_name}. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.\n")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            _write("\n")
+            return
+        except KeyboardInterrupt:
+            _write("\nCtrl-D or /exit leaves.\n")
+            continue
+        if line == "/exit":
+            return
+        if line.startswith("/"):
+            _run_command(line, llm, conversation)
+        elif line:
+            _answer(line, conversation)
+
+
+def _run_command(command: str, llm: LLM, conversation: Conversation) -> None:
+    match command:
+        case "/help":
+            _write(_HELP + "\n")
+        case "/reset":
+            conversation.turns.clear()
+            _write("The conversation starts again.\n")
+        case "/stats":
+            for name, value in llm.stats().to_dict().items():
+                _write(f"{name}: {value:.2f}\n" if isinstance(value, float) else f"{name}: {value}\n")
+        case _:
+            _write(f"There is no command {command}; /help lists them.\n")
+
+
+def _answer(text: str, conversation: Conversation) -> None:
+    try:
+        with _InterruptFlag() as interrupt, contextlib.closing(conversation.answer(text, _tell_dropped)) as pieces:
+            for piece in pieces:
+                _write(piece)
+                if interrupt.raised:
+                    break
+    except GossamerError as error:
+        print_error(error)
+        return
+    _write("\n")
+    if conversation.finish_reason == "length":
+        notice("(cut: --max-tokens or the end of the context was reached)", "dim")
+
+
+def _tell_dropped(turn: Turn, error: RequestError) -> None:
+    beginning = turn.user if len(turn.user) <= 60 else turn.user[:60] + "…"
+    notice(f"{error.message}: dropped the oldest turn, “{beginning}” and its answer", "yellow")
+
+
+def _write(text: str) -> None:
+    # Not through rich: it would read markup into what the model says.
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class _InterruptFlag:
+    """Turns Ctrl-C into a flag, so that it stops the answer between two steps of the engine and not inside of one.
+
+    A second Ctrl-C, from somebody who does not want to wait for the step to end, raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True

@@ -1,0 +1,47 @@
+"""The model argument and the engine options that several commands share, and loading the model they describe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gossamer.cli.terminal import notice
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A name `gossamer pull` knows, a Hugging Face id, or a local directory or GGUF file.", show_default=False
+    ),
+]
+Sharing = Annotated[
+    str,
+    typer.Option(
+        help="What requests with a common prefix share: attention (one product for all of them), "
+        "storage (keys and values only) or off."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
+Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")
+]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
+MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens computed in one forward pass.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:
+    """Load the model with the engine's arguments. Importing PyTorch takes seconds, so it happens only here."""
+    notice(f"Loading {model}", "dim")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from gossamer import LLM
+
+    return LLM(model, **arguments)

@@ -1,0 +1,21 @@
+"""Where commands write what is not their result: progress, notices and errors go to stderr."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from gossamer.errors import GossamerError
+
+# Markup is off because messages quote what users and models wrote.
+stderr = Console(stderr=True, highlight=False, markup=False)
+
+
+def notice(text: str, style: str = "") -> None:
+    """One line; a terminal may wrap it, a file or pipe gets it whole."""
+    stderr.print(text, style=style, soft_wrap=True)
+
+
+def print_error(error: GossamerError) -> None:
+    """What went wrong, as every command shows it."""
+    stderr.print("error: ", style="bold red", end="")
+    notice(str(error))

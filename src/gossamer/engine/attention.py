@@ -1,0 +1,212 @@
+"""Attention of one step, and the hook through which any Hugging Face decoder calls it.
+
+The hook is registered with transformers' ``AttentionInterface``. It finds the running step in a context variable, so
+that nothing depends on a model passing keyword arguments through, and two engines in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from gossamer.engine.memory import LayerShape
+from gossamer.engine.plan import Rows, StepPlan
+from gossamer.engine.slots import Slot
+from gossamer.engine.tree import Node
+from gossamer.errors import UnsupportedModelError
+from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend_ragged, merge_states, sink_state
+
+IMPLEMENTATION = "gossamer"  # the value of attn_implementation
+
+# Arguments that some models pass to every attention function and that change nothing here.
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "dropout", "is_causal"})
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSettings:
+    """What a layer asks for, beside its queries, keys and values."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Step(Protocol):
+    """What the hook delegates to: query (1, Hq, T, D), key (1, Hkv, T, D), value (1, Hkv, T, Dv) -> (1, T, Hq, Dv)."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor: ...
+
+
+_step: ContextVar[Step] = ContextVar("gossamer_step")
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Attention calls inside belong to ``step``."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def _hook(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which this engine does not compute"
+        )
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    return _step.get().attend(layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap, s_aux)), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _hook)
+
+
+@dataclass
+class PlannedStep:
+    """Attention by a :class:`StepPlan`: writes the new keys, attends to every part, merges."""
+
+    plan: StepPlan
+    _out: Tensor | None = None
+    _lse: Tensor | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        self._write(layer, key[0], value[0])
+        out, lse = self._buffers(query, value.shape[-1])
+        scale, window, softcap = settings.scale, settings.window, settings.softcap
+        for part in self.plan.segments_within(window):
+            segment = part.segment
+            keys, values = _stored(segment.source, layer, part.first, segment.length)
+            q = _take(query, segment.rows)
+            if segment.per_row:
+                state = _attend_per_row(q, keys, values, part.seen, scale, softcap)
+            else:
+                state = attend_prefix(q, keys, values, scale=scale, softcap=softcap, seen=part.seen)
+            _put(out, lse, segment.level, segment.rows, state)
+        for chunk in self.plan.chunks:
+            q, k, v = query[:, :, chunk.rows], key[:, :, chunk.rows], value[:, :, chunk.rows]
+            state = attend(q, k, v, scale=scale, causal=True, window=window, softcap=softcap)
+            _put(out, lse, chunk.level, chunk.rows, state)
+        for index, group in enumerate(self.plan.groups):
+            n = len(group.bucket.slots)
+            keys = group.bucket.keys[layer][:n, :, : group.longest]
+            values = group.bucket.values[layer][:n, :, : group.longest]
+            q = _take(query, group.rows)[0].transpose(0, 1)[:, :, None]
+            if len(group.slots) < n:  # some of the bucket's sequences take no part in this step
+                keys, values = keys[group.slots], values[group.slots]
+            state = attend_ragged(q, keys, values, self.plan.bias(index, window), scale=scale, softcap=softcap)
+            state = AttentionState(state.out.transpose(0, 2), state.lse.transpose(0, 2))  # (1, Hq, n, ...)
+            _put(out, lse, group.level, group.rows, state)
+        return self._merge(query, out, lse, settings.sinks)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for chunk in self.plan.chunks:
+            end = chunk.offset + chunk.rows.stop - chunk.rows.start
+            keys, values = _stored(chunk.target, layer, chunk.offset, end)
+            keys.copy_(key[:, chunk.rows])
+            values.copy_(value[:, chunk.rows])
+        for group in self.plan.groups:
+            where = (group.slots, slice(None), group.offsets)
+            group.bucket.keys[layer][where] = _take(key[None], group.rows)[0].transpose(0, 1)
+            group.bucket.values[layer][where] = _take(value[None], group.rows)[0].transpose(0, 1)
+
+    def _buffers(self, query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+        """Partial results by level, (levels, T, Hq, Dv) and (levels, T, Hq): what a row does not have keeps -inf."""
+        shape = (self.plan.num_levels, query.shape[2], query.shape[1], value_dim)
+        if self._out is None or self._lse is None or self._out.shape != shape:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            self._out = query.new_zeros(shape, dtype=wide)
+            self._lse = query.new_full(shape[:-1], -torch.inf, dtype=wide)
+        elif shape[0] > 1:
+            self._lse.fill_(-torch.inf)
+        return self._out, self._lse
+
+    def _merge(self, query: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+        states = [AttentionState(o, e) for o, e in zip(out, lse, strict=True)]
+        if sinks is not None:
+            sink = sink_state(sinks, query, out.shape[-1])
+            states.append(AttentionState(sink.out[0].transpose(0, 1), sink.lse[0].transpose(0, 1)))
+        if len(states) == 1:  # nothing to merge; the buffer is used again, and the model may work in place
+            return out[0].to(query.dtype, copy=True)[None]
+        return merge_states(states).out.to(query.dtype)[None]
+
+
+@dataclass
+class ShapeProbe:
+    """Records what each layer stores, and answers zeros."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        if layer in self.shapes:
+            raise UnsupportedModelError(f"layer index {layer} attends twice; this engine stores one cache per layer")
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.dtype = key.dtype
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@dataclass
+class NoAttention:
+    """Leaves attention out: the upper bound of what sharing can reach (arXiv 2402.05099, section 4.1). Bench only."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        return query[..., : value.shape[3]].transpose(1, 2)
+
+
+def _stored(source: Node | Slot, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (Hkv, end - first, dim) of a node or a slot, as views."""
+    if isinstance(source, Slot):
+        bucket = source.bucket
+        return bucket.keys[layer][source.index, :, first:end], bucket.values[layer][source.index, :, first:end]
+    assert source.keys is not None and source.values is not None
+    return source.keys[layer][:, first:end], source.values[layer][:, first:end]
+
+
+def _take(x: Tensor, rows: Rows) -> Tensor:
+    """Rows of (1, H, T, D)."""
+    return x[:, :, rows] if isinstance(rows, slice) else x.index_select(2, rows)
+
+
+def _put(out: Tensor, lse: Tensor, level: int, rows: Rows, state: AttentionState) -> None:
+    """Store a partial result (1, Hq, R, Dv), (1, Hq, R) at its level and rows."""
+    out[level, rows] = state.out[0].transpose(0, 1)
+    lse[level, rows] = state.lse[0].transpose(0, 1)
+
+
+def _attend_per_row(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float | None, softcap: float | None
+) -> AttentionState:
+    """Every row walks the shared keys by itself, as engines do that share storage only. query (1, Hq, R, D)."""
+    rows = query.shape[2]
+    q = query[0].transpose(0, 1)[:, :, None]
+    k, v = key.expand(rows, *key.shape), value.expand(rows, *value.shape)
+    if seen is None:
+        state = attend(q, k, v, scale=scale, softcap=softcap)
+    else:
+        bias = torch.zeros(seen.shape[1:], device=seen.device).masked_fill_(~seen[0], -torch.inf)
+        state = attend_ragged(q, k, v, bias, scale=scale, softcap=softcap)
+    return AttentionState(state.out.transpose(0, 2), state.lse.transpose(0, 2))

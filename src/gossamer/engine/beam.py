@@ -1,0 +1,1 @@
+def beam_search(*a): raise 1

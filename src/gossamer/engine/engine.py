@@ -1,0 +1,411 @@
+"""The engine: requests in, tokens out, one forward pass per step.
+
+    add_request -> Intake -> Scheduler -> build_plan -> Runner.forward -> Sampler -> RequestOutput
+
+See docs/explanation/a-request.md, which follows one request through these files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Many
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.engine.cost import calibrate
+from gossamer.engine.detokenizer import IncrementalDetokenizer
+from gossamer.engine.intake import Intake, Prompt
+from gossamer.engine.memory import MemoryBudget
+from gossamer.engine.planner import PlannedRows, Sharing, build_plan
+from gossamer.engine.results import ResultBuilder
+from gossamer.engine.runner import Runner
+from gossamer.engine.sampler import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
+from gossamer.engine.scheduler import Scheduler, Work
+from gossamer.engine.sequence import Request, Sequence, Status
+from gossamer.engine.slots import Slot, SlotPool
+from gossamer.engine.stats import EngineStats
+from gossamer.engine.stopping import StopChecker
+from gossamer.engine.tree import Node, PrefixTree
+from gossamer.errors import ConfigurationError, InvalidPromptError, RequestError
+from gossamer.outputs import Logprob, RequestOutput, ScoreOutput
+from gossamer.sampling_params import SamplingParams
+
+SharingMode = Literal["attention", "storage", "off"]
+SHARING_MODES: tuple[SharingMode, ...] = ("attention", "storage", "off")
+SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
+
+
+class Engine:
+    """Serves requests over one model.
+
+    Args:
+        runner: the model.
+        tokenizer: a Hugging Face tokenizer.
+        sharing: ``"attention"`` computes, stores and attends to shared prefixes once; ``"storage"`` computes and stores
+            them once, but every sequence attends on its own; ``"off"`` shares nothing.
+        memory: bytes for all keys and values.
+        max_model_len: longest prompt plus output; at most the model's own limit.
+        max_num_seqs: sequences that are computed at the same time.
+        max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
+        seed: where the random streams of requests without a seed come from.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Any,
+        *,
+        sharing: SharingMode = "attention",
+        memory: int = 4 * 10**9,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        if sharing not in SHARING_MODES:
+            raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {sharing!r}")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        if max_model_len is not None and not 1 < max_model_len <= runner.max_model_len:
+            raise ConfigurationError(
+                f"max_model_len must be between 2 and {runner.max_model_len}, the model's own limit, got {max_model_len}"
+            )
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.sharing = sharing
+        self.seed = seed
+        self.max_model_len = max_model_len or runner.max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.budget = MemoryBudget(memory)
+        self.tree = PrefixTree(runner.layout, self.budget)
+        self.slots = SlotPool(runner.layout, self.budget)
+        cost = None if sharing == "off" else calibrate(runner.layout, runner.num_heads)
+        self.scheduler = Scheduler(
+            self.tree,
+            self.slots,
+            cost,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_scored_tokens=max(SCORED_LOGIT_BYTES // (4 * runner.vocab_size), 16),
+        )
+        self.scheduler.on_start = self._count_prompt
+        max_cached = memory // runner.layout.bytes_per_token
+        self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
+        self.results = ResultBuilder(tokenizer)
+        self.sampler = Sampler()
+        self.stats = EngineStats()
+        self.requests: dict[str, Request] = {}
+        self._number = 0
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> None:
+        """Queue a prompt. With ``stream``, :meth:`step` also returns its unfinished outputs.
+
+        Raises:
+            RequestError: a subclass says what is wrong with the prompt or the parameters; nothing was queued.
+        """
+        self._check_id(request_id)
+        self.intake.check_params(params, request_id)
+        text, ids = self.intake.encode(prompt, request_id)
+        self.intake.check_length(len(ids), 1, request_id)
+        request = Request(request_id, self._next_number(), text, ids, params, stream)
+        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        limit = self.max_model_len - len(ids)
+        for index in range(params.n):
+            # The prompt's log-probabilities need its logits, so it is computed privately, once.
+            score = index == 0 and params.prompt_logprobs is not None
+            sequence = Sequence(
+                request,
+                index,
+                list(ids),
+                shareable=0 if score or self.sharing == "off" else len(ids) - 1,
+                generate=True,
+                score_from=1 if score else None,
+                score_until=len(ids),
+                max_new_tokens=min(params.max_tokens or limit, limit),
+            )
+            random = make_random(params.seed, self.seed, request.number, index)
+            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random)
+            sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
+            if params.stop or (stream and params.detokenize):
+                sequence.detokenizer = IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens)
+            request.sequences.append(sequence)
+        self._queue(request)
+
+    def add_score(
+        self, request_id: str, prompt: Prompt, continuations: Many[tuple[str | None, list[int]]] | None = None
+    ) -> None:
+        """Queue a prompt for its log-likelihood, or for those of continuations of it: (text, token ids) each.
+
+        :meth:`step` returns a :class:`~gossamer.outputs.ScoreOutput` for it.
+
+        Raises:
+            RequestError: a subclass says what is wrong; nothing was queued.
+        """
+        self._check_id(request_id)
+        text, ids = self.intake.encode(prompt, request_id)
+        if continuations is not None and not continuations:
+            raise InvalidPromptError(
+                "continuations is empty; give at least one", request_id=request_id, param="continuations"
+            )
+        request = Request(request_id, self._next_number(), text, ids, params=None)
+        for index, (name, ending) in enumerate(continuations or [(None, [])]):
+            if continuations is not None:
+                ending = self.intake.check_ids(ending, request_id, f"continuations[{index}]")
+                request.continuations.append(name)
+            self.intake.check_length(len(ids) + len(ending), 0, request_id)
+            score_from = len(ids) if ending else 1
+            sequence = Sequence(
+                request,
+                index,
+                ids + ending,
+                shareable=0 if self.sharing == "off" else score_from - 1,
+                generate=False,
+                score_from=score_from,
+                score_until=len(ids) + len(ending),
+            )
+            request.sequences.append(sequence)
+        self._queue(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request. Unknown and finished ones are ignored."""
+        request = self.requests.pop(request_id, None)
+        for sequence in request.sequences if request else ():
+            self._end(sequence)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self.requests)
+
+    def pin(self, prompt: Prompt) -> int:
+        """Keep this prefix's keys and values, once computed, whatever else needs memory. Returns its tokens."""
+        _, ids = self.intake.encode(prompt, "pin")
+        self.tree.pin(ids)
+        return len(ids)
+
+    def unpin(self, prompt: Prompt) -> None:
+        """Undo one :meth:`pin` of the same prefix."""
+        _, ids = self.intake.encode(prompt, "unpin")
+        self.tree.unpin(ids)
+
+    def _check_id(self, request_id: str) -> None:
+        if request_id in self.requests:
+            raise RequestError("a request of this id is unfinished; ids must be unique", request_id=request_id)
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number - 1
+
+    def _queue(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput | ScoreOutput]:
+        """Compute one forward pass. Returns the requests that ended with it, and news of those that stream.
+
+        If the model raises, nothing of the step counts, and the next call tries again.
+        """
+        start = time.perf_counter()
+        works = self.scheduler.schedule()
+        ended = self._take_failures()
+        if not works:
+            if self.requests:
+                raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
+            return ended
+        plan, rows, sharing = build_plan(works, per_row=self.sharing == "storage", device=self.runner.layout.device)
+        forward = time.perf_counter()
+        logits = self.runner.forward(plan)
+        done = time.perf_counter()
+        self._commit(works)
+        ended += self._sample(rows, logits)
+        self._score(rows, logits)
+        ended += self._collect(works)
+        self._count_step(works, rows, sharing)
+        self.stats.forward_seconds += done - forward
+        self.stats.overhead_seconds += time.perf_counter() - done + forward - start
+        return ended
+
+    def _commit(self, works: list[Work]) -> None:
+        for work in works:
+            if isinstance(work.target, Slot):
+                work.target.length += work.count
+            else:
+                work.target.computed += work.count
+
+    def _sample(self, rows: PlannedRows, logits: Tensor) -> list[RequestOutput | ScoreOutput]:
+        """Give every sequence that is up to date its next token; returns requests that failed over it."""
+        states = [sequence.sampling for sequence in rows.sampled if sequence.sampling is not None]
+        if not states:
+            return []
+        sampled = self.sampler.sample(logits[: len(states)], states)
+        failed = []
+        for sequence, token, logprobs in zip(rows.sampled, sampled.token_ids, sampled.logprobs, strict=True):
+            if token >= 0:
+                self._accept(sequence, token, logprobs)
+                continue
+            error = RequestError("no token can be sampled: the model's logits are not finite, or all tokens are excluded")
+            output = self._fail(sequence.request, error)
+            failed += [output] if output is not None else []
+        return failed
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Append a sampled token, and mark the sequence as finished if it is the last."""
+        sequence.tokens.append(token)
+        sequence.output_ids.append(token)
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        self.stats.generated_tokens += 1
+        checker, text = sequence.stop, sequence.detokenizer
+        assert checker is not None
+        stop = checker.check_token(token, len(sequence.output_ids))
+        if text is not None:
+            if stop is None or not stop.hides_token:
+                text.push([token])
+            if stop is not None:
+                text.flush()
+            if checker.needs_text:
+                stop = checker.check_text(text.text, len(sequence.output_ids)) or stop
+            sequence.text = text.text if stop is None or stop.text is None else stop.text
+        if stop is not None:
+            sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
+            if text is None:
+                self._set_text(sequence, hide_last=stop.hides_token)
+
+    def _set_text(self, sequence: Sequence, *, hide_last: bool) -> None:
+        """The text of a sequence that needed none until now."""
+        params = sequence.request.params
+        assert params is not None
+        if params.detokenize:
+            ids = sequence.output_ids[:-1] if hide_last else sequence.output_ids
+            sequence.text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
+
+    def _score(self, rows: PlannedRows, logits: Tensor) -> None:
+        first = len(rows.sampled)
+        for sequence, target, count in rows.scored:
+            part = logits[first : first + count]
+            targets = torch.tensor(sequence.tokens[target : target + count], device=logits.device)
+            sequence.scores += token_logprobs(part, targets).tolist()
+            params = sequence.request.params
+            if params is not None and params.prompt_logprobs is not None:
+                sequence.top_scores += top_logprobs(part, targets, params.prompt_logprobs)
+            first += count
+
+    # --- endings -----------------------------------------------------------------------------------------------
+
+    def _collect(self, works: list[Work]) -> list[RequestOutput | ScoreOutput]:
+        """End what is finished; the outputs of ended requests, and of those that stream."""
+        ended: list[RequestOutput | ScoreOutput] = []
+        requests = dict.fromkeys(work.sequence.request for work in works)
+        finished = [w.sequence for w in works if w.sequence.status is Status.RUNNING and self._is_done(w.sequence)]
+        # From the last slot of each bucket to the first, so that none has to move into a gap.
+        for sequence in sorted(finished, key=lambda s: -s.slot.index if s.slot else 0):
+            self._end(sequence)
+        for request in requests:
+            if request.request_id not in self.requests:
+                continue
+            if request.finished:
+                del self.requests[request.request_id]
+                self.stats.finished_requests += 1
+                ended.append(self.results.build(request))
+            elif request.stream:
+                ended.append(self.results.build(request))
+        return ended
+
+    def _is_done(self, sequence: Sequence) -> bool:
+        if sequence.generate:
+            return sequence.finish_reason is not None
+        return sequence.num_computed >= sequence.num_to_compute
+
+    def _end(self, sequence: Sequence) -> None:
+        """Give the sequence's memory back; what it generated stays in the tree while memory allows."""
+        if sequence.status is Status.RUNNING and sequence.generate and self.sharing != "off":
+            self._cache(sequence)
+        self.scheduler.release(sequence)
+        sequence.status = Status.FINISHED
+
+    def _cache(self, sequence: Sequence) -> None:
+        """Move a slot's keys and values into the tree, for the next turn of a conversation. Evicts nothing."""
+        slot = sequence.slot
+        assert slot is not None
+        known = sequence.tokens[: sequence.num_computed]
+        matched = max(self.tree.match(known), sequence.private_start)
+        size = (len(known) - matched) * self.runner.layout.bytes_per_token
+        if not 0 < size <= self.budget.free:
+            return
+        node = self.tree.insert(known)
+        # Only if all that is missing is one new leaf: what others are computing right now is left to them.
+        if node.start == matched and node.refs == 0 and node.keys is None and self.tree.allocate(node):
+            assert node.keys is not None and node.values is not None
+            first = matched - sequence.private_start
+            for own, stored in ((node.keys, slot.bucket.keys), (node.values, slot.bucket.values)):
+                for target, source in zip(own, stored, strict=True):
+                    target.copy_(source[slot.index, :, first : first + len(node)])
+            node.computed, node.owner = len(node), sequence
+        self.tree.lock(node)  # unlocking counts as a use, and drops what could not be stored
+        self.tree.unlock(node)
+
+    def _fail(self, request: Request, error: RequestError) -> RequestOutput | ScoreOutput | None:
+        """End a whole request with an error; the others go on."""
+        if self.requests.pop(request.request_id, None) is None:
+            return None
+        error.request_id = request.request_id
+        for sequence in request.sequences:
+            self._end(sequence)
+        self.stats.failed_requests += 1
+        return self.results.build(request, error)
+
+    def _take_failures(self) -> list[RequestOutput | ScoreOutput]:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        outputs = [self._fail(sequence.request, error) for sequence, error in failed]
+        return [output for output in outputs if output is not None]
+
+    # --- statistics --------------------------------------------------------------------------------------------
+
+    def _count_prompt(self, sequence: Sequence, path: list[Node]) -> None:
+        """A sequence starts: what of its prompt did others compute?"""
+        if sequence.counted:
+            return
+        sequence.counted = True
+        self.stats.prompt_tokens += len(sequence.request.prompt_token_ids)
+        for level, node in enumerate(path, start=1):
+            if node.owner is not sequence:
+                sequence.num_cached += len(node)
+                self.stats.saved_by_level[level] += len(node)
+        self.stats.saved_tokens += sequence.num_cached
+
+    def _count_step(self, works: list[Work], rows: PlannedRows, sharing: Sharing) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.decode_steps += len(rows.sampled) == len(works) == sum(work.count for work in works)
+        stats.computed_tokens += sum(work.count for work in works)
+        stats.keys_read += sharing.keys_read
+        stats.keys_unshared += sharing.keys_unshared
+        if sharing.segments:
+            stats.shared_steps += 1
+        else:
+            stats.unshared_reasons[self._why_unshared(works, sharing)] += 1
+        stats.kv_bytes = self.budget.used
+        stats.kv_bytes_peak = self.budget.peak
+        stats.preemptions = self.scheduler.num_preemptions
+        stats.evicted_tokens = self.tree.evicted_tokens
+
+    def _why_unshared(self, works: list[Work], sharing: Sharing) -> str:
+        if self.sharing != "attention":
+            return f"sharing is {self.sharing!r}"
+        if len(works) == 1:
+            return "one sequence only"
+        return "no common prefix worth a segment"

@@ -1,0 +1,110 @@
+"""Checks what a user asks for before it becomes work: every refusal here names the request and touches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
+from gossamer.sampling_params import SamplingParams
+
+Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
+
+
+class Intake:
+    """Turns prompts into token ids and refuses what cannot be served."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, max_cached_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_cached_tokens = max_cached_tokens  # what the whole memory budget holds
+
+    def encode(self, prompt: Prompt, request_id: str) -> tuple[str | None, list[int]]:
+        """The prompt's text, if it has one, and its token ids.
+
+        Raises:
+            InvalidPromptError: empty, of the wrong type, or with token ids that the model does not have.
+        """
+        if isinstance(prompt, str):
+            try:
+                ids = list(self.tokenizer.encode(prompt))
+            except (UnicodeError, TypeError):  # lone surrogates cannot be written as UTF-8
+                raise InvalidPromptError(
+                    "the prompt is not valid Unicode (lone surrogates)", request_id=request_id, param="prompt"
+                ) from None
+            if not prompt or not ids:
+                raise InvalidPromptError(
+                    "the prompt is empty; give at least one token", request_id=request_id, param="prompt"
+                )
+            return prompt, ids
+        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
+            raise InvalidPromptError(
+                f'a prompt is a string or {{"prompt_token_ids": [...]}}, got {type(prompt).__name__}',
+                request_id=request_id,
+                param="prompt",
+            )
+        return prompt.get("prompt"), self.check_ids(prompt["prompt_token_ids"], request_id)
+
+    def check_ids(self, ids: Any, request_id: str, param: str = "prompt_token_ids") -> list[int]:
+        """``ids`` as a list of token ids of this model, at least one."""
+        if hasattr(ids, "tolist"):
+            ids = ids.tolist()
+        if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+            raise InvalidPromptError(f"{param} must be a list of integers", request_id=request_id, param=param)
+        if not ids:
+            raise InvalidPromptError(f"{param} is empty; give at least one token", request_id=request_id, param=param)
+        for place, token in enumerate(ids):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+                raise InvalidPromptError(
+                    f"{param}[{place}] is {token!r}; token ids of this model are integers from 0 to {self.vocab_size - 1}",
+                    request_id=request_id,
+                    param=param,
+                )
+        return list(ids)
+
+    def check_length(self, num_tokens: int, new_tokens: int, request_id: str) -> None:
+        """Whether the context and the memory budget can hold a prompt and at least ``new_tokens`` more.
+
+        Raises:
+            PromptTooLongError, MemoryBudgetError
+        """
+        if num_tokens + new_tokens > self.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {num_tokens} tokens; the context holds {self.max_model_len}"
+                + (f", of which at least {new_tokens} must be left to generate" if new_tokens else ""),
+                request_id=request_id,
+                param="prompt",
+            )
+        if num_tokens > self.max_cached_tokens:
+            raise MemoryBudgetError(
+                f"the prompt has {num_tokens} tokens; the memory budget holds the keys and values of "
+                f"{self.max_cached_tokens}; raise `memory` or shorten the prompt",
+                request_id=request_id,
+                param="prompt",
+            )
+
+    def check_params(self, params: SamplingParams, request_id: str) -> None:
+        """What :class:`SamplingParams` cannot check by itself, because it needs the model.
+
+        Raises:
+            InvalidSamplingParamsError
+        """
+        if not isinstance(params, SamplingParams):
+            raise InvalidSamplingParamsError(
+                f"sampling_params must be SamplingParams, got {type(params).__name__}", request_id=request_id
+            )
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
+            outside = [token for token in ids if token >= self.vocab_size]
+            if outside:
+                raise InvalidSamplingParamsError(
+                    f"{name} holds {outside[0]}; token ids of this model are below {self.vocab_size}",
+                    request_id=request_id,
+                    param=name,
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > self.vocab_size:
+                raise InvalidSamplingParamsError(
+                    f"{name} is {value}; the vocabulary has {self.vocab_size} tokens", request_id=request_id, param=name
+                )

@@ -1,0 +1,88 @@
+"""What keys and values look like, layer by layer, and the one budget of bytes that all of them share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(size: str | int) -> int:
+    """``"4GB"``, ``"512 MiB"`` or a number of bytes -> bytes.
+
+    Raises:
+        ConfigurationError: not a positive size.
+
+    >>> parse_bytes("4GB"), parse_bytes("1.5 GiB"), parse_bytes(4096)
+    (4000000000, 1610612736, 4096)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?\s*", str(size).lower())
+    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if value <= 0:
+        raise ConfigurationError(f"memory must be a size such as '4GB', '512MiB' or a number of bytes, got {size!r}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Keys and values of one token in one layer."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Keys and values of one token in all layers."""
+
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(x.num_kv_heads * (x.key_dim + x.value_dim) for x in self.layers) * self.dtype.itemsize
+
+    def allocate(self, *prefix: int, length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Zeroed keys and values per layer, each (*prefix, Hkv, length, dim). (Padding is masked, but must be finite.)"""
+        keys, values = [], []
+        for layer in self.layers:
+            shape = (*prefix, layer.num_kv_heads, length)
+            keys.append(torch.zeros(*shape, layer.key_dim, dtype=self.dtype, device=self.device))
+            values.append(torch.zeros(*shape, layer.value_dim, dtype=self.dtype, device=self.device))
+        return keys, values
+
+
+class MemoryBudget:
+    """Counts the bytes of all keys and values, and makes room by evicting what nobody uses."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.used = 0
+        self.peak = 0
+        self.evict: Callable[[int], int] = lambda wanted: 0  # frees at least `wanted` bytes if it can; set by the tree
+
+    @property
+    def free(self) -> int:
+        return self.total - self.used
+
+    def reserve(self, size: int) -> bool:
+        """Take ``size`` bytes, evicting if necessary; False, and nothing taken, if that does not suffice."""
+        if size > self.free:
+            self.evict(size - self.free)
+        if size > self.free:
+            return False
+        self.used += size
+        self.peak = max(self.peak, self.used)
+        return True
+
+    def release(self, size: int) -> None:
+        self.used -= size

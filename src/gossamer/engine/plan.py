@@ -1,0 +1,123 @@
+"""The plan of one step: which rows of the packed batch attend to which keys. Built once, used by every layer.
+
+All new tokens of a step stand in one row of tokens, without padding. Each row's keys are covered exactly once, by
+
+* *segments*: computed keys that come before all of the segment's rows, so no causal mask is needed. A tree node is one
+  segment for all rows below it: that is where sharing happens;
+* *chunks*: consecutive new tokens of one sequence, causal among themselves;
+* *groups*: sequences with one new token each, whose private keys stand in the same bucket of slots.
+
+The partial results of a row are merged in the order of their levels, from the root of the tree to the row's own token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gossamer.engine.slots import Bucket, Slot
+from gossamer.engine.tree import Node
+
+Rows = slice | Tensor  # contiguous rows are a view; others are gathered
+
+
+@dataclass(slots=True)
+class Segment:
+    """``rows`` see the first ``length`` keys of ``source``, the first of which stands at position ``start``.
+
+    ``per_row`` makes every row attend on its own, for the mode that shares storage but not computation.
+    """
+
+    rows: Rows
+    source: Node | Slot
+    length: int
+    start: int
+    level: int
+    per_row: bool = False
+
+
+@dataclass(slots=True)
+class Chunk:
+    """New tokens ``rows`` at positions from ``position``; their keys go to ``target`` from ``offset`` on."""
+
+    rows: slice
+    target: Node | Slot
+    offset: int
+    position: int
+    level: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    """One new token of each of several sequences: ``slots`` (n,) of ``bucket``, written at ``offsets`` (n,)."""
+
+    rows: Rows
+    bucket: Bucket
+    slots: Tensor
+    offsets: Tensor
+    longest: int
+    level: int
+
+
+@dataclass(slots=True)
+class WindowedSegment:
+    """A segment as a layer with a sliding window sees it: keys from ``first`` on, ``seen`` (1, R, keys) or all."""
+
+    segment: Segment
+    first: int
+    seen: Tensor | None
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """See the module's documentation.
+
+    Attributes:
+        tokens, positions: (T,) of the packed batch.
+        logit_rows: rows whose logits are needed.
+        num_levels: how many partial results a row has at most.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    logit_rows: Tensor
+    segments: list[Segment] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    num_levels: int = 1
+    _windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def segments_within(self, window: int | None) -> list[WindowedSegment]:
+        """The segments a layer with this window attends to; the same for all such layers."""
+        if window not in self._windows:
+            self._windows[window] = [w for s in self.segments if (w := self._within(s, window)) is not None]
+        return self._windows[window]
+
+    def _within(self, segment: Segment, window: int | None) -> WindowedSegment | None:
+        if window is None:
+            return WindowedSegment(segment, 0, None)
+        positions = self.positions[segment.rows]
+        oldest, newest = int(positions.min()) - window + 1, int(positions.max()) - window + 1
+        first = max(oldest - segment.start, 0)
+        if first >= segment.length:
+            return None
+        if newest <= segment.start + first:
+            return WindowedSegment(segment, first, None)
+        keys = torch.arange(segment.start + first, segment.start + segment.length, device=positions.device)
+        return WindowedSegment(segment, first, (keys > positions[:, None] - window)[None])
+
+    def bias(self, index: int, window: int | None) -> Tensor:
+        """Of group ``index``: (n, longest), 0 where the sequence sees the key and -inf where not."""
+        if (index, window) not in self._biases:
+            group = self.groups[index]
+            keys = torch.arange(group.longest, device=group.offsets.device)
+            hidden = keys > group.offsets[:, None]
+            if window is not None:
+                hidden |= keys <= group.offsets[:, None] - window
+            bias = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            self._biases[index, window] = bias.masked_fill_(hidden, -math.inf)
+        return self._biases[index, window]

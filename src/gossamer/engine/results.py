@@ -1,0 +1,71 @@
+"""Turns a request's sequences into what the user gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gossamer.engine.sequence import Request, Sequence
+from gossamer.errors import RequestError
+from gossamer.outputs import CompletionOutput, ContinuationScore, Logprob, RequestOutput, ScoreOutput
+
+
+class ResultBuilder:
+    """Builds outputs; the tokenizer is needed for the texts of tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def build(self, request: Request, error: RequestError | None = None) -> RequestOutput | ScoreOutput:
+        """The output of a request as it stands, finished or not."""
+        if request.params is None:
+            return self._scores(request, error)
+        output = RequestOutput(
+            request.request_id, request.prompt, request.prompt_token_ids, finished=request.finished, error=error
+        )
+        if error is None:
+            output.outputs = [self._completion(sequence) for sequence in request.sequences]
+            # Completions beyond the first share the prompt with the first; only that one tells what was cached.
+            output.num_cached_tokens = request.sequences[0].num_cached
+            if request.params.prompt_logprobs is not None and request.finished:
+                top = request.sequences[0].top_scores
+                self._decode(top)
+                output.prompt_logprobs = [None, *top]
+        return output
+
+    def _completion(self, sequence: Sequence) -> CompletionOutput:
+        params = sequence.request.params
+        assert params is not None
+        completion = CompletionOutput(
+            sequence.index,
+            sequence.text,
+            list(sequence.output_ids),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+        if params.logprobs is not None:
+            self._decode(sequence.logprobs)
+            completion.logprobs = sequence.logprobs
+            completion.cumulative_logprob = sum(
+                entry[token].logprob for entry, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
+            )
+        return completion
+
+    def _decode(self, entries: Iterable[dict[int, Logprob]]) -> None:
+        for entry in entries:
+            for token, logprob in entry.items():
+                if logprob.decoded_token is None:
+                    logprob.decoded_token = self.tokenizer.decode([token])
+
+    def _scores(self, request: Request, error: RequestError | None) -> ScoreOutput:
+        output = ScoreOutput(request.request_id, request.prompt_token_ids, error=error)
+        if error is not None:
+            return output
+        output.num_cached_tokens = request.sequences[0].num_cached
+        if not request.continuations:
+            output.token_logprobs = [None, *request.sequences[0].scores]
+        else:
+            for sequence, text in zip(request.sequences, request.continuations, strict=True):
+                ids = sequence.tokens[len(request.prompt_token_ids) :]
+                output.continuations.append(ContinuationScore(text, ids, sequence.scores))
+        return output

@@ -1,0 +1,92 @@
+"""Runs a model over the packed tokens of one step. The engine knows models only through the :class:`Runner` protocol."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.engine.attention import NoAttention, PlannedStep, ShapeProbe, Step, running
+from gossamer.engine.memory import KVLayout
+from gossamer.engine.plan import StepPlan
+from gossamer.errors import UnsupportedModelError
+
+
+class Runner(Protocol):
+    """What the engine needs of a model.
+
+    Attributes:
+        layout: keys and values of one token.
+        num_heads: query heads of a layer (for the cost model).
+        max_model_len: positions the model was made for.
+        vocab_size: width of the logits.
+    """
+
+    name: str
+    layout: KVLayout
+    num_heads: int
+    max_model_len: int
+    vocab_size: int
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``, (rows, vocab)."""
+        ...
+
+
+class TransformersRunner:
+    """Any Hugging Face decoder that supports the attention interface, on any device, in one packed call per step."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, *, without_attention: bool = False) -> None:
+        """``model`` must have been loaded with ``attn_implementation="gossamer"``.
+
+        ``without_attention`` leaves attention out, for the benchmark's upper bound: the tokens are meaningless.
+
+        Raises:
+            UnsupportedModelError: a layer of the model does not call the attention interface.
+        """
+        self.model = model
+        self.without_attention = without_attention
+        config = model.config.get_text_config()
+        self.num_heads: int = config.num_attention_heads
+        self.max_model_len: int = config.max_position_embeddings
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.layout = self._probe()
+
+    def _probe(self) -> KVLayout:
+        """One token through the model tells what each layer stores: no reading of model-specific configurations."""
+        probe = ShapeProbe()
+        token = torch.zeros(1, dtype=torch.long, device=self.model.device)
+        with torch.inference_mode(), running(probe):
+            self._call(token, token, token)
+        layers = sorted(probe.shapes)
+        expected = self.model.config.get_text_config().num_hidden_layers
+        if layers != list(range(expected)):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has {expected} layers, but {len(layers)} of them call the attention "
+                "interface; layers of other kinds (state space, linear attention, shared caches) are not supported"
+            )
+        return KVLayout(tuple(probe.shapes[layer] for layer in layers), probe.dtype, self.model.device)
+
+    def _call(self, tokens: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=logit_rows,
+        ).logits
+        return logits[0]
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Tensor:
+        step: Step = NoAttention() if self.without_attention else PlannedStep(plan)
+        context: AbstractContextManager[None] = running(step)
+        with context:
+            # A step that only fills the cache needs no logits, but the head cannot be asked for none by every model.
+            rows = plan.logit_rows if len(plan.logit_rows) else plan.logit_rows.new_zeros(1)
+            logits = self._call(plan.tokens, plan.positions, rows)
+        return logits[: len(plan.logit_rows)]

@@ -1,0 +1,295 @@
+"""Decides what each step computes: continuous batching, chunked prefill, admission and preemption under one budget.
+
+Order within a step: sequences that run already (so that nobody's next token waits for somebody's prompt), then prompts,
+oldest first, until the token budget is used. New sequences enter the prefix tree when they are admitted, before
+anything of them is computed: that is how prompts that arrive together share all their common parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gossamer.engine.cost import MAX_FOLDED, CostModel
+from gossamer.engine.sequence import Sequence, Status
+from gossamer.engine.slots import Slot, SlotPool, capacity_for
+from gossamer.engine.tree import Node, PrefixTree
+from gossamer.errors import MemoryBudgetError
+
+# A prompt's last tokens that nobody else has at admission go straight into the slot when they are this few: a node of
+# their own would only be copied there. The price: a twin that arrives while they are in flight computes them again.
+PRIVATE_TAIL = 64
+T = TypeVar("T")
+SLOT_RESERVE = 64  # room for tokens to be generated that a new slot has, so that it is not outgrown at once
+
+
+@dataclass(slots=True)
+class Work:
+    """``count`` tokens of ``sequence`` from position ``start``; their keys go to ``target`` from ``offset`` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    target: Node | Slot
+    offset: int
+
+
+class Scheduler:
+    """See the module's documentation.
+
+    Args:
+        max_num_seqs: sequences that hold memory at the same time.
+        max_num_batched_tokens: tokens per step.
+        max_scored_tokens: tokens per step whose logits are all wanted (they cost memory by the vocabulary).
+    """
+
+    def __init__(
+        self,
+        tree: PrefixTree,
+        slots: SlotPool,
+        cost: CostModel | None,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_scored_tokens: int,
+    ) -> None:
+        self.tree = tree
+        self.slots = slots
+        self.cost = cost
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_scored_tokens = max_scored_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[Sequence] = []
+        self.failed: list[tuple[Sequence, MemoryBudgetError]] = []
+        self.num_preemptions = 0
+        self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The next step's work; sequences that can never fit are moved to ``failed``."""
+        self._admit()
+        self._tokens_left, self._scored_left = self.max_num_batched_tokens, self.max_scored_tokens
+        works: list[Work] = []
+        for sequence in [s for s in self.active if s.status is Status.RUNNING]:
+            if sequence.status is Status.RUNNING:  # an older one may have preempted it meanwhile
+                self._continue(sequence, works, may_preempt=True)
+        prefilling = [s for s in self.active if s.status is Status.PREFILL]
+        self._reserve_slots([s for s in prefilling if self._path_complete(s)])
+        in_step: dict[Node, int] = {}
+        for sequence in prefilling:
+            if sequence.status is not Status.PREFILL or self._tokens_left == 0:
+                continue
+            if self._path_complete(sequence):
+                if self._start(sequence, may_preempt=not works):
+                    self._continue(sequence, works, may_preempt=not works)
+            else:
+                self._prefill(sequence, works, in_step)
+        return works
+
+    # --- admission ---------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        admitted = []
+        while self.waiting and len(self.active) < self.max_num_seqs and self._has_room(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            sequence.status = Status.PREFILL
+            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable])
+            self.tree.lock(sequence.node)
+            self.active.append(sequence)
+            admitted.append(sequence)
+        self.active.sort(key=lambda s: s.order)
+        for sequence in admitted:
+            self._cut_private_tail(sequence)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there is memory for its prompt, beside what admitted sequences have not allocated yet."""
+        if not self.active:
+            return True
+        token_bytes = self.tree.layout.bytes_per_token
+        pending: set[Node] = set()
+        wanted = 0
+        for other in self.active:
+            if other.status is Status.PREFILL:
+                assert other.node is not None
+                pending.update(node for node in other.node.path() if node.keys is None)
+                wanted += self._slot_length(other, other.node.end)
+        wanted += sum(len(node) for node in pending)
+        wanted += len(sequence.tokens) - self.tree.match(sequence.tokens[: sequence.shareable]) + SLOT_RESERVE
+        budget = self.tree.budget
+        missing = wanted * token_bytes - budget.free
+        return missing <= 0 or missing <= self.tree.evictable_bytes
+
+    def _cut_private_tail(self, sequence: Sequence) -> None:
+        """Leave out of the tree what nobody else wants and nobody has computed, if it is short."""
+        keep = sequence.node
+        assert keep is not None
+        while keep.parent is not None and keep.refs == 1 and keep.computed == 0 and keep.pins == 0 and not keep.children:
+            if sequence.shareable - keep.start > PRIVATE_TAIL:
+                break
+            keep = keep.parent
+        if keep is not sequence.node:
+            self.tree.unlock(sequence.node, until=keep)
+            sequence.node = keep
+
+    # --- prompts -----------------------------------------------------------------------------------------------
+
+    def _path_complete(self, sequence: Sequence) -> bool:
+        assert sequence.node is not None
+        return all(node.complete for node in sequence.node.path())
+
+    def _prefill(self, sequence: Sequence, works: list[Work], in_step: dict[Node, int]) -> None:
+        """Schedule the nodes of its path that nobody computes yet, from the root down."""
+        assert sequence.node is not None
+        for node in sequence.node.path():
+            if node in in_step or node.complete:
+                if in_step.get(node, node.computed) < len(node):
+                    return  # somebody computes it; below it nothing can start
+                continue
+            if self._tokens_left == 0:
+                return
+            if not self._make_room(sequence, lambda node=node: self.tree.allocate(node), may_preempt=not works):  # type: ignore[misc]
+                return
+            count = min(len(node) - node.computed, self._tokens_left)
+            works.append(Work(sequence, node.start + node.computed, count, node, node.computed))
+            node.owner = sequence
+            in_step[node] = node.computed + count
+            self._tokens_left -= count
+            if in_step[node] < len(node):
+                return
+
+    def _start(self, sequence: Sequence, *, may_preempt: bool) -> bool:
+        """Its path is computed: give it a slot, and copy the nodes into it that are not worth a segment."""
+        assert sequence.node is not None
+        path = sequence.node.path()
+        keep = self._last_segment(sequence)
+        length = self._slot_length(sequence, keep.end)
+        slot = self._make_room(sequence, lambda: self.slots.take(length), may_preempt=may_preempt)
+        if slot is None:
+            return False
+        self.on_start(sequence, path)
+        for node in path:
+            if node.start >= keep.end:
+                _copy_node(node, slot)
+        self.tree.unlock(sequence.node, until=keep)
+        sequence.node, sequence.slot, sequence.private_start = keep, slot, keep.end
+        sequence.status = Status.RUNNING
+        return True
+
+    def _last_segment(self, sequence: Sequence) -> Node:
+        """The deepest node of the path that stays a segment; shorter ones below it are folded into the slot."""
+        node = sequence.node
+        assert node is not None
+        end = node.end
+        while node.parent is not None and self.cost is not None:
+            too_long = end - node.start > MAX_FOLDED
+            if too_long or self.cost.worth_segment(node.refs, len(node)):
+                break
+            node = node.parent
+        return node
+
+    def _slot_length(self, sequence: Sequence, private_start: int) -> int:
+        """Tokens a new slot should hold: what is there to compute, and some of what will be generated."""
+        remaining = len(sequence.tokens) - private_start
+        if not sequence.generate:
+            return remaining
+        # the last token that is generated is never fed
+        return remaining + min(sequence.tokens_left - 1, SLOT_RESERVE)
+
+    def _reserve_slots(self, sequences: list[Sequence]) -> None:
+        """Let buckets grow once for all sequences that start now."""
+        lengths: Counter[int] = Counter()
+        for sequence in sequences:
+            lengths[capacity_for(self._slot_length(sequence, self._last_segment(sequence).end))] += 1
+        for capacity, count in lengths.items():
+            self.slots.reserve(capacity, count)
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    def _continue(self, sequence: Sequence, works: list[Work], *, may_preempt: bool) -> None:
+        """Schedule what is left of the sequence's own tokens: one when it decodes, more in a private prompt."""
+        slot = sequence.slot
+        assert slot is not None
+        count = min(sequence.num_to_compute - sequence.num_computed, self._tokens_left)
+        if sequence.score_from is not None:
+            count = min(count, self._scored_left)
+        if count <= 0:
+            return
+        needed = slot.length + count
+        if needed > slot.bucket.capacity:
+            wanted = needed + max(min(sequence.tokens_left - 1, SLOT_RESERVE), 0)
+            larger = self._make_room(sequence, lambda: self.slots.ensure(slot, wanted), may_preempt=may_preempt)
+            if larger is None:
+                return
+            sequence.slot = slot = larger
+        works.append(Work(sequence, sequence.num_computed, count, slot, slot.length))
+        self._tokens_left -= count
+        if sequence.score_from is not None:
+            self._scored_left -= count
+
+    # --- memory ------------------------------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, attempt: Callable[[], T], *, may_preempt: bool) -> T | None:
+        """``attempt`` until it succeeds, preempting younger sequences; the youngest gives way itself."""
+        while not (result := attempt()):
+            if not may_preempt:
+                return None  # others run; wait until they are done
+            youngest = self.active[-1]
+            if youngest is not sequence:
+                self.preempt(youngest)
+            elif len(self.active) > 1:
+                self.preempt(sequence)
+                return None
+            else:
+                self._fail(sequence)
+                return None
+        return result
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's memory away; it will be computed again. What it shared stays in the tree while it can."""
+        self.release(sequence)
+        sequence.status = Status.WAITING
+        if sequence.generate and sequence.shareable:
+            sequence.shareable = len(sequence.tokens) - 1
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back whatever the sequence holds."""
+        if sequence.slot is not None:
+            self.slots.release(sequence.slot)
+            sequence.slot = None
+        if sequence.node is not None:
+            self.tree.unlock(sequence.node)
+            sequence.node = None
+        sequence.private_start = 0
+        if sequence in self.active:
+            self.active.remove(sequence)
+        elif sequence.status is Status.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        token_bytes = self.tree.layout.bytes_per_token
+        total = self.tree.budget.total
+        error = MemoryBudgetError(
+            f"its {len(sequence.tokens)} tokens need more keys and values than the memory budget of {total / 1e6:,.0f} MB "
+            f"holds ({total // token_bytes} tokens at {token_bytes} bytes each, pinned prefixes included); raise `memory` "
+            "or shorten the prompt",
+            request_id=sequence.request.request_id,
+        )
+        self.release(sequence)
+        self.failed.append((sequence, error))
+
+
+def _copy_node(node: Node, slot: Slot) -> None:
+    """Append a node's keys and values to a slot."""
+    assert node.keys is not None and node.values is not None
+    end = slot.length + len(node)
+    for stored, own in ((slot.bucket.keys, node.keys), (slot.bucket.values, node.values)):
+        for target, source in zip(stored, own, strict=True):
+            target[slot.index, :, slot.length : end].copy_(source)
+    slot.length = end

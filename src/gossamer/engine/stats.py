@@ -1,0 +1,53 @@
+"""What the engine did: tokens computed and saved, steps with shared attention and why not, memory, time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made, or since :meth:`reset`.
+
+    Attributes:
+        prompt_tokens: tokens of all prompts, once per completion.
+        saved_tokens: those that were not computed because another sequence had computed them.
+        saved_by_level: the same by depth in the prefix tree; level 1 hangs below the root.
+        computed_tokens: tokens fed to the model, generated ones included.
+        generated_tokens: tokens sampled.
+        steps, decode_steps: forward passes; those in which every sequence had exactly one token.
+        shared_steps: steps in which two sequences or more attended to a node together.
+        unshared_reasons: for the other steps, why not -> how many.
+        keys_read, keys_unshared: keys per layer that attention walked through; that it would have without sharing.
+        kv_bytes, kv_bytes_peak: bytes of keys and values held after the last step; at most.
+        forward_seconds, overhead_seconds: time in the model's forward pass; in everything else of the steps.
+    """
+
+    prompt_tokens: int = 0
+    saved_tokens: int = 0
+    saved_by_level: Counter[int] = field(default_factory=Counter)
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    finished_requests: int = 0
+    failed_requests: int = 0
+    steps: int = 0
+    decode_steps: int = 0
+    shared_steps: int = 0
+    unshared_reasons: Counter[str] = field(default_factory=Counter)
+    keys_read: int = 0
+    keys_unshared: int = 0
+    kv_bytes: int = 0
+    kv_bytes_peak: int = 0
+    preemptions: int = 0
+    evicted_tokens: int = 0
+    forward_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and dictionaries, for JSON."""
+        values = asdict(self)
+        values["saved_by_level"] = {str(level): count for level, count in sorted(self.saved_by_level.items())}
+        values["unshared_reasons"] = dict(self.unshared_reasons)
+        return values

@@ -1,0 +1,256 @@
+"""The prefix tree: which tokens are shared by whom, and where their keys and values are.
+
+A radix tree over token ids. A node holds a run of tokens and owns their keys and values, contiguous per layer, so that
+all sequences below it attend to it with one pair of GEMMs. Prompts enter the tree *before* they are computed: prompts
+that arrive together find their common parts, at every depth, and each part is computed once.
+
+Invariants (tested as properties):
+  * children of a node start with different tokens, and no node is empty but the root;
+  * ``refs`` counts the sequences that use a node; a node's refs are at least those of any child;
+  * only unreferenced, unpinned leaves are evicted, least recently used first;
+  * the budget holds exactly the bytes of the nodes that have storage.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from gossamer.engine.memory import KVLayout, MemoryBudget
+
+_serial = itertools.count()
+
+
+class Node:
+    """A run of tokens with one parent. ``keys[layer]`` and ``values[layer]`` are (Hkv, len(tokens), dim).
+
+    Attributes:
+        start: position of the first token in every sequence that contains the node.
+        computed: how many of the tokens have their keys and values; a node is shared only when all have.
+        owner: who computed it (any hashable), for the statistics of tokens saved.
+    """
+
+    __slots__ = (
+        "children",
+        "computed",
+        "keys",
+        "last_used",
+        "owner",
+        "parent",
+        "pins",
+        "refs",
+        "serial",
+        "start",
+        "tokens",
+        "values",
+    )
+
+    def __init__(self, tokens: list[int], parent: Node | None) -> None:
+        self.tokens = tokens
+        self.parent = parent
+        self.start: int = parent.end if parent else 0
+        self.children: dict[int, Node] = {}
+        self.keys: list[Tensor] | None = None
+        self.values: list[Tensor] | None = None
+        self.computed = 0
+        self.refs = 0
+        self.pins = 0
+        self.last_used = 0
+        self.owner: object = None
+        self.serial = next(_serial)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def complete(self) -> bool:
+        return self.computed == len(self.tokens)
+
+    def path(self) -> list[Node]:
+        """The nodes from below the root down to this one."""
+        nodes: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+class PrefixTree:
+    """See the module's documentation. All methods are called between steps, never during one."""
+
+    def __init__(self, layout: KVLayout, budget: MemoryBudget) -> None:
+        self.layout = layout
+        self.budget = budget
+        self.root = Node([], None)
+        self.clock = 0
+        self.version = 0  # changes whenever a node is split, so that plans made before it are rebuilt
+        self.evicted_tokens = 0
+        budget.evict = self.evict
+
+    def __iter__(self) -> Iterator[Node]:
+        """Every node below the root, parents first."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(node) for node in self if node.keys is not None) * self.layout.bytes_per_token
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """How many leading ``tokens`` are in the tree, computed."""
+        node, matched = self.root, 0
+        while (child := node.children.get(tokens[matched])) if matched < len(tokens) else None:
+            common = min(_common_length(child.tokens, tokens, matched), child.computed)
+            matched += common
+            if common < len(child):
+                break
+            node = child
+        return matched
+
+    def insert(self, tokens: Sequence[int]) -> Node:
+        """The node that ends exactly at the end of ``tokens``; splits and appends as needed, computes nothing."""
+        node, matched = self.root, 0
+        while matched < len(tokens):
+            child = node.children.get(tokens[matched])
+            if child is None:
+                child = Node(list(tokens[matched:]), node)
+                node.children[child.tokens[0]] = child
+                return child
+            common = _common_length(child.tokens, tokens, matched)
+            matched += common
+            node = child if common == len(child) else self._split(child, common)
+        return node
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Cut ``node`` before its token ``at``. The object stays the lower part, so that references to it keep their
+        meaning; the upper part is new. Storage is copied apart, layer by layer, so that each part owns its bytes."""
+        parent = node.parent
+        assert parent is not None
+        upper = Node(node.tokens[:at], parent)
+        parent.children[upper.tokens[0]] = upper
+        upper.refs, upper.pins, upper.last_used, upper.owner = node.refs, node.pins, node.last_used, node.owner
+        upper.computed, node.computed = min(node.computed, at), max(node.computed - at, 0)
+        node.tokens, node.parent, node.start = node.tokens[at:], upper, upper.end
+        upper.children[node.tokens[0]] = node
+        if node.keys is not None and node.values is not None:
+            upper.keys, upper.values = [], []
+            for own, above in ((node.keys, upper.keys), (node.values, upper.values)):
+                for layer, whole in enumerate(own):
+                    above.append(whole[:, :at].clone())
+                    own[layer] = whole[:, at:].clone()
+        self.version += 1
+        return upper
+
+    def allocate(self, node: Node) -> bool:
+        """Give ``node`` storage. False if the budget has no room even after eviction."""
+        if node.keys is not None:
+            return True
+        if not self.budget.reserve(len(node) * self.layout.bytes_per_token):
+            return False
+        node.keys, node.values = self.layout.allocate(length=len(node))
+        return True
+
+    def lock(self, node: Node) -> None:
+        """A sequence uses ``node`` and everything above it."""
+        self.clock += 1
+        for each in node.path():
+            each.refs += 1
+            each.last_used = self.clock
+
+    def unlock(self, node: Node, until: Node | None = None) -> None:
+        """The sequence uses it no more (nodes above and including ``until`` stay locked).
+
+        What was never computed is dropped; what was stays, as a cache.
+        """
+        self.clock += 1
+        for each in reversed(node.path()):
+            if each is until:
+                break
+            each.refs -= 1
+            each.last_used = self.clock
+            if each.refs == 0 and each.pins == 0 and not each.complete:
+                self._truncate(each)
+
+    def pin(self, tokens: Sequence[int]) -> Node:
+        """Keep ``tokens`` from being evicted. They count as pinned as soon as they are computed. Undo by :meth:`unpin`."""
+        node = self.insert(tokens)
+        for each in node.path():
+            each.pins += 1
+        return node
+
+    def unpin(self, tokens: Sequence[int]) -> None:
+        """Undo one :meth:`pin` of the same tokens."""
+        node = self.insert(tokens)
+        for each in reversed(node.path()):
+            each.pins = max(each.pins - 1, 0)
+            if each.refs == 0 and each.pins == 0 and not each.complete:
+                self._truncate(each)
+
+    def evict(self, wanted: int) -> int:
+        """Free at least ``wanted`` bytes of what nobody uses, least recently used leaves first. Returns bytes freed."""
+        freed = 0
+        leaves = [(node.last_used, node.serial, node) for node in self if self._evictable(node)]
+        heapq.heapify(leaves)
+        while leaves and freed < wanted:
+            _, _, node = heapq.heappop(leaves)
+            parent = node.parent
+            freed += self._remove(node)
+            if parent is not None and self._evictable(parent):
+                heapq.heappush(leaves, (parent.last_used, parent.serial, parent))
+        return freed
+
+    @property
+    def evictable_bytes(self) -> int:
+        """Bytes that eviction could free: nodes below which nothing is used or pinned."""
+        tokens = sum(len(n) for n in self if n.refs == 0 and n.pins == 0 and n.keys is not None)
+        return tokens * self.layout.bytes_per_token
+
+    def _evictable(self, node: Node) -> bool:
+        return node.parent is not None and not node.children and node.refs == 0 and node.pins == 0
+
+    def _remove(self, node: Node) -> int:
+        """Take a leaf out. Returns the bytes it held."""
+        assert node.parent is not None and not node.children
+        del node.parent.children[node.tokens[0]]
+        size = 0
+        if node.keys is not None:
+            size = len(node) * self.layout.bytes_per_token
+            self.budget.release(size)
+            self.evicted_tokens += node.computed
+        node.parent = node.keys = node.values = None
+        return size
+
+    def _truncate(self, node: Node) -> None:
+        """Drop what is not computed of an unused node. Its children, if any, are not computed at all and unused too."""
+        for child in list(node.children.values()):
+            if child.refs == 0 and child.pins == 0:
+                self._truncate(child)
+        if node.children:
+            return
+        if node.computed == 0:
+            self._remove(node)
+            return
+        upper = self._split(node, node.computed)
+        if node.keys is not None:  # both parts hold storage now; the budget follows the removal of the lower one
+            self._remove(node)
+        assert upper.complete
+
+
+def _common_length(node_tokens: list[int], tokens: Sequence[int], offset: int) -> int:
+    """Length of the common prefix of ``node_tokens`` and ``tokens[offset:]``."""
+    limit = min(len(node_tokens), len(tokens) - offset)
+    # Slices compare at C speed; only a mismatch is searched for token by token.
+    if node_tokens[:limit] == list(tokens[offset : offset + limit]):
+        return limit
+    return next(i for i in range(limit) if node_tokens[i] != tokens[offset + i])

@@ -1,0 +1,343 @@
+"""The Python API: a model, and what one can ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from gossamer.engine.attention import IMPLEMENTATION
+from gossamer.engine.beam import beam_search
+from gossamer.engine.engine import Engine, SharingMode
+from gossamer.engine.intake import Prompt
+from gossamer.engine.memory import parse_bytes
+from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.stats import EngineStats
+from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
+from gossamer.models.load import load_model
+from gossamer.models.resolve import resolve_model
+from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
+from gossamer.progress import Progress
+from gossamer.sampling_params import BeamSearchParams, SamplingParams
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+
+class LLM:
+    """A model on this machine, ready to serve many prompts that share prefixes.
+
+    Args:
+        model: a catalogue name (``gossamer pull`` lists them), a local directory, a ``.gguf`` file, or a Hugging Face id.
+        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        quantization: ``None``; this release has no other.
+        sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
+        runner: ``"auto"`` or ``"transformers"``.
+        memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
+        max_model_len: longest prompt plus output in tokens; the model's limit by default.
+        max_num_seqs: sequences that are computed at the same time.
+        max_num_batched_tokens: tokens per step.
+        seed: source of the random streams of requests without a seed.
+        device: where the model runs.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer.
+        model_path: the directory the model was loaded from.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
+
+    Example::
+
+        from gossamer import LLM, SamplingParams
+
+        llm = LLM("smollm2-135m")
+        for output in llm.generate(["The capital of France is", "2 + 2 ="], SamplingParams(temperature=0)):
+            print(output.outputs[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        sharing: SharingMode = "attention",
+        runner: Literal["auto", "transformers"] = "auto",
+        memory: str | int = "4GB",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        if quantization is not None:
+            raise ConfigurationError(f"quantization must be None in this release, got {quantization!r}")
+        if runner not in ("auto", "transformers"):
+            raise ConfigurationError(f"runner must be 'auto' or 'transformers', got {runner!r}")
+        budget = parse_bytes(memory)
+        self.model_name = str(model)
+        self.model_path = resolve_model(model)
+        network, self.tokenizer = load_model(
+            self.model_path, dtype=dtype, attn_implementation=IMPLEMENTATION, device=device
+        )
+        self.engine = Engine(
+            TransformersRunner(network),
+            self.tokenizer,
+            sharing=sharing,
+            memory=budget,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+            eos_token_ids=eos_token_ids(network, self.tokenizer),
+        )
+        self._calls = 0
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for request_id in list(self.engine.requests):
+            self.engine.abort(request_id)
+        self.engine.tree.evict(self.engine.budget.total)
+
+    # --- generation --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[RequestOutput]:
+        """Complete prompts. Shared prefixes among them, at any depth, are found and computed once.
+
+        Args:
+            prompts: strings, or ``{"prompt_token_ids": [...]}``; one or many.
+            sampling_params: one for all, or one per prompt.
+            use_tqdm: show a progress bar (when standard error is a terminal).
+            on_error: what to do about prompts that cannot be served, after all others are finished: ``"raise"`` the
+                first error, with all outputs in its ``outputs``, or ``"return"`` outputs that carry ``error``.
+
+        Returns:
+            One output per prompt, in the same order.
+
+        Raises:
+            RequestError: see ``on_error``; it names the request by its place, ``prompt-3``.
+        """
+        many = _as_list(prompts)
+        params = self._params_for(many, sampling_params)
+        ids = self._new_ids("prompt", len(many))
+        outputs: dict[str, RequestOutput] = {}
+        # Neighbours in this order share the longest prefixes, so they run together even when memory is short.
+        for place in sorted(range(len(many)), key=lambda i: _sort_key(many[i])):
+            try:
+                self.engine.add_request(ids[place], many[place], params[place])
+            except RequestError as error:
+                outputs[ids[place]] = _failed(ids[place], many[place], error)
+        for output in self._run(set(ids) - outputs.keys(), use_tqdm):
+            assert isinstance(output, RequestOutput)
+            outputs[output.request_id] = output
+        return _in_order([outputs[each] for each in ids], on_error)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many: each a list of ``{"role": ..., "content": ...}``.
+
+        Raises:
+            ConfigurationError: the model has no chat template.
+            RequestError: as in :meth:`generate`.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [{"prompt_token_ids": self.apply_chat_template(list(each))} for each in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm, on_error=on_error)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding the output so far after every token. Leaving the loop aborts the request."""
+        (request_id,) = self._new_ids("stream", 1)
+        self.engine.add_request(request_id, prompt, sampling_params or SamplingParams(), stream=True)
+        try:
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    if output.request_id == request_id and isinstance(output, RequestOutput):
+                        if output.error is not None:
+                            raise output.error
+                        yield output
+                        if output.finished:
+                            return
+        finally:
+            self.engine.abort(request_id)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """The ``params.beam_width`` best continuations of each prompt; the prompt is computed once for all beams.
+
+        The hypotheses are those of transformers' ``generate(num_beams=..., early_stopping=False)``.
+
+        Raises:
+            RequestError: a prompt cannot be served.
+        """
+        many = _as_list(prompts)
+        with Progress("beam search", len(many), enabled=use_tqdm) as progress:
+            outputs = []
+            for request_id, prompt in zip(self._new_ids("beam", len(many)), many, strict=True):
+                outputs.append(beam_search(self.engine, request_id, prompt, params))
+                progress.advance()
+        return outputs
+
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        continuations: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        use_tqdm: bool = True,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+    ) -> list[ScoreOutput]:
+        """Log-likelihoods (natural) of prompts, or of candidate endings of them.
+
+        Args:
+            prompts: one or many.
+            continuations: candidate endings: one list for all prompts, or one list per prompt. All candidates of all
+                prompts are scored in one shared pass, which computes each common prefix once. A continuation is
+                tokenized by itself and appended to the prompt's tokens, so begin it with the space it needs.
+
+        Returns:
+            One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or
+            ``continuations[i].logprob`` and ``.token_logprobs`` of each ending and ``best``, the index of the likeliest.
+
+        Raises:
+            RequestError: as in :meth:`generate`.
+        """
+        many = _as_list(prompts)
+        endings = self._endings_for(many, continuations)
+        ids = self._new_ids("prompt", len(many))
+        outputs: dict[str, ScoreOutput] = {}
+        for request_id, prompt, texts in zip(ids, many, endings, strict=True):
+            encoded = None if texts is None else [(t, self.tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+            try:
+                self.engine.add_score(request_id, prompt, encoded)
+            except RequestError as error:
+                outputs[request_id] = ScoreOutput(request_id, [], error=error)
+        for output in self._run(set(ids) - outputs.keys(), use_tqdm):
+            assert isinstance(output, ScoreOutput)
+            outputs[output.request_id] = output
+        ordered = [outputs[each] for each in ids]
+        errors = [output.error for output in ordered if output.error is not None]
+        if errors and on_error == "raise":
+            raise errors[0]
+        return ordered
+
+    # --- the rest ----------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """What was computed and what was saved since this object was made."""
+        return self.engine.stats
+
+    def apply_chat_template(self, messages: list[Message]) -> list[int]:
+        """A conversation as token ids, up to where the assistant's answer begins.
+
+        Raises:
+            ConfigurationError: the model has no chat template, or it refuses the messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigurationError(
+                f"{self.model_name} has no chat template: it was not trained for conversations; use generate() with text"
+            )
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # templates are programs that come with the model and raise what they like
+            raise InvalidPromptError(f"the chat template refused the messages: {error}", param="messages") from error
+        return list(encoded["input_ids"])
+
+    def pin(self, prompt: Prompt) -> int:
+        """Keep a prefix's keys and values in memory once they are computed; returns its number of tokens."""
+        return self.engine.pin(prompt)
+
+    def unpin(self, prompt: Prompt) -> None:
+        """Undo one :meth:`pin` of the same prefix."""
+        self.engine.unpin(prompt)
+
+    def _run(self, waiting: set[str], use_tqdm: bool) -> Iterator[RequestOutput | ScoreOutput]:
+        """Step until the requests ``waiting`` are finished; if interrupted, forget those that are not."""
+        try:
+            with Progress("generating", len(waiting), enabled=use_tqdm) as progress:
+                while waiting:
+                    for output in self.engine.step():
+                        if output.request_id in waiting:
+                            waiting.discard(output.request_id)
+                            progress.advance()
+                            yield output
+                    progress.describe(self.engine.stats)
+        finally:
+            for request_id in waiting:
+                self.engine.abort(request_id)
+
+    def _new_ids(self, kind: str, count: int) -> list[str]:
+        """``prompt-0`` ... in the first call; later calls add their number, since ids must be unique in the engine."""
+        call = f"{self._calls}-" if self._calls else ""
+        self._calls += 1
+        return [f"{call}{kind}-{place}" for place in range(count)]
+
+    def _params_for(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidSamplingParamsError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each")
+        return list(params)
+
+    def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[list[str] | None]:
+        if continuations is None:
+            return [None] * len(prompts)
+        if all(isinstance(each, str) for each in continuations):
+            return [list(continuations)] * len(prompts)
+        if len(continuations) != len(prompts):
+            raise ConfigurationError(
+                f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one list for all, or one each"
+            )
+        return [list(each) for each in continuations]
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends a text, by the generation configuration, the model's configuration and the tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    return [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+
+
+def _sort_key(prompt: Prompt) -> tuple[int, Any]:
+    if isinstance(prompt, str):
+        return 0, prompt
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    # Comparable whatever was passed: what is not a list of integers is refused later, with a proper message.
+    return 1, [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
+
+
+def _failed(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
+    return RequestOutput(request_id, prompt if isinstance(prompt, str) else None, [], error=error)
+
+
+def _in_order(outputs: list[RequestOutput], on_error: str) -> list[RequestOutput]:
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors and on_error == "raise":
+        errors[0].outputs = outputs
+        raise errors[0]
+    return outputs

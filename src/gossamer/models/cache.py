@@ -1,0 +1,138 @@
+"""The directory of converted models, and how an entry gets into it all at once or not at all.
+
+An entry is built in a hidden sibling directory under a lock and renamed when it is finished. Whatever interrupts the
+build, no half entry is ever seen under the final name; the next build of an entry removes what a killed one left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from gossamer.errors import DownloadError, GossamerError
+from gossamer.models.manifest import verify
+from gossamer.models.progress import console, say
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A model in the cache.
+
+    Attributes:
+        path: its directory.
+        outcome: ``present`` if it was there, ``built`` if it was made now, ``repaired`` if it replaced another.
+    """
+
+    path: Path
+    outcome: Literal["present", "built", "repaired"]
+
+
+def cache_directory() -> Path:
+    """``$GOSSAMER_CACHE``, or ``gossamer`` in the user's cache directory (``$XDG_CACHE_HOME``, else ``~/.cache``)."""
+    if chosen := os.environ.get("GOSSAMER_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    # The XDG specification says to ignore a relative path.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "gossamer"
+
+
+def entry_path(key: str) -> Path:
+    """Where the entry ``key`` is or would be."""
+    return cache_directory() / "models" / key
+
+
+def get_or_build(
+    key: str, build: Callable[[Path], Path], *, space: int = 0, full: bool = False, force: bool = False
+) -> CacheEntry:
+    """Returns the entry ``key``, building it when it is missing or damaged.
+
+    Args:
+        key: name of the entry.
+        build: gets an empty scratch directory; returns the finished checkpoint directory inside it, manifest included.
+        space: bytes of disk the build needs; refused beforehand when they are not free.
+        full: compare digests, not only sizes, with the manifest.
+        force: build again even if the entry is intact.
+
+    Raises:
+        DownloadError: the cache cannot be written, or the disk is too full.
+        GossamerError: whatever ``build`` raises on purpose.
+    """
+    target = entry_path(key)
+    if not force and not verify(target, full=full):
+        return CacheEntry(target, "present")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(key):
+            existed = target.exists()
+            # Another process may have finished the very same build while we waited for the lock.
+            if not force:
+                faults = verify(target, full=full)
+                if not faults:
+                    return CacheEntry(target, "present")
+                if existed:
+                    say(f"The cached copy of {key} is damaged ({faults[0]}); fetching it again.")
+            _remove_leftovers(key)
+            _check_space(target.parent, key, space)
+            with _scratch_directory(key) as scratch:
+                _replace(target, build(scratch), scratch)
+    except GossamerError:  # some are OSErrors as well
+        raise
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write {key} to the model cache {target.parent}: {error}. Make room there, or set GOSSAMER_CACHE "
+            "to a directory on another disk."
+        ) from error
+    return CacheEntry(target, "repaired" if existed else "built")
+
+
+@contextmanager
+def _lock(key: str) -> Iterator[None]:
+    lock = FileLock(entry_path(f".{key}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with console.status(f"another process is fetching {key}; waiting for it"):
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(key: str) -> None:
+    # We hold the entry's lock, so nobody is working in any scratch directory of this entry.
+    for leftover in entry_path(key).parent.glob(f".{key}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_space(directory: Path, key: str, space: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < space:
+        raise DownloadError(
+            f"{key} needs {space / 1e9:.1f} GB in {directory}, where {free / 1e9:.1f} GB are free. Make room there, or "
+            "set GOSSAMER_CACHE to a directory on another disk."
+        )
+
+
+@contextmanager
+def _scratch_directory(key: str) -> Iterator[Path]:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=entry_path(key).parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(target: Path, built: Path, scratch: Path) -> None:
+    # A directory that is not empty cannot be renamed over. Processes that read the old one keep their open files.
+    if target.exists():
+        target.rename(scratch / "replaced")
+    built.rename(target)

