@@ -22,15 +22,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from gossamer.engine.sampler import (
-    Sampler,
-    SamplingState,
-    adjust_,
-    largest,
-    make_random,
-    token_logprobs,
-    top_logprobs,
-)
+from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
+from gossamer.engine.sampling.adjustments import adjust_
+from gossamer.engine.sampling.rows import largest
 from gossamer.sampling_params import SamplingParams
 
 seeds = st.integers(0, 2**31 - 1)
@@ -267,7 +261,7 @@ def test_streams_differ_between_completions_and_agree_between_processes() -> Non
     streams = [make_random(seed, 0, 7, index).random() for seed in (None, 3) for index in range(8)]
     assert len(set(streams)) == 16
     assert make_random(3, 1, 9, 2).random() == make_random(3, 0, 7, 2).random()
-    code = "from gossamer.engine.sampler import make_random; print(make_random(None, 0, 7, 5).random())"
+    code = "from gossamer.engine.sampling import make_random; print(make_random(None, 0, 7, 5).random())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) == streams[5]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gossamer.outputs import RequestOutput
+    from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 
 
 class GossamerError(Exception):
@@ -49,7 +49,7 @@ class RequestError(GossamerError, ValueError):
     Attributes:
         request_id: the request, or ``None`` when the value was checked before it belonged to a request.
         param: the field that is wrong, where one can be named.
-        outputs: filled by :meth:`gossamer.LLM.generate`: the outputs of the whole call, finished ones included.
+        outputs: filled by the methods of :class:`gossamer.LLM`: the outputs of the whole call, finished ones included.
     """
 
     def __init__(self, message: str, *, request_id: str | None = None, param: str | None = None) -> None:
@@ -57,7 +57,7 @@ class RequestError(GossamerError, ValueError):
         self.message = message
         self.request_id = request_id
         self.param = param
-        self.outputs: list[RequestOutput] = []
+        self.outputs: list[RequestOutput] | list[ScoreOutput] | list[BeamSearchOutput] = []
 
     def __str__(self) -> str:
         return f"{self.request_id}: {self.message}" if self.request_id else self.message

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gossamer.engine.attention import IMPLEMENTATION
-from gossamer.engine.beam import beam_search
 from gossamer.engine.engine import Engine, SharingMode
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
@@ -22,6 +21,8 @@ from gossamer.progress import Progress
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+OnError = Literal["raise", "return"]
+O = TypeVar("O", RequestOutput, ScoreOutput, BeamSearchOutput)
 
 
 class LLM:
@@ -112,7 +113,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        on_error: Literal["raise", "return"] = "raise",
+        on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Complete prompts. Shared prefixes among them, at any depth, are found and computed once.
 
@@ -139,9 +140,7 @@ class LLM:
                 self.engine.add_request(ids[place], many[place], params[place])
             except RequestError as error:
                 outputs[ids[place]] = _failed(ids[place], many[place], error)
-        for output in self._run(set(ids) - outputs.keys(), use_tqdm):
-            assert isinstance(output, RequestOutput)
-            outputs[output.request_id] = output
+        outputs.update(self._run(ids, outputs, use_tqdm, RequestOutput))
         return _in_order([outputs[each] for each in ids], on_error)
 
     def chat(
@@ -150,7 +149,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        on_error: Literal["raise", "return"] = "raise",
+        on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Answer one conversation, or many: each a list of ``{"role": ..., "content": ...}``.
 
@@ -159,7 +158,7 @@ class LLM:
             RequestError: as in :meth:`generate`.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [{"prompt_token_ids": self.apply_chat_template(list(each))} for each in conversations]  # type: ignore[arg-type]
+        prompts = [{"prompt_token_ids": self.apply_chat_template(each)} for each in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm, on_error=on_error)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -179,22 +178,30 @@ class LLM:
             self.engine.abort(request_id)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = True,
+        *,
+        on_error: OnError = "raise",
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` best continuations of each prompt; the prompt is computed once for all beams.
 
         The hypotheses are those of transformers' ``generate(num_beams=..., early_stopping=False)``.
 
         Raises:
-            RequestError: a prompt cannot be served.
+            RequestError: as in :meth:`generate`.
         """
         many = _as_list(prompts)
-        with Progress("beam search", len(many), enabled=use_tqdm) as progress:
-            outputs = []
-            for request_id, prompt in zip(self._new_ids("beam", len(many)), many, strict=True):
-                outputs.append(beam_search(self.engine, request_id, prompt, params))
-                progress.advance()
-        return outputs
+        ids = self._new_ids("prompt", len(many))
+        outputs: dict[str, BeamSearchOutput] = {}
+        for request_id, prompt in zip(ids, many, strict=True):
+            try:
+                self.engine.add_beam_search(request_id, prompt, params)
+            except RequestError as error:
+                outputs[request_id] = BeamSearchOutput(request_id, [], error=error)
+        outputs.update(self._run(ids, outputs, use_tqdm, BeamSearchOutput))
+        return _in_order([outputs[each] for each in ids], on_error)
 
     def score(
         self,
@@ -202,7 +209,7 @@ class LLM:
         continuations: Sequence[str] | Sequence[Sequence[str]] | None = None,
         use_tqdm: bool = True,
         *,
-        on_error: Literal["raise", "return"] = "raise",
+        on_error: OnError = "raise",
     ) -> list[ScoreOutput]:
         """Log-likelihoods (natural) of prompts, or of candidate endings of them.
 
@@ -224,19 +231,15 @@ class LLM:
         ids = self._new_ids("prompt", len(many))
         outputs: dict[str, ScoreOutput] = {}
         for request_id, prompt, texts in zip(ids, many, endings, strict=True):
-            encoded = None if texts is None else [(t, self.tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+            encoded = (
+                None if texts is None else [(t, self.tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+            )
             try:
                 self.engine.add_score(request_id, prompt, encoded)
             except RequestError as error:
                 outputs[request_id] = ScoreOutput(request_id, [], error=error)
-        for output in self._run(set(ids) - outputs.keys(), use_tqdm):
-            assert isinstance(output, ScoreOutput)
-            outputs[output.request_id] = output
-        ordered = [outputs[each] for each in ids]
-        errors = [output.error for output in ordered if output.error is not None]
-        if errors and on_error == "raise":
-            raise errors[0]
-        return ordered
+        outputs.update(self._run(ids, outputs, use_tqdm, ScoreOutput))
+        return _in_order([outputs[each] for each in ids], on_error)
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -244,7 +247,7 @@ class LLM:
         """What was computed and what was saved since this object was made."""
         return self.engine.stats
 
-    def apply_chat_template(self, messages: list[Message]) -> list[int]:
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins.
 
         Raises:
@@ -268,20 +271,23 @@ class LLM:
         """Undo one :meth:`pin` of the same prefix."""
         self.engine.unpin(prompt)
 
-    def _run(self, waiting: set[str], use_tqdm: bool) -> Iterator[RequestOutput | ScoreOutput]:
-        """Step until the requests ``waiting`` are finished; if interrupted, forget those that are not."""
+    def _run(self, ids: list[str], failed: Mapping[str, O], use_tqdm: bool, kind: type[O]) -> dict[str, O]:
+        """Step until all requests ``ids`` but the failed are finished; if interrupted, forget those that are not."""
+        waiting = set(ids) - failed.keys()
+        outputs: dict[str, O] = {}
         try:
-            with Progress("generating", len(waiting), enabled=use_tqdm) as progress:
+            with Progress(len(waiting), enabled=use_tqdm) as progress:
                 while waiting:
                     for output in self.engine.step():
-                        if output.request_id in waiting:
+                        if output.request_id in waiting and isinstance(output, kind):
                             waiting.discard(output.request_id)
+                            outputs[output.request_id] = output
                             progress.advance()
-                            yield output
                     progress.describe(self.engine.stats)
         finally:
             for request_id in waiting:
                 self.engine.abort(request_id)
+        return outputs
 
     def _new_ids(self, kind: str, count: int) -> list[str]:
         """``prompt-0`` ... in the first call; later calls add their number, since ids must be unique in the engine."""
@@ -295,7 +301,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
-            raise InvalidSamplingParamsError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each")
+            raise InvalidSamplingParamsError(
+                f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each"
+            )
         return list(params)
 
     def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[list[str] | None]:
@@ -335,9 +343,9 @@ def _failed(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutp
     return RequestOutput(request_id, prompt if isinstance(prompt, str) else None, [], error=error)
 
 
-def _in_order(outputs: list[RequestOutput], on_error: str) -> list[RequestOutput]:
+def _in_order(outputs: list[O], on_error: OnError) -> list[O]:
     errors = [output.error for output in outputs if output.error is not None]
     if errors and on_error == "raise":
-        errors[0].outputs = outputs
+        errors[0].outputs = list(outputs)
         raise errors[0]
     return outputs

@@ -57,7 +57,14 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class BeamSearchSequence:
-    """One hypothesis: the generated tokens, their text, and the sum of their log-probabilities."""
+    """One hypothesis.
+
+    Attributes:
+        token_ids: the generated tokens.
+        cumulative_logprob: sum of their log-probabilities.
+        score: ``cumulative_logprob / len(token_ids) ** length_penalty``.
+        finish_reason: ``"stop"`` or ``"length"``.
+    """
 
     text: str
     token_ids: list[int]
@@ -70,8 +77,10 @@ class BeamSearchSequence:
 class BeamSearchOutput:
     """The hypotheses of one prompt, best first."""
 
+    request_id: str
     prompt_token_ids: list[int]
-    sequences: list[BeamSearchSequence]
+    sequences: list[BeamSearchSequence] = field(default_factory=list)
+    error: RequestError | None = None
 
 
 @dataclass(slots=True)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """``with Progress("generating", 10) as progress: ... progress.advance()``"""
+    """``with Progress(10) as progress: ... progress.advance()``"""
 
-    def __init__(self, title: str, total: int, *, enabled: bool = True) -> None:
+    def __init__(self, total: int, *, enabled: bool = True) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -27,7 +27,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
         )
         self._bar = Bar(*columns, console=Console(stderr=True), disable=not (enabled and sys.stderr.isatty()))
-        self._task = self._bar.add_task(title, total=total, note="")
+        self._task = self._bar.add_task("computing", total=total, note="")
         self._start = time.perf_counter()
         self._generated: int | None = None
 

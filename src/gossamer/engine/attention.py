@@ -26,7 +26,7 @@ from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend
 IMPLEMENTATION = "gossamer"  # the value of attn_implementation
 
 # Arguments that some models pass to every attention function and that change nothing here.
-_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "dropout", "is_causal"})
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def _hook(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    unknown = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
+    unknown = [name for name, value in others.items() if not (value is None or value is False or name in _WITHOUT_EFFECT)]
     if attention_mask is not None:
         unknown.append("attention_mask")
     if unknown:
@@ -79,7 +79,9 @@ def _hook(
         )
     layer = module.layer_idx
     assert isinstance(layer, int)
-    return _step.get().attend(layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap, s_aux)), None
+    return _step.get().attend(
+        layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap, s_aux)
+    ), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _hook)

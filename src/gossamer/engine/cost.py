@@ -64,10 +64,9 @@ def calibrate(layout: KVLayout, num_heads: int) -> CostModel:
 
 
 def _segment_seconds(layout: KVLayout, layer: LayerShape, num_heads: int, readers: int, keys: int) -> float:
-    options = {"dtype": layout.dtype, "device": layout.device}
-    query = torch.randn(1, num_heads, readers, layer.key_dim, **options)
-    key = torch.randn(layer.num_kv_heads, keys, layer.key_dim, **options)
-    value = torch.randn(layer.num_kv_heads, keys, layer.value_dim, **options)
+    query = _random(layout, 1, num_heads, readers, layer.key_dim)
+    key = _random(layout, layer.num_kv_heads, keys, layer.key_dim)
+    value = _random(layout, layer.num_kv_heads, keys, layer.value_dim)
 
     def run() -> AttentionState:
         state = attend_prefix(query, key, value)
@@ -77,12 +76,15 @@ def _segment_seconds(layout: KVLayout, layer: LayerShape, num_heads: int, reader
 
 
 def _ragged_seconds(layout: KVLayout, layer: LayerShape, num_heads: int, readers: int, keys: int) -> float:
-    options = {"dtype": layout.dtype, "device": layout.device}
-    query = torch.randn(readers, num_heads, 1, layer.key_dim, **options)
-    key = torch.randn(readers, layer.num_kv_heads, keys, layer.key_dim, **options)
-    value = torch.randn(readers, layer.num_kv_heads, keys, layer.value_dim, **options)
+    query = _random(layout, readers, num_heads, 1, layer.key_dim)
+    key = _random(layout, readers, layer.num_kv_heads, keys, layer.key_dim)
+    value = _random(layout, readers, layer.num_kv_heads, keys, layer.value_dim)
     bias = torch.zeros(readers, keys, device=layout.device)
     return _median_seconds(lambda: attend_ragged(query, key, value, bias))
+
+
+def _random(layout: KVLayout, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=layout.dtype, device=layout.device)
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 7) -> float:

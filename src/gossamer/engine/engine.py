@@ -14,14 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gossamer.engine.beam import BeamSearch
 from gossamer.engine.cost import calibrate
 from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.planner import PlannedRows, Sharing, build_plan
-from gossamer.engine.results import ResultBuilder
+from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
-from gossamer.engine.sampler import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
+from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool
@@ -29,11 +30,12 @@ from gossamer.engine.stats import EngineStats
 from gossamer.engine.stopping import StopChecker
 from gossamer.engine.tree import Node, PrefixTree
 from gossamer.errors import ConfigurationError, InvalidPromptError, RequestError
-from gossamer.outputs import Logprob, RequestOutput, ScoreOutput
-from gossamer.sampling_params import SamplingParams
+from gossamer.outputs import Logprob
+from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 SharingMode = Literal["attention", "storage", "off"]
 SHARING_MODES: tuple[SharingMode, ...] = ("attention", "storage", "off")
+NO_TOKEN = "no token can be sampled: the model's logits are not finite, or all tokens are excluded"
 SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
 
 
@@ -116,7 +118,7 @@ class Engine:
         self.intake.check_params(params, request_id)
         text, ids = self.intake.encode(prompt, request_id)
         self.intake.check_length(len(ids), 1, request_id)
-        request = Request(request_id, self._next_number(), text, ids, params, stream)
+        request = Request(request_id, self._next_number(), text, ids, params, stream=stream)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.max_model_len - len(ids)
         for index in range(params.n):
@@ -156,7 +158,7 @@ class Engine:
             raise InvalidPromptError(
                 "continuations is empty; give at least one", request_id=request_id, param="continuations"
             )
-        request = Request(request_id, self._next_number(), text, ids, params=None)
+        request = Request(request_id, self._next_number(), text, ids)
         for index, (name, ending) in enumerate(continuations or [(None, [])]):
             if continuations is not None:
                 ending = self.intake.check_ids(ending, request_id, f"continuations[{index}]")
@@ -173,6 +175,25 @@ class Engine:
                 score_until=len(ids) + len(ending),
             )
             request.sequences.append(sequence)
+        self._queue(request)
+
+    def add_beam_search(self, request_id: str, prompt: Prompt, params: BeamSearchParams) -> None:
+        """Queue a prompt for beam search. :meth:`step` returns a :class:`~gossamer.outputs.BeamSearchOutput` for it.
+
+        Raises:
+            RequestError: a subclass says what is wrong; nothing was queued.
+        """
+        self._check_id(request_id)
+        text, ids = self.intake.encode(prompt, request_id)
+        self.intake.check_length(len(ids), 1, request_id)
+        end_ids = frozenset() if params.ignore_eos else self.eos_token_ids
+        limit = min(params.max_tokens, self.max_model_len - len(ids))
+        beam = BeamSearch(params, end_ids, limit)
+        request = Request(request_id, self._next_number(), text, ids, beam=beam)
+        shareable = 0 if self.sharing == "off" else len(ids) - 1
+        root = Sequence(request, 0, list(ids), shareable=shareable, generate=True, max_new_tokens=limit)
+        request.sequences.append(root)
+        beam.start(root)
         self._queue(request)
 
     def abort(self, request_id: str) -> None:
@@ -214,7 +235,7 @@ class Engine:
 
     # --- one step ----------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput | ScoreOutput]:
+    def step(self) -> list[Output]:
         """Compute one forward pass. Returns the requests that ended with it, and news of those that stream.
 
         If the model raises, nothing of the step counts, and the next call tries again.
@@ -231,7 +252,7 @@ class Engine:
         logits = self.runner.forward(plan)
         done = time.perf_counter()
         self._commit(works)
-        ended += self._sample(rows, logits)
+        ended += self._sample(rows, logits) + self._branch(rows, logits)
         self._score(rows, logits)
         ended += self._collect(works)
         self._count_step(works, rows, sharing)
@@ -246,21 +267,53 @@ class Engine:
             else:
                 work.target.computed += work.count
 
-    def _sample(self, rows: PlannedRows, logits: Tensor) -> list[RequestOutput | ScoreOutput]:
+    def _sample(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Give every sequence that is up to date its next token; returns requests that failed over it."""
-        states = [sequence.sampling for sequence in rows.sampled if sequence.sampling is not None]
-        if not states:
+        plain = [(row, s, s.sampling) for row, s in enumerate(rows.sampled) if s.sampling is not None]
+        if not plain:
             return []
-        sampled = self.sampler.sample(logits[: len(states)], states)
+        part = logits[: len(plain)] if len(plain) == len(rows.sampled) else logits[[row for row, _, _ in plain]]
+        sampled = self.sampler.sample(part, [state for _, _, state in plain])
         failed = []
-        for sequence, token, logprobs in zip(rows.sampled, sampled.token_ids, sampled.logprobs, strict=True):
+        for (_, sequence, _), token, logprobs in zip(plain, sampled.token_ids, sampled.logprobs, strict=True):
             if token >= 0:
                 self._accept(sequence, token, logprobs)
+            else:
+                failed.append(self._fail(sequence.request, RequestError(NO_TOKEN)))
+        return [output for output in failed if output is not None]
+
+    def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
+        """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
+        searches: dict[Request, BeamSearch] = {}
+        for row, sequence in enumerate(rows.sampled):
+            if (beam := sequence.request.beam) is not None:
+                beam.push(sequence, logits[row])
+                searches[sequence.request] = beam
+        ended: list[Output] = []
+        for request, beam in searches.items():
+            if not beam.ready:
                 continue
-            error = RequestError("no token can be sampled: the model's logits are not finite, or all tokens are excluded")
-            output = self._fail(sequence.request, error)
-            failed += [output] if output is not None else []
-        return failed
+            branches = beam.advance()
+            last = {branch.parent: place for place, branch in enumerate(branches)}
+            living: dict[Sequence, float] = {}
+            for place, branch in enumerate(branches):
+                parent = branch.parent  # goes on itself with its last branch; the others are copies made before that
+                child = parent if last[parent] == place else self.scheduler.fork(parent)
+                child.tokens.append(branch.token)
+                child.output_ids.append(branch.token)
+                living[child] = branch.logprob
+            for sequence in request.sequences:
+                if sequence not in living:
+                    self.scheduler.release(sequence)
+                    sequence.status = Status.FINISHED
+            request.sequences = list(living)
+            beam.descend(living)
+            self.stats.generated_tokens += len(living)
+            if not living:
+                del self.requests[request.request_id]
+                self.stats.finished_requests += 1
+                ended.append(self.results.build(request))
+        return ended
 
     def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         """Append a sampled token, and mark the sequence as finished if it is the last."""
@@ -306,16 +359,16 @@ class Engine:
 
     # --- endings -----------------------------------------------------------------------------------------------
 
-    def _collect(self, works: list[Work]) -> list[RequestOutput | ScoreOutput]:
+    def _collect(self, works: list[Work]) -> list[Output]:
         """End what is finished; the outputs of ended requests, and of those that stream."""
-        ended: list[RequestOutput | ScoreOutput] = []
+        ended: list[Output] = []
         requests = dict.fromkeys(work.sequence.request for work in works)
         finished = [w.sequence for w in works if w.sequence.status is Status.RUNNING and self._is_done(w.sequence)]
         # From the last slot of each bucket to the first, so that none has to move into a gap.
         for sequence in sorted(finished, key=lambda s: -s.slot.index if s.slot else 0):
             self._end(sequence)
         for request in requests:
-            if request.request_id not in self.requests:
+            if request.request_id not in self.requests or request.beam is not None:
                 continue
             if request.finished:
                 del self.requests[request.request_id]
@@ -358,7 +411,7 @@ class Engine:
         self.tree.lock(node)  # unlocking counts as a use, and drops what could not be stored
         self.tree.unlock(node)
 
-    def _fail(self, request: Request, error: RequestError) -> RequestOutput | ScoreOutput | None:
+    def _fail(self, request: Request, error: RequestError) -> Output | None:
         """End a whole request with an error; the others go on."""
         if self.requests.pop(request.request_id, None) is None:
             return None
@@ -368,7 +421,7 @@ class Engine:
         self.stats.failed_requests += 1
         return self.results.build(request, error)
 
-    def _take_failures(self) -> list[RequestOutput | ScoreOutput]:
+    def _take_failures(self) -> list[Output]:
         failed, self.scheduler.failed = self.scheduler.failed, []
         outputs = [self._fail(sequence.request, error) for sequence, error in failed]
         return [output for output in outputs if output is not None]

@@ -182,7 +182,8 @@ def _to_index(rows: slice | np.ndarray) -> Rows:
 
 
 def _logit_rows(layout: _Layout, planned: PlannedRows) -> list[int]:
-    sampled, scored = [], []
+    sampled: list[int] = []
+    scored: list[int] = []
     entries = [*enumerate(layout.single), *zip(layout.first_rows, layout.longer, strict=True)]
     for first, work in entries:
         sequence = work.sequence

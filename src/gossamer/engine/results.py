@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gossamer.engine.beam import BeamSearch
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.errors import RequestError
-from gossamer.outputs import CompletionOutput, ContinuationScore, Logprob, RequestOutput, ScoreOutput
+from gossamer.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    ContinuationScore,
+    Logprob,
+    RequestOutput,
+    ScoreOutput,
+)
+
+Output = RequestOutput | ScoreOutput | BeamSearchOutput
 
 
 class ResultBuilder:
@@ -16,8 +27,10 @@ class ResultBuilder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def build(self, request: Request, error: RequestError | None = None) -> RequestOutput | ScoreOutput:
+    def build(self, request: Request, error: RequestError | None = None) -> Output:
         """The output of a request as it stands, finished or not."""
+        if request.beam is not None:
+            return self._hypotheses(request, request.beam, error)
         if request.params is None:
             return self._scores(request, error)
         output = RequestOutput(
@@ -31,6 +44,21 @@ class ResultBuilder:
                 top = request.sequences[0].top_scores
                 self._decode(top)
                 output.prompt_logprobs = [None, *top]
+        return output
+
+    def _hypotheses(self, request: Request, beam: BeamSearch, error: RequestError | None) -> BeamSearchOutput:
+        output = BeamSearchOutput(request.request_id, request.prompt_token_ids, error=error)
+        if error is None:
+            output.sequences = [
+                BeamSearchSequence(
+                    self.tokenizer.decode(each.output_ids, skip_special_tokens=True),
+                    each.output_ids,
+                    each.logprob,
+                    each.score,
+                    each.finish_reason,
+                )
+                for each in beam.finished
+            ]
         return output
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:

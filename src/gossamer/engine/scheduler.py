@@ -7,6 +7,7 @@ anything of them is computed: that is how prompts that arrive together share all
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,7 +72,17 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Work]:
-        """The next step's work; sequences that can never fit are moved to ``failed``."""
+        """The next step's work; sequences that can never fit are moved to ``failed``.
+
+        Empty only if nothing is left to do, or something failed.
+        """
+        while not (works := self._schedule()) and (self.waiting or self.active) and not self.failed:
+            # Sequences that came into each other's way have given up their memory; the oldest now gets it. Its turn
+            # ends in work or in failure, so this loop does.
+            pass
+        return works
+
+    def _schedule(self) -> list[Work]:
         self._admit()
         self._tokens_left, self._scored_left = self.max_num_batched_tokens, self.max_scored_tokens
         works: list[Work] = []
@@ -128,11 +139,13 @@ class Scheduler:
         """Leave out of the tree what nobody else wants and nobody has computed, if it is short."""
         keep = sequence.node
         assert keep is not None
-        while keep.parent is not None and keep.refs == 1 and keep.computed == 0 and keep.pins == 0 and not keep.children:
+        while (
+            keep.parent is not None and keep.refs == 1 and keep.computed == 0 and keep.pins == 0 and not keep.children
+        ):
             if sequence.shareable - keep.start > PRIVATE_TAIL:
                 break
             keep = keep.parent
-        if keep is not sequence.node:
+        if sequence.node is not None and keep is not sequence.node:
             self.tree.unlock(sequence.node, until=keep)
             sequence.node = keep
 
@@ -152,7 +165,8 @@ class Scheduler:
                 continue
             if self._tokens_left == 0:
                 return
-            if not self._make_room(sequence, lambda node=node: self.tree.allocate(node), may_preempt=not works):  # type: ignore[misc]
+            allocate = functools.partial(self.tree.allocate, node)
+            if not self._make_room(sequence, allocate, may_preempt=not works):
                 return
             count = min(len(node) - node.computed, self._tokens_left)
             works.append(Work(sequence, node.start + node.computed, count, node, node.computed))
@@ -222,7 +236,8 @@ class Scheduler:
         needed = slot.length + count
         if needed > slot.bucket.capacity:
             wanted = needed + max(min(sequence.tokens_left - 1, SLOT_RESERVE), 0)
-            larger = self._make_room(sequence, lambda: self.slots.ensure(slot, wanted), may_preempt=may_preempt)
+            grow = functools.partial(self.slots.ensure, slot, wanted)
+            larger = self._make_room(sequence, grow, may_preempt=may_preempt)
             if larger is None:
                 return
             sequence.slot = slot = larger
@@ -235,6 +250,9 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, attempt: Callable[[], T], *, may_preempt: bool) -> T | None:
         """``attempt`` until it succeeds, preempting younger sequences; the youngest gives way itself."""
+        if result := attempt():
+            return result
+        self.slots.trim()
         while not (result := attempt()):
             if not may_preempt:
                 return None  # others run; wait until they are done
@@ -257,6 +275,32 @@ class Scheduler:
             sequence.shareable = len(sequence.tokens) - 1
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def fork(self, parent: Sequence) -> Sequence:
+        """A second sequence with the same tokens: it shares the parent's nodes and copies its slot, if there is room."""
+        tokens = list(parent.tokens)
+        child = Sequence(
+            parent.request,
+            parent.index,
+            tokens,
+            shareable=len(tokens) if parent.shareable else 0,
+            generate=True,
+            max_new_tokens=parent.max_new_tokens,
+            private_start=parent.private_start,
+            output_ids=list(parent.output_ids),
+            counted=True,
+        )
+        slot = self.slots.fork(parent.slot) if parent.slot is not None else None
+        if slot is None:  # it will be computed from its tokens
+            child.private_start = 0
+            self.waiting.appendleft(child)
+            return child
+        assert parent.node is not None
+        self.tree.lock(parent.node)
+        child.node, child.slot, child.status = parent.node, slot, Status.RUNNING
+        self.active.append(child)
+        self.active.sort(key=lambda s: s.order)
+        return child
 
     def release(self, sequence: Sequence) -> None:
         """Give back whatever the sequence holds."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
-from gossamer.engine.sampler import SamplingState
+from gossamer.engine.sampling import SamplingState
 from gossamer.engine.slots import Slot
 from gossamer.engine.stopping import StopChecker
 from gossamer.engine.tree import Node
@@ -97,7 +98,8 @@ class Request:
     number: int
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams | None  # None: nothing is generated, the tokens are scored
+    params: SamplingParams | None = None  # what to generate; with neither this nor a beam search, tokens are scored
+    beam: BeamSearch | None = None
     stream: bool = False
     continuations: list[str | None] = field(default_factory=list)  # texts of the endings to be scored
     sequences: list[Sequence] = field(default_factory=list)

@@ -64,16 +64,28 @@ class Bucket:
         """Room for ``extra`` more slots. False, and nothing changed, if the budget has none."""
         if not self.budget.reserve(extra * self.slot_bytes):
             return False
+        self._resize(self.rows + extra)
+        return True
+
+    def trim(self) -> None:
+        """Give back the memory of rows that no slot uses."""
+        spare = self.rows - len(self.slots)
+        if spare:
+            self._resize(len(self.slots))
+            self.budget.release(spare * self.slot_bytes)
+
+    def _resize(self, rows: int) -> None:
         used = len(self.slots)
-        if not self.rows:
-            self.keys, self.values = self.layout.allocate(extra, length=self.capacity)
+        if rows == 0:
+            self.keys, self.values = [], []
+        elif self.rows == 0:
+            self.keys, self.values = self.layout.allocate(rows, length=self.capacity)
         else:
             for tensors in (self.keys, self.values):
                 for layer, old in enumerate(tensors):  # one layer at a time: the copy needs no second cache
-                    tensors[layer] = old.new_zeros(self.rows + extra, *old.shape[1:])
+                    tensors[layer] = old.new_zeros(rows, *old.shape[1:])
                     tensors[layer][:used].copy_(old[:used])
-        self.rows += extra
-        return True
+        self.rows = rows
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; the last one moves into its place. An empty bucket gives its memory back."""
@@ -85,8 +97,7 @@ class Bucket:
             last.index = slot.index
             self.slots[last.index] = last
         if not self.slots:
-            self.budget.release(self.rows * self.slot_bytes)
-            self.rows, self.keys, self.values = 0, [], []
+            self.trim()
 
 
 class SlotPool:
@@ -119,6 +130,11 @@ class SlotPool:
 
     def release(self, slot: Slot) -> None:
         slot.bucket.release(slot)
+
+    def trim(self) -> None:
+        """Give back all memory that no slot uses."""
+        for bucket in self.buckets.values():
+            bucket.trim()
 
     def fork(self, slot: Slot) -> Slot | None:
         """A second slot with the same contents (a beam that splits), or ``None`` if the budget has no room."""

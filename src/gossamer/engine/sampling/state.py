@@ -1,0 +1,91 @@
+"""What the sampler knows of one generated sequence."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gossamer.sampling_params import SamplingParams
+
+
+def make_random(seed: int | None, engine_seed: int, request_number: int, index: int) -> random.Random:
+    """The random stream of completion ``index`` of a request.
+
+    A request with a seed gets the same stream whenever it comes; one without is told apart by its number. Seeding with
+    a string hashes it with SHA-512, which is the same in every process.
+
+    >>> make_random(7, 0, 3, 0).random() == make_random(7, 1, 4, 0).random()
+    True
+    >>> make_random(None, 0, 3, 0).random() == make_random(None, 0, 3, 1).random()
+    False
+    """
+    request = f"engine {engine_seed} request {request_number}" if seed is None else f"seed {seed}"
+    return random.Random(f"{request} completion {index}")
+
+
+class TokenCounts:
+    """The tokens that penalties apply to, each once, with the number of times it was generated.
+
+    Kept up to date token by token: counting a long prompt anew in each step would cost more than the step.
+    """
+
+    def __init__(self, prompt_token_ids: list[int], output_token_ids: list[int]) -> None:
+        self._output = output_token_ids
+        self._position = {token: i for i, token in enumerate(dict.fromkeys(prompt_token_ids))}
+        self._tokens = array("q", self._position)
+        self._counts = array("f", bytes(4 * len(self._tokens)))
+        self._counted = 0
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (int64) and how often each was generated (float32, 0 for those of the prompt only)."""
+        for token in self._output[self._counted :]:
+            position = self._position.setdefault(token, len(self._tokens))
+            if position == len(self._tokens):
+                self._tokens.append(token)
+                self._counts.append(0.0)
+            self._counts[position] += 1.0
+        self._counted = len(self._output)
+        return np.array(self._tokens), np.array(self._counts)
+
+
+@dataclass
+class SamplingState:
+    """What the sampler knows of one generated sequence.
+
+    Attributes:
+        output_token_ids: shared with the engine, which appends to it after each step.
+        stop_token_ids: tokens that may not be chosen before ``params.min_tokens``.
+        random: the sequence's own stream; one number is taken from it per drawn token, none by greedy rows.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    stop_token_ids: frozenset[int]
+    random: random.Random
+    penalized: bool = field(init=False)
+    plain: bool = field(init=False)  # the token is the argmax of the logits and nothing else is asked for
+
+    def __post_init__(self) -> None:
+        params = self.params
+        bias = dict(params.logit_bias or {})
+        self.bias_tokens = np.fromiter(bias, np.int64, len(bias))
+        self.bias_values = np.fromiter(bias.values(), np.float32, len(bias))
+        self.banned_tokens = np.fromiter(sorted(self.stop_token_ids), np.int64, len(self.stop_token_ids))
+        self.penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+        prompt = self.prompt_token_ids if params.repetition_penalty != 1 else []
+        self.counts = TokenCounts(prompt, self.output_token_ids)
+        self.plain = params.greedy and not bias and not self.penalized and params.logprobs is None
+
+    @property
+    def bans(self) -> bool:
+        """Whether stop tokens may not be chosen yet."""
+        return len(self.output_token_ids) < self.params.min_tokens and bool(self.stop_token_ids)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether a logit of this row is to be changed before a token is chosen."""
+        return self.penalized or len(self.bias_tokens) > 0 or self.bans

@@ -1,0 +1,96 @@
+"""Tiny random models of many architectures, and transformers' own answers as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+VOCAB = 199
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # spreads the logits, so that the largest is not decided by rounding
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+
+# name -> (config class, model class, what differs from _SMALL)
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 13}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "qwen2_sliding": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 11,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 48, "init_std": 0.3}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.3, "logits_scaling": 1.5}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"head_dim": 16, "sliding_window": 10, "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+}
+
+
+def make_model(name: str) -> Any:
+    """A random fp32 model of an architecture, in evaluation mode."""
+    config_class, model_class, changes = ARCHITECTURES[name]
+    settings = {key: value for key, value in (_SMALL | changes).items()}
+    torch.manual_seed(sum(name.encode()))
+    config = getattr(hf, config_class)(**settings)
+    model = getattr(hf, model_class)(config).float().eval()
+    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and parameter.numel() > 1:  # sinks, biases and norms start as constants
+            torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.mean()))
+    return model
+
+
+def reference(model: Any) -> Callable[[list[int], int], list[int]]:
+    """Greedy answers of transformers' ``generate``, with its eager attention. Nothing is masked as padding."""
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        model.generation_config.eos_token_id = None
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
+        return out[0, len(prompt) :].tolist()
+
+    return generate

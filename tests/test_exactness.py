@@ -1,0 +1,139 @@
+"""The contract: in fp32, greedy tokens are those of transformers' ``generate``, whatever is shared, cached or chunked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from architectures import ARCHITECTURES, VOCAB, make_model, reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gossamer.engine.attention import IMPLEMENTATION
+from gossamer.engine.engine import SHARING_MODES, Engine
+from gossamer.engine.runner import TransformersRunner
+from gossamer.sampling_params import SamplingParams
+
+# Levels of a prefix tree, as lengths: each level is spread evenly over the one above (the matrix of the Hydragen
+# repository's tests), then three levels.
+TREES = [[[1], [10]], [[3], [6, 7]], [[7, 7], [9, 10, 11, 4], [129, 2, 3, 4, 5, 6, 7, 128]], [[40], [70, 3], [20, 9, 1, 30]]]
+
+
+class NumberTokenizer:
+    """Tokens are numbers."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+def prompts_of(tree: list[list[int]], generator: random.Random) -> list[list[int]]:
+    """One prompt per leaf."""
+    prompts: list[list[int]] = [[]]
+    for level in tree:
+        parents = [prompts[i * len(prompts) // len(level)] for i in range(len(level))]
+        prompts = [p + generator.choices(range(VOCAB), k=n) for p, n in zip(parents, level, strict=True)]
+    return prompts
+
+
+def answers(engine: Engine, prompts: list[list[int]], count: int, **params: Any) -> list[list[int]]:
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **params)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    done: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            assert output.error is None
+            done[output.request_id] = output.outputs[0].token_ids  # type: ignore[union-attr]
+    assert engine.slots.num_bytes == 0
+    assert all(node.refs == 0 for node in engine.tree)
+    return [done[str(number)] for number in range(len(prompts))]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]]]]:
+    """A model with its attention replaced, prompts over all trees, and what transformers answers."""
+    model = make_model(request.param)
+    generator = random.Random(request.param)
+    prompts = [prompt for tree in TREES for prompt in prompts_of(tree, generator)]
+    generate = reference(model)
+    expected = [generate(prompt, 8) for prompt in prompts]
+    model.set_attn_implementation(IMPLEMENTATION)
+    yield model, prompts, expected
+
+
+@pytest.mark.parametrize("sharing", SHARING_MODES)
+def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
+    """Cold and warm, whole and in chunks, all at once and a few at a time."""
+    model, prompts, expected = case
+    for chunk, sequences in ((2048, 256), (37, 5)):
+        engine = Engine(
+            TransformersRunner(model), NumberTokenizer(), sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences
+        )
+        assert answers(engine, prompts, 8) == expected
+        cold = engine.stats.computed_tokens
+        assert answers(engine, prompts, 8) == expected
+        warm = engine.stats.computed_tokens - cold
+        if sharing == "off":
+            assert warm == cold
+        else:  # at most the last prompt token and what is generated
+            assert warm <= len(prompts) * 8
+
+
+def _random_tree(draw: Any) -> list[list[int]]:
+    """Prompts over few tokens, so that common prefixes of all lengths occur, identical prompts included."""
+    prompts = [draw(st.lists(st.integers(0, 2), min_size=1, max_size=12))]
+    for _ in range(draw(st.integers(1, 9))):
+        base = draw(st.sampled_from(prompts))
+        cut = draw(st.integers(0, len(base)))
+        tail = draw(st.lists(st.integers(0, 2), max_size=90 if draw(st.booleans()) else 6))
+        prompts.append((base[:cut] + tail) or [1])
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def mistral() -> tuple[Any, Any]:
+    """Sliding windows make positions matter, so the windowed architecture is the stricter one."""
+    model = make_model("mistral")
+    plain = make_model("mistral")
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model, reference(plain)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_trees(mistral: Any, data: st.DataObject) -> None:
+    model, generate = mistral
+    prompts = _random_tree(data.draw)
+    expected = {tuple(p): generate(p, 3) for p in prompts}
+    engine = Engine(
+        TransformersRunner(model),
+        NumberTokenizer(),
+        sharing=data.draw(st.sampled_from(SHARING_MODES)),
+        max_num_batched_tokens=data.draw(st.integers(1, 64)),
+        max_num_seqs=data.draw(st.integers(1, 12)),
+    )
+    # every segment counts, however short: the cost model must not decide what is tested
+    if data.draw(st.booleans()) and engine.scheduler.cost is not None:
+        engine.scheduler.cost = engine.scheduler.cost.__class__(call=0, per_key=0, per_pair=0, per_private_pair=1)
+    for _ in range(2):
+        assert answers(engine, prompts, 3) == [expected[tuple(p)] for p in prompts]
+
+
+def test_little_memory_changes_nothing_but_the_time(mistral: Any) -> None:
+    """Sequences are preempted and computed again, cached prefixes evicted: the tokens stay."""
+    model, generate = mistral
+    generator = random.Random(5)
+    prompts = prompts_of([[60], [20, 30], [9, 1, 70, 12, 33, 40]], generator)
+    expected = [generate(p, 90) for p in prompts]
+    runner = TransformersRunner(model)
+    for sharing in SHARING_MODES:
+        engine = Engine(runner, NumberTokenizer(), sharing=sharing, memory=700 * runner.layout.bytes_per_token)
+        for _ in range(2):
+            assert answers(engine, prompts, 90) == expected
+        assert engine.stats.preemptions or engine.stats.evicted_tokens
+        assert engine.budget.peak <= engine.budget.total
