@@ -21,7 +21,7 @@ import torch
 from gossamer.engine.memory import KVLayout, LayerShape
 from gossamer.ops.attention import AttentionState, attend_prefix, attend_ragged, merge_states
 
-MAX_FOLDED = 512  # a private copy longer than this costs more memory than it can save time
+MAX_FOLDED = 128  # tokens; longer private copies would cost the memory that sharing is to save
 
 
 @dataclass(frozen=True, slots=True)

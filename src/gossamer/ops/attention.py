@@ -119,6 +119,10 @@ def attend(
         ConfigurationError: shapes do not fit together, or ``window`` or ``softcap`` is not positive.
     """
     _check(query, key, value, window, softcap)
+    if key_lengths is not None and key_lengths.shape != query.shape[:1]:
+        raise ConfigurationError(
+            f"key_lengths needs one length per sequence, {tuple(query.shape[:1])}, got {tuple(key_lengths.shape)}"
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if key.shape[2] == 0 or query.shape[2] == 0 or query.shape[0] == 0:
         return empty_state(query, value.shape[-1])
@@ -168,6 +172,11 @@ def attend_prefix(
     >>> torch.allclose(shared.out, copied.out, atol=1e-6)
     True
     """
+    if query.dim() != 4 or key.dim() != 3 or value.dim() != 3:
+        raise ConfigurationError(
+            f"a shared prefix needs query (B, Hq, Lq, D), key (Hkv, P, D) and value (Hkv, P, Dv), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
     batch, heads, length, dim = query.shape
     rows = query.transpose(0, 1).reshape(1, heads, batch * length, dim)
     key, value = key[None], value[None]
@@ -214,7 +223,7 @@ def attend_ragged(
     lse = s.logsumexp(-1, keepdim=True)
     weights = (s - lse.clamp_min(torch.finfo(wide).min)).exp_()  # a sequence that sees nothing gets weights of 0
     out = torch.matmul(weights.to(value.dtype), value).to(wide)
-    return AttentionState(out.view(batch, heads, 1, -1), lse.view(batch, heads, 1))
+    return AttentionState(out.view(batch, heads, 1, value.shape[-1]), lse.view(batch, heads, 1))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> None:
@@ -263,6 +272,8 @@ def _attend_fast(
         if causal:
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
         return _attend_matmul(query, key, value, seen, scale, softcap)
+    # The kernel reads along the head dimension without regard to its stride.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     # The CPU kernel runs bf16 and fp16 slower than fp32 unless the CPU has matrix tiles (AMX), and a decode step's
     # keys convert in a fraction of the time saved; the state comes out in fp32 either way.
     if dtype in (torch.bfloat16, torch.float16):

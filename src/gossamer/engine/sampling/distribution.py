@@ -57,20 +57,19 @@ class Draws:
         # The maximum goes first: dividing by a tiny temperature may overflow, but only to -inf.
         return (logits - self.peak).div_(self.temperature).exp_()
 
+    def probabilities(self, scores: Tensor, threshold: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Softmax of the rows of ``scores`` (B, V) at their temperatures, a few rows at a time.
 
-def probabilities(scores: Tensor, draws: Draws, threshold: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Softmax at each row's temperature, a few rows at a time, padded with zeros to whole blocks of tokens.
-
-    Logits below ``threshold`` (n, 1) get 0; the others are not rescaled. softmax is twice as fast as exp.
-    """
-    vocabulary = scores.shape[1]
-    width = -(-vocabulary // BLOCK) * BLOCK
-    scaled = scores.new_full((min(len(draws), max(1, CHUNK_ELEMENTS // vocabulary)), width), -torch.inf)
-    probabilities = torch.empty_like(scaled)
-    for part, chunk in chunks(scores, draws.rows):
-        size = len(chunk)
-        torch.sub(chunk, draws.peak[part], out=scaled[:size, :vocabulary]).div_(draws.temperature[part])
-        torch.softmax(scaled[:size], -1, out=probabilities[:size])
-        if threshold is not None:
-            probabilities[:size, :vocabulary].masked_fill_(chunk < threshold[part], 0.0)
-        yield part, probabilities[:size]
+        They are padded with zeros to whole blocks of tokens. Logits below ``threshold`` (n, 1) get 0; the others are not rescaled. softmax is twice as fast as exp.
+        """
+        vocabulary = scores.shape[1]
+        width = -(-vocabulary // BLOCK) * BLOCK
+        scaled = scores.new_full((min(len(self), max(1, CHUNK_ELEMENTS // vocabulary)), width), -torch.inf)
+        softmax = torch.empty_like(scaled)
+        for part, chunk in chunks(scores, self.rows):
+            size = len(chunk)
+            torch.sub(chunk, self.peak[part], out=scaled[:size, :vocabulary]).div_(self.temperature[part])
+            torch.softmax(scaled[:size], -1, out=softmax[:size])
+            if threshold is not None:
+                softmax[:size, :vocabulary].masked_fill_(chunk < threshold[part], 0.0)
+            yield part, softmax[:size]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.engine.sampling.distribution import BLOCK, Draws, probabilities
+from gossamer.engine.sampling.distribution import BLOCK, Draws
 from gossamer.engine.sampling.rows import gather, largest
 from gossamer.engine.sampling.truncation import sorted_threshold, totals, truncation_threshold
 
@@ -65,7 +65,7 @@ def _draw_vocabulary(scores: Tensor, draws: Draws, threshold: Tensor) -> Tensor:
     """Draw from the logits not below ``threshold`` (n, 1): first a block of tokens, then a token of the block."""
     vocabulary = scores.shape[1]
     truncated = threshold if bool((threshold > -torch.inf).any()) else None
-    blocks = [p.unflatten(1, (-1, BLOCK)).sum(-1) for _, p in probabilities(scores, draws, truncated)]
+    blocks = [p.unflatten(1, (-1, BLOCK)).sum(-1) for _, p in draws.probabilities(scores, truncated)]
     block, uniform = _invert(torch.cat(blocks), draws.uniform)
     columns = block * BLOCK + torch.arange(BLOCK, device=scores.device)
     logits = gather(scores, draws.rows, columns.clamp_max(vocabulary - 1))

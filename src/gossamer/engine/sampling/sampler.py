@@ -31,6 +31,8 @@ class Sampled:
 class Sampler:
     """Chooses one token per row.
 
+    >>> import random
+    >>> from gossamer.sampling_params import SamplingParams
     >>> greedy = SamplingState(SamplingParams(temperature=0), [1], [], frozenset(), random.Random(0))
     >>> Sampler().sample(torch.tensor([[0.0, 2.0, 1.0]]), [greedy]).token_ids
     [1]

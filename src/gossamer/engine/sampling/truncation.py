@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.engine.sampling.distribution import Draws, probabilities
+from gossamer.engine.sampling.distribution import Draws
 from gossamer.engine.sampling.rows import chunks
 
 
@@ -34,7 +34,7 @@ def totals(scores: Tensor, draws: Draws) -> Tensor:
     which = ((draws.top_p <= 1) & (draws.top_k == 0)).flatten().nonzero().flatten()
     if len(which):
         # The softmax of the largest logit is 1 / total.
-        part = [probabilities.amax(-1) for _, probabilities in probabilities(scores, draws.take(which), None)]
+        part = [softmax.amax(-1) for _, softmax in draws.take(which).probabilities(scores)]
         total[which] = torch.cat(part).double().reciprocal()[:, None]
     return total
 

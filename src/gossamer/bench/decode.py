@@ -1,0 +1,215 @@
+"""Decoding many sequences over one prefix, with each way of sharing it.
+
+All engines use the same weights in the same process, and take their steps in turn, so that whatever else the machine
+does meets all of them. With sharing off the prefix is computed once, and its keys and values are copied into every
+sequence's own memory: only decoding is measured there, and computing the prefix ``batch`` times would take minutes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gossamer.bench.machine import ceilings, describe
+from gossamer.bench.text import windows
+from gossamer.engine.attention import IMPLEMENTATION
+from gossamer.engine.engine import SHARING_MODES, Engine
+from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.sequence import Sequence, Status
+from gossamer.errors import ConfigurationError
+from gossamer.models.load import load_model
+from gossamer.models.resolve import resolve_model
+from gossamer.sampling_params import SamplingParams
+
+BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
+WARM_UP_STEPS = 2
+
+
+@dataclass
+class DecodeResult:
+    """One way of sharing at one batch size and prefix length.
+
+    Attributes:
+        prefill_tokens_per_s: tokens computed before decoding, over the time that took.
+        decode_tokens_per_s: ``batch`` over the median step.
+        step_ms: median of the decode steps; ``step_ms_range`` the fastest and the slowest.
+        engine_ms: median time of a decode step outside of the model's forward pass.
+        kv_bytes: keys and values held while decoding; ``kv_bytes_peak`` the most that was held at any time.
+        floor_ms: time that the measured ceilings of this machine need for the same arithmetic and memory traffic.
+        error: why there is no result.
+    """
+
+    sharing: str
+    runner: str
+    batch: int
+    prefix: int
+    suffix: int
+    new: int
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    step_ms: float | None = None
+    step_ms_range: tuple[float, float] | None = None
+    engine_ms: float | None = None
+    kv_bytes: int | None = None
+    kv_bytes_peak: int | None = None
+    floor_ms: float | None = None
+    error: str | None = None
+
+
+@dataclass
+class _Contestant:
+    """One engine and what was measured of it."""
+
+    result: DecodeResult
+    engine: Engine
+    steps: list[float] = field(default_factory=list)
+    overheads: list[float] = field(default_factory=list)
+
+
+def bench_decode(
+    model: str,
+    *,
+    batches: list[int],
+    prefixes: list[int],
+    suffix: int = 32,
+    new: int = 32,
+    sharing: tuple[str, ...] = (*SHARING_MODES, BOUND),
+    dtype: str = "auto",
+    memory: int = 16 * 10**9,
+    progress: Callable[[str], None] = lambda note: None,
+) -> dict[str, Any]:
+    """Measure every combination. Returns ``{"machine": {...}, "results": [...]}``, see :class:`DecodeResult`.
+
+    Raises:
+        ConfigurationError: an unknown way of sharing, or sizes below 1.
+    """
+    unknown = [mode for mode in sharing if mode not in (*SHARING_MODES, BOUND)]
+    if unknown:
+        raise ConfigurationError(f"sharing must be among {', '.join((*SHARING_MODES, BOUND))}, got {unknown[0]!r}")
+    if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS:
+        raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS}")
+    progress(f"loading {model}")
+    network, tokenizer = load_model(resolve_model(model), dtype=dtype, attn_implementation=IMPLEMENTATION)
+    machine = describe()
+    results = []
+    limits = ceilings(network.dtype)
+    machine |= limits
+    for batch in batches:
+        for prefix in prefixes:
+            prompts = windows(tokenizer, prefix, suffix, batch)
+            contestants = []
+            for mode in sharing:
+                progress(f"{batch} x {prefix} tokens, {mode}: prefill")
+                contestants.append(_prepare(mode, network, tokenizer, prompts, prefix, new, memory))
+            progress(f"{batch} x {prefix} tokens: decoding in turn")
+            _race(contestants)
+            for contestant in contestants:
+                _evaluate(contestant, network, limits)
+                results.append(asdict(contestant.result))
+            del contestants
+    return {"machine": machine, "results": results}
+
+
+def _prepare(
+    mode: str, network: Any, tokenizer: Any, prompts: list[list[int]], prefix: int, new: int, memory: int
+) -> _Contestant:
+    """An engine whose sequences are all about to decode."""
+    runner = TransformersRunner(network, without_attention=mode == BOUND)
+    sharing = "attention" if mode == BOUND else mode
+    engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))  # type: ignore[arg-type]
+    result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
+    contestant = _Contestant(result, engine)
+    if mode == "off":
+        needed = len(prompts) * (len(prompts[0]) + new) * runner.layout.bytes_per_token * 9 // 8
+        if needed > memory:
+            result.error = f"needs {needed / 1e9:.1f} GB of keys and values; --memory is {memory / 1e9:.1f} GB"
+            return contestant
+    start = time.perf_counter()
+    # Sequences whose own tokens do not fit into one step begin to decode at different steps, the first of them early.
+    head_start = len(prompts) * (len(prompts[0]) - prefix) // engine.scheduler.max_num_batched_tokens
+    params = SamplingParams(temperature=0, max_tokens=new + 1 + head_start, ignore_eos=True, detokenize=False)
+    queue = [(str(number), {"prompt_token_ids": prompt}) for number, prompt in enumerate(prompts)]
+    first = queue[:1] if mode == "off" else queue
+    for request_id, prompt in first:
+        engine.add_request(request_id, prompt, params)
+    while not all(_decodes(s) for request in engine.requests.values() for s in request.sequences):
+        engine.step()
+    result.prefill_tokens_per_s = engine.stats.computed_tokens / (time.perf_counter() - start)
+    if mode == "off":
+        _copy_prefix(engine, queue[1:], params, prefix)
+    return contestant
+
+
+def _decodes(sequence: Sequence) -> bool:
+    return bool(sequence.output_ids)
+
+
+def _copy_prefix(engine: Engine, queue: list[tuple[str, Any]], params: SamplingParams, prefix: int) -> None:
+    """Let further requests begin with copies of the first one's prefix, as if each had computed it."""
+    (source,) = next(iter(engine.requests.values())).sequences
+    assert source.slot is not None
+    engine.slots.reserve(source.slot.bucket.capacity, len(queue))
+    for request_id, prompt in queue:
+        engine.add_request(request_id, prompt, params)
+        (sequence,) = engine.requests[request_id].sequences
+        engine.scheduler.waiting.remove(sequence)
+        slot = engine.slots.fork(source.slot)
+        assert slot is not None
+        slot.length = prefix
+        sequence.slot, sequence.node, sequence.status = slot, engine.tree.root, Status.RUNNING
+        engine.scheduler.active.append(sequence)
+    while not all(_decodes(s) for request in engine.requests.values() for s in request.sequences):
+        engine.step()
+
+
+def _race(contestants: list[_Contestant]) -> None:
+    """Decode in turn, a step each."""
+    running = [c for c in contestants if c.result.error is None]
+    # one step less than there are tokens: the last one would end the sequences
+    for _ in range(max((c.result.new - 1 for c in running), default=0)):
+        for contestant in running:
+            before = contestant.engine.stats.overhead_seconds
+            start = time.perf_counter()
+            contestant.engine.step()
+            contestant.steps.append(time.perf_counter() - start)
+            contestant.overheads.append(contestant.engine.stats.overhead_seconds - before)
+
+
+def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float]) -> None:
+    result, engine = contestant.result, contestant.engine
+    if result.error is not None:
+        return
+    steps = contestant.steps[WARM_UP_STEPS:]
+    result.step_ms = statistics.median(steps) * 1e3
+    result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
+    result.decode_tokens_per_s = result.batch / statistics.median(steps)
+    result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
+    if result.sharing == BOUND:
+        result.prefill_tokens_per_s = None
+        return
+    result.kv_bytes, result.kv_bytes_peak = engine.stats.kv_bytes, engine.stats.kv_bytes_peak
+    result.floor_ms = _floor_ms(result, engine, network, limits)
+
+
+def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[str, float]) -> float:
+    """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
+
+    The linear layers multiply every weight but the input embedding's with every row; attention multiplies every key
+    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once.
+    """
+    flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
+    head = network.get_output_embeddings().weight
+    tied = head is network.get_input_embeddings().weight
+    weights = sum(p.numel() for p in network.parameters())
+    weights -= 0 if tied else network.get_input_embeddings().weight.numel()
+    linear = max(2 * weights * result.batch / flops, weights * head.dtype.itemsize / read)
+    layout = engine.runner.layout
+    # the middle of the measured steps
+    own = result.suffix + result.new // 2
+    seen = result.batch * (result.prefix + own)
+    products = seen * sum(2 * engine.runner.num_heads * (x.key_dim + x.value_dim) for x in layout.layers)
+    keys = seen if result.sharing == "off" else result.prefix + result.batch * own
+    return (linear + max(products / flops, keys * layout.bytes_per_token / read)) * 1e3

@@ -1,0 +1,109 @@
+"""``gossamer bench``: figures, with the command that prints them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gossamer.cli.engine_options import AsJson, Dtype, Threads
+from gossamer.cli.terminal import stderr
+from gossamer.errors import ConfigurationError
+
+bench_app = typer.Typer(
+    help="Measure on this machine: our figure, what it is compared with, and the machine's own limit.",
+    no_args_is_help=True,
+)
+
+
+@bench_app.callback()
+def _bench() -> None:
+    pass
+
+
+@bench_app.command()
+def decode(
+    model: Annotated[str, typer.Option(help="As for `gossamer batch`.")] = "smollm2-135m",
+    batch: Annotated[str, typer.Option(help="Sequences that decode together; several: 8,64.")] = "64",
+    prefix: Annotated[str, typer.Option(help="Tokens that all sequences share; several: 128,2048.")] = "2048",
+    suffix: Annotated[int, typer.Option(min=1, help="Prompt tokens that each sequence has of its own.")] = 32,
+    new: Annotated[int, typer.Option(min=3, help="Decode steps; the first two warm up.")] = 32,
+    sharing: Annotated[
+        str,
+        typer.Option(
+            help="attention (one product for all), storage (one copy, every sequence attends on its own), off; "
+            "no-attention leaves attention out and shows what no way of sharing can exceed."
+        ),
+    ] = "attention,storage,off,no-attention",
+    dtype: Dtype = "auto",
+    memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decode many sequences over one shared prefix, with each way of sharing it.
+
+    The contestants take their steps in turn, on real text, with the same weights. Medians are shown, and the floor:
+    the time in which this machine, at its measured ceilings, could do the same arithmetic and memory traffic.
+    """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from gossamer.bench.decode import bench_decode
+    from gossamer.engine.memory import parse_bytes
+
+    with stderr.status("starting") as status:
+        report = bench_decode(
+            model,
+            batches=_numbers(batch, "batch"),
+            prefixes=_numbers(prefix, "prefix"),
+            suffix=suffix,
+            new=new,
+            sharing=tuple(sharing.split(",")),
+            dtype=dtype,
+            memory=parse_bytes(memory),
+            progress=status.update,
+        )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print_table(report)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--{option} takes a number, or several with commas between, got {text!r}") from None
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = report["machine"]
+    console = Console()
+    console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    table = Table()
+    for name in ("batch", "prefix", "sharing", "tokens/s", "ms/step", "floor ms", "engine ms", "K/V MB", "prefill tok/s"):
+        table.add_column(name, justify="left" if name == "sharing" else "right")
+    for row in report["results"]:
+        cells = [str(row["batch"]), str(row["prefix"]), row["sharing"]]
+        if row["error"]:
+            table.add_row(*cells, row["error"])
+            continue
+        table.add_row(
+            *cells,
+            f"{row['decode_tokens_per_s']:,.0f}",
+            f"{row['step_ms']:,.1f}",
+            _optional(row["floor_ms"], "{:,.1f}"),
+            f"{row['engine_ms']:.2f}",
+            _optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
+            _optional(row["prefill_tokens_per_s"], "{:,.0f}"),
+        )
+    console.print(table)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
