@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def parse_bytes(size: str | int) -> int:
     (4000000000, 1610612736, 4096)
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?\s*", str(size).lower())
-    value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    value = int(Fraction(match[1]) * _UNITS[match[2]]) if match else 0
     if value <= 0:
         raise ConfigurationError(f"memory must be a size such as '4GB', '512MiB' or a number of bytes, got {size!r}")
     return value
