@@ -73,7 +73,16 @@ def run_once(model: str, questions: list[Question], sharing: str) -> Run:
 def print_runs(console: Console, runs: list[Run]) -> None:
     table = Table(title="The same questions, with the shared text computed once and every time")
     table.add_column("sharing", no_wrap=True)
-    for name in ("asked", "right", "prompt\ntokens", "of them\ncomputed", "seconds", "s per\nanswer", "tokens/s", "K/V MB"):
+    for name in (
+        "asked",
+        "right",
+        "prompt\ntokens",
+        "of them\ncomputed",
+        "seconds",
+        "s per\nanswer",
+        "tokens/s",
+        "K/V MB",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         stats, count = run.stats, len(run.questions)
@@ -102,7 +111,7 @@ def print_savings(console: Console, run: Run, unshared: Run) -> None:
     console.print(table)
     each = unshared.stats.kv_bytes_peak / len(unshared.questions)
     console.print(
-        f"Keys and values for {len(run.questions)} questions at once: {stats.kv_bytes_peak / 1e6:,.0f} MB with sharing; "
+        f"K/V for {len(run.questions)} questions at once: {stats.kv_bytes_peak / 1e6:,.0f} MB with sharing, "
         f"{each * len(run.questions) / 1e6:,.0f} MB without ({each / 1e6:,.0f} MB for each, as measured)."
     )
 
@@ -110,7 +119,9 @@ def print_savings(console: Console, run: Run, unshared: Run) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--compare", type=int, default=8, help="questions to answer without sharing as well; 0 for none")
+    parser.add_argument(
+        "--compare", type=int, default=8, help="questions to answer without sharing as well; 0 for none"
+    )
     arguments = parser.parse_args()
     console = Console(highlight=False)
     questions = load_questions()
@@ -123,7 +134,9 @@ def main() -> None:
     if arguments.compare:
         # one of each topic in turn, so that the sample has the same mixture as the whole
         sample = [questions[i % 8 * 8 + i // 8] for i in range(min(arguments.compare, len(questions)))]
-        console.print(f"\nThe same for {len(sample)} of them without sharing; every question computes the document anew ...")
+        console.print(
+            f"\nThe same for {len(sample)} of them without sharing; every question computes the document anew ..."
+        )
         runs += [run_once(arguments.model, sample, "attention"), run_once(arguments.model, sample, "off")]
     print_runs(console, runs)
     if arguments.compare:

@@ -63,7 +63,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",
-        {"head_dim": 16, "sliding_window": 10, "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {
+            "head_dim": 16,
+            "sliding_window": 10,
+            "num_local_experts": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     ),
 }
 
@@ -71,7 +76,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def make_model(name: str) -> Any:
     """A random fp32 model of an architecture, in evaluation mode."""
     config_class, model_class, changes = ARCHITECTURES[name]
-    settings = {key: value for key, value in (_SMALL | changes).items()}
+    settings = _SMALL | changes
     torch.manual_seed(sum(name.encode()))
     config = getattr(hf, config_class)(**settings)
     model = getattr(hf, model_class)(config).float().eval()

@@ -23,9 +23,7 @@ def load_reference(directory: Path) -> Any:
 def generate(model: Any, prompt: list[int], **options: Any) -> Any:
     """transformers' ``generate`` without sampling; token 0 counts as text, wherever it stands in the prompt."""
     tokens = torch.tensor([prompt])
-    return model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0, **options
-    )
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0, **options)
 
 
 def greedy(model: Any, prompt: list[int], count: int, **options: Any) -> list[int]:

@@ -90,7 +90,9 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)) -> tuple[list[Tensor], dict[str, Any]]:
+def problems(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
+) -> tuple[list[Tensor], dict[str, Any]]:
     """Query, key, value and options of :func:`attend`, ugly shapes included."""
     generator = torch.Generator().manual_seed(draw(seeds))
     dtype = draw(st.sampled_from(dtypes))
@@ -99,7 +101,11 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
     dim = draw(st.sampled_from([8, 13, 16, 64, 80, 256]))
     value_dim = draw(st.sampled_from([dim, dim, 1, 24]))
     layout = st.sampled_from(["contiguous", "heads inside", "every second", "inside a buffer"])
-    shapes = [(batch, kv_heads * group, rows, dim), (batch, kv_heads, columns, dim), (batch, kv_heads, columns, value_dim)]
+    shapes = [
+        (batch, kv_heads * group, rows, dim),
+        (batch, kv_heads, columns, dim),
+        (batch, kv_heads, columns, value_dim),
+    ]
     tensors = [lay_out((torch.randn(s, generator=generator) * 2).to(dtype), draw(layout)) for s in shapes]
     options: dict[str, Any] = {
         "scale": draw(st.sampled_from([None, 1.0, 0.3])),
@@ -368,7 +374,9 @@ def test_ragged_rows_are_attended_to_on_their_own(problem: tuple[list[Tensor], d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ragged_rows_in_half_precision_stay_within_its_rounding(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(s, generator=generator).to(dtype) for s in ((8, 4, 1, 64), (8, 2, 50, 64), (8, 2, 50, 64)))
+    query, key, value = (
+        torch.randn(s, generator=generator).to(dtype) for s in ((8, 4, 1, 64), (8, 2, 50, 64), (8, 2, 50, 64))
+    )
     state = attend_ragged(query, key, value, torch.zeros(8, 50))
     expected = definition(query, key, value)
     assert state.out.dtype == torch.float32
@@ -486,7 +494,9 @@ def test_shapes_that_do_not_fit_are_named(query: tuple[int, ...], key: tuple[int
         ((2, 4, 1, 8), (4, 3, 8), (4, 2, 8)),
     ],
 )
-def test_prefixes_that_do_not_fit_are_named(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> None:
+def test_prefixes_that_do_not_fit_are_named(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> None:
     with pytest.raises(ConfigurationError) as error:
         attend_prefix(torch.zeros(query), torch.zeros(key), torch.zeros(value))
     assert all(str(shape)[1:-1] in str(error.value) for shape in (key, value))

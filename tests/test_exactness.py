@@ -1,4 +1,4 @@
-"""The contract: in fp32, greedy tokens are those of transformers' ``generate``, whatever is shared, cached or chunked."""
+"""The contract: in fp32, greedy tokens are those of transformers, whatever is shared, cached or chunked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from architectures import ARCHITECTURES, VOCAB, make_model, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from architectures import ARCHITECTURES, VOCAB, make_model, reference
 from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine
 from gossamer.engine.runner import TransformersRunner
@@ -18,7 +18,12 @@ from gossamer.sampling_params import SamplingParams
 
 # Levels of a prefix tree, as lengths: each level is spread evenly over the one above (the matrix of the Hydragen
 # repository's tests), then three levels.
-TREES = [[[1], [10]], [[3], [6, 7]], [[7, 7], [9, 10, 11, 4], [129, 2, 3, 4, 5, 6, 7, 128]], [[40], [70, 3], [20, 9, 1, 30]]]
+TREES = [
+    [[1], [10]],
+    [[3], [6, 7]],
+    [[7, 7], [9, 10, 11, 4], [129, 2, 3, 4, 5, 6, 7, 128]],
+    [[40], [70, 3], [20, 9, 1, 30]],
+]
 
 
 class NumberTokenizer:
@@ -72,7 +77,11 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
     model, prompts, expected = case
     for chunk, sequences in ((2048, 256), (37, 5)):
         engine = Engine(
-            TransformersRunner(model), NumberTokenizer(), sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences
+            TransformersRunner(model),
+            NumberTokenizer(),
+            sharing=sharing,
+            max_num_batched_tokens=chunk,
+            max_num_seqs=sequences,
         )
         assert answers(engine, prompts, 8) == expected
         cold = engine.stats.computed_tokens

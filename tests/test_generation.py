@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from references import assert_idle, greedy, load_reference, logprobs
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 from gossamer import LLM, SamplingParams
 from gossamer.engine.engine import SHARING_MODES
@@ -112,8 +117,10 @@ def test_a_seed_gives_the_same_completions_in_any_company(tiny: Path, llm: LLM, 
 
     These are 240 draws, with fixed seeds: on one machine the outcome never changes.
     """
-    params = [SamplingParams(n=2, seed=seed, max_tokens=20, temperature=t, top_p=p, ignore_eos=True)
-              for seed, t, p in ((1, 1.0, 1.0), (2, 0.7, 0.9), (1, 1.3, 1.0))]
+    params = [
+        SamplingParams(n=2, seed=seed, max_tokens=20, temperature=t, top_p=p, ignore_eos=True)
+        for seed, t, p in ((1, 1.0, 1.0), (2, 0.7, 0.9), (1, 1.3, 1.0))
+    ]
     alone = [tokens_of(llm.generate(prompt, p)) for prompt, p in zip(PROMPTS, params, strict=False)]
     other = LLM(tiny, sharing=sharing, seed=99, **options)
     company = [SamplingParams(max_tokens=9)] * 3
@@ -286,7 +293,9 @@ def test_text_is_left_out_without_detokenize(llm: LLM) -> None:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"n": 3}, {"stop": ["bac", "dd"]}, {"stop": "cab", "include_stop_str_in_output": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 3}, {"stop": ["bac", "dd"]}, {"stop": "cab", "include_stop_str_in_output": True}]
+)
 @pytest.mark.parametrize("readable", [False, True])
 def test_each_streamed_text_extends_the_former(
     llm: LLM, letters: dict[int, float], options: dict[str, Any], readable: bool

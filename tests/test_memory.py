@@ -21,7 +21,16 @@ def test_a_size_is_its_number_times_its_unit(number: int, unit: str, b: bool, sp
 
 @pytest.mark.parametrize(
     "size,expected",
-    [(4096, 4096), ("1.5GiB", 3 << 29), (".5 k", 500), ("0.1GB", 10**8), (" 7 ", 7), ("1B", 1), (2**63 + 1, 2**63 + 1), ("9" * 400, int("9" * 400))],
+    [
+        (4096, 4096),
+        ("1.5GiB", 3 << 29),
+        (".5 k", 500),
+        ("0.1GB", 10**8),
+        (" 7 ", 7),
+        ("1B", 1),
+        (2**63 + 1, 2**63 + 1),
+        ("9" * 400, int("9" * 400)),
+    ],
     ids=lambda x: str(x)[:8],
 )
 def test_sizes_are_exact(size: str | int, expected: int) -> None:

@@ -20,7 +20,9 @@ def prompts() -> list[str]:
     """Two levels of sharing: a document, then a section of it, then a question."""
     text = reference_text()
     document, sections = text[:2400], (text[2400:3000], text[5000:5400])
-    return [f"{document}\n{section}\nQuestion: {q}\nAnswer:" for section in sections for q in QUESTIONS] + [text[9000:9100]]
+    return [f"{document}\n{section}\nQuestion: {q}\nAnswer:" for section in sections for q in QUESTIONS] + [
+        text[9000:9100]
+    ]
 
 
 @pytest.fixture(scope="module")

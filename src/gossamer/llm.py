@@ -22,14 +22,14 @@ from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 OnError = Literal["raise", "return"]
-O = TypeVar("O", RequestOutput, ScoreOutput, BeamSearchOutput)
+Output = TypeVar("Output", RequestOutput, ScoreOutput, BeamSearchOutput)
 
 
 class LLM:
     """A model on this machine, ready to serve many prompts that share prefixes.
 
     Args:
-        model: a catalogue name (``gossamer pull`` lists them), a local directory, a ``.gguf`` file, or a Hugging Face id.
+        model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: ``None``; this release has no other.
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
@@ -221,7 +221,7 @@ class LLM:
 
         Returns:
             One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or
-            ``continuations[i].logprob`` and ``.token_logprobs`` of each ending and ``best``, the index of the likeliest.
+            ``continuations[i].logprob`` and ``.token_logprobs`` of each ending, and ``best``, the likeliest one's index.
 
         Raises:
             RequestError: as in :meth:`generate`.
@@ -255,7 +255,7 @@ class LLM:
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigurationError(
-                f"{self.model_name} has no chat template: it was not trained for conversations; use generate() with text"
+                f"{self.model_name} has no chat template: it was not trained for conversations; use generate()"
             )
         try:
             encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -271,10 +271,12 @@ class LLM:
         """Undo one :meth:`pin` of the same prefix."""
         self.engine.unpin(prompt)
 
-    def _run(self, ids: list[str], failed: Mapping[str, O], use_tqdm: bool, kind: type[O]) -> dict[str, O]:
+    def _run(
+        self, ids: list[str], failed: Mapping[str, Output], use_tqdm: bool, kind: type[Output]
+    ) -> dict[str, Output]:
         """Step until all requests ``ids`` but the failed are finished; if interrupted, forget those that are not."""
         waiting = set(ids) - failed.keys()
-        outputs: dict[str, O] = {}
+        outputs: dict[str, Output] = {}
         try:
             with Progress(len(waiting), enabled=use_tqdm) as progress:
                 while waiting:
@@ -313,7 +315,7 @@ class LLM:
             return [list(continuations)] * len(prompts)
         if len(continuations) != len(prompts):
             raise ConfigurationError(
-                f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one list for all, or one each"
+                f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one for all, or one each"
             )
         return [list(each) for each in continuations]
 
@@ -343,7 +345,7 @@ def _failed(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutp
     return RequestOutput(request_id, prompt if isinstance(prompt, str) else None, [], error=error)
 
 
-def _in_order(outputs: list[O], on_error: OnError) -> list[O]:
+def _in_order(outputs: list[Output], on_error: OnError) -> list[Output]:
     errors = [output.error for output in outputs if output.error is not None]
     if errors and on_error == "raise":
         errors[0].outputs = list(outputs)

@@ -106,7 +106,7 @@ class ScoreOutput:
     """Log-likelihoods of a prompt, or of candidate continuations of it.
 
     Attributes:
-        token_logprobs: without continuations: one entry per prompt token, ``None`` for the first, which nothing precedes.
+        token_logprobs: without continuations: one entry per prompt token, ``None`` for the first.
         continuations: with continuations: one score each, in the order given.
     """
 

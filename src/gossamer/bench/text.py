@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
-
 from pydoc_data import topics
+from typing import Any
 
 
 @cache

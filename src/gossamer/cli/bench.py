@@ -86,7 +86,17 @@ def _print_table(report: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     table = Table()
-    for name in ("batch", "prefix", "sharing", "tokens/s", "ms/step", "floor ms", "engine ms", "K/V MB", "prefill tok/s"):
+    for name in (
+        "batch",
+        "prefix",
+        "sharing",
+        "tokens/s",
+        "ms/step",
+        "floor ms",
+        "engine ms",
+        "K/V MB",
+        "prefill tok/s",
+    ):
         table.add_column(name, justify="left" if name == "sharing" else "right")
     for row in report["results"]:
         cells = [str(row["batch"]), str(row["prefix"]), row["sharing"]]

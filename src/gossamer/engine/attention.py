@@ -21,7 +21,7 @@ from gossamer.engine.plan import Rows, StepPlan
 from gossamer.engine.slots import Slot
 from gossamer.engine.tree import Node
 from gossamer.errors import UnsupportedModelError
-from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend_ragged, merge_states, sink_state
+from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend_ragged
 
 IMPLEMENTATION = "gossamer"  # the value of attn_implementation
 
@@ -70,7 +70,9 @@ def _hook(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    unknown = [name for name, value in others.items() if not (value is None or value is False or name in _WITHOUT_EFFECT)]
+    unknown = [
+        name for name, value in others.items() if not (value is None or value is False or name in _WITHOUT_EFFECT)
+    ]
     if attention_mask is not None:
         unknown.append("attention_mask")
     if unknown:
@@ -147,13 +149,16 @@ class PlannedStep:
         return self._out, self._lse
 
     def _merge(self, query: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-        states = [AttentionState(o, e) for o, e in zip(out, lse, strict=True)]
+        """:func:`~gossamer.ops.attention.merge_states` over the levels; a softmax of their lse is its weights.
+
+        Every row sees itself, so no row is empty in all levels. A sink takes weight and adds nothing.
+        """
         if sinks is not None:
-            sink = sink_state(sinks, query, out.shape[-1])
-            states.append(AttentionState(sink.out[0].transpose(0, 1), sink.lse[0].transpose(0, 1)))
-        if len(states) == 1:  # nothing to merge; the buffer is used again, and the model may work in place
+            lse = torch.cat([lse, sinks.to(lse.dtype).expand(1, *lse.shape[1:])])
+        elif len(out) == 1:  # nothing to merge; the buffer is used again, and the model may work in place
             return out[0].to(query.dtype, copy=True)[None]
-        return merge_states(states).out.to(query.dtype)[None]
+        weights = lse.softmax(0)[: len(out), ..., None]
+        return (out * weights).sum(0).to(query.dtype)[None]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from gossamer.engine.cost import calibrate
 from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
+from gossamer.engine.output_cache import keep_output
 from gossamer.engine.planner import PlannedRows, Sharing, build_plan
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
@@ -28,7 +29,7 @@ from gossamer.engine.sequence import Request, Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool
 from gossamer.engine.stats import EngineStats
 from gossamer.engine.stopping import StopChecker
-from gossamer.engine.tree import Node, PrefixTree
+from gossamer.engine.tree import PrefixTree
 from gossamer.errors import ConfigurationError, InvalidPromptError, RequestError
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
@@ -77,7 +78,7 @@ class Engine:
                 raise ConfigurationError(f"{name} must be at least 1, got {value}")
         if max_model_len is not None and not 1 < max_model_len <= runner.max_model_len:
             raise ConfigurationError(
-                f"max_model_len must be between 2 and {runner.max_model_len}, the model's own limit, got {max_model_len}"
+                f"max_model_len must be from 2 to {runner.max_model_len}, the model's own limit, got {max_model_len}"
             )
         self.runner = runner
         self.tokenizer = tokenizer
@@ -97,12 +98,12 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_scored_tokens=max(SCORED_LOGIT_BYTES // (4 * runner.vocab_size), 16),
         )
-        self.scheduler.on_start = self._count_prompt
+        self.stats = EngineStats()
+        self.scheduler.on_start = self.stats.count_prompt
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
-        self.stats = EngineStats()
         self.requests: dict[str, Request] = {}
         self._number = 0
 
@@ -255,7 +256,7 @@ class Engine:
         ended += self._sample(rows, logits) + self._branch(rows, logits)
         self._score(rows, logits)
         ended += self._collect(works)
-        self._count_step(works, rows, sharing)
+        self._count(works, sharing)
         self.stats.forward_seconds += done - forward
         self.stats.overhead_seconds += time.perf_counter() - done + forward - start
         return ended
@@ -386,30 +387,9 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         """Give the sequence's memory back; what it generated stays in the tree while memory allows."""
         if sequence.status is Status.RUNNING and sequence.generate and self.sharing != "off":
-            self._cache(sequence)
+            keep_output(sequence, self.tree)
         self.scheduler.release(sequence)
         sequence.status = Status.FINISHED
-
-    def _cache(self, sequence: Sequence) -> None:
-        """Move a slot's keys and values into the tree, for the next turn of a conversation. Evicts nothing."""
-        slot = sequence.slot
-        assert slot is not None
-        known = sequence.tokens[: sequence.num_computed]
-        matched = max(self.tree.match(known), sequence.private_start)
-        size = (len(known) - matched) * self.runner.layout.bytes_per_token
-        if not 0 < size <= self.budget.free:
-            return
-        node = self.tree.insert(known)
-        # Only if all that is missing is one new leaf: what others are computing right now is left to them.
-        if node.start == matched and node.refs == 0 and node.keys is None and self.tree.allocate(node):
-            assert node.keys is not None and node.values is not None
-            first = matched - sequence.private_start
-            for own, stored in ((node.keys, slot.bucket.keys), (node.values, slot.bucket.values)):
-                for target, source in zip(own, stored, strict=True):
-                    target.copy_(source[slot.index, :, first : first + len(node)])
-            node.computed, node.owner = len(node), sequence
-        self.tree.lock(node)  # unlocking counts as a use, and drops what could not be stored
-        self.tree.unlock(node)
 
     def _fail(self, request: Request, error: RequestError) -> Output | None:
         """End a whole request with an error; the others go on."""
@@ -426,39 +406,8 @@ class Engine:
         outputs = [self._fail(sequence.request, error) for sequence, error in failed]
         return [output for output in outputs if output is not None]
 
-    # --- statistics --------------------------------------------------------------------------------------------
-
-    def _count_prompt(self, sequence: Sequence, path: list[Node]) -> None:
-        """A sequence starts: what of its prompt did others compute?"""
-        if sequence.counted:
-            return
-        sequence.counted = True
-        self.stats.prompt_tokens += len(sequence.request.prompt_token_ids)
-        for level, node in enumerate(path, start=1):
-            if node.owner is not sequence:
-                sequence.num_cached += len(node)
-                self.stats.saved_by_level[level] += len(node)
-        self.stats.saved_tokens += sequence.num_cached
-
-    def _count_step(self, works: list[Work], rows: PlannedRows, sharing: Sharing) -> None:
-        stats = self.stats
-        stats.steps += 1
-        stats.decode_steps += len(rows.sampled) == len(works) == sum(work.count for work in works)
-        stats.computed_tokens += sum(work.count for work in works)
-        stats.keys_read += sharing.keys_read
-        stats.keys_unshared += sharing.keys_unshared
-        if sharing.segments:
-            stats.shared_steps += 1
-        else:
-            stats.unshared_reasons[self._why_unshared(works, sharing)] += 1
-        stats.kv_bytes = self.budget.used
-        stats.kv_bytes_peak = self.budget.peak
-        stats.preemptions = self.scheduler.num_preemptions
-        stats.evicted_tokens = self.tree.evicted_tokens
-
-    def _why_unshared(self, works: list[Work], sharing: Sharing) -> str:
-        if self.sharing != "attention":
-            return f"sharing is {self.sharing!r}"
-        if len(works) == 1:
-            return "one sequence only"
-        return "no common prefix worth a segment"
+    def _count(self, works: list[Work], sharing: Sharing) -> None:
+        self.stats.count_step(works, sharing, self.sharing)
+        self.stats.kv_bytes, self.stats.kv_bytes_peak = self.budget.used, self.budget.peak
+        self.stats.preemptions = self.scheduler.num_preemptions
+        self.stats.evicted_tokens = self.tree.evicted_tokens

@@ -57,7 +57,7 @@ class Intake:
         for place, token in enumerate(ids):
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
                 raise InvalidPromptError(
-                    f"{param}[{place}] is {token!r}; token ids of this model are integers from 0 to {self.vocab_size - 1}",
+                    f"{param}[{place}] is {token!r}; token ids are integers from 0 to {self.vocab_size - 1}",
                     request_id=request_id,
                     param=param,
                 )

@@ -53,7 +53,7 @@ class KVLayout:
         return sum(x.num_kv_heads * (x.key_dim + x.value_dim) for x in self.layers) * self.dtype.itemsize
 
     def allocate(self, *prefix: int, length: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Zeroed keys and values per layer, each (*prefix, Hkv, length, dim). (Padding is masked, but must be finite.)"""
+        """Zeros for keys and values per layer, (*prefix, Hkv, length, dim). Padding is masked, but must be finite."""
         keys, values = [], []
         for layer in self.layers:
             shape = (*prefix, layer.num_kv_heads, length)

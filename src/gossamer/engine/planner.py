@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, sharing: Shari
 
 def _as_rows(rows: Many[int]) -> slice | np.ndarray:
     """A slice if the rows are consecutive, else an index array."""
-    if rows[-1] - rows[0] == len(rows) - 1 and all(b == a + 1 for a, b in zip(rows, rows[1:], strict=False)):
+    if rows[-1] - rows[0] == len(rows) - 1 and all(b == a + 1 for a, b in pairwise(rows)):
         return slice(rows[0], rows[-1] + 1)
     return np.array(rows)
 

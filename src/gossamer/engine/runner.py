@@ -1,4 +1,4 @@
-"""Runs a model over the packed tokens of one step. The engine knows models only through the :class:`Runner` protocol."""
+"""Runs a model over the packed tokens of one step. The engine knows models only as a :class:`Runner`."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def fork(self, parent: Sequence) -> Sequence:
-        """A second sequence with the same tokens: it shares the parent's nodes and copies its slot, if there is room."""
+        """A second sequence with the same tokens: it shares the parent's nodes and copies its slot, if it can."""
         tokens = list(parent.tokens)
         child = Sequence(
             parent.request,
@@ -320,9 +320,9 @@ class Scheduler:
         token_bytes = self.tree.layout.bytes_per_token
         total = self.tree.budget.total
         error = MemoryBudgetError(
-            f"its {len(sequence.tokens)} tokens need more keys and values than the memory budget of {total / 1e6:,.0f} MB "
-            f"holds ({total // token_bytes} tokens at {token_bytes} bytes each, pinned prefixes included); raise `memory` "
-            "or shorten the prompt",
+            f"its {len(sequence.tokens)} tokens need more keys and values than the memory budget of "
+            f"{total / 1e6:,.0f} MB holds ({total // token_bytes} tokens at {token_bytes} bytes each, pinned prefixes "
+            "included); raise `memory` or shorten the prompt",
             request_id=sequence.request.request_id,
         )
         self.release(sequence)

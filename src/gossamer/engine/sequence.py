@@ -32,8 +32,8 @@ class Sequence:
     Attributes:
         tokens: the prompt, then what was generated.
         shareable: how many leading tokens of the prompt may stand in the tree. At most all but the last: the last
-            one must be computed by the sequence itself, for its logits. A text to be scored shares only what comes before
-            the first token to be scored.
+            one must be computed by the sequence itself, for its logits. A text to be scored shares only
+            what comes before the first token to be scored.
         generate: whether a token is sampled after the last one; otherwise the sequence ends when all is computed.
         score_from: index of the first token whose log-probability is wanted, or ``None``.
         score_until: index behind the last such token.

@@ -1,7 +1,7 @@
 """Private keys and values: what a sequence shares with nobody, laid out so that all sequences are attended in one call.
 
-Every sequence that is being decoded owns a slot. Slots of equal capacity form a bucket: one tensor per layer whose first
-``n`` rows are the ``n`` slots in use, without gaps, so that a step reads ``keys[layer][:n, :, :longest]`` as a view.
+Every sequence that is being decoded owns a slot. Slots of equal capacity form a bucket: one tensor per layer whose
+first ``n`` rows are the ``n`` slots in use, without gaps, so that a step reads ``keys[layer][:n, :, :longest]`` as a view.
 A sequence that outgrows its slot moves to a larger bucket.
 """
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.engine.planner import Sharing
+    from gossamer.engine.scheduler import Work
+    from gossamer.engine.sequence import Sequence
+    from gossamer.engine.tree import Node
 
 
 @dataclass
 class EngineStats:
-    """Counters since the engine was made, or since :meth:`reset`.
+    """Counters since the engine was made.
 
     Attributes:
         prompt_tokens: tokens of all prompts, once per completion.
@@ -44,6 +50,35 @@ class EngineStats:
     evicted_tokens: int = 0
     forward_seconds: float = 0.0
     overhead_seconds: float = 0.0
+
+    def count_prompt(self, sequence: Sequence, path: list[Node]) -> None:
+        """A sequence starts below ``path``: what of its prompt did others compute?"""
+        if sequence.counted:
+            return
+        sequence.counted = True
+        self.prompt_tokens += len(sequence.request.prompt_token_ids)
+        for level, node in enumerate(path, start=1):
+            if node.owner is not sequence:
+                sequence.num_cached += len(node)
+                self.saved_by_level[level] += len(node)
+        self.saved_tokens += sequence.num_cached
+
+    def count_step(self, works: list[Work], sharing: Sharing, mode: str) -> None:
+        """A step was computed; ``mode`` is how the engine shares."""
+        tokens = sum(work.count for work in works)
+        self.steps += 1
+        self.decode_steps += tokens == len(works) and all(work.sequence.output_ids for work in works)
+        self.computed_tokens += tokens
+        self.keys_read += sharing.keys_read
+        self.keys_unshared += sharing.keys_unshared
+        if sharing.segments:
+            self.shared_steps += 1
+        elif mode != "attention":
+            self.unshared_reasons[f"sharing is {mode!r}"] += 1
+        elif len(works) == 1:
+            self.unshared_reasons["one sequence only"] += 1
+        else:
+            self.unshared_reasons["no common prefix worth a segment"] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dictionaries, for JSON."""

@@ -110,7 +110,10 @@ class PrefixTree:
     def match(self, tokens: Sequence[int]) -> int:
         """How many leading ``tokens`` are in the tree, computed."""
         node, matched = self.root, 0
-        while (child := node.children.get(tokens[matched])) if matched < len(tokens) else None:
+        while matched < len(tokens):
+            child = node.children.get(tokens[matched])
+            if child is None:
+                break
             common = min(_common_length(child.tokens, tokens, matched), child.computed)
             matched += common
             if common < len(child):
@@ -183,7 +186,7 @@ class PrefixTree:
                 self._truncate(each)
 
     def pin(self, tokens: Sequence[int]) -> Node:
-        """Keep ``tokens`` from being evicted. They count as pinned as soon as they are computed. Undo by :meth:`unpin`."""
+        """Keep ``tokens`` from being evicted. It takes effect as they are computed. Undo by :meth:`unpin`."""
         node = self.insert(tokens)
         for each in node.path():
             each.pins += 1

@@ -4,11 +4,11 @@ Hydragen (Juravsky et al. 2024, arXiv 2402.05099, section 3) rests on two facts:
 
 * **Decomposition** (eq. 5). Attention over concatenated keys is a weighted mean of the attentions over the parts, with
   weights ``exp(lse)``. So a part's result is the pair ``(out, lse)``: an :class:`AttentionState`.
-* **Inter-sequence batching**. Sequences that share a prefix share its keys, so all their queries form one matrix and the
-  prefix is read once, by one pair of GEMMs, instead of once per sequence (:func:`attend_prefix`).
+* **Inter-sequence batching**. Sequences that share a prefix share its keys, so all their queries form one matrix, and
+  the prefix is read once, by one pair of GEMMs, instead of once per sequence (:func:`attend_prefix`).
 
-Shapes: query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), Hq a multiple of Hkv (grouped-query attention;
-query head h reads key/value head ``h // (Hq // Hkv)``). States are fp32 (fp64 for fp64 inputs); ``lse`` is natural log.
+Shapes: query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), Hq a multiple of Hkv (grouped-query
+attention; query head h reads key/value head ``h // (Hq // Hkv)``). States are fp32 (fp64 for fp64 inputs); ``lse`` is natural log.
 
 >>> import torch
 >>> q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)

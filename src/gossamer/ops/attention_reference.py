@@ -58,7 +58,7 @@ def scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> T
 def attend_reference(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The equations above. Returns ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), both fp32 (fp64 for fp64 inputs)."""
+    """The equations above. Returns ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), fp32 (fp64 for fp64 inputs)."""
     wide = torch.promote_types(query.dtype, torch.float32)
     s = scores(query.to(wide), key.to(wide), scale, softcap)
     if seen is not None:
@@ -83,8 +83,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key and value, from the states alone (Dao et al. 2022, arXiv 2205.14135, B.2).
 
-    With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - rowsum(dO * O) + dlse),  dQ = scale dS K,  dK = scale dS^T Q;
-    a soft cap multiplies dS by 1 - (S / softcap)^2.
+    With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - rowsum(dO * O) + dlse),
+    dQ = scale dS K,  dK = scale dS^T Q;  a soft cap multiplies dS by 1 - (S / softcap)^2.
     """
     wide = lse.dtype
     q, k, v = query.to(wide), key.to(wide), value.to(wide)
