@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from references import assert_idle, greedy, load_reference, logprobs
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +20,7 @@ from gossamer import LLM, SamplingParams
 from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import ConfigurationError, InvalidPromptError
 from gossamer.outputs import Logprob, RequestOutput
+from references import assert_idle, greedy, load_reference, logprobs
 
 PREAMBLE = "A gossamer thread is fine, but it holds a drop. "
 PROMPTS = [PREAMBLE + "One", PREAMBLE + "Two spiders", PREAMBLE, "Something else", PREAMBLE + "Two spiders", "x"]

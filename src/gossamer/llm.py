@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -11,6 +11,7 @@ from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine, SharingMode
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
+from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
@@ -94,6 +95,7 @@ class LLM:
             eos_token_ids=eos_token_ids(network, self.tokenizer),
         )
         self._calls = 0
+        self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet
 
     def __enter__(self) -> LLM:
         return self
@@ -165,16 +167,22 @@ class LLM:
         """Complete one prompt, yielding the output so far after every token. Leaving the loop aborts the request."""
         (request_id,) = self._new_ids("stream", 1)
         self.engine.add_request(request_id, prompt, sampling_params or SamplingParams(), stream=True)
+        self._streams[request_id] = None
         try:
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    if output.request_id == request_id and isinstance(output, RequestOutput):
-                        if output.error is not None:
-                            raise output.error
-                        yield output
-                        if output.finished:
-                            return
+            while True:
+                output, self._streams[request_id] = self._streams[request_id], None
+                if output is not None:
+                    if output.error is not None:
+                        raise output.error
+                    yield output
+                    if output.finished:
+                        return
+                elif request_id in self.engine.requests:
+                    self._step()
+                else:
+                    return  # aborted
         finally:
+            del self._streams[request_id]
             self.engine.abort(request_id)
 
     def beam_search(
@@ -192,6 +200,8 @@ class LLM:
         Raises:
             RequestError: as in :meth:`generate`.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidSamplingParamsError(f"params must be BeamSearchParams, got {type(params).__name__}")
         many = _as_list(prompts)
         ids = self._new_ids("prompt", len(many))
         outputs: dict[str, BeamSearchOutput] = {}
@@ -221,7 +231,7 @@ class LLM:
 
         Returns:
             One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or
-            ``continuations[i].logprob`` and ``.token_logprobs`` of each ending, and ``best``, the likeliest one's index.
+            ``continuations[i].logprob`` and ``.token_logprobs`` of each ending and ``best``, the likeliest one's index.
 
         Raises:
             RequestError: as in :meth:`generate`.
@@ -231,11 +241,10 @@ class LLM:
         ids = self._new_ids("prompt", len(many))
         outputs: dict[str, ScoreOutput] = {}
         for request_id, prompt, texts in zip(ids, many, endings, strict=True):
-            encoded = (
-                None if texts is None else [(t, self.tokenizer.encode(t, add_special_tokens=False)) for t in texts]
-            )
             try:
-                self.engine.add_score(request_id, prompt, encoded)
+                # without continuations, the prompt itself is scored
+                tails = None if continuations is None else self.engine.intake.encode_continuations(texts, request_id)
+                self.engine.add_score(request_id, prompt, tails)
             except RequestError as error:
                 outputs[request_id] = ScoreOutput(request_id, [], error=error)
         outputs.update(self._run(ids, outputs, use_tqdm, ScoreOutput))
@@ -280,7 +289,7 @@ class LLM:
         try:
             with Progress(len(waiting), enabled=use_tqdm) as progress:
                 while waiting:
-                    for output in self.engine.step():
+                    for output in self._step():
                         if output.request_id in waiting and isinstance(output, kind):
                             waiting.discard(output.request_id)
                             outputs[output.request_id] = output
@@ -289,6 +298,14 @@ class LLM:
         finally:
             for request_id in waiting:
                 self.engine.abort(request_id)
+        return outputs
+
+    def _step(self) -> list[AnyOutput]:
+        """One step for all. Outputs of streams are kept for their readers, who may not be the ones that asked."""
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.request_id in self._streams and isinstance(output, RequestOutput):
+                self._streams[output.request_id] = output
         return outputs
 
     def _new_ids(self, kind: str, count: int) -> list[str]:
@@ -300,24 +317,32 @@ class LLM:
     def _params_for(
         self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * len(prompts)
+        if params is None:
+            params = SamplingParams()
+        if isinstance(params, (str, bytes)) or not isinstance(params, Sequence):
+            return [params] * len(prompts)  # one for all; its type is checked with each prompt
         if len(params) != len(prompts):
             raise InvalidSamplingParamsError(
                 f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each"
             )
         return list(params)
 
-    def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[list[str] | None]:
+    def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[Any]:
+        """What was given for each prompt; whether it is a list of strings is checked with the prompt."""
         if continuations is None:
             return [None] * len(prompts)
+        if not isinstance(continuations, Sequence) or isinstance(continuations, (str, bytes)):
+            raise ConfigurationError(
+                "continuations must be a list of strings, or one such list per prompt, got "
+                f"{type(continuations).__name__}"
+            )
         if all(isinstance(each, str) for each in continuations):
-            return [list(continuations)] * len(prompts)
+            return [continuations] * len(prompts)
         if len(continuations) != len(prompts):
             raise ConfigurationError(
                 f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one for all, or one each"
             )
-        return [list(each) for each in continuations]
+        return list(continuations)
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -330,7 +355,9 @@ def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    return [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+    # What is no prompt either is refused later, by name.
+    one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
+    return [prompts] if one else list(prompts)  # type: ignore[list-item]
 
 
 def _sort_key(prompt: Prompt) -> tuple[int, Any]:

@@ -117,6 +117,7 @@ class SamplingParams:
     def _normalize_collections(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
+        _require(self.detokenize or not stop, "detokenize", self.detokenize, "True if there are stop strings")
         ids = tuple(self.stop_token_ids or ())
         _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids >= 0")
         try:

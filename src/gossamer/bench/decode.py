@@ -137,6 +137,9 @@ def _prepare(
         engine.add_request(request_id, prompt, params)
     while not all(_decodes(s) for request in engine.requests.values() for s in request.sequences):
         engine.step()
+    if engine.stats.failed_requests:
+        result.error = f"does not fit into --memory of {memory / 1e9:.1f} GB"
+        return contestant
     result.prefill_tokens_per_s = engine.stats.computed_tokens / (time.perf_counter() - start)
     if mode == "off":
         _copy_prefix(engine, queue[1:], params, prefix)

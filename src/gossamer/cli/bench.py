@@ -60,7 +60,7 @@ def decode(
             prefixes=_numbers(prefix, "prefix"),
             suffix=suffix,
             new=new,
-            sharing=tuple(sharing.split(",")),
+            sharing=tuple(mode.strip() for mode in sharing.split(",")),
             dtype=dtype,
             memory=parse_bytes(memory),
             progress=status.update,

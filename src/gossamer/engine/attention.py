@@ -26,7 +26,7 @@ from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend
 IMPLEMENTATION = "gossamer"  # the value of attn_implementation
 
 # Arguments that some models pass to every attention function and that change nothing here.
-_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "dropout", "is_causal"})
+_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "dropout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ def _hook(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     unknown = [
@@ -75,6 +76,8 @@ def _hook(
     ]
     if attention_mask is not None:
         unknown.append("attention_mask")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        unknown.append("bidirectional attention")
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which this engine does not compute"
@@ -166,12 +169,14 @@ class ShapeProbe:
     """Records what each layer stores, and answers zeros."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         if layer in self.shapes:
             raise UnsupportedModelError(f"layer index {layer} attends twice; this engine stores one cache per layer")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.windows[layer] = settings.window
         self.dtype = key.dtype
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 

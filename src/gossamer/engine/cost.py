@@ -88,10 +88,15 @@ def _random(layout: KVLayout, *shape: int) -> torch.Tensor:
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 7) -> float:
-    run()
+    def finish() -> None:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a GPU's kernels are queued, not done, when a call returns
+
+    finish()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        finish()
         times.append(time.perf_counter() - start)
     return statistics.median(times)

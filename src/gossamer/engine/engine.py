@@ -20,7 +20,7 @@ from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
-from gossamer.engine.planner import PlannedRows, Sharing, build_plan
+from gossamer.engine.planner import KeyCount, PlannedRows, build_plan
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
 from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
@@ -105,6 +105,7 @@ class Engine:
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
         self.requests: dict[str, Request] = {}
+        self._trivial: list[Request] = []  # finished without a step
         self._number = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
@@ -232,7 +233,11 @@ class Engine:
     def _queue(self, request: Request) -> None:
         self.requests[request.request_id] = request
         for sequence in request.sequences:
-            self.scheduler.add(sequence)
+            if sequence.num_to_compute:
+                self.scheduler.add(sequence)
+            else:  # the score of a single token: nothing precedes it
+                sequence.status = Status.FINISHED
+                self._trivial.append(request)
 
     # --- one step ----------------------------------------------------------------------------------------------
 
@@ -243,12 +248,12 @@ class Engine:
         """
         start = time.perf_counter()
         works = self.scheduler.schedule()
-        ended = self._take_failures()
+        ended = self._take_failures() + self._take_trivial()
         if not works:
-            if self.requests:
+            if self.requests and not ended:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return ended
-        plan, rows, sharing = build_plan(works, per_row=self.sharing == "storage", device=self.runner.layout.device)
+        plan, rows, count = build_plan(works, per_row=self.sharing == "storage", device=self.runner.layout.device)
         forward = time.perf_counter()
         logits = self.runner.forward(plan)
         done = time.perf_counter()
@@ -256,7 +261,7 @@ class Engine:
         ended += self._sample(rows, logits) + self._branch(rows, logits)
         self._score(rows, logits)
         ended += self._collect(works)
-        self._count(works, sharing)
+        self._count(works, count)
         self.stats.forward_seconds += done - forward
         self.stats.overhead_seconds += time.perf_counter() - done + forward - start
         return ended
@@ -286,13 +291,17 @@ class Engine:
     def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
         searches: dict[Request, BeamSearch] = {}
+        failed: dict[Request, RequestError] = {}
         for row, sequence in enumerate(rows.sampled):
-            if (beam := sequence.request.beam) is not None:
-                beam.push(sequence, logits[row])
-                searches[sequence.request] = beam
-        ended: list[Output] = []
+            if (beam := sequence.request.beam) is None:
+                continue
+            if logits[row].isnan().any():
+                failed[sequence.request] = RequestError(NO_TOKEN)
+            beam.push(sequence, logits[row])
+            searches[sequence.request] = beam
+        ended = [output for r, error in failed.items() if (output := self._fail(r, error)) is not None]
         for request, beam in searches.items():
-            if not beam.ready:
+            if request in failed or not beam.ready:
                 continue
             branches = beam.advance()
             last = {branch.parent: place for place, branch in enumerate(branches)}
@@ -311,9 +320,7 @@ class Engine:
             beam.descend(living)
             self.stats.generated_tokens += len(living)
             if not living:
-                del self.requests[request.request_id]
-                self.stats.finished_requests += 1
-                ended.append(self.results.build(request))
+                ended.append(self._finish(request))
         return ended
 
     def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
@@ -372,12 +379,15 @@ class Engine:
             if request.request_id not in self.requests or request.beam is not None:
                 continue
             if request.finished:
-                del self.requests[request.request_id]
-                self.stats.finished_requests += 1
-                ended.append(self.results.build(request))
+                ended.append(self._finish(request))
             elif request.stream:
                 ended.append(self.results.build(request))
         return ended
+
+    def _finish(self, request: Request) -> Output:
+        del self.requests[request.request_id]
+        self.stats.finished_requests += 1
+        return self.results.build(request)
 
     def _is_done(self, sequence: Sequence) -> bool:
         if sequence.generate:
@@ -401,13 +411,17 @@ class Engine:
         self.stats.failed_requests += 1
         return self.results.build(request, error)
 
+    def _take_trivial(self) -> list[Output]:
+        requests, self._trivial = self._trivial, []
+        return [self._finish(request) for request in requests if request.request_id in self.requests]
+
     def _take_failures(self) -> list[Output]:
         failed, self.scheduler.failed = self.scheduler.failed, []
         outputs = [self._fail(sequence.request, error) for sequence, error in failed]
         return [output for output in outputs if output is not None]
 
-    def _count(self, works: list[Work], sharing: Sharing) -> None:
-        self.stats.count_step(works, sharing, self.sharing)
+    def _count(self, works: list[Work], count: KeyCount) -> None:
+        self.stats.count_step(works, count, self.sharing)
         self.stats.kv_bytes, self.stats.kv_bytes_peak = self.budget.used, self.budget.peak
         self.stats.preemptions = self.scheduler.num_preemptions
         self.stats.evicted_tokens = self.tree.evicted_tokens

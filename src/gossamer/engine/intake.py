@@ -27,12 +27,7 @@ class Intake:
             InvalidPromptError: empty, of the wrong type, or with token ids that the model does not have.
         """
         if isinstance(prompt, str):
-            try:
-                ids = list(self.tokenizer.encode(prompt))
-            except (UnicodeError, TypeError):  # lone surrogates cannot be written as UTF-8
-                raise InvalidPromptError(
-                    "the prompt is not valid Unicode (lone surrogates)", request_id=request_id, param="prompt"
-                ) from None
+            ids = self._tokenize(prompt, request_id, "prompt")
             if not prompt or not ids:
                 raise InvalidPromptError(
                     "the prompt is empty; give at least one token", request_id=request_id, param="prompt"
@@ -45,6 +40,36 @@ class Intake:
                 param="prompt",
             )
         return prompt.get("prompt"), self.check_ids(prompt["prompt_token_ids"], request_id)
+
+    def encode_continuations(self, texts: Any, request_id: str) -> list[tuple[str, list[int]]]:
+        """Each text with its token ids, without special tokens: it goes on after a prompt.
+
+        Raises:
+            InvalidPromptError: not a list of strings.
+        """
+        if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
+            raise InvalidPromptError(
+                f"continuations must be a list of strings, got {type(texts).__name__}",
+                request_id=request_id,
+                param="continuations",
+            )
+        encoded = []
+        for place, text in enumerate(texts):
+            param = f"continuations[{place}]"
+            if not isinstance(text, str):
+                raise InvalidPromptError(
+                    f"{param} must be a string, got {type(text).__name__}", request_id=request_id, param=param
+                )
+            encoded.append((text, self._tokenize(text, request_id, param, add_special_tokens=False)))
+        return encoded
+
+    def _tokenize(self, text: str, request_id: str, param: str, **options: bool) -> list[int]:
+        try:
+            return list(self.tokenizer.encode(text, **options))
+        except (UnicodeError, TypeError):  # lone surrogates cannot be written as UTF-8
+            raise InvalidPromptError(
+                f"{param} is not valid Unicode (lone surrogates)", request_id=request_id, param=param
+            ) from None
 
     def check_ids(self, ids: Any, request_id: str, param: str = "prompt_token_ids") -> list[int]:
         """``ids`` as a list of token ids of this model, at least one."""

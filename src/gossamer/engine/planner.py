@@ -30,7 +30,7 @@ class PlannedRows:
 
 
 @dataclass(slots=True)
-class Sharing:
+class KeyCount:
     """What sharing did in one step, counted in keys per layer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sharing:
     segments: int = 0
 
 
-def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tuple[StepPlan, PlannedRows, Sharing]:
+def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tuple[StepPlan, PlannedRows, KeyCount]:
     """Lay the work out in rows, and find who attends to what.
 
     Args:
@@ -62,13 +62,13 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
         logit_rows=torch.empty(0, dtype=torch.long),
     )
     levels = _Levels(len(layout.tokens))
-    sharing = _add_node_segments(plan, layout, levels, per_row=per_row)
-    _add_chunks(plan, layout, levels, sharing)
-    _add_groups(plan, layout, levels, sharing, device)
+    count = _add_node_segments(plan, layout, levels, per_row=per_row)
+    _add_chunks(plan, layout, levels, count)
+    _add_groups(plan, layout, levels, count, device)
     plan.num_levels = levels.count
     rows = PlannedRows()
     plan.logit_rows = torch.tensor(_logit_rows(layout, rows), dtype=torch.long, device=device)
-    return plan, rows, sharing
+    return plan, rows, count
 
 
 class _Layout:
@@ -108,7 +108,7 @@ def _ancestors(work: Work) -> list[Node]:
     return work.sequence.node.path() if work.sequence.node else []
 
 
-def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_row: bool) -> Sharing:
+def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_row: bool) -> KeyCount:
     singles: dict[Node, list[int]] = {}
     chunks: dict[Node, list[slice]] = {}
     for row, work in enumerate(layout.single):
@@ -117,37 +117,37 @@ def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_
     for first, work in zip(layout.first_rows, layout.longer, strict=True):
         for node in _ancestors(work):
             chunks.setdefault(node, []).append(slice(first, first + work.count))
-    sharing = Sharing()
+    count = KeyCount()
     for node in sorted(singles.keys() | chunks.keys(), key=lambda n: (n.start, n.serial)):
         own, ranges = singles.get(node, []), chunks.get(node, [])
         readers = len(own) + len(ranges)
-        sharing.keys_unshared += readers * len(node)
+        count.keys_unshared += readers * len(node)
         if per_row:
-            sharing.keys_read += readers * len(node)
+            count.keys_read += readers * len(node)
             parts: list[tuple[slice | np.ndarray, bool]] = [(_as_rows(own), True)] if own else []
             parts += [(rows, False) for rows in ranges]
         else:
-            sharing.keys_read += len(node)
-            sharing.segments += readers > 1
+            count.keys_read += len(node)
+            count.segments += readers > 1
             parts = [(_as_rows(own + [row for rows in ranges for row in range(rows.start, rows.stop)]), False)]
         for part, separately in parts:
             level = levels.take(part)
-            plan.segments.append(Segment(_to_index(part), node, len(node), node.start, level, separately))
-    return sharing
+            plan.segments.append(Segment(_to_index(part, plan.tokens.device), node, len(node), node.start, level, separately))
+    return count
 
 
-def _add_chunks(plan: StepPlan, layout: _Layout, levels: _Levels, sharing: Sharing) -> None:
+def _add_chunks(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCount) -> None:
     for first, work in zip(layout.first_rows, layout.longer, strict=True):
         rows = slice(first, first + work.count)
         if work.offset:
             start = work.start - work.offset
             plan.segments.append(Segment(rows, work.target, work.offset, start, levels.take(rows)))
         plan.chunks.append(Chunk(rows, work.target, work.offset, work.start, levels.take(rows)))
-        sharing.keys_read += work.offset + work.count
-        sharing.keys_unshared += work.offset + work.count
+        count.keys_read += work.offset + work.count
+        count.keys_unshared += work.offset + work.count
 
 
-def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, sharing: Sharing, device: torch.device) -> None:
+def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCount, device: torch.device) -> None:
     members: dict[Bucket, list[tuple[int, int, int]]] = {}
     for row, work in enumerate(layout.single):
         assert isinstance(work.target, Slot)
@@ -159,7 +159,7 @@ def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, sharing: Shari
         rows = _as_rows([row for _, _, row in entries])
         plan.groups.append(
             Group(
-                rows=_to_index(rows),
+                rows=_to_index(rows, device),
                 bucket=bucket,
                 slots=torch.tensor(slots, device=device),
                 offsets=torch.tensor(offsets, device=device),
@@ -167,8 +167,8 @@ def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, sharing: Shari
                 level=levels.take(rows),
             )
         )
-        sharing.keys_read += sum(offsets) + len(offsets)
-        sharing.keys_unshared += sum(offsets) + len(offsets)
+        count.keys_read += sum(offsets) + len(offsets)
+        count.keys_unshared += sum(offsets) + len(offsets)
 
 
 def _as_rows(rows: Many[int]) -> slice | np.ndarray:
@@ -178,8 +178,8 @@ def _as_rows(rows: Many[int]) -> slice | np.ndarray:
     return np.array(rows)
 
 
-def _to_index(rows: slice | np.ndarray) -> Rows:
-    return rows if isinstance(rows, slice) else torch.from_numpy(rows)
+def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:
+    return rows if isinstance(rows, slice) else torch.from_numpy(rows).to(device)
 
 
 def _logit_rows(layout: _Layout, planned: PlannedRows) -> list[int]:

@@ -66,7 +66,7 @@ class ResultBuilder:
         assert params is not None
         completion = CompletionOutput(
             sequence.index,
-            sequence.text,
+            _settled(sequence),
             list(sequence.output_ids),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
@@ -97,3 +97,13 @@ class ResultBuilder:
                 ids = sequence.tokens[len(request.prompt_token_ids) :]
                 output.continuations.append(ContinuationScore(text, ids, sequence.scores))
         return output
+
+
+def _settled(sequence: Sequence) -> str:
+    """The text without what may yet be cut: the end of an unfinished text may be the beginning of a stop string."""
+    params = sequence.request.params
+    assert params is not None
+    if sequence.finish_reason is not None or not params.stop or params.include_stop_str_in_output:
+        return sequence.text
+    longest = max(len(string) for string in params.stop)
+    return sequence.text[: max(len(sequence.text) - (longest - 1), 0)]

@@ -52,6 +52,9 @@ class TransformersRunner:
         self.model = model
         self.without_attention = without_attention
         config = model.config.get_text_config()
+        missing = [n for n in ("num_attention_heads", "max_position_embeddings") if getattr(config, n, None) is None]
+        if missing:
+            raise UnsupportedModelError(f"the configuration of {type(model).__name__} does not say {missing[0]}")
         self.num_heads: int = config.num_attention_heads
         self.max_model_len: int = config.max_position_embeddings
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -70,7 +73,20 @@ class TransformersRunner:
                 f"{type(self.model).__name__} has {expected} layers, but {len(layers)} of them call the attention "
                 "interface; layers of other kinds (state space, linear attention, shared caches) are not supported"
             )
+        self._check_windows(probe)
         return KVLayout(tuple(probe.shapes[layer] for layer in layers), probe.dtype, self.model.device)
+
+    def _check_windows(self, probe: ShapeProbe) -> None:
+        """Some models put a sliding window into the mask only; without a mask it would be lost."""
+        config = self.model.config.get_text_config()
+        configured = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(probe.windows)
+        lost = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and probe.windows[i] is None]
+        if configured is not None and lost:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has a sliding window of {configured} tokens in layer {lost[0]}, but does "
+                "not tell its attention function; the window would be ignored"
+            )
 
     def _call(self, tokens: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         logits: Tensor = self.model(

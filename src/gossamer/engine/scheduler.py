@@ -66,6 +66,7 @@ class Scheduler:
         self.active: list[Sequence] = []
         self.failed: list[tuple[Sequence, MemoryBudgetError]] = []
         self.num_preemptions = 0
+        self._refused_at = (0, 0)
         self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
 
     def add(self, sequence: Sequence) -> None:
@@ -76,11 +77,16 @@ class Scheduler:
 
         Empty only if nothing is left to do, or something failed.
         """
-        while not (works := self._schedule()) and (self.waiting or self.active) and not self.failed:
-            # Sequences that came into each other's way have given up their memory; the oldest now gets it. Its turn
-            # ends in work or in failure, so this loop does.
-            pass
-        return works
+        # Sequences that came into each other's way give up their memory, youngest first, and leave no work behind. The
+        # oldest gets it in one of the next rounds, of which there are at most as many as there are sequences.
+        for _ in range(1 + len(self.waiting) + len(self.active)):
+            works = self._schedule()
+            if works or self.failed:
+                return works
+            if self.active and self.waiting:
+                # What is active waits for the waiting: hypotheses of a beam search, for one that has no memory.
+                self.preempt(self.active[-1], behind=True)
+        return []
 
     def _schedule(self) -> list[Work]:
         self._admit()
@@ -105,34 +111,41 @@ class Scheduler:
     # --- admission ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        admitted = []
-        while self.waiting and len(self.active) < self.max_num_seqs and self._has_room(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            sequence.status = Status.PREFILL
+        """Let waiting sequences in, while there is memory for their prompts beside what the others will still need."""
+        state = (len(self.active), self.tree.budget.used)
+        if self.active and state == self._refused_at:
+            return  # nothing has changed since the head of the queue did not fit
+        promised: set[Node] = set()  # nodes that admitted sequences will allocate
+        tokens = 0  # and the tokens of their slots
+        for sequence in self.active:
+            if sequence.status is Status.PREFILL:
+                tokens += self._promise(sequence, promised)
+        admitted: list[Sequence] = []
+        while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
+            sequence = self.waiting[0]
             sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable])
             self.tree.lock(sequence.node)
-            self.active.append(sequence)
+            tokens += self._promise(sequence, promised)
+            if (self.active or admitted) and not self._fits(tokens + sum(len(node) for node in promised)):
+                self.tree.unlock(sequence.node)
+                sequence.node = None
+                self._refused_at = (len(self.active) + len(admitted), self.tree.budget.used)
+                break
+            self.waiting.popleft()
+            sequence.status = Status.PREFILL
             admitted.append(sequence)
-        self.active.sort(key=lambda s: s.order)
+        self.active = sorted(self.active + admitted, key=lambda s: s.order)
         for sequence in admitted:
             self._cut_private_tail(sequence)
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether there is memory for its prompt, beside what admitted sequences have not allocated yet."""
-        if not self.active:
-            return True
-        token_bytes = self.tree.layout.bytes_per_token
-        pending: set[Node] = set()
-        wanted = 0
-        for other in self.active:
-            if other.status is Status.PREFILL:
-                assert other.node is not None
-                pending.update(node for node in other.node.path() if node.keys is None)
-                wanted += self._slot_length(other, other.node.end)
-        wanted += sum(len(node) for node in pending)
-        wanted += len(sequence.tokens) - self.tree.match(sequence.tokens[: sequence.shareable]) + SLOT_RESERVE
-        budget = self.tree.budget
-        missing = wanted * token_bytes - budget.free
+    def _promise(self, sequence: Sequence, promised: set[Node]) -> int:
+        """Adds the nodes that the sequence needs and that have no memory yet; returns the tokens of its slot."""
+        assert sequence.node is not None
+        promised.update(node for node in sequence.node.path() if node.keys is None)
+        return capacity_for(self._slot_length(sequence, sequence.node.end))
+
+    def _fits(self, tokens: int) -> bool:
+        missing = tokens * self.tree.layout.bytes_per_token - self.tree.budget.free
         return missing <= 0 or missing <= self.tree.evictable_bytes
 
     def _cut_private_tail(self, sequence: Sequence) -> None:
@@ -181,8 +194,11 @@ class Scheduler:
         assert sequence.node is not None
         path = sequence.node.path()
         keep = self._last_segment(sequence)
-        length = self._slot_length(sequence, keep.end)
-        slot = self._make_room(sequence, lambda: self.slots.take(length), may_preempt=may_preempt)
+        slot = self.slots.take(self._slot_length(sequence, keep.end))
+        if slot is None:  # copies of nodes are the first thing to do without
+            keep = sequence.node
+            length = self._slot_length(sequence, keep.end)
+            slot = self._make_room(sequence, lambda: self.slots.take(length), may_preempt=may_preempt)
         if slot is None:
             return False
         self.on_start(sequence, path)
@@ -250,16 +266,16 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, attempt: Callable[[], T], *, may_preempt: bool) -> T | None:
         """``attempt`` until it succeeds, preempting younger sequences; the youngest gives way itself."""
-        if result := attempt():
-            return result
-        self.slots.trim()
         while not (result := attempt()):
+            if self.slots.trim():
+                continue
             if not may_preempt:
                 return None  # others run; wait until they are done
             youngest = self.active[-1]
             if youngest is not sequence:
                 self.preempt(youngest)
-            elif len(self.active) > 1:
+            elif len(self.active) > 1 or sequence.slot is not None:
+                # Alone and with a slot that does not fit beside a larger one, it fits once it starts again.
                 self.preempt(sequence)
                 return None
             else:
@@ -267,13 +283,19 @@ class Scheduler:
                 return None
         return result
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's memory away; it will be computed again. What it shared stays in the tree while it can."""
+    def preempt(self, sequence: Sequence, *, behind: bool = False) -> None:
+        """Take a sequence's memory away; it will be computed again, before those that wait or ``behind`` them.
+
+        What it shared stays in the tree while memory allows.
+        """
         self.release(sequence)
         sequence.status = Status.WAITING
         if sequence.generate and sequence.shareable:
             sequence.shareable = len(sequence.tokens) - 1
-        self.waiting.appendleft(sequence)
+        if behind:
+            self.waiting.append(sequence)
+        else:
+            self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def fork(self, parent: Sequence) -> Sequence:

@@ -67,12 +67,13 @@ class Bucket:
         self._resize(self.rows + extra)
         return True
 
-    def trim(self) -> None:
-        """Give back the memory of rows that no slot uses."""
+    def trim(self) -> int:
+        """Give back the memory of rows that no slot uses. Returns their number."""
         spare = self.rows - len(self.slots)
         if spare:
             self._resize(len(self.slots))
             self.budget.release(spare * self.slot_bytes)
+        return spare
 
     def _resize(self, rows: int) -> None:
         used = len(self.slots)
@@ -131,10 +132,9 @@ class SlotPool:
     def release(self, slot: Slot) -> None:
         slot.bucket.release(slot)
 
-    def trim(self) -> None:
-        """Give back all memory that no slot uses."""
-        for bucket in self.buckets.values():
-            bucket.trim()
+    def trim(self) -> bool:
+        """Give back all memory that no slot uses. Returns whether there was any."""
+        return any([bucket.trim() for bucket in self.buckets.values()])
 
     def fork(self, slot: Slot) -> Slot | None:
         """A second slot with the same contents (a beam that splits), or ``None`` if the budget has no room."""

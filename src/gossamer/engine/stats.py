@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer.engine.planner import Sharing
+    from gossamer.engine.planner import KeyCount
     from gossamer.engine.scheduler import Work
     from gossamer.engine.sequence import Sequence
     from gossamer.engine.tree import Node
@@ -63,15 +63,15 @@ class EngineStats:
                 self.saved_by_level[level] += len(node)
         self.saved_tokens += sequence.num_cached
 
-    def count_step(self, works: list[Work], sharing: Sharing, mode: str) -> None:
+    def count_step(self, works: list[Work], count: KeyCount, mode: str) -> None:
         """A step was computed; ``mode`` is how the engine shares."""
         tokens = sum(work.count for work in works)
         self.steps += 1
         self.decode_steps += tokens == len(works) and all(work.sequence.output_ids for work in works)
         self.computed_tokens += tokens
-        self.keys_read += sharing.keys_read
-        self.keys_unshared += sharing.keys_unshared
-        if sharing.segments:
+        self.keys_read += count.keys_read
+        self.keys_unshared += count.keys_unshared
+        if count.segments:
             self.shared_steps += 1
         elif mode != "attention":
             self.unshared_reasons[f"sharing is {mode!r}"] += 1

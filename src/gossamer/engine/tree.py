@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from gossamer.engine.memory import KVLayout, MemoryBudget
+from gossamer.errors import ConfigurationError
 
 _serial = itertools.count()
 
@@ -91,8 +94,8 @@ class PrefixTree:
         self.budget = budget
         self.root = Node([], None)
         self.clock = 0
-        self.version = 0  # changes whenever a node is split, so that plans made before it are rebuilt
         self.evicted_tokens = 0
+        self.pinned: Counter[tuple[int, ...]] = Counter()
         budget.evict = self.evict
 
     def __iter__(self) -> Iterator[Node]:
@@ -130,8 +133,9 @@ class PrefixTree:
                 child = Node(list(tokens[matched:]), node)
                 node.children[child.tokens[0]] = child
                 return child
-            common = _common_length(child.tokens, tokens, matched)
-            matched += common
+            self._join_idle(child)
+            common = _common_length(child.tokens, tokens, child.start)
+            matched = child.start + common
             node = child if common == len(child) else self._split(child, common)
         return node
 
@@ -152,8 +156,28 @@ class PrefixTree:
                 for layer, whole in enumerate(own):
                     above.append(whole[:, :at].clone())
                     own[layer] = whole[:, at:].clone()
-        self.version += 1
         return upper
+
+    def _join_idle(self, node: Node) -> None:
+        """Make one node of a chain that nobody uses, so that it is attended to as one segment.
+
+        Conversations grow such chains, turn by turn. A parent joins a child at least half as long, so that each token
+        is copied a logarithmic number of times at most. The object that stays is the lower one, as in a split.
+        """
+        while (upper := node.parent) is not None and upper.parent is not None:
+            alone = len(upper.children) == 1 and upper.complete and node.complete
+            idle = upper.refs == node.refs == 0 and upper.pins == node.pins == 0
+            if not (alone and idle and 2 * len(node) >= len(upper)):
+                return
+            assert upper.keys is not None and upper.values is not None
+            assert node.keys is not None and node.values is not None
+            for own, above in ((node.keys, upper.keys), (node.values, upper.values)):
+                for layer, lower in enumerate(own):
+                    own[layer] = torch.cat([above[layer], lower], dim=1)
+                    above[layer] = own[layer][:, :0]
+            node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
+            node.computed = len(node.tokens)
+            upper.parent.children[node.tokens[0]] = node
 
     def allocate(self, node: Node) -> bool:
         """Give ``node`` storage. False if the budget has no room even after eviction."""
@@ -190,13 +214,22 @@ class PrefixTree:
         node = self.insert(tokens)
         for each in node.path():
             each.pins += 1
+        self.pinned[tuple(tokens)] += 1
         return node
 
     def unpin(self, tokens: Sequence[int]) -> None:
-        """Undo one :meth:`pin` of the same tokens."""
+        """Undo one :meth:`pin` of the same tokens.
+
+        Raises:
+            ConfigurationError: they are not pinned.
+        """
+        if not self.pinned[tuple(tokens)]:
+            raise ConfigurationError(f"these {len(tokens)} tokens are not pinned; unpin exactly what was pinned")
+        self.pinned[tuple(tokens)] -= 1
+        self.pinned += Counter()  # drops what has come down to zero
         node = self.insert(tokens)
         for each in reversed(node.path()):
-            each.pins = max(each.pins - 1, 0)
+            each.pins -= 1
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
 
@@ -244,10 +277,8 @@ class PrefixTree:
         if node.computed == 0:
             self._remove(node)
             return
-        upper = self._split(node, node.computed)
-        if node.keys is not None:  # both parts hold storage now; the budget follows the removal of the lower one
-            self._remove(node)
-        assert upper.complete
+        self._split(node, node.computed)
+        self._remove(node)
 
 
 def _common_length(node_tokens: list[int], tokens: Sequence[int], offset: int) -> int:

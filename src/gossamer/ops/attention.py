@@ -212,17 +212,25 @@ def attend_ragged(
     Returns:
         AttentionState: out (B, Hq, 1, Dv) and lse (B, Hq, 1).
     """
-    batch, heads, _, dim = query.shape
+    _check(query, key, value, None, softcap)
+    batch, heads, length, dim = query.shape
+    if length != 1 or bias.shape != (batch, key.shape[2]):
+        raise ConfigurationError(
+            f"attend_ragged needs one query per sequence and a bias per key, got query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)}, bias {tuple(bias.shape)}"
+        )
     kv_heads = key.shape[1]
+    # Scores rounded to half precision would put errors of some percent into the weights of the merge.
     wide = torch.promote_types(query.dtype, torch.float32)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
     rows = query.reshape(batch, kv_heads, heads // kv_heads, dim) * (dim**-0.5 if scale is None else scale)
-    s = torch.matmul(rows, key.transpose(-1, -2)).to(wide)
+    s = torch.matmul(rows, key.transpose(-1, -2))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     s += bias[:, None, None]
     lse = s.logsumexp(-1, keepdim=True)
     weights = (s - lse.clamp_min(torch.finfo(wide).min)).exp_()  # a sequence that sees nothing gets weights of 0
-    out = torch.matmul(weights.to(value.dtype), value).to(wide)
+    out = torch.matmul(weights, value)
     return AttentionState(out.view(batch, heads, 1, value.shape[-1]), lse.view(batch, heads, 1))
 
 

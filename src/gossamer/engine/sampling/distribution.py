@@ -60,7 +60,8 @@ class Draws:
     def probabilities(self, scores: Tensor, threshold: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Softmax of the rows of ``scores`` (B, V) at their temperatures, a few rows at a time.
 
-        They are padded with zeros to whole blocks of tokens. Logits below ``threshold`` (n, 1) get 0; the others are not rescaled. softmax is twice as fast as exp.
+        They are padded with zeros to whole blocks of tokens. Logits below ``threshold`` (n, 1) get 0; the others are
+        not rescaled. softmax is twice as fast as exp.
         """
         vocabulary = scores.shape[1]
         width = -(-vocabulary // BLOCK) * BLOCK
