@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from gossamer.engine.attention import IMPLEMENTATION
-from gossamer.engine.engine import Engine, SharingMode
+from gossamer.engine.engine import Engine, SharingMode, check_options
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
 from gossamer.engine.results import Output as AnyOutput
@@ -78,6 +79,7 @@ class LLM:
         if runner not in ("auto", "transformers"):
             raise ConfigurationError(f"runner must be 'auto' or 'transformers', got {runner!r}")
         budget = parse_bytes(memory)
+        check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
         self.model_path = resolve_model(model)
         network, self.tokenizer = load_model(
@@ -95,6 +97,7 @@ class LLM:
             eos_token_ids=eos_token_ids(network, self.tokenizer),
         )
         self._calls = 0
+        self._prompts = 0
         self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet
 
     def __enter__(self) -> LLM:
@@ -133,17 +136,9 @@ class LLM:
             RequestError: see ``on_error``; it names the request by its place, ``prompt-3``.
         """
         many = _as_list(prompts)
-        params = self._params_for(many, sampling_params)
-        ids = self._new_ids("prompt", len(many))
-        outputs: dict[str, RequestOutput] = {}
         # Neighbours in this order share the longest prefixes, so they run together even when memory is short.
-        for place in sorted(range(len(many)), key=lambda i: _sort_key(many[i])):
-            try:
-                self.engine.add_request(ids[place], many[place], params[place])
-            except RequestError as error:
-                outputs[ids[place]] = _failed(ids[place], many[place], error)
-        outputs.update(self._run(ids, outputs, use_tqdm, RequestOutput))
-        return _in_order([outputs[each] for each in ids], on_error)
+        order = sorted(range(len(many)), key=lambda place: _sort_key(many[place]))
+        return self._complete([partial(_itself, each) for each in many], sampling_params, use_tqdm, on_error, order)
 
     def chat(
         self,
@@ -159,9 +154,30 @@ class LLM:
             ConfigurationError: the model has no chat template.
             RequestError: as in :meth:`generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [{"prompt_token_ids": self.apply_chat_template(each)} for each in conversations]  # type: ignore[arg-type]
-        return self.generate(prompts, sampling_params, use_tqdm, on_error=on_error)
+        self._check_chat_template()
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if one else list(messages)
+        prompts = [partial(self._chat_prompt, each) for each in conversations]
+        return self._complete(prompts, sampling_params, use_tqdm, on_error, range(len(prompts)))
+
+    def _complete(
+        self,
+        prompts: Sequence[Callable[[], Prompt]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        on_error: OnError,
+        order: Iterable[int],
+    ) -> list[RequestOutput]:
+        """Generate for prompts, which are functions because making one may fail; queue them in ``order``."""
+        params = _one_each(sampling_params, len(prompts))
+        first = self._prompts
+        self._prompts += len(prompts)
+
+        def add(place: int, request_id: str) -> None:
+            # the place, not the order of arrival, decides what is drawn: a new prompt changes nothing for the others
+            self.engine.add_request(request_id, prompts[place](), params[place], draw=first + place)
+
+        return self._serve(len(prompts), add, RequestOutput, use_tqdm, on_error, order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the output so far after every token. Leaving the loop aborts the request."""
@@ -203,15 +219,11 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise InvalidSamplingParamsError(f"params must be BeamSearchParams, got {type(params).__name__}")
         many = _as_list(prompts)
-        ids = self._new_ids("prompt", len(many))
-        outputs: dict[str, BeamSearchOutput] = {}
-        for request_id, prompt in zip(ids, many, strict=True):
-            try:
-                self.engine.add_beam_search(request_id, prompt, params)
-            except RequestError as error:
-                outputs[request_id] = BeamSearchOutput(request_id, [], error=error)
-        outputs.update(self._run(ids, outputs, use_tqdm, BeamSearchOutput))
-        return _in_order([outputs[each] for each in ids], on_error)
+
+        def add(place: int, request_id: str) -> None:
+            self.engine.add_beam_search(request_id, many[place], params)
+
+        return self._serve(len(many), add, BeamSearchOutput, use_tqdm, on_error)
 
     def score(
         self,
@@ -238,17 +250,14 @@ class LLM:
         """
         many = _as_list(prompts)
         endings = self._endings_for(many, continuations)
-        ids = self._new_ids("prompt", len(many))
-        outputs: dict[str, ScoreOutput] = {}
-        for request_id, prompt, texts in zip(ids, many, endings, strict=True):
-            try:
-                # without continuations, the prompt itself is scored
-                tails = None if continuations is None else self.engine.intake.encode_continuations(texts, request_id)
-                self.engine.add_score(request_id, prompt, tails)
-            except RequestError as error:
-                outputs[request_id] = ScoreOutput(request_id, [], error=error)
-        outputs.update(self._run(ids, outputs, use_tqdm, ScoreOutput))
-        return _in_order([outputs[each] for each in ids], on_error)
+
+        def add(place: int, request_id: str) -> None:
+            # without continuations, the prompt itself is scored
+            texts = endings[place]
+            tails = None if continuations is None else self.engine.intake.encode_continuations(texts, request_id)
+            self.engine.add_score(request_id, many[place], tails)
+
+        return self._serve(len(many), add, ScoreOutput, use_tqdm, on_error)
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -262,10 +271,7 @@ class LLM:
         Raises:
             ConfigurationError: the model has no chat template, or it refuses the messages.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigurationError(
-                f"{self.model_name} has no chat template: it was not trained for conversations; use generate()"
-            )
+        self._check_chat_template()
         try:
             encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # templates are programs that come with the model and raise what they like
@@ -280,13 +286,37 @@ class LLM:
         """Undo one :meth:`pin` of the same prefix."""
         self.engine.unpin(prompt)
 
-    def _run(
-        self, ids: list[str], failed: Mapping[str, Output], use_tqdm: bool, kind: type[Output]
-    ) -> dict[str, Output]:
-        """Step until all requests ``ids`` but the failed are finished; if interrupted, forget those that are not."""
-        waiting = set(ids) - failed.keys()
+    def _chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        return {"prompt_token_ids": self.apply_chat_template(messages)}
+
+    def _check_chat_template(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigurationError(
+                f"{self.model_name} has no chat template: it was not trained for conversations; use generate()"
+            )
+
+    def _serve(
+        self,
+        count: int,
+        add: Callable[[int, str], None],
+        kind: type[Output],
+        use_tqdm: bool,
+        on_error: OnError,
+        order: Iterable[int] | None = None,
+    ) -> list[Output]:
+        """Queue ``count`` requests and step until all have ended; if interrupted, forget those that have not."""
+        if on_error not in ("raise", "return"):
+            raise ConfigurationError(f"on_error must be 'raise' or 'return', got {on_error!r}")
+        ids = self._new_ids("prompt", count)
         outputs: dict[str, Output] = {}
         try:
+            for place in range(count) if order is None else order:
+                try:
+                    add(place, ids[place])
+                except RequestError as error:
+                    error.request_id = ids[place]
+                    outputs[ids[place]] = kind(request_id=ids[place], prompt_token_ids=[], error=error)
+            waiting = set(ids) - outputs.keys()
             with Progress(len(waiting), enabled=use_tqdm) as progress:
                 while waiting:
                     for output in self._step():
@@ -296,9 +326,14 @@ class LLM:
                             progress.advance()
                     progress.describe(self.engine.stats)
         finally:
-            for request_id in waiting:
+            for request_id in set(ids) - outputs.keys():
                 self.engine.abort(request_id)
-        return outputs
+        ordered = [outputs[each] for each in ids]
+        errors = [output.error for output in ordered if output.error is not None]
+        if errors and on_error == "raise":
+            errors[0].outputs = list(ordered)
+            raise errors[0]
+        return ordered
 
     def _step(self) -> list[AnyOutput]:
         """One step for all. Outputs of streams are kept for their readers, who may not be the ones that asked."""
@@ -313,19 +348,6 @@ class LLM:
         call = f"{self._calls}-" if self._calls else ""
         self._calls += 1
         return [f"{call}{kind}-{place}" for place in range(count)]
-
-    def _params_for(
-        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        if params is None:
-            params = SamplingParams()
-        if isinstance(params, (str, bytes)) or not isinstance(params, Sequence):
-            return [params] * len(prompts)  # one for all; its type is checked with each prompt
-        if len(params) != len(prompts):
-            raise InvalidSamplingParamsError(
-                f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each"
-            )
-        return list(params)
 
     def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[Any]:
         """What was given for each prompt; whether it is a list of strings is checked with the prompt."""
@@ -354,6 +376,10 @@ def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
+def _itself(prompt: Prompt) -> Prompt:
+    return prompt
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     # What is no prompt either is refused later, by name.
     one = isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable)
@@ -368,13 +394,11 @@ def _sort_key(prompt: Prompt) -> tuple[int, Any]:
     return 1, [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
 
 
-def _failed(request_id: str, prompt: Prompt, error: RequestError) -> RequestOutput:
-    return RequestOutput(request_id, prompt if isinstance(prompt, str) else None, [], error=error)
-
-
-def _in_order(outputs: list[Output], on_error: OnError) -> list[Output]:
-    errors = [output.error for output in outputs if output.error is not None]
-    if errors and on_error == "raise":
-        errors[0].outputs = list(outputs)
-        raise errors[0]
-    return outputs
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, (str, bytes)) or not isinstance(params, Sequence):
+        return [params] * count  # one for all; its type is checked with each prompt
+    if len(params) != count:
+        raise InvalidSamplingParamsError(f"{count} prompts but {len(params)} sampling_params; give one, or one each")
+    return list(params)

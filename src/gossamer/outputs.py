@@ -46,8 +46,8 @@ class RequestOutput:
     """
 
     request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
+    prompt: str | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
     outputs: list[CompletionOutput] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from gossamer.errors import InvalidSamplingParamsError
@@ -19,7 +19,12 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of floats
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,23 +120,23 @@ class SamplingParams:
         self._normalize_collections()
 
     def _normalize_collections(self) -> None:
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, Sequence | Set), name, value, "a list, or None")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         _require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         _require(self.detokenize or not stop, "detokenize", self.detokenize, "True if there are stop strings")
         ids = tuple(self.stop_token_ids or ())
         _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids >= 0")
-        try:
-            bias = {int(token): float(value) for token, value in (self.logit_bias or {}).items()}
-        except (AttributeError, TypeError, ValueError):
-            raise InvalidSamplingParamsError(
-                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", param="logit_bias"
-            ) from None
-        _require(
-            all(t >= 0 and math.isfinite(v) for t, v in bias.items()),
-            "logit_bias",
-            self.logit_bias,
-            "a mapping of token ids >= 0 to finite numbers",
-        )
+        given = {} if self.logit_bias is None else self.logit_bias
+        expected = "a mapping of token ids >= 0 to finite numbers"
+        _require(isinstance(given, Mapping), "logit_bias", given, expected)
+        # JSON has only strings for keys
+        bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in given.items()}
+        valid = all(_is_int(token) and token >= 0 and _is_number(value) for token, value in bias.items())
+        _require(valid, "logit_bias", given, expected)
         # The class is frozen so that one object can serve many requests; these are its canonical forms.
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)

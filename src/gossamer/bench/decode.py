@@ -36,7 +36,9 @@ class DecodeResult:
         prefill_tokens_per_s: tokens computed before decoding, over the time that took.
         decode_tokens_per_s: ``batch`` over the median step.
         step_ms: median of the decode steps; ``step_ms_range`` the fastest and the slowest.
-        engine_ms: median time of a decode step outside of the model's forward pass.
+        engine_ms: median time of a decode step outside of the model's forward pass and of the sampler: scheduling,
+            planning, bookkeeping.
+        sampling_ms: median time of choosing the tokens, which reads batch x vocabulary logits once.
         kv_bytes: keys and values held while decoding; ``kv_bytes_peak`` the most that was held at any time.
         floor_ms: time that the measured ceilings of this machine need for the same arithmetic and memory traffic.
         error: why there is no result.
@@ -53,6 +55,7 @@ class DecodeResult:
     step_ms: float | None = None
     step_ms_range: tuple[float, float] | None = None
     engine_ms: float | None = None
+    sampling_ms: float | None = None
     kv_bytes: int | None = None
     kv_bytes_peak: int | None = None
     floor_ms: float | None = None
@@ -67,6 +70,7 @@ class _Contestant:
     engine: Engine
     steps: list[float] = field(default_factory=list)
     overheads: list[float] = field(default_factory=list)
+    samplings: list[float] = field(default_factory=list)
 
 
 def bench_decode(
@@ -129,7 +133,8 @@ def _prepare(
             return contestant
     start = time.perf_counter()
     # Sequences whose own tokens do not fit into one step begin to decode at different steps, the first of them early.
-    head_start = len(prompts) * (len(prompts[0]) - prefix) // engine.scheduler.max_num_batched_tokens
+    own_tokens = len(prompts) * (len(prompts[0]) - prefix)
+    head_start = (own_tokens - 1) // engine.scheduler.max_num_batched_tokens
     params = SamplingParams(temperature=0, max_tokens=new + 1 + head_start, ignore_eos=True, detokenize=False)
     queue = [(str(number), {"prompt_token_ids": prompt}) for number, prompt in enumerate(prompts)]
     first = queue[:1] if mode == "off" else queue
@@ -174,11 +179,13 @@ def _race(contestants: list[_Contestant]) -> None:
     # one step less than there are tokens: the last one would end the sequences
     for _ in range(max((c.result.new - 1 for c in running), default=0)):
         for contestant in running:
-            before = contestant.engine.stats.overhead_seconds
+            stats = contestant.engine.stats
+            overhead, sampling = stats.overhead_seconds, stats.sampling_seconds
             start = time.perf_counter()
             contestant.engine.step()
             contestant.steps.append(time.perf_counter() - start)
-            contestant.overheads.append(contestant.engine.stats.overhead_seconds - before)
+            contestant.overheads.append(stats.overhead_seconds - overhead)
+            contestant.samplings.append(stats.sampling_seconds - sampling)
 
 
 def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float]) -> None:
@@ -190,6 +197,7 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float]) -
     result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
+    result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
     if result.sharing == BOUND:
         result.prefill_tokens_per_s = None
         return

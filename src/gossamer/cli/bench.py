@@ -85,32 +85,23 @@ def _print_table(report: dict[str, Any]) -> None:
     machine = report["machine"]
     console = Console()
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
     table = Table()
-    for name in (
-        "batch",
-        "prefix",
-        "sharing",
-        "tokens/s",
-        "ms/step",
-        "floor ms",
-        "engine ms",
-        "K/V MB",
-        "prefill tok/s",
-    ):
-        table.add_column(name, justify="left" if name == "sharing" else "right")
+    for name in ("batch", "prefix", "sharing", "tok/s", "ms/step", "floor\nms", "engine\nms", "sample\nms", "K/V\nMB"):
+        table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
     for row in report["results"]:
         cells = [str(row["batch"]), str(row["prefix"]), row["sharing"]]
         if row["error"]:
-            table.add_row(*cells, row["error"])
+            console.print(f"{' x '.join(cells[:2])} tokens, {cells[2]}: {row['error']}", soft_wrap=True)
             continue
         table.add_row(
             *cells,
             f"{row['decode_tokens_per_s']:,.0f}",
             f"{row['step_ms']:,.1f}",
-            _optional(row["floor_ms"], "{:,.1f}"),
+            _optional(row["floor_ms"], "{:,.0f}"),
             f"{row['engine_ms']:.2f}",
+            f"{row['sampling_ms']:.2f}",
             _optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
-            _optional(row["prefill_tokens_per_s"], "{:,.0f}"),
         )
     console.print(table)
 

@@ -7,6 +7,7 @@ See docs/explanation/a-request.md, which follows one request through these files
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Many
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
-from gossamer.engine.planner import KeyCount, PlannedRows, build_plan
+from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
 from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
@@ -30,14 +31,34 @@ from gossamer.engine.slots import Slot, SlotPool
 from gossamer.engine.stats import EngineStats
 from gossamer.engine.stopping import StopChecker
 from gossamer.engine.tree import PrefixTree
-from gossamer.errors import ConfigurationError, InvalidPromptError, RequestError
+from gossamer.errors import ConfigurationError, InvalidPromptError, MemoryBudgetError, RequestError
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 SharingMode = Literal["attention", "storage", "off"]
 SHARING_MODES: tuple[SharingMode, ...] = ("attention", "storage", "off")
+NOT_FINITE = "the model's logits are not finite"
 NO_TOKEN = "no token can be sampled: the model's logits are not finite, or all tokens are excluded"
 SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
+
+
+def check_options(sharing: str, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
+    """Refuse what no model could be served with.
+
+    Raises:
+        ConfigurationError
+    """
+    if sharing not in SHARING_MODES:
+        raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {sharing!r}")
+    for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+        if not _is_int(value) or value < 1:
+            raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not _is_int(seed):
+        raise ConfigurationError(f"seed must be an integer, got {seed!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Engine:
@@ -71,12 +92,8 @@ class Engine:
         seed: int = 0,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        if sharing not in SHARING_MODES:
-            raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {sharing!r}")
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if value < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {value}")
-        if max_model_len is not None and not 1 < max_model_len <= runner.max_model_len:
+        check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)
+        if max_model_len is not None and not (_is_int(max_model_len) and 1 < max_model_len <= runner.max_model_len):
             raise ConfigurationError(
                 f"max_model_len must be from 2 to {runner.max_model_len}, the model's own limit, got {max_model_len}"
             )
@@ -100,18 +117,29 @@ class Engine:
         )
         self.stats = EngineStats()
         self.scheduler.on_start = self.stats.count_prompt
+        self.planner = Planner(self.tree, per_row=sharing == "storage")
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
         self.requests: dict[str, Request] = {}
         self._trivial: list[Request] = []  # finished without a step
+        self._ended: list[Output] = []
         self._number = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool = False) -> None:
-        """Queue a prompt. With ``stream``, :meth:`step` also returns its unfinished outputs.
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool = False, draw: int | None = None
+    ) -> None:
+        """Queue a prompt.
+
+        Args:
+            request_id: unique among the unfinished requests.
+            prompt: text, or ``{"prompt_token_ids": [...]}``.
+            params: how to sample.
+            stream: :meth:`step` also returns the request's unfinished outputs.
+            draw: selects the random stream if ``params`` has no seed; by default the order of arrival does.
 
         Raises:
             RequestError: a subclass says what is wrong with the prompt or the parameters; nothing was queued.
@@ -136,7 +164,7 @@ class Engine:
                 score_until=len(ids),
                 max_new_tokens=min(params.max_tokens or limit, limit),
             )
-            random = make_random(params.seed, self.seed, request.number, index)
+            random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
             sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
             if params.stop or (stream and params.detokenize):
@@ -248,22 +276,28 @@ class Engine:
         """
         start = time.perf_counter()
         works = self.scheduler.schedule()
-        ended = self._take_failures() + self._take_trivial()
+        self._ended += self._take_failures() + self._take_trivial()
         if not works:
-            if self.requests and not ended:
+            if self.requests and not self._ended:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
-            return ended
-        plan, rows, count = build_plan(works, per_row=self.sharing == "storage", device=self.runner.layout.device)
+            return self._take_ended()
+        plan, rows, count = self.planner.plan(works)
+        sampled = self.stats.sampling_seconds
         forward = time.perf_counter()
         logits = self.runner.forward(plan)
         done = time.perf_counter()
         self._commit(works)
-        ended += self._sample(rows, logits) + self._branch(rows, logits)
-        self._score(rows, logits)
-        ended += self._collect(works)
+        self._ended += self._sample(rows, logits) + self._branch(rows, logits) + self._score(rows, logits)
+        self._ended += self._collect(works)
         self._count(works, count)
         self.stats.forward_seconds += done - forward
-        self.stats.overhead_seconds += time.perf_counter() - done + forward - start
+        sampling = self.stats.sampling_seconds - sampled
+        self.stats.overhead_seconds += time.perf_counter() - done + forward - start - sampling
+        return self._take_ended()
+
+    def _take_ended(self) -> list[Output]:
+        """Outputs that were not returned yet: those of a step whose forward pass raised are not lost."""
+        ended, self._ended = self._ended, []
         return ended
 
     def _commit(self, works: list[Work]) -> None:
@@ -279,7 +313,9 @@ class Engine:
         if not plain:
             return []
         part = logits[: len(plain)] if len(plain) == len(rows.sampled) else logits[[row for row, _, _ in plain]]
+        start = time.perf_counter()
         sampled = self.sampler.sample(part, [state for _, _, state in plain])
+        self.stats.sampling_seconds += time.perf_counter() - start
         failed = []
         for (_, sequence, _), token, logprobs in zip(plain, sampled.token_ids, sampled.logprobs, strict=True):
             if token >= 0:
@@ -354,8 +390,10 @@ class Engine:
             ids = sequence.output_ids[:-1] if hide_last else sequence.output_ids
             sequence.text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
 
-    def _score(self, rows: PlannedRows, logits: Tensor) -> None:
+    def _score(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
+        """Log-probabilities of given tokens; returns requests that failed over them."""
         first = len(rows.sampled)
+        failed = []
         for sequence, target, count in rows.scored:
             part = logits[first : first + count]
             targets = torch.tensor(sequence.tokens[target : target + count], device=logits.device)
@@ -364,19 +402,23 @@ class Engine:
             if params is not None and params.prompt_logprobs is not None:
                 sequence.top_scores += top_logprobs(part, targets, params.prompt_logprobs)
             first += count
+            if any(math.isnan(value) for value in sequence.scores[-count:]):
+                failed.append(self._fail(sequence.request, RequestError(NOT_FINITE)))
+        return [output for output in failed if output is not None]
 
     # --- endings -----------------------------------------------------------------------------------------------
 
     def _collect(self, works: list[Work]) -> list[Output]:
         """End what is finished; the outputs of ended requests, and of those that stream."""
-        ended: list[Output] = []
-        requests = dict.fromkeys(work.sequence.request for work in works)
         finished = [w.sequence for w in works if w.sequence.status is Status.RUNNING and self._is_done(w.sequence)]
         # From the last slot of each bucket to the first, so that none has to move into a gap.
         for sequence in sorted(finished, key=lambda s: -s.slot.index if s.slot else 0):
             self._end(sequence)
-        for request in requests:
-            if request.request_id not in self.requests or request.beam is not None:
+        news = dict.fromkeys(s.request for s in finished)
+        news |= dict.fromkeys(w.sequence.request for w in works if w.sequence.request.stream)
+        ended: list[Output] = []
+        for request in news:
+            if request.request_id not in self.requests:
                 continue
             if request.finished:
                 ended.append(self._finish(request))
@@ -407,7 +449,10 @@ class Engine:
             return None
         error.request_id = request.request_id
         for sequence in request.sequences:
-            self._end(sequence)
+            self.scheduler.release(sequence)
+            sequence.status = Status.FINISHED
+            if not isinstance(error, MemoryBudgetError):  # what went wrong may stand in the keys and values
+                self.tree.forget(sequence.tokens)
         self.stats.failed_requests += 1
         return self.results.build(request, error)
 

@@ -79,6 +79,7 @@ class StepPlan:
         tokens, positions: (T,) of the packed batch.
         logit_rows: rows whose logits are needed.
         num_levels: how many partial results a row has at most.
+        windows, biases: what :meth:`segments_within` and :meth:`bias` have computed.
     """
 
     tokens: Tensor
@@ -88,14 +89,14 @@ class StepPlan:
     chunks: list[Chunk] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     num_levels: int = 1
-    _windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)
-    _biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)
+    biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def segments_within(self, window: int | None) -> list[WindowedSegment]:
         """The segments a layer with this window attends to; the same for all such layers."""
-        if window not in self._windows:
-            self._windows[window] = [w for s in self.segments if (w := self._within(s, window)) is not None]
-        return self._windows[window]
+        if window not in self.windows:
+            self.windows[window] = [w for s in self.segments if (w := self._within(s, window)) is not None]
+        return self.windows[window]
 
     def _within(self, segment: Segment, window: int | None) -> WindowedSegment | None:
         if window is None:
@@ -112,12 +113,12 @@ class StepPlan:
 
     def bias(self, index: int, window: int | None) -> Tensor:
         """Of group ``index``: (n, longest), 0 where the sequence sees the key and -inf where not."""
-        if (index, window) not in self._biases:
+        if (index, window) not in self.biases:
             group = self.groups[index]
             keys = torch.arange(group.longest, device=group.offsets.device)
             hidden = keys > group.offsets[:, None]
             if window is not None:
                 hidden |= keys <= group.offsets[:, None] - window
             bias = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-            self._biases[index, window] = bias.masked_fill_(hidden, -math.inf)
-        return self._biases[index, window]
+            self.biases[index, window] = bias.masked_fill_(hidden, -math.inf)
+        return self.biases[index, window]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from gossamer.engine.plan import Chunk, Group, Rows, Segment, StepPlan
 from gossamer.engine.scheduler import Work
 from gossamer.engine.sequence import Sequence
 from gossamer.engine.slots import Bucket, Slot
-from gossamer.engine.tree import Node
+from gossamer.engine.tree import Node, PrefixTree
 
 
 @dataclass(slots=True)
@@ -44,6 +44,48 @@ class KeyCount:
     segments: int = 0
 
 
+class Planner:
+    """Plans step after step. Most steps only go on where the last one ended, and reuse its plan.
+
+    Args:
+        tree: where the shared keys are.
+        per_row: sequences attend to shared nodes one by one (the mode that shares storage only).
+    """
+
+    def __init__(self, tree: PrefixTree, *, per_row: bool) -> None:
+        self.tree = tree
+        self.per_row = per_row
+        self._key: object = None
+        self._start = 0  # position of the first row
+        self._last: tuple[StepPlan, PlannedRows, KeyCount] | None = None
+
+    def plan(self, works: list[Work]) -> tuple[StepPlan, PlannedRows, KeyCount]:
+        """Lay the work out in rows, and find who attends to what. A node is in ``works`` at most once."""
+        key = (self.tree.version, [(work.sequence, work.target) for work in works])
+        if self._last is not None and key == self._key:
+            if works[0].start > self._start:  # otherwise the last step did not succeed, and is tried again
+                self._last = _next(*self._last)
+                self._start = works[0].start
+            return self._last
+        plan, rows, count = build_plan(works, per_row=self.per_row, device=self.tree.layout.device)
+        # Reusable if every row is a sequence with one new token that gets another one.
+        goes_on = not plan.chunks and len(rows.sampled) == len(works) and not rows.scored
+        self._key, self._start, self._last = key, works[0].start, (plan, rows, count) if goes_on else None
+        return plan, rows, count
+
+
+def _next(plan: StepPlan, rows: PlannedRows, count: KeyCount) -> tuple[StepPlan, PlannedRows, KeyCount]:
+    """The plan of the next token of the same sequences: they stand one position further, and see one key more."""
+    tokens = torch.tensor([sequence.tokens[-1] for sequence in rows.sampled], device=plan.tokens.device)
+    groups = [replace(group, offsets=group.offsets + 1, longest=group.longest + 1) for group in plan.groups]
+    size = len(rows.sampled)
+    return (
+        replace(plan, tokens=tokens, positions=plan.positions + 1, groups=groups, windows={}, biases={}),
+        rows,
+        KeyCount(count.keys_read + size, count.keys_unshared + size, count.segments),
+    )
+
+
 def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tuple[StepPlan, PlannedRows, KeyCount]:
     """Lay the work out in rows, and find who attends to what.
 
@@ -51,13 +93,9 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
         works: what to compute; a node at most once.
         per_row: sequences attend to shared nodes one by one (the mode that shares storage only).
     """
-    single = [w for w in works if w.count == 1 and isinstance(w.target, Slot)]
-    # Sequences under the same node stand next to each other, so that a node's rows are a slice.
-    single.sort(key=lambda w: [node.serial for node in w.sequence.node.path()] if w.sequence.node else [])
-    longer = [w for w in works if not (w.count == 1 and isinstance(w.target, Slot))]
-    layout = _Layout(single, longer)
+    layout = _Layout(works)
     plan = StepPlan(
-        tokens=torch.tensor(layout.tokens, device=device),
+        tokens=torch.from_numpy(np.array(layout.tokens)).to(device),
         positions=torch.from_numpy(layout.positions).to(device),
         logit_rows=torch.empty(0, dtype=torch.long),
     )
@@ -71,20 +109,56 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
     return plan, rows, count
 
 
-class _Layout:
-    """The rows of the packed batch: first the sequences with one new token, then the chunks."""
+@dataclass(slots=True)
+class _Block:
+    """Consecutive rows of ``readers`` sequences, all of which see the nodes from the root down to ``node``."""
 
-    def __init__(self, single: list[Work], longer: list[Work]) -> None:
-        self.single = single
-        self.longer = longer
-        self.tokens: list[int] = [w.sequence.tokens[w.start] for w in single]
-        positions = [np.array([w.start for w in single], dtype=np.int64)]
-        self.first_rows: list[int] = []
-        for work in longer:
-            self.first_rows.append(len(self.tokens))
+    node: Node
+    rows: slice
+    readers: int
+    single: bool  # one row per sequence
+
+
+class _Layout:
+    """The rows of the packed batch: first the sequences with one new token, then the chunks.
+
+    Sequences below the same node stand next to each other, so that a node's rows are a slice; and among them in the
+    order of their slots, so that a bucket is read without a gather if all its sequences are there.
+    """
+
+    def __init__(self, works: list[Work]) -> None:
+        single: list[tuple[Node, int, Work, Slot]] = []
+        self.longer: list[Work] = []
+        for work in works:
+            if work.count == 1 and isinstance(work.target, Slot):
+                single.append((_node_above(work), work.target.index, work, work.target))
+            else:
+                self.longer.append(work)
+        order = {node: [each.serial for each in node.path()] for node in {item[0] for item in single}}
+        single.sort(key=lambda item: (order[item[0]], item[1]))
+        self.single = [(work, slot) for _, _, work, slot in single]
+        self.tokens: list[int] = [work.sequence.tokens[work.start] for work, _ in self.single]
+        positions = [np.array([work.start for work, _ in self.single], dtype=np.int64)]
+        self.blocks: list[_Block] = []
+        for node, members in groupby(single, key=itemgetter(0)):
+            first = self.blocks[-1].rows.stop if self.blocks else 0
+            count = sum(1 for _ in members)
+            self.blocks.append(_Block(node, slice(first, first + count), count, single=True))
+        self.chunk_rows: list[slice] = []
+        for work in self.longer:
+            rows = slice(len(self.tokens), len(self.tokens) + work.count)
             self.tokens.extend(work.sequence.tokens[work.start : work.start + work.count])
             positions.append(np.arange(work.start, work.start + work.count))
+            self.chunk_rows.append(rows)
+            self.blocks.append(_Block(_node_above(work), rows, 1, single=False))
         self.positions = np.concatenate(positions)
+
+
+def _node_above(work: Work) -> Node:
+    """The deepest node whose keys all of the work's rows see."""
+    node = work.target.parent if isinstance(work.target, Node) else work.sequence.node
+    assert node is not None
+    return node
 
 
 class _Levels:
@@ -101,44 +175,31 @@ class _Levels:
         return level
 
 
-def _ancestors(work: Work) -> list[Node]:
-    """The nodes whose keys all of the work's rows see."""
-    if isinstance(work.target, Node):
-        return work.target.path()[:-1]
-    return work.sequence.node.path() if work.sequence.node else []
-
-
 def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_row: bool) -> KeyCount:
-    singles: dict[Node, list[int]] = {}
-    chunks: dict[Node, list[slice]] = {}
-    for row, work in enumerate(layout.single):
-        for node in _ancestors(work):
-            singles.setdefault(node, []).append(row)
-    for first, work in zip(layout.first_rows, layout.longer, strict=True):
-        for node in _ancestors(work):
-            chunks.setdefault(node, []).append(slice(first, first + work.count))
+    readers: dict[Node, list[_Block]] = {}
+    for block in layout.blocks:
+        for node in block.node.path():
+            readers.setdefault(node, []).append(block)
     count = KeyCount()
-    for node in sorted(singles.keys() | chunks.keys(), key=lambda n: (n.start, n.serial)):
-        own, ranges = singles.get(node, []), chunks.get(node, [])
-        readers = len(own) + len(ranges)
-        count.keys_unshared += readers * len(node)
+    for node in sorted(readers, key=lambda n: (n.start, n.serial)):
+        blocks = readers[node]
+        sequences = sum(block.readers for block in blocks)
+        count.keys_unshared += sequences * len(node)
         if per_row:
-            count.keys_read += readers * len(node)
-            parts: list[tuple[slice | np.ndarray, bool]] = [(_as_rows(own), True)] if own else []
-            parts += [(rows, False) for rows in ranges]
+            count.keys_read += sequences * len(node)
+            parts = [(_join([block.rows]), block.single) for block in blocks]
         else:
             count.keys_read += len(node)
-            count.segments += readers > 1
-            parts = [(_as_rows(own + [row for rows in ranges for row in range(rows.start, rows.stop)]), False)]
+            count.segments += sequences > 1
+            parts = [(_join([block.rows for block in blocks]), False)]
         for part, separately in parts:
-            level = levels.take(part)
-            plan.segments.append(Segment(_to_index(part, plan.tokens.device), node, len(node), node.start, level, separately))
+            rows = _to_index(part, plan.tokens.device)
+            plan.segments.append(Segment(rows, node, len(node), node.start, levels.take(part), separately))
     return count
 
 
 def _add_chunks(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCount) -> None:
-    for first, work in zip(layout.first_rows, layout.longer, strict=True):
-        rows = slice(first, first + work.count)
+    for rows, work in zip(layout.chunk_rows, layout.longer, strict=True):
         if work.offset:
             start = work.start - work.offset
             plan.segments.append(Segment(rows, work.target, work.offset, start, levels.take(rows)))
@@ -149,33 +210,32 @@ def _add_chunks(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCoun
 
 def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCount, device: torch.device) -> None:
     members: dict[Bucket, list[tuple[int, int, int]]] = {}
-    for row, work in enumerate(layout.single):
-        assert isinstance(work.target, Slot)
-        members.setdefault(work.target.bucket, []).append((work.target.index, work.offset, row))
+    for row, (work, slot) in enumerate(layout.single):
+        members.setdefault(slot.bucket, []).append((slot.index, work.offset, row))
     for bucket, entries in members.items():
         entries.sort()  # the bucket's own order: its slots are then read without a gather
-        slots = [index for index, _, _ in entries]
-        offsets = [offset for _, offset, _ in entries]
-        rows = _as_rows([row for _, _, row in entries])
+        slots, offsets, places = np.array(entries).T.copy()
+        rows = slice(int(places[0]), int(places[-1]) + 1) if (np.diff(places) == 1).all() else places
         plan.groups.append(
             Group(
                 rows=_to_index(rows, device),
                 bucket=bucket,
-                slots=torch.tensor(slots, device=device),
-                offsets=torch.tensor(offsets, device=device),
-                longest=max(offsets) + 1,
+                slots=torch.from_numpy(slots).to(device),
+                offsets=torch.from_numpy(offsets).to(device),
+                longest=int(offsets.max()) + 1,
                 level=levels.take(rows),
             )
         )
-        count.keys_read += sum(offsets) + len(offsets)
-        count.keys_unshared += sum(offsets) + len(offsets)
+        keys = int(offsets.sum()) + len(offsets)
+        count.keys_read += keys
+        count.keys_unshared += keys
 
 
-def _as_rows(rows: Many[int]) -> slice | np.ndarray:
-    """A slice if the rows are consecutive, else an index array."""
-    if rows[-1] - rows[0] == len(rows) - 1 and all(b == a + 1 for a, b in pairwise(rows)):
-        return slice(rows[0], rows[-1] + 1)
-    return np.array(rows)
+def _join(parts: list[slice]) -> slice | np.ndarray:
+    """One slice if the parts follow each other without a gap, else the indices of all their rows."""
+    if all(before.stop == after.start for before, after in pairwise(parts)):
+        return slice(parts[0].start, parts[-1].stop)
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:
@@ -185,7 +245,8 @@ def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:
 def _logit_rows(layout: _Layout, planned: PlannedRows) -> list[int]:
     sampled: list[int] = []
     scored: list[int] = []
-    entries = [*enumerate(layout.single), *zip(layout.first_rows, layout.longer, strict=True)]
+    entries = [(row, work) for row, (work, _) in enumerate(layout.single)]
+    entries += [(rows.start, work) for rows, work in zip(layout.chunk_rows, layout.longer, strict=True)]
     for first, work in entries:
         sequence = work.sequence
         if isinstance(work.target, Node):

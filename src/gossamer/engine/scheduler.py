@@ -244,7 +244,8 @@ class Scheduler:
         """Schedule what is left of the sequence's own tokens: one when it decodes, more in a private prompt."""
         slot = sequence.slot
         assert slot is not None
-        count = min(sequence.num_to_compute - sequence.num_computed, self._tokens_left)
+        start = sequence.private_start + slot.length
+        count = min(sequence.num_to_compute - start, self._tokens_left)
         if sequence.score_from is not None:
             count = min(count, self._scored_left)
         if count <= 0:
@@ -257,7 +258,7 @@ class Scheduler:
             if larger is None:
                 return
             sequence.slot = slot = larger
-        works.append(Work(sequence, sequence.num_computed, count, slot, slot.length))
+        works.append(Work(sequence, start, count, slot, slot.length))
         self._tokens_left -= count
         if sequence.score_from is not None:
             self._scored_left -= count
@@ -342,9 +343,9 @@ class Scheduler:
         token_bytes = self.tree.layout.bytes_per_token
         total = self.tree.budget.total
         error = MemoryBudgetError(
-            f"its {len(sequence.tokens)} tokens need more keys and values than the memory budget of "
-            f"{total / 1e6:,.0f} MB holds ({total // token_bytes} tokens at {token_bytes} bytes each, pinned prefixes "
-            "included); raise `memory` or shorten the prompt",
+            f"its {len(sequence.tokens)} tokens, and room for the next, need more keys and values than the memory "
+            f"budget has left: {total / 1e6:,.3g} MB are {total // token_bytes} tokens at {token_bytes} bytes, pinned "
+            "prefixes included; raise `memory` or shorten the prompt",
             request_id=sequence.request.request_id,
         )
         self.release(sequence)

@@ -1,7 +1,7 @@
 """Private keys and values: what a sequence shares with nobody, laid out so that all sequences are attended in one call.
 
 Every sequence that is being decoded owns a slot. Slots of equal capacity form a bucket: one tensor per layer whose
-first ``n`` rows are the ``n`` slots in use, without gaps, so that a step reads ``keys[layer][:n, :, :longest]`` as a view.
+first ``n`` rows are the ``n`` slots in use, without gaps, so that a step reads them as one view.
 A sequence that outgrows its slot moves to a larger bucket.
 """
 
@@ -134,7 +134,7 @@ class SlotPool:
 
     def trim(self) -> bool:
         """Give back all memory that no slot uses. Returns whether there was any."""
-        return any([bucket.trim() for bucket in self.buckets.values()])
+        return sum(bucket.trim() for bucket in self.buckets.values()) > 0
 
     def fork(self, slot: Slot) -> Slot | None:
         """A second slot with the same contents (a beam that splits), or ``None`` if the budget has no room."""

@@ -28,7 +28,8 @@ class EngineStats:
         unshared_reasons: for the other steps, why not -> how many.
         keys_read, keys_unshared: keys per layer that attention walked through; that it would have without sharing.
         kv_bytes, kv_bytes_peak: bytes of keys and values held after the last step; at most.
-        forward_seconds, overhead_seconds: time in the model's forward pass; in everything else of the steps.
+        forward_seconds, sampling_seconds, overhead_seconds: time in the model's forward pass; in choosing tokens
+            from its logits; in everything else of the steps.
     """
 
     prompt_tokens: int = 0
@@ -49,6 +50,7 @@ class EngineStats:
     preemptions: int = 0
     evicted_tokens: int = 0
     forward_seconds: float = 0.0
+    sampling_seconds: float = 0.0
     overhead_seconds: float = 0.0
 
     def count_prompt(self, sequence: Sequence, path: list[Node]) -> None:

@@ -94,6 +94,7 @@ class PrefixTree:
         self.budget = budget
         self.root = Node([], None)
         self.clock = 0
+        self.version = 0  # changes when a node is split or moved, so that plans made before are not used again
         self.evicted_tokens = 0
         self.pinned: Counter[tuple[int, ...]] = Counter()
         budget.evict = self.evict
@@ -156,6 +157,7 @@ class PrefixTree:
                 for layer, whole in enumerate(own):
                     above.append(whole[:, :at].clone())
                     own[layer] = whole[:, at:].clone()
+        self.version += 1
         return upper
 
     def _join_idle(self, node: Node) -> None:
@@ -178,6 +180,7 @@ class PrefixTree:
             node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
             node.computed = len(node.tokens)
             upper.parent.children[node.tokens[0]] = node
+            self.version += 1
 
     def allocate(self, node: Node) -> bool:
         """Give ``node`` storage. False if the budget has no room even after eviction."""
@@ -232,6 +235,20 @@ class PrefixTree:
             each.pins -= 1
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
+
+    def forget(self, tokens: Sequence[int]) -> None:
+        """Remove what the tree holds of ``tokens``, from the end, as far as nobody else uses it."""
+        node = self.root
+        while node.end < len(tokens) and tokens[node.end] in node.children:
+            child = node.children[tokens[node.end]]
+            if child.tokens != list(tokens[child.start : child.end]):
+                break  # it holds other tokens too
+            node = child
+        while self._evictable(node):
+            parent = node.parent
+            assert parent is not None
+            self._remove(node)
+            node = parent
 
     def evict(self, wanted: int) -> int:
         """Free at least ``wanted`` bytes of what nobody uses, least recently used leaves first. Returns bytes freed."""

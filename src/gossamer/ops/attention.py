@@ -8,7 +8,8 @@ Hydragen (Juravsky et al. 2024, arXiv 2402.05099, section 3) rests on two facts:
   the prefix is read once, by one pair of GEMMs, instead of once per sequence (:func:`attend_prefix`).
 
 Shapes: query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), Hq a multiple of Hkv (grouped-query
-attention; query head h reads key/value head ``h // (Hq // Hkv)``). States are fp32 (fp64 for fp64 inputs); ``lse`` is natural log.
+attention; query head h reads key/value head ``h // (Hq // Hkv)``). States are fp32
+(fp64 for fp64 inputs); ``lse`` is natural log.
 
 >>> import torch
 >>> q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 10, 8), torch.randn(2, 2, 10, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,9 @@ class Sampled:
 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob] | None]
+
+
+BLOCK = 256
 
 
 class Sampler:
@@ -80,8 +84,24 @@ def _choose(scores: Tensor, states: list[SamplingState]) -> Tensor:
 
 def _argmax(scores: Tensor) -> Tensor:
     """Lowest index of the maximum of each row of ``scores`` (B, V), or -1 where it is NaN or -inf."""
-    # numpy's argmax is vectorised; torch's is 5 to 10 times slower on the CPU. Both return the first NaN, if any.
-    on_cpu = scores.device.type == "cpu"
-    tokens = torch.from_numpy(scores.numpy().argmax(-1)) if on_cpu else scores.argmax(-1)
+    if scores.device.type == "cpu":
+        return torch.from_numpy(_argmax_cpu(scores))
+    tokens = scores.argmax(-1)
     chosen = scores.gather(1, tokens[:, None]).flatten()
     return tokens.masked_fill_(~(chosen > -torch.inf), -1)
+
+
+def _argmax_cpu(scores: Tensor) -> np.ndarray:
+    """torch's argmax on the CPU is not vectorised; its amax is, and runs on all cores. So: the block, then the place.
+
+    numpy's argmax, vectorised too, does the rest. All of them return the first maximum, or the first NaN.
+    """
+    batch, vocabulary = scores.shape
+    values, rows = scores.numpy(), np.arange(batch)
+    if vocabulary % BLOCK:
+        tokens = values.argmax(-1)
+    else:
+        block = scores.view(batch, -1, BLOCK).amax(-1).numpy().argmax(-1)
+        tokens = block * BLOCK + values.reshape(batch, -1, BLOCK)[rows, block].argmax(-1)
+    tokens[~(values[rows, tokens] > -np.inf)] = -1
+    return tokens
