@@ -32,7 +32,7 @@ def test_every_mode_is_measured_in_one_run(model: str) -> None:
         "--suffix",
         "7",
         "--new",
-        "6",
+        "8",
     ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
@@ -52,7 +52,7 @@ def test_every_mode_is_measured_in_one_run(model: str) -> None:
 
 def test_what_does_not_fit_is_reported_and_the_others_run(model: str) -> None:
     report = bench_decode(
-        model, batches=[4], prefixes=[300], suffix=5, new=4, sharing=("off", "attention"), memory=300_000
+        model, batches=[4], prefixes=[300], suffix=5, new=8, sharing=("off", "attention"), memory=300_000
     )
     off, attention = report["results"]
     assert "needs" in off["error"] and off["step_ms"] is None

@@ -36,6 +36,7 @@ class DecodeResult:
         prefill_tokens_per_s: tokens computed before decoding, over the time that took.
         decode_tokens_per_s: ``batch`` over the median step.
         step_ms: median of the decode steps; ``step_ms_range`` the fastest and the slowest.
+        speedup: median, over the steps, of the time with sharing off over the time of the step beside it.
         engine_ms: median time of a decode step outside of the model's forward pass and of the sampler: scheduling,
             planning, bookkeeping.
         sampling_ms: median time of choosing the tokens, which reads batch x vocabulary logits once.
@@ -54,6 +55,7 @@ class DecodeResult:
     decode_tokens_per_s: float | None = None
     step_ms: float | None = None
     step_ms_range: tuple[float, float] | None = None
+    speedup: float | None = None
     engine_ms: float | None = None
     sampling_ms: float | None = None
     kv_bytes: int | None = None
@@ -93,8 +95,8 @@ def bench_decode(
     unknown = [mode for mode in sharing if mode not in (*SHARING_MODES, BOUND)]
     if unknown:
         raise ConfigurationError(f"sharing must be among {', '.join((*SHARING_MODES, BOUND))}, got {unknown[0]!r}")
-    if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS:
-        raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS}")
+    if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS + 2:
+        raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
     network, tokenizer = load_model(resolve_model(model), dtype=dtype, attn_implementation=IMPLEMENTATION)
     machine = describe()
@@ -110,8 +112,9 @@ def bench_decode(
                 contestants.append(_prepare(mode, network, tokenizer, prompts, prefix, new, memory))
             progress(f"{batch} x {prefix} tokens: decoding in turn")
             _race(contestants)
+            unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
             for contestant in contestants:
-                _evaluate(contestant, network, limits)
+                _evaluate(contestant, network, limits, unshared)
                 results.append(asdict(contestant.result))
             del contestants
     return {"machine": machine, "results": results}
@@ -132,10 +135,7 @@ def _prepare(
             result.error = f"needs {needed / 1e9:.1f} GB of keys and values; --memory is {memory / 1e9:.1f} GB"
             return contestant
     start = time.perf_counter()
-    # Sequences whose own tokens do not fit into one step begin to decode at different steps, the first of them early.
-    own_tokens = len(prompts) * (len(prompts[0]) - prefix)
-    head_start = (own_tokens - 1) // engine.scheduler.max_num_batched_tokens
-    params = SamplingParams(temperature=0, max_tokens=new + 1 + head_start, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     queue = [(str(number), {"prompt_token_ids": prompt}) for number, prompt in enumerate(prompts)]
     first = queue[:1] if mode == "off" else queue
     for request_id, prompt in first:
@@ -176,8 +176,7 @@ def _copy_prefix(engine: Engine, queue: list[tuple[str, Any]], params: SamplingP
 def _race(contestants: list[_Contestant]) -> None:
     """Decode in turn, a step each."""
     running = [c for c in contestants if c.result.error is None]
-    # one step less than there are tokens: the last one would end the sequences
-    for _ in range(max((c.result.new - 1 for c in running), default=0)):
+    for _ in range(min((_steps_left(c) for c in running), default=0)):
         for contestant in running:
             stats = contestant.engine.stats
             overhead, sampling = stats.overhead_seconds, stats.sampling_seconds
@@ -188,13 +187,26 @@ def _race(contestants: list[_Contestant]) -> None:
             contestant.samplings.append(stats.sampling_seconds - sampling)
 
 
-def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float]) -> None:
+def _steps_left(contestant: _Contestant) -> int:
+    """Steps until the first sequence ends; those whose own tokens were computed first are ahead of the others."""
+    sequences = [s for request in contestant.engine.requests.values() for s in request.sequences]
+    steps = min(s.tokens_left for s in sequences) - 1
+    if len(sequences) < contestant.result.batch or steps <= WARM_UP_STEPS:
+        raise ConfigurationError(
+            f"new={contestant.result.new} is too few: sequences end before all of them decode; give more"
+        )
+    return steps
+
+
+def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], unshared: list[float]) -> None:
     result, engine = contestant.result, contestant.engine
     if result.error is not None:
         return
     steps = contestant.steps[WARM_UP_STEPS:]
     result.step_ms = statistics.median(steps) * 1e3
     result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
+    if unshared:
+        result.speedup = statistics.median(off / own for off, own in zip(unshared, contestant.steps, strict=True))
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3

@@ -28,7 +28,7 @@ def decode(
     batch: Annotated[str, typer.Option(help="Sequences that decode together; several: 8,64.")] = "64",
     prefix: Annotated[str, typer.Option(help="Tokens that all sequences share; several: 128,2048.")] = "2048",
     suffix: Annotated[int, typer.Option(min=1, help="Prompt tokens that each sequence has of its own.")] = 32,
-    new: Annotated[int, typer.Option(min=3, help="Decode steps; the first two warm up.")] = 32,
+    new: Annotated[int, typer.Option(min=5, help="Tokens each sequence generates; the first steps warm up.")] = 32,
     sharing: Annotated[
         str,
         typer.Option(
@@ -84,10 +84,22 @@ def _print_table(report: dict[str, Any]) -> None:
 
     machine = report["machine"]
     console = Console()
+    console.width = max(console.width, 96)  # a narrow terminal may wrap the table; columns cut short help nobody
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
     table = Table()
-    for name in ("batch", "prefix", "sharing", "tok/s", "ms/step", "floor\nms", "engine\nms", "sample\nms", "K/V\nMB"):
+    for name in (
+        "batch",
+        "prefix",
+        "sharing",
+        "tok/s",
+        "over\noff",
+        "ms/\nstep",
+        "floor\nms",
+        "engine\nms",
+        "sample\nms",
+        "K/V\nMB",
+    ):
         table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
     for row in report["results"]:
         cells = [str(row["batch"]), str(row["prefix"]), row["sharing"]]
@@ -97,6 +109,7 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_row(
             *cells,
             f"{row['decode_tokens_per_s']:,.0f}",
+            _optional(row["speedup"], "{:.2f}x"),
             f"{row['step_ms']:,.1f}",
             _optional(row["floor_ms"], "{:,.0f}"),
             f"{row['engine_ms']:.2f}",
