@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--prefixes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096])
     parser.add_argument("--redraw", action="store_true")
     arguments = parser.parse_args()
     figures = OUTPUT.with_suffix(".json")

@@ -7,6 +7,7 @@ sequence's own memory: only decoding is measured there, and computing the prefix
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -116,7 +117,8 @@ def bench_decode(
             for contestant in contestants:
                 _evaluate(contestant, network, limits, unshared)
                 results.append(asdict(contestant.result))
-            del contestants
+            del contestants, contestant
+            gc.collect()  # engines refer to themselves; the next ones need their memory
     return {"machine": machine, "results": results}
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gossamer.models.cache import entry_path
 from gossamer.models.catalog import CATALOG, CatalogModel, find_model
+from gossamer.models.manifest import MANIFEST
 from gossamer.models.manifest import verify as find_faults
 from gossamer.models.pull import import_gguf, pull_model
 from gossamer.models.resolve import local_path, resolve_model
@@ -57,8 +58,10 @@ def pull(
         }
         typer.echo(json.dumps(result))
         return
+    # Only what was converted here has a list of digests; of other checkpoints the headers and sizes were checked.
+    proof = " and every digest agrees" if (path / MANIFEST).exists() else " and its weight files are whole"
     sentences = {
-        "present": f"{name} is there{' and every digest agrees' if verify else ''}: {path}",
+        "present": f"{name} is there{proof if verify else ''}: {path}",
         "built": f"{name} is ready: {path}",
         "repaired": f"{name} was replaced and is ready: {path}",
     }

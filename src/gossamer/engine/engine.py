@@ -17,21 +17,20 @@ from torch import Tensor
 
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.cost import calibrate
-from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
 from gossamer.engine.planner import KeyCount, PlannedRows, Planner
+from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
-from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
+from gossamer.engine.sampling import Sampler, token_logprobs, top_logprobs
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool
 from gossamer.engine.stats import EngineStats
-from gossamer.engine.stopping import StopChecker
 from gossamer.engine.tree import PrefixTree
-from gossamer.errors import ConfigurationError, InvalidPromptError, MemoryBudgetError, RequestError
+from gossamer.errors import ConfigurationError, MemoryBudgetError, RequestError
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -100,9 +99,7 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.sharing = sharing
-        self.seed = seed
         self.max_model_len = max_model_len or runner.max_model_len
-        self.eos_token_ids = eos_token_ids
         self.budget = MemoryBudget(memory)
         self.tree = PrefixTree(runner.layout, self.budget)
         self.slots = SlotPool(runner.layout, self.budget)
@@ -120,12 +117,12 @@ class Engine:
         self.planner = Planner(self.tree, per_row=sharing == "storage")
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
+        self.factory = RequestFactory(self.intake, eos_token_ids, sharing=sharing != "off", seed=seed)
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
         self.requests: dict[str, Request] = {}
         self._trivial: list[Request] = []  # finished without a step
         self._ended: list[Output] = []
-        self._number = 0
 
     # --- requests ----------------------------------------------------------------------------------------------
 
@@ -145,32 +142,7 @@ class Engine:
             RequestError: a subclass says what is wrong with the prompt or the parameters; nothing was queued.
         """
         self._check_id(request_id)
-        self.intake.check_params(params, request_id)
-        text, ids = self.intake.encode(prompt, request_id)
-        self.intake.check_length(len(ids), 1, request_id)
-        request = Request(request_id, self._next_number(), text, ids, params, stream=stream)
-        stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        limit = self.max_model_len - len(ids)
-        for index in range(params.n):
-            # The prompt's log-probabilities need its logits, so it is computed privately, once.
-            score = index == 0 and params.prompt_logprobs is not None
-            sequence = Sequence(
-                request,
-                index,
-                list(ids),
-                shareable=0 if score or self.sharing == "off" else len(ids) - 1,
-                generate=True,
-                score_from=1 if score else None,
-                score_until=len(ids),
-                max_new_tokens=min(params.max_tokens or limit, limit),
-            )
-            random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
-            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random)
-            sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
-            if params.stop or (stream and params.detokenize):
-                sequence.detokenizer = IncrementalDetokenizer(self.tokenizer, params.skip_special_tokens)
-            request.sequences.append(sequence)
-        self._queue(request)
+        self._queue(self.factory.generation(request_id, prompt, params, stream=stream, draw=draw))
 
     def add_score(
         self, request_id: str, prompt: Prompt, continuations: Many[tuple[str | None, list[int]]] | None = None
@@ -183,29 +155,7 @@ class Engine:
             RequestError: a subclass says what is wrong; nothing was queued.
         """
         self._check_id(request_id)
-        text, ids = self.intake.encode(prompt, request_id)
-        if continuations is not None and not continuations:
-            raise InvalidPromptError(
-                "continuations is empty; give at least one", request_id=request_id, param="continuations"
-            )
-        request = Request(request_id, self._next_number(), text, ids)
-        for index, (name, ending) in enumerate(continuations or [(None, [])]):
-            if continuations is not None:
-                ending = self.intake.check_ids(ending, request_id, f"continuations[{index}]")
-                request.continuations.append(name)
-            self.intake.check_length(len(ids) + len(ending), 0, request_id)
-            score_from = len(ids) if ending else 1
-            sequence = Sequence(
-                request,
-                index,
-                ids + ending,
-                shareable=0 if self.sharing == "off" else score_from - 1,
-                generate=False,
-                score_from=score_from,
-                score_until=len(ids) + len(ending),
-            )
-            request.sequences.append(sequence)
-        self._queue(request)
+        self._queue(self.factory.score(request_id, prompt, continuations))
 
     def add_beam_search(self, request_id: str, prompt: Prompt, params: BeamSearchParams) -> None:
         """Queue a prompt for beam search. :meth:`step` returns a :class:`~gossamer.outputs.BeamSearchOutput` for it.
@@ -214,17 +164,7 @@ class Engine:
             RequestError: a subclass says what is wrong; nothing was queued.
         """
         self._check_id(request_id)
-        text, ids = self.intake.encode(prompt, request_id)
-        self.intake.check_length(len(ids), 1, request_id)
-        end_ids = frozenset() if params.ignore_eos else self.eos_token_ids
-        limit = min(params.max_tokens, self.max_model_len - len(ids))
-        beam = BeamSearch(params, end_ids, limit)
-        request = Request(request_id, self._next_number(), text, ids, beam=beam)
-        shareable = 0 if self.sharing == "off" else len(ids) - 1
-        root = Sequence(request, 0, list(ids), shareable=shareable, generate=True, max_new_tokens=limit)
-        request.sequences.append(root)
-        beam.start(root)
-        self._queue(request)
+        self._queue(self.factory.beam_search(request_id, prompt, params))
 
     def abort(self, request_id: str) -> None:
         """Forget a request. Unknown and finished ones are ignored."""
@@ -253,10 +193,6 @@ class Engine:
     def _check_id(self, request_id: str) -> None:
         if request_id in self.requests:
             raise RequestError("a request of this id is unfinished; ids must be unique", request_id=request_id)
-
-    def _next_number(self) -> int:
-        self._number += 1
-        return self._number - 1
 
     def _queue(self, request: Request) -> None:
         self.requests[request.request_id] = request
