@@ -110,6 +110,9 @@ def print_savings(console: Console, run: Run, unshared: Run) -> None:
     table.add_row("all", f"{stats.saved_tokens:,} of {stats.prompt_tokens:,}")
     console.print(table)
     each = unshared.stats.kv_bytes_peak / len(unshared.questions)
+    texts = {output.prompt: output.outputs[0].text for output in run.outputs}
+    same = sum(texts[output.prompt] == output.outputs[0].text for output in unshared.outputs)
+    console.print(f"Answers that are the same with and without sharing: {same} of {len(unshared.outputs)}.")
     console.print(
         f"K/V for {len(run.questions)} questions at once: {stats.kv_bytes_peak / 1e6:,.0f} MB with sharing, "
         f"{each * len(run.questions) / 1e6:,.0f} MB without ({each / 1e6:,.0f} MB for each, as measured)."
@@ -124,6 +127,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console = Console(highlight=False)
+    console.width = max(console.width, 96)  # a narrow terminal may wrap the table; columns cut short help nobody
     questions = load_questions()
 
     console.print(f"{len(questions)} questions about one document, {arguments.model}, prefixes shared:")

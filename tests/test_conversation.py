@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import VOCAB, make_model, reference
-from test_exactness import NumberTokenizer, answers
 
+from architectures import VOCAB, make_model, reference
 from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
 from gossamer.engine.runner import TransformersRunner
 from gossamer.errors import RequestError
 from gossamer.sampling_params import SamplingParams
+from test_exactness import NumberTokenizer, answers
 
 
 @pytest.fixture(scope="module")
