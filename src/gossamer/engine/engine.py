@@ -245,15 +245,15 @@ class Engine:
 
     def _sample(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Give every sequence that is up to date its next token; returns requests that failed over it."""
-        plain = [(row, s, s.sampling) for row, s in enumerate(rows.sampled) if s.sampling is not None]
-        if not plain:
+        if not rows.drawn:
             return []
-        part = logits[: len(plain)] if len(plain) == len(rows.sampled) else logits[[row for row, _, _ in plain]]
+        count = len(rows.drawn)
+        part = logits[:count] if count == len(rows.sampled) else logits[[row for row, _ in rows.drawn]]
         start = time.perf_counter()
-        sampled = self.sampler.sample(part, [state for _, _, state in plain])
+        sampled = self.sampler.sample(part, rows.states)
         self.stats.sampling_seconds += time.perf_counter() - start
         failed = []
-        for (_, sequence, _), token, logprobs in zip(plain, sampled.token_ids, sampled.logprobs, strict=True):
+        for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):
             if token >= 0:
                 self._accept(sequence, token, logprobs)
             else:
@@ -264,9 +264,9 @@ class Engine:
         """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
         searches: dict[Request, BeamSearch] = {}
         failed: dict[Request, RequestError] = {}
-        for row, sequence in enumerate(rows.sampled):
-            if (beam := sequence.request.beam) is None:
-                continue
+        for row, sequence in rows.branching:
+            beam = sequence.request.beam
+            assert beam is not None
             if logits[row].isnan().any():
                 failed[sequence.request] = RequestError(NO_TOKEN)
             beam.push(sequence, logits[row])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gossamer.engine.plan import Chunk, Group, Rows, Segment, StepPlan
+from gossamer.engine.sampling import SamplingState
 from gossamer.engine.scheduler import Work
 from gossamer.engine.sequence import Sequence
 from gossamer.engine.slots import Bucket, Slot
@@ -23,9 +24,14 @@ class PlannedRows:
     Attributes:
         sampled: sequences that get a token, in the order of their logits, which come first.
         scored: (sequence, first target index, number of targets), whose logits follow in this order.
+        drawn: of the sampled, those whose token the sampler chooses, as (row, sequence), with their ``states``.
+        branching: the others, hypotheses of beam searches, as (row, sequence).
     """
 
     sampled: list[Sequence] = field(default_factory=list)
+    drawn: list[tuple[int, Sequence]] = field(default_factory=list)
+    states: list[SamplingState] = field(default_factory=list)
+    branching: list[tuple[int, Sequence]] = field(default_factory=list)
     scored: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
 
@@ -253,6 +259,11 @@ def _logit_rows(layout: _Layout, planned: PlannedRows) -> list[int]:
             continue
         end = work.start + work.count
         if sequence.generate and end == len(sequence.tokens):
+            if sequence.sampling is None:
+                planned.branching.append((len(sampled), sequence))
+            else:
+                planned.drawn.append((len(sampled), sequence))
+                planned.states.append(sequence.sampling)
             sampled.append(first + work.count - 1)
             planned.sampled.append(sequence)
         if sequence.score_from is not None:

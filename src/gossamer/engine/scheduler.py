@@ -112,9 +112,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting sequences in, while there is memory for their prompts beside what the others will still need."""
-        state = (len(self.active), self.tree.budget.used)
-        if self.active and state == self._refused_at:
-            return  # nothing has changed since the head of the queue did not fit
+        refused = bool(self.active) and self._refused_at == (len(self.active), self.tree.budget.used)
+        if not self.waiting or refused:
+            return  # there is nobody, or nothing has changed since the head of the queue did not fit
         promised: set[Node] = set()  # nodes that admitted sequences will allocate
         tokens = 0  # and the tokens of their slots
         for sequence in self.active:
@@ -245,7 +245,9 @@ class Scheduler:
         slot = sequence.slot
         assert slot is not None
         start = sequence.private_start + slot.length
-        count = min(sequence.num_to_compute - start, self._tokens_left)
+        count = sequence.num_to_compute - start
+        if count > self._tokens_left:
+            count = self._tokens_left
         if sequence.score_from is not None:
             count = min(count, self._scored_left)
         if count <= 0:
