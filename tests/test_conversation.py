@@ -63,3 +63,23 @@ def test_what_a_failed_request_computed_is_not_used_again(model: Any, monkeypatc
     assert isinstance(output.error, RequestError) and "poisoned" in str(output.error)
     monkeypatch.setattr(engine.runner, "forward", forward)
     assert answers(engine, [[*prompt, 7]], 4) == expected
+
+
+def test_a_slot_that_moves_between_two_steps_is_followed(model: Any) -> None:
+    """An idle sequence is aborted, and the slot of the one that runs moves into its place."""
+    engine = Engine(TransformersRunner(model), NumberTokenizer())
+    prompts = [[10, 11, 12], [20, 21, 22, 23], [30, 31]]
+    (expected,) = answers(Engine(engine.runner, NumberTokenizer()), [prompts[1]], 12)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=12))
+    for _ in range(3):
+        engine.step()
+    engine.abort("0")  # the last slot, that of request 2, takes its place
+    engine.scheduler.max_num_batched_tokens = 1  # from now on only request 1 runs
+    for _ in range(3):
+        engine.step()
+    engine.abort("2")  # and now the slot of request 1 moves
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[0].outputs[0].token_ids == expected

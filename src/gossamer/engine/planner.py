@@ -67,7 +67,9 @@ class Planner:
 
     def plan(self, works: list[Work]) -> tuple[StepPlan, PlannedRows, KeyCount]:
         """Lay the work out in rows, and find who attends to what. A node is in ``works`` at most once."""
-        key = (self.tree.version, [(work.sequence, work.target) for work in works])
+        # A slot moves within its bucket when another one is given back, so its index is part of the key.
+        places = [work.target.index if isinstance(work.target, Slot) else -1 for work in works]
+        key = (self.tree.version, [(work.sequence, work.target) for work in works], places)
         if self._last is not None and key == self._key:
             if works[0].start > self._start:  # otherwise the last step did not succeed, and is tried again
                 self._last = _next(*self._last)
