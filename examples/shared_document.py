@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gossamer import LLM, RequestOutput, SamplingParams
+from gossamer.engine.engine import SharingMode
 from gossamer.engine.stats import EngineStats
 
 HERE = Path(__file__).parent / "harbour"
@@ -65,8 +66,8 @@ def answer(llm: LLM, questions: list[Question], sharing: str) -> Run:
     return Run(sharing, questions, outputs, time.perf_counter() - start, llm.stats())
 
 
-def run_once(model: str, questions: list[Question], sharing: str) -> Run:
-    with LLM(model, sharing=sharing) as llm:  # type: ignore[arg-type]
+def run_once(model: str, questions: list[Question], sharing: SharingMode) -> Run:
+    with LLM(model, sharing=sharing) as llm:
         return answer(llm, questions, sharing)
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from gossamer import LLM
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +54,25 @@ def make_tiny_llama() -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with sharp logits: greedy choices do not depend on rounding. Files with other needs override it."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Path) -> Any:
+    """The same model as transformers runs it."""
+    from references import load_reference
+
+    return load_reference(tiny)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: Path) -> LLM:
+    """The same model as Gossamer serves it."""
+    from gossamer import LLM
+
+    return LLM(tiny)

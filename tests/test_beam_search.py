@@ -12,7 +12,7 @@ from gossamer import LLM, BeamSearchParams
 from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import RequestError
 from gossamer.outputs import BeamSearchOutput
-from references import assert_idle, generate, load_reference, logprobs
+from references import assert_idle, generate, logprobs
 
 VOCAB = 24
 END = (0, 18, 20)  # tokens that this model likes
@@ -25,16 +25,6 @@ def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return make_tiny_llama(
         tmp_path_factory.mktemp("beam"), initializer_range=0.5, vocab_size=VOCAB, eos_token_id=list(END)
     )
-
-
-@pytest.fixture(scope="module")
-def reference(tiny: Path) -> Any:
-    return load_reference(tiny)
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> LLM:
-    return LLM(tiny)
 
 
 def ids(prompts: list[list[int]]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,11 @@ from gossamer import LLM, SamplingParams
 from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import ConfigurationError, InvalidPromptError
 from gossamer.outputs import Logprob, RequestOutput
-from references import assert_idle, greedy, load_reference, logprobs
+from references import assert_idle, greedy, logprobs
 
 PREAMBLE = "A gossamer thread is fine, but it holds a drop. "
 PROMPTS = [PREAMBLE + "One", PREAMBLE + "Two spiders", PREAMBLE, "Something else", PREAMBLE + "Two spiders", "x"]
 CONTEXT = 128
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sharp logits: greedy choices do not depend on rounding."""
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny: Path) -> Any:
-    return load_reference(tiny)
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> LLM:
-    return LLM(tiny)
 
 
 @pytest.fixture(scope="module")

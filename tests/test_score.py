@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,10 @@ import pytest
 from gossamer import LLM
 from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import ConfigurationError, InvalidPromptError, PromptTooLongError
-from references import assert_idle, load_reference, logprobs
+from references import assert_idle, logprobs
 
 QUESTION = "Which animal spins gossamer? It is the"
 ENDINGS = [" spider", " ant", " bee", "x"]
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny: Path) -> Any:
-    return load_reference(tiny)
-
-
-@pytest.fixture(scope="module")
-def llm(tiny: Path) -> LLM:
-    return LLM(tiny)
 
 
 def expected_scores(reference: Any, llm: LLM, prompt: str, ending: str = "") -> list[float]:

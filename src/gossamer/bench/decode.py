@@ -12,12 +12,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from gossamer.bench.machine import ceilings, describe
 from gossamer.bench.text import windows
 from gossamer.engine.attention import IMPLEMENTATION
-from gossamer.engine.engine import SHARING_MODES, Engine
+from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
@@ -127,8 +127,8 @@ def _prepare(
 ) -> _Contestant:
     """An engine whose sequences are all about to decode."""
     runner = TransformersRunner(network, without_attention=mode == BOUND)
-    sharing = "attention" if mode == BOUND else mode
-    engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))  # type: ignore[arg-type]
+    sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
+    engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
     contestant = _Contestant(result, engine)
     if mode == "off":

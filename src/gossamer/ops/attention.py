@@ -266,6 +266,11 @@ def _run(
     return _attend_fast(query, key, value, seen, causal, scale, softcap)
 
 
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """What the first query sees is the first key, and so on: bool (1, 1, Lq, Lk)."""
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+
+
 def _attend_fast(
     query: Tensor,
     key: Tensor,
@@ -279,7 +284,7 @@ def _attend_fast(
     flash = softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu" and flash_works()
     if not flash:
         if causal:
-            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+            seen = _causal(query, key)
         return _attend_matmul(query, key, value, seen, scale, softcap)
     # The kernel reads along the head dimension without regard to its stride.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -382,7 +387,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     query, key, value, seen, out, lse = ctx.saved_tensors
     if ctx.causal:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        seen = _causal(query, key)
     grads = attend_backward(query, key, value, seen, out, lse, grad_out, grad_lse, ctx.scale, ctx.softcap)
     return (*grads, None, None, None, None)
 

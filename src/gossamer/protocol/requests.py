@@ -6,6 +6,7 @@ Values are not converted either: ``"temperature": "0.5"`` is refused. ``null`` m
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -109,9 +110,9 @@ class _Body(BaseModel):
     def _token_limit(self) -> int | None:
         return self.max_tokens
 
+    @abstractmethod
     def _logprob_count(self) -> int | None:
         """Log-probabilities to ask the sampler for at each generated token."""
-        raise NotImplementedError
 
     def _prompt_logprob_count(self) -> int | None:
         return self.prompt_logprobs
