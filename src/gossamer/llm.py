@@ -16,8 +16,11 @@ from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
+from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
+from gossamer.nn.quantize import QuantizationReport
+from gossamer.ops.int8 import Criterion, Outliers
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 from gossamer.progress import Progress
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
@@ -33,7 +36,10 @@ class LLM:
     Args:
         model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        quantization: ``None``; this release has no other.
+        quantization: ``"int8"`` makes the linear layers int8 while they are read (LLM.int8()); ``None`` takes the
+            checkpoint as it is, and one that is int8 already as int8.
+        int8_threshold, int8_criterion, int8_outliers: with ``quantization="int8"``, what counts as an outlier; see
+            :func:`gossamer.ops.int8.int8_linear`. The paper's setting is 6.0, ``"absolute"``, ``"batch"``.
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
         runner: ``"auto"`` or ``"transformers"``.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
@@ -46,6 +52,7 @@ class LLM:
     Attributes:
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory the model was loaded from.
+        quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
@@ -64,7 +71,10 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
-        quantization: str | None = None,
+        quantization: Literal["int8"] | None = None,
+        int8_threshold: float = 6.0,
+        int8_criterion: Criterion = "relative",
+        int8_outliers: Outliers | None = "token",
         sharing: SharingMode = "attention",
         runner: Literal["auto", "transformers"] = "auto",
         memory: str | int = "4GB",
@@ -74,8 +84,9 @@ class LLM:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        if quantization is not None:
-            raise ConfigurationError(f"quantization must be None in this release, got {quantization!r}")
+        if quantization not in (None, "int8"):
+            raise ConfigurationError(f"quantization must be None or 'int8', got {quantization!r}")
+        int8 = GossamerInt8Config(int8_threshold, int8_criterion, int8_outliers) if quantization else None
         if runner not in ("auto", "transformers"):
             raise ConfigurationError(f"runner must be 'auto' or 'transformers', got {runner!r}")
         budget = parse_bytes(memory)
@@ -83,8 +94,9 @@ class LLM:
         self.model_name = str(model)
         self.model_path = resolve_model(model)
         network, self.tokenizer = load_model(
-            self.model_path, dtype=dtype, attn_implementation=IMPLEMENTATION, device=device
+            self.model_path, dtype=dtype, attn_implementation=IMPLEMENTATION, device=device, quantization=int8
         )
+        self.quantization_report: QuantizationReport | None = getattr(getattr(network, "hf_quantizer", None), "report", None)
         self.engine = Engine(
             TransformersRunner(network),
             self.tokenizer,

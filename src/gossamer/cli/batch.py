@@ -13,13 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
+    Int8Criterion,
+    Int8Outliers,
+    Int8Threshold,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Memory,
     Model,
+    Quantization,
     Sharing,
     Threads,
+    int8_options,
     load_llm,
 )
 from gossamer.cli.terminal import notice, stderr
@@ -39,6 +44,10 @@ def batch(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again without the existing output.")] = False,
     sharing: Sharing = "attention",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    int8_threshold: Int8Threshold = 6.0,
+    int8_criterion: Int8Criterion = "relative",
+    int8_outliers: Int8Outliers = "token",
     memory: Memory = "4GB",
     max_num_seqs: MaxNumSeqs = 256,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
@@ -81,6 +90,7 @@ def batch(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:
         interrupted = False
         try:

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from gossamer.cli.conversation import Conversation, Turn
-from gossamer.cli.engine_options import Dtype, MaxModelLen, Memory, Model, Threads, load_llm
+from gossamer.cli.engine_options import (
+    Dtype,
+    Int8Criterion,
+    Int8Outliers,
+    Int8Threshold,
+    MaxModelLen,
+    Memory,
+    Model,
+    Quantization,
+    Threads,
+    int8_options,
+    load_llm,
+)
 from gossamer.cli.terminal import notice, print_error
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.sampling_params import SamplingParams
@@ -35,6 +47,10 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    int8_threshold: Int8Threshold = 6.0,
+    int8_criterion: Int8Criterion = "relative",
+    int8_outliers: Int8Outliers = "token",
     memory: Memory = "4GB",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
@@ -42,7 +58,14 @@ def chat(
     """Talk to a model. With text piped into it, answer that text as one message and leave."""
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     piped = None if sys.stdin.isatty() else _read_piped_message()
-    with load_llm(model, threads=threads, dtype=dtype, memory=memory, max_model_len=max_model_len) as llm:
+    with load_llm(
+        model,
+        threads=threads,
+        dtype=dtype,
+        memory=memory,
+        max_model_len=max_model_len,
+        **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
+    ) as llm:
         conversation = Conversation(llm, params, system)
         if not conversation.has_template:
             notice(

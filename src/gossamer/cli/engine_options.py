@@ -25,6 +25,19 @@ Sharing = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8: make the linear layers int8 while they are read (LLM.int8()).", show_default=False),
+]
+Int8Threshold = Annotated[
+    float, typer.Option(help="With int8: entries beyond this are outliers and are multiplied in floating point.")
+]
+Int8Criterion = Annotated[
+    str, typer.Option(help="With int8: relative (to the mean magnitude of the token) or absolute (the paper's).")
+]
+Int8Outliers = Annotated[
+    str, typer.Option(help="With int8: token (single entries), batch (whole columns, the paper's), static or none.")
+]
 Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")
@@ -33,6 +46,18 @@ MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences computed at a ti
 MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens computed in one forward pass.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+def int8_options(quantization: str | None, threshold: float, criterion: str, outliers: str) -> dict[str, Any]:
+    """The arguments of :class:`gossamer.LLM` that these options stand for."""
+    if quantization is None:
+        return {}
+    return {
+        "quantization": quantization,
+        "int8_threshold": threshold,
+        "int8_criterion": criterion,
+        "int8_outliers": None if outliers == "none" else outliers,
+    }
 
 
 def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:

@@ -18,14 +18,21 @@ from transformers import (
 
 from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory, check_weights
+from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
+from gossamer.nn.int8_embedding import Int8TiedHead
+from gossamer.nn.int8_linear import Int8Linear
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    path: str | Path, dtype: str = "auto", attn_implementation: str | None = None, device: str = "cpu"
+    path: str | Path,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    quantization: GossamerInt8Config | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
@@ -34,12 +41,14 @@ def load_model(
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         device: where the weights go, for example ``cpu`` or ``cuda:0``.
+        quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
+            such argument; its layers then take over what this one says about outliers.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        ConfigurationError: ``dtype`` is not one of the four.
+        ConfigurationError: ``dtype`` is not one of the four, or the weights cannot be quantized.
         CheckpointError: a file is missing, damaged, or lacks tensors of the model.
         UnsupportedModelError: the architecture cannot be run exactly.
     """
@@ -52,8 +61,18 @@ def load_model(
     check_supported(config)
     with quiet_transformers():
         tokenizer = _load_tokenizer(directory)
-        model = _load_weights(directory, config, dtype, attn_implementation)
+        # Quantized layers take the weights as they are; rounding them to another type first would lose precision.
+        before = "auto" if quantization or is_int8_checkpoint(config) else dtype
+        model = _load_weights(directory, config, before, attn_implementation, quantization)
+    if dtype != before:
+        model = model.to(getattr(torch, dtype))
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def is_int8_checkpoint(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint was written by ``gossamer compress --int8`` or by ``save_pretrained`` of such a model."""
+    stored = getattr(config, "quantization_config", None)
+    return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
 
 
 def load_config(directory: str | Path) -> PreTrainedConfig:
@@ -93,14 +112,20 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(
-    directory: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None
+    directory: Path,
+    config: PreTrainedConfig,
+    dtype: str,
+    attn_implementation: str | None,
+    quantization: GossamerInt8Config | None,
 ) -> PreTrainedModel:
+    stored = is_int8_checkpoint(config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            quantization_config=None if stored else quantization,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -110,7 +135,18 @@ def _load_weights(
         raise UnsupportedModelError(f"{directory} needs a package that is not installed: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
         raise CheckpointError(f"the weights in {directory} do not fit its config.json: {error}") from error
+    if stored and quantization:
+        use_decomposition(model, quantization)
     # transformers would fill these with random numbers and go on.
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"the weights in {directory} lack {len(missing)} tensors, among them {missing[0]}")
     return model
+
+
+def use_decomposition(model: PreTrainedModel, quantization: GossamerInt8Config) -> None:
+    """Let the int8 layers of a model treat outliers as ``quantization`` says."""
+    for module in model.modules():
+        if isinstance(module, (Int8Linear, Int8TiedHead)):
+            module.decomposition = quantization.decomposition()
+    own = model.config.quantization_config
+    own.threshold, own.criterion, own.outliers = quantization.threshold, quantization.criterion, quantization.outliers

@@ -177,7 +177,7 @@ def int8_linear(
     outlier_columns: Tensor | None = None,
     outlier_weight: Tensor | None = None,
 ) -> Tensor:
-    """``x @ W.T + bias`` with ``W ~= weight * scale[:, None]``, in int8 but for the outliers of x; see the module's text.
+    """``x @ W.T + bias``, ``W ~= weight * scale[:, None]``, in int8 but for the outliers of x; see the module's text.
 
     Works under ``torch.compile(fullgraph=True)``: which entries are outliers stays inside of one op. The gradient is
     that of ``x @ W.T + bias`` (quantization of x counts as the identity); it reaches x and bias, not the weight.
@@ -247,9 +247,7 @@ def _int8_linear(
     outlier_columns: Tensor | None,
     outlier_weight: Tensor | None,
 ) -> Tensor:
-    return _forward(
-        x, weight, scale, bias, threshold, criterion, outliers, outlier_columns, outlier_weight
-    )
+    return _forward(x, weight, scale, bias, threshold, criterion, outliers, outlier_columns, outlier_weight)
 
 
 def _forward(
@@ -380,7 +378,9 @@ def _matmul_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 def _check_float(name: str, x: Tensor) -> None:
     if x.dtype not in FLOAT_TYPES:
-        raise ConfigurationError(f"{name} must be float32, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}")
+        raise ConfigurationError(
+            f"{name} must be float32, bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
+        )
 
 
 def _check_operands(
@@ -396,7 +396,9 @@ def _check_operands(
         raise ConfigurationError(f"weight must be int8 (N, K), got {weight.dtype} {tuple(weight.shape)}")
     outputs, inputs = weight.shape
     if x.dim() == 0 or x.shape[-1] != inputs:
-        raise ConfigurationError(f"x must be (..., {inputs}) for a weight of {tuple(weight.shape)}, got {tuple(x.shape)}")
+        raise ConfigurationError(
+            f"x must be (..., {inputs}) for a weight of {tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
     if scale.shape != (outputs,) or not scale.is_floating_point():
         raise ConfigurationError(f"scale must be floating point ({outputs},), got {scale.dtype} {tuple(scale.shape)}")
     if bias is not None and (bias.shape != (outputs,) or not bias.is_floating_point()):

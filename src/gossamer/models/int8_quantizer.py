@@ -1,0 +1,258 @@
+"""LLM.int8() as a quantization method of transformers' ``from_pretrained``, for loading, saving and loading again.
+
+Weights are quantized as they are read: a tensor is mapped from its file and quantized a few megabytes at a time, so
+that a model needs little more memory while it is loaded than afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gossamer.errors import GossamerError
+from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
+from gossamer.nn.int8_linear import Decomposition, Int8Linear
+from gossamer.nn.int8_weight import Int8Weight, Rows, is_conv1d, linear_weight, quantize_weight
+from gossamer.nn.outlier_store import find_outlier_columns, random_reading, store_size
+from gossamer.nn.quantize import (
+    OUTLIER_STORE,
+    SKIP,
+    QuantizationReport,
+    check_store,
+    describe,
+    find_skipped,
+    refuse_quantized,
+    tied_head,
+)
+from gossamer.ops.int8 import Criterion, Outliers
+
+QUANT_METHOD = "gossamer_int8"
+
+
+@register_quantization_config(QUANT_METHOD)
+class GossamerInt8Config(QuantizationConfigMixin):
+    """How a model's linear layers are quantized to int8. Importing it makes transformers know the method.
+
+    Args:
+        threshold, criterion, outliers: what counts as an outlier; see :func:`gossamer.ops.int8.int8_linear`. The
+            paper's setting is ``threshold=6.0, criterion="absolute", outliers="batch"``.
+        outlier_store: share of each layer's input columns whose weights are kept in 16 bit as well. Where they stand
+            is found by letting the quantized model read random tokens once.
+        skip: names of modules to leave as they are: a whole path, its first or last parts, or a regular expression.
+
+    Raises:
+        ConfigurationError: a setting has no meaning.
+
+    Example::
+
+        from gossamer import GossamerInt8Config
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B", quantization_config=GossamerInt8Config())
+        print(model.hf_quantizer.report)
+        model.save_pretrained("qwen3-int8")      # from_pretrained("qwen3-int8") needs `import gossamer.models` only
+    """
+
+    def __init__(
+        self,
+        threshold: float = 6.0,
+        criterion: Criterion = "relative",
+        outliers: Outliers | None = "token",
+        outlier_store: float = OUTLIER_STORE,
+        skip: Sequence[str] = SKIP,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.threshold = threshold
+        self.criterion = criterion
+        self.outliers = outliers
+        self.outlier_store = outlier_store
+        self.skip = list(skip)
+        self.decomposition()
+        check_store(outlier_store)
+
+    def decomposition(self) -> Decomposition:
+        """The part of the settings that a layer needs."""
+        return Decomposition(self.threshold, self.criterion, self.outliers)
+
+
+@register_quantizer(QUANT_METHOD)
+class GossamerInt8Quantizer(HfQuantizer):
+    """Puts int8 layers into a model before its weights are read, and quantizes the weights while they are.
+
+    Attributes:
+        report: what was quantized and what not.
+    """
+
+    quantization_config: GossamerInt8Config
+    serialized_names = {"weight": ["weight", "scale", "outlier_columns", "outlier_weight"]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: GossamerInt8Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report = QuantizationReport()
+        self.sources: dict[str, Callable[[], Rows]] = {}  # by layer: opens the weight it was quantized from
+        self.conv1d: set[str] = set()  # layers whose weights are transposed in the checkpoint
+        self.files: list[str] = []
+        self.faults: list[GossamerError] = []  # raised at the end; transformers swallows it before
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top: the gradient reaches the input of every layer."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return name == "weight" and isinstance(module, (Int8Linear, Int8Embedding))
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        refuse_quantized(model)
+        self.report.skipped = find_skipped(model, self.quantization_config.skip)
+        head = tied_head(model)
+        for name, layer in list(model.named_modules()):
+            weight = linear_weight(layer)
+            if weight is None or name in self.report.skipped:
+                continue
+            if layer is head:
+                self._share_store(model, name)
+                continue
+            outputs, inputs = weight.shape
+            # a model that is quantized while it loads gets its outlier stores afterwards
+            columns = store_size(inputs, self.quantization_config.outlier_store) if self.pre_quantized else 0
+            new = Int8Linear(
+                inputs,
+                outputs,
+                layer.bias is not None,
+                decomposition=self.quantization_config.decomposition(),
+                num_outlier_columns=columns,
+                device="meta",
+                dtype=weight.dtype,
+            )
+            if is_conv1d(layer):
+                self.conv1d.add(name)
+            model.set_submodule(name, new)
+
+    def _share_store(self, model: PreTrainedModel, head: str) -> None:
+        embedding = Int8Embedding.like(model.get_input_embeddings(), device="meta")
+        model.set_input_embeddings(embedding)
+        model.set_submodule(head, Int8TiedHead(embedding, self.quantization_config.decomposition()))
+        model.all_tied_weights_keys.pop(f"{head}.weight", None)  # tied by what the modules are
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeWhileLoading(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.faults:
+            raise self.faults[0]
+        if not self.pre_quantized:
+            self._fill_outlier_stores(model)
+        self.sources.clear()
+        return model
+
+    def _fill_outlier_stores(self, model: PreTrainedModel) -> None:
+        """Find the columns by watching the int8 model, and take their weights from where these were read."""
+        config = self.quantization_config
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+        run = random_reading(model)
+        if run is None or not config.outlier_store or set(layers) - set(self.sources):
+            config.outlier_store = 0.0  # what is saved must say what is there
+            return
+        columns = find_outlier_columns(layers, config.outlier_store, run)
+        for place, layer_report in enumerate(self.report.layers):
+            name = layer_report.name
+            layer = layers[name]
+            layer.keep_columns(columns[name], self.sources[name]())
+            self.report.layers[place] = describe(
+                name, layer, layer_report.bytes_before // layer.weight.numel(), layer_report.relative_error
+            )
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Int8Linear):
+                model.set_submodule(name, layer.dequantize(dtype or torch.float32))
+        return model
+
+
+class _QuantizeWhileLoading(ConversionOps):
+    """The weight of one layer: floating point in, codes and scale out."""
+
+    def __init__(self, quantizer: GossamerInt8Quantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Sequence[str] = (), model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for target, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = target.removesuffix(".weight")
+            transposed = name in self.quantizer.conv1d
+            quantized = self._quantize(weight.t() if transposed else weight, target)
+            result |= {target: quantized.codes, f"{name}.scale": quantized.scale}
+            layer = model.get_submodule(name)
+            if isinstance(layer, Int8Linear):
+                self._report(name, weight, quantized.relative_error, layer)
+                self._remember(name, weight, source_patterns, transposed)
+        return result
+
+    def _quantize(self, weight: Rows, target: str) -> Int8Weight:
+        try:
+            return quantize_weight(weight, target)
+        except GossamerError as error:
+            self.quantizer.faults.append(error)
+            outputs, inputs = weight.shape
+            return Int8Weight(torch.zeros(outputs, inputs, dtype=torch.int8), torch.zeros(outputs), 0.0)
+
+    def _report(self, name: str, weight: Rows, relative_error: float, layer: Int8Linear) -> None:
+        size = weight[:1].element_size()
+        self.quantizer.report.layers.append(describe(name, layer, size, relative_error))
+
+    def _remember(self, name: str, weight: Any, keys: Sequence[str], transposed: bool) -> None:
+        """How to read the weight again, for the columns of the outlier store; not the weight itself."""
+        if not isinstance(weight, Tensor):
+            self.quantizer.sources[name] = lambda: weight  # a reader, which holds no memory
+        elif len(keys) == 1 and (file := self._file_of(keys[0])):
+            self.quantizer.sources[name] = lambda: _read(file, keys[0], transposed)
+
+    def _file_of(self, key: str) -> str | None:
+        for path in self.quantizer.files:
+            with safe_open(path, framework="pt") as file:
+                if key in file.keys():  # noqa: SIM118  it is no dictionary
+                    return path
+        return None
+
+
+def _read(path: str, key: str, transposed: bool) -> Tensor:
+    """The tensor as it lies in the file, mapped, not copied."""
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+    return tensor.t() if transposed else tensor
+
+
+def mark_quantized(model: nn.Module, config: GossamerInt8Config, report: QuantizationReport) -> None:
+    """Tell a transformers model that was quantized in place what it is, so that ``save_pretrained`` writes that."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = GossamerInt8Quantizer(config, pre_quantized=True)
+    quantizer.report = report
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.config.quantization_config = config

@@ -1,0 +1,7 @@
+"""Modules whose weights are int8, and quantizing a model into them."""
+
+from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
+from gossamer.nn.int8_linear import Int8Linear
+from gossamer.nn.quantize import QuantizationReport, quantize
+
+__all__ = ["Int8Embedding", "Int8Linear", "Int8TiedHead", "QuantizationReport", "quantize"]
