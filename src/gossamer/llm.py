@@ -51,7 +51,7 @@ class LLM:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        model_path: the directory the model was loaded from.
+        model_path: the directory, or GGUF file, the model was loaded from.
         quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
@@ -92,11 +92,13 @@ class LLM:
         budget = parse_bytes(memory)
         check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
-        self.model_path = resolve_model(model)
+        self.model_path = resolve_model(model, for_int8=int8 is not None)
         network, self.tokenizer = load_model(
             self.model_path, dtype=dtype, attn_implementation=IMPLEMENTATION, device=device, quantization=int8
         )
-        self.quantization_report: QuantizationReport | None = getattr(getattr(network, "hf_quantizer", None), "report", None)
+        self.quantization_report: QuantizationReport | None = getattr(
+            getattr(network, "hf_quantizer", None), "report", None
+        )
         self.engine = Engine(
             TransformersRunner(network),
             self.tokenizer,

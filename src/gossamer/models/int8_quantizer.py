@@ -6,7 +6,9 @@ that a model needs little more memory while it is loaded than afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,6 +38,19 @@ from gossamer.nn.quantize import (
 from gossamer.ops.int8 import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
+
+# Called with the name of each layer that has been quantized; set it with :func:`listening`.
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Have ``listener`` called with the name of every layer that is quantized in the body, for progress bars."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -211,6 +226,8 @@ class _QuantizeWhileLoading(ConversionOps):
             if isinstance(layer, Int8Linear):
                 self._report(name, weight, quantized.relative_error, layer)
                 self._remember(name, weight, source_patterns, transposed)
+            if listener := _listener.get():
+                listener(name)
         return result
 
     def _quantize(self, weight: Rows, target: str) -> Int8Weight:

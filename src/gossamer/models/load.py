@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,6 +19,7 @@ from transformers import (
 
 from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory, check_weights
+from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
@@ -37,7 +39,8 @@ def load_model(
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
     Args:
-        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it.
+        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, to be
+            quantized as it is read.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         device: where the weights go, for example ``cpu`` or ``cuda:0``.
@@ -54,16 +57,20 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    directory = Path(path)
-    config = load_config(directory)
-    check_directory(directory)
-    check_weights(directory)
+    path = Path(path)
+    if path.is_file():
+        config, tokenizer = read_gguf(path)
+    else:
+        config = load_config(path)
+        check_directory(path)
+        check_weights(path)
     check_supported(config)
     with quiet_transformers():
-        tokenizer = _load_tokenizer(directory)
+        if path.is_dir():
+            tokenizer = _load_tokenizer(path)
         # Quantized layers take the weights as they are; rounding them to another type first would lose precision.
         before = "auto" if quantization or is_int8_checkpoint(config) else dtype
-        model = _load_weights(directory, config, before, attn_implementation, quantization)
+        model = _load_weights(path, config, before, attn_implementation, quantization)
     if dtype != before:
         model = model.to(getattr(torch, dtype))
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -112,34 +119,36 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(
-    directory: Path,
+    path: Path,
     config: PreTrainedConfig,
     dtype: str,
     attn_implementation: str | None,
     quantization: GossamerInt8Config | None,
 ) -> PreTrainedModel:
     stored = is_int8_checkpoint(config)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    if path.is_file():
+        source = {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config)}
+        dtype = "float32"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            **source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             quantization_config=None if stored else quantization,
-            use_safetensors=True,
-            trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
     except ImportError as error:  # a quantized checkpoint whose quantizer is not installed, for example
-        raise UnsupportedModelError(f"{directory} needs a package that is not installed: {error}") from error
+        raise UnsupportedModelError(f"{path} needs a package that is not installed: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
-        raise CheckpointError(f"the weights in {directory} do not fit its config.json: {error}") from error
+        raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
     if stored and quantization:
         use_decomposition(model, quantization)
     # transformers would fill these with random numbers and go on.
     if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"the weights in {directory} lack {len(missing)} tensors, among them {missing[0]}")
+        raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")
     return model
 
 

@@ -11,7 +11,7 @@ from gossamer.models.checkpoint import check_directory
 from gossamer.models.pull import import_gguf, pull_model
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
     """Finds a model, fetching or converting it on first use.
 
     Tried in this order: a checkpoint directory; a GGUF file, converted once into the cache; a name of the catalog, in
@@ -19,6 +19,8 @@ def resolve_model(model: str | Path) -> Path:
 
     Args:
         model: a path or a name.
+        for_int8: the weights will be quantized. A GGUF file is then not converted if it can be quantized as it is
+            read: its own path is returned.
 
     Returns:
         A directory with ``config.json``, safetensors weights and a tokenizer.
@@ -40,13 +42,20 @@ def resolve_model(model: str | Path) -> Path:
         check_directory(path)
         return path
     if path is not None:
-        return import_gguf(path).path
+        return path if for_int8 and _can_stream(path) else import_gguf(path).path
     if entry := find_model(name):
         return pull_model(entry).path
     # Imported here: the hub's client takes a while, and most calls end above.
     from gossamer.models.hub import snapshot
 
     return snapshot(name)
+
+
+def _can_stream(path: Path) -> bool:
+    # Imported here: transformers takes seconds, and most calls do not need it.
+    from gossamer.models.gguf_weights import can_stream
+
+    return can_stream(path)
 
 
 def local_path(model: str | Path) -> Path | None:
