@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -100,3 +101,13 @@ def check_weights(directory: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged or cut off ({path.stat().st_size} bytes): {error}. Copy or download it again."
             ) from error
+
+
+def stored_dtype(directory: Path) -> str:
+    """The floating-point type that most tensors of a checkpoint have: ``float32``, ``bfloat16`` or ``float16``."""
+    counts: Counter[str] = Counter()
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  no dictionary
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return next((names[dtype] for dtype, _ in counts.most_common() if dtype in names), "float32")

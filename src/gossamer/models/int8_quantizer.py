@@ -6,6 +6,8 @@ that a model needs little more memory while it is loaded than afterwards.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -74,7 +76,8 @@ class GossamerInt8Config(QuantizationConfigMixin):
 
         model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B", quantization_config=GossamerInt8Config())
         print(model.hf_quantizer.report)
-        model.save_pretrained("qwen3-int8")      # from_pretrained("qwen3-int8") needs `import gossamer.models` only
+        model.save_pretrained("qwen3-int8")
+        model = AutoModelForCausalLM.from_pretrained("qwen3-int8")  # it knows by itself how it was quantized
     """
 
     def __init__(
@@ -130,6 +133,11 @@ class GossamerInt8Quantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Outlier weights and scales stay in the type they are stored in, whatever the model's is."""
+        exact = str(converter.target_patterns[0]).endswith((".outlier_weight", ".scale"))
+        return None if exact else super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -191,6 +199,7 @@ class GossamerInt8Quantizer(HfQuantizer):
             config.outlier_store = 0.0  # what is saved must say what is there
             return
         columns = find_outlier_columns(layers, config.outlier_store, run)
+        _return_free_memory()
         for place, layer_report in enumerate(self.report.layers):
             name = layer_report.name
             layer = layers[name]
@@ -198,6 +207,7 @@ class GossamerInt8Quantizer(HfQuantizer):
             self.report.layers[place] = describe(
                 name, layer, layer_report.bytes_before // layer.weight.numel(), layer_report.relative_error
             )
+            _return_free_memory()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(model.named_modules()):
@@ -226,6 +236,7 @@ class _QuantizeWhileLoading(ConversionOps):
             if isinstance(layer, Int8Linear):
                 self._report(name, weight, quantized.relative_error, layer)
                 self._remember(name, weight, source_patterns, transposed)
+            _return_free_memory()
             if listener := _listener.get():
                 listener(name)
         return result
@@ -262,6 +273,12 @@ def _read(path: str, key: str, transposed: bool) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(key)
     return tensor.t() if transposed else tensor
+
+
+def _return_free_memory() -> None:
+    """Have the C library return what it holds for later: pieces of weights would leave holes between the codes."""
+    if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def mark_quantized(model: nn.Module, config: GossamerInt8Config, report: QuantizationReport) -> None:

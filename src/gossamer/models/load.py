@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from gossamer.models.checkpoint import check_directory, check_weights
+from gossamer.models.checkpoint import check_directory, check_weights, stored_dtype
 from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
@@ -68,11 +68,12 @@ def load_model(
     with quiet_transformers():
         if path.is_dir():
             tokenizer = _load_tokenizer(path)
-        # Quantized layers take the weights as they are; rounding them to another type first would lose precision.
-        before = "auto" if quantization or is_int8_checkpoint(config) else dtype
-        model = _load_weights(path, config, before, attn_implementation, quantization)
-    if dtype != before:
-        model = model.to(getattr(torch, dtype))
+        if quantization and not is_int8_checkpoint(config):
+            model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
+        else:
+            model = _load_weights(path, config, dtype, attn_implementation)
+            if quantization:
+                use_decomposition(model, quantization)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -118,34 +119,39 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 
-def _load_weights(
-    path: Path,
-    config: PreTrainedConfig,
-    dtype: str,
-    attn_implementation: str | None,
-    quantization: GossamerInt8Config | None,
+def _quantize_weights(
+    path: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, quantization: GossamerInt8Config
 ) -> PreTrainedModel:
-    stored = is_int8_checkpoint(config)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    """Reads the weights in the type they are stored in, so that none is rounded before it is quantized."""
+    options: dict[str, Any] = {"quantization_config": quantization}
+    stored = "float32"
     if path.is_file():
-        source = {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config)}
-        dtype = "float32"
+        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config)}
+    else:
+        stored = stored_dtype(path)
+    model = _load_weights(path, config, stored, attn_implementation, **options)
+    wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
+    return model if wanted == stored else model.to(getattr(torch, wanted))
+
+
+def _load_weights(
+    path: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, **options: Any
+) -> PreTrainedModel:
+    arguments = {"pretrained_model_name_or_path": path} | options
     try:
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            **source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            quantization_config=None if stored else quantization,
+            use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **arguments,
         )
     except ImportError as error:  # a quantized checkpoint whose quantizer is not installed, for example
         raise UnsupportedModelError(f"{path} needs a package that is not installed: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
         raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
-    if stored and quantization:
-        use_decomposition(model, quantization)
     # transformers would fill these with random numbers and go on.
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")

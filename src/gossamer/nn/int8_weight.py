@@ -36,7 +36,7 @@ class Int8Weight(NamedTuple):
 
 
 def quantize_weight(weight: Rows, name: str = "the weight") -> Int8Weight:
-    """Row-wise absmax quantization (see :func:`gossamer.ops.int8.quantize_rowwise`), about 4 MB at a time.
+    """Row-wise absmax quantization (see :func:`gossamer.ops.int8.quantize_rowwise`), about 1 MB at a time.
 
     Args:
         weight: (N, K), fp32, bf16 or fp16.

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WATCHED_TOKENS = 256
+WATCHED_TOKENS = 128  # at a time: what a model computes for more of them would take more memory than loading it
+READINGS = 3
 
 
 def store_size(in_features: int, share: float) -> int:
@@ -80,15 +81,16 @@ def random_reading(model: nn.Module) -> Callable[[], object] | None:
     length = min(WATCHED_TOKENS, getattr(text, "max_position_embeddings", None) or WATCHED_TOKENS)
     body: Any = getattr(model, "base_model", model)  # without the head: its logits would be the largest tensor of all
 
-    def read() -> object:
+    def read() -> None:
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(text.vocab_size, (1, length), generator=generator).to(device)
         training = model.training
         model.eval()
         try:
             with own_attention(model):
-                return body(input_ids=tokens, use_cache=False)
+                for _ in range(READINGS):
+                    tokens = torch.randint(text.vocab_size, (1, length), generator=generator)
+                    body(input_ids=tokens.to(device), use_cache=False)
         finally:
             model.train(training)
 

@@ -50,7 +50,7 @@ INT32_SAFE_K = 2**31 // 128**2 - 1
 # Longest one whose sums fp32 represents exactly: K * 128 * 128 <= 2^24.
 _FLOAT_SAFE_K = 2**24 // 128**2
 # Dequantized pieces of a weight stay below this, so that no floating-point copy of a whole weight ever exists.
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 20
 
 
 def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def dequantize_rows(
 
 
 def piece_rows(columns: int) -> int:
-    """How many rows of a weight with ``columns`` columns are handled in floating point at a time: about 4 MB."""
+    """How many rows of a weight with ``columns`` columns are handled in floating point at a time: about 1 MB."""
     return max(1, _PIECE_BYTES // (4 * max(columns, 1)))
 
 
