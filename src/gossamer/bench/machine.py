@@ -36,6 +36,27 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+class Int8Limits:
+    """What an int8 layer cannot exceed, to be measured beside it: reading memory, multiplying codes.
+
+    A measurement also leaves nothing in the caches that was there before.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.ones(1 << 26)  # 256 MB: larger than any cache
+        self._left = torch.randint(-127, 128, (512, 1024), dtype=torch.int8)
+        self._right = torch.randint(-127, 128, (4096, 1024), dtype=torch.int8).t()
+        self._operations = 2 * 512 * 1024 * 4096
+
+    def measure(self) -> tuple[float | None, float]:
+        """GOP/s of a large product of codes, ``None`` where PyTorch has no fast one, and GB/s of reading memory."""
+        multiply = None
+        if torch.cpu._is_vnni_supported():
+            multiply = self._operations / seconds(lambda: torch._int_mm(self._left, self._right)) / 1e9
+        # looking for the largest number keeps up with memory better than adding
+        return multiply, self._memory.numel() * 4 / seconds(self._memory.amax) / 1e9
+
+
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
     """What no implementation can exceed: GFLOP/s of a large matrix product, GB/s of reading memory."""
     rows, inner, columns = 512, 1024, 4096
@@ -52,9 +73,11 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
 def median_seconds(run: Callable[[], object], repeats: int) -> float:
     """Median time of ``run`` after one warm-up."""
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(seconds(run) for _ in range(repeats))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Time of ``run``."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

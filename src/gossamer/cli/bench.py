@@ -7,19 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer.cli.bench_format import numbers, optional
+from gossamer.cli.bench_linear import linear
 from gossamer.cli.engine_options import AsJson, Dtype, Threads
 from gossamer.cli.terminal import stderr
-from gossamer.errors import ConfigurationError
 
 bench_app = typer.Typer(
     help="Measure on this machine: our figure, what it is compared with, and the machine's own limit.",
     no_args_is_help=True,
 )
-
-
-@bench_app.callback()
-def _bench() -> None:
-    pass
 
 
 @bench_app.command()
@@ -56,8 +52,8 @@ def decode(
     with stderr.status("starting") as status:
         report = bench_decode(
             model,
-            batches=_numbers(batch, "batch"),
-            prefixes=_numbers(prefix, "prefix"),
+            batches=numbers(batch, "batch"),
+            prefixes=numbers(prefix, "prefix"),
             suffix=suffix,
             new=new,
             sharing=tuple(mode.strip() for mode in sharing.split(",")),
@@ -71,11 +67,7 @@ def decode(
         _print_table(report)
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigurationError(f"--{option} takes a number, or several with commas between, got {text!r}") from None
+bench_app.command()(linear)
 
 
 def _print_table(report: dict[str, Any]) -> None:
@@ -109,15 +101,11 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_row(
             *cells,
             f"{row['decode_tokens_per_s']:,.0f}",
-            _optional(row["speedup"], "{:.2f}x"),
+            optional(row["speedup"], "{:.2f}x"),
             f"{row['step_ms']:,.1f}",
-            _optional(row["floor_ms"], "{:,.0f}"),
+            optional(row["floor_ms"], "{:,.0f}"),
             f"{row['engine_ms']:.2f}",
             f"{row['sampling_ms']:.2f}",
-            _optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
+            optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
         )
     console.print(table)
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

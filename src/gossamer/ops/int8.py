@@ -12,8 +12,8 @@ A linear layer ``y = x W^T + b`` is computed as (the paper's eq. 8, section 3.2)
 What counts as an outlier (:func:`outlier_mask`) has two parts. The *criterion*: ``absolute``, ``|x| >= threshold``, is
 the paper's; ``relative``, ``|x| > threshold * mean(|row|)``, adapts to layers whose inputs are small throughout. The
 *extent*: ``batch`` takes whole columns in which any row has an outlier, as the paper does, so that a row's result
-depends on its neighbours in the batch; ``token`` takes single entries, so that it does not; ``static`` takes a fixed
-set of columns.
+depends on its neighbours in the batch; ``token`` takes single entries, so that it does not, up to the rounding of fp32
+sums; ``static`` takes a fixed set of columns.
 
 **The weights of outliers.** The paper keeps them in 16 bit, which needs the columns to be known when the 16-bit weight
 is dropped. bitsandbytes multiplies outliers with *dequantized int8* weights. Here both are possible: columns in the
@@ -61,7 +61,7 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes (..., K) int8 in [-127, 127], and scale (...) fp32. ``x ~= codes * scale[..., None]``, with an error of at
-        most ``scale / 2`` per entry. A row of zeros has scale 0 and codes 0. A row with NaN or infinity has that as
+        most ``scale / 2`` per entry (denormal scales are rounded themselves). A row of zeros has scale 0 and codes 0. A row with NaN or infinity has that as
         its scale and codes 0, so that its product is NaN.
 
     Raises:
@@ -72,6 +72,8 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
             [   0,    0]], dtype=torch.int8), tensor([0.0157, 0.0000]))
     """
     _check_float("x", x)
+    if x.dim() == 0:
+        raise ConfigurationError("x must have at least one dimension, got a scalar")
     wide = x.float()
     # amax of nothing is an error in PyTorch; a row without entries is a row of zeros
     absmax = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
@@ -83,6 +85,8 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_columnwise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Absmax quantization of every column of x (K, N): codes (K, N) and scale (N). See :func:`quantize_rowwise`."""
+    if x.dim() < 2:
+        raise ConfigurationError(f"x must have at least two dimensions, got {tuple(x.shape)}")
     codes, scale = quantize_rowwise(x.transpose(-1, -2))
     return codes.transpose(-1, -2), scale
 
@@ -116,6 +120,8 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         )
     if 0 in (*a.shape, b.shape[0]):
         return a.new_zeros(a.shape[0], b.shape[0], dtype=torch.int32)
+    if a.shape[1] == 1:  # torch._int_mm would read past the end: oneDNN takes the row's stride for its length
+        return a.int() * b.t().int()
     if _int_mm_is_fast(a.device):
         return torch._int_mm(_with_plain_strides(a), _with_plain_strides(b).t())
     return _matmul_in_fp32(a, b)
@@ -123,7 +129,8 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def dequantize(product: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
     """``product * outer(row_scale, column_scale)``: (M, N), (M), (N) -> (M, N) fp32 (the paper's eq. 7)."""
-    return product.float() * row_scale[:, None] * column_scale
+    # the weight's scale first: codes times the scale of a row near the end of fp32's range would not fit
+    return product.float() * column_scale.float() * row_scale[:, None]
 
 
 def outlier_mask(x: Tensor, threshold: float, criterion: Criterion, outliers: Literal["batch", "token"]) -> Tensor:
@@ -145,7 +152,7 @@ def outlier_mask(x: Tensor, threshold: float, criterion: Criterion, outliers: Li
     """
     size = x.abs()
     # strict for "relative", so that a row of zeros has no outliers
-    mask = size >= threshold if criterion == "absolute" else size > threshold * size.float().mean(-1, keepdim=True)
+    mask = size >= threshold if criterion == "absolute" else size > threshold * _mean(size)
     return mask.any(0, keepdim=True).expand_as(mask) if outliers == "batch" else mask
 
 
@@ -207,10 +214,11 @@ def int8_linear(
         raise ConfigurationError("outliers='static' needs outlier_columns and outlier_weight")
     arguments = (x, weight, scale, bias, float(threshold), criterion, outliers, outlier_columns, outlier_weight)
     differentiable = x.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.compiler.is_compiling() or (differentiable and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or x.is_meta or (differentiable and torch.is_grad_enabled()):
         result: Tensor = torch.ops.gossamer.int8_linear(*arguments)
         return result
-    return _forward(*arguments)
+    with torch.no_grad():  # scale and outlier_weight may be parameters
+        return _forward(*arguments)
 
 
 def dequantize_rows(
@@ -221,7 +229,7 @@ def dequantize_rows(
     >>> dequantize_rows(torch.tensor([[2, -4]], dtype=torch.int8), torch.tensor([0.5]))
     tensor([[ 1., -2.]])
     """
-    weight = codes.float() * scale[:, None]
+    weight = codes.float() * scale.float()[:, None]
     if outlier_columns is not None and outlier_weight is not None:
         weight[:, outlier_columns] = outlier_weight.float()
     return weight
@@ -261,6 +269,7 @@ def _forward(
     outlier_columns: Tensor | None,
     outlier_weight: Tensor | None,
 ) -> Tensor:
+    _check_columns(outlier_columns, x.shape[-1])
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).float()
     mask = _mask(rows, threshold, criterion, outliers, outlier_columns)
     codes, row_scale = quantize_rowwise(rows if mask is None else rows.masked_fill(mask, 0.0))
@@ -368,9 +377,15 @@ def _int_mm_is_fast(device: torch.device) -> bool:
 def _matmul_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Exact for any device: fp32 holds the sum of 1024 products of codes, and int32 adds these."""
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    for left, right in zip(a.split(_FLOAT_SAFE_K, 1), b.split(_FLOAT_SAFE_K, 1), strict=True):
-        out += (left.float() @ right.float().t()).int()
+    with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit
+        for left, right in zip(a.split(_FLOAT_SAFE_K, 1), b.split(_FLOAT_SAFE_K, 1), strict=True):
+            out += (left.float() @ right.float().t()).int()
     return out
+
+
+def _mean(size: Tensor) -> Tensor:
+    """The mean of every row (M, 1), the same for any number of rows and any strides: fp32 sums would differ."""
+    return size.mean(-1, keepdim=True, dtype=torch.float64).float()
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -416,3 +431,11 @@ def _check_operands(
             f"outlier_weight must be floating point {(outputs, len(outlier_columns))}, got {outlier_weight.dtype} "
             f"{tuple(outlier_weight.shape)}"
         )
+
+
+def _check_columns(outlier_columns: Tensor | None, inputs: int) -> None:
+    """Reads the numbers themselves, so it stands inside of the op, where torch.compile does not look."""
+    if outlier_columns is not None and len(outlier_columns):
+        low, high = torch.stack(outlier_columns.aminmax()).tolist()
+        if low < 0 or high >= inputs:
+            raise ConfigurationError(f"outlier_columns must lie in 0 to {inputs - 1}, got {low if low < 0 else high}")

@@ -1,0 +1,111 @@
+"""What ``gossamer bench linear`` compares: ways to compute ``x W^T``, each with its own copy of the weight.
+
+A contestant makes its copy from the weight (N, K) in fp32, and gets x in the number format that it is quickest with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gossamer.errors import ConfigurationError
+from gossamer.ops.int8 import int8_linear, quantize_rowwise
+
+Product = Callable[[Tensor], Tensor]
+
+THRESHOLD = 6.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to compute a linear layer.
+
+    Attributes:
+        name: as in the table and in ``--peers``.
+        dtype: of x.
+        make: from the weight (N, K) fp32 and the columns of the outlier store (S) int64 to the product.
+        package: what must be installed beside PyTorch.
+    """
+
+    name: str
+    dtype: torch.dtype
+    make: Callable[[Tensor, Tensor], Product]
+    package: str | None = None
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed distribution; ``None`` if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gossamer(weight: Tensor, columns: Tensor) -> Product:
+    codes, scale = quantize_rowwise(weight)
+    exact = weight[:, columns].bfloat16()
+    return lambda x: int8_linear(x, codes, scale, None, THRESHOLD, outlier_columns=columns, outlier_weight=exact)
+
+
+def _gossamer_paper(weight: Tensor, columns: Tensor) -> Product:
+    codes, scale = quantize_rowwise(weight)
+    return lambda x: int8_linear(x, codes, scale, None, THRESHOLD, "absolute", "batch")
+
+
+def _torch(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Product]:
+    def make(weight: Tensor, columns: Tensor) -> Product:
+        own = weight.to(dtype, copy=True)
+        return lambda x: linear(x, own)
+
+    return make
+
+
+def _torch_int_mm(weight: Tensor, columns: Tensor) -> Product:
+    """The product of codes alone: x are codes, and no scale is applied to the result."""
+    if not torch.cpu._is_vnni_supported():
+        raise ConfigurationError(
+            "torch._int_mm is a slow loop on this processor, which has no int8 instructions (VNNI)"
+        )
+    codes, _ = quantize_rowwise(weight)
+    return lambda x: torch._int_mm(x, codes.t())
+
+
+def _bitsandbytes(weight: Tensor, columns: Tensor) -> Product:
+    """``Linear8bitLt`` as transformers sets it up for inference. It would convert other types than fp16 to fp16."""
+    nn: Any = import_module("bitsandbytes.nn")
+    layer = nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD)
+    layer.load_state_dict({"weight": weight})
+    product: Product = layer.to("cpu").eval()  # this quantizes; in train() it would multiply in floating point
+    return product
+
+
+def _torchao(weight: Tensor, columns: Tensor) -> Product:
+    """Int8 weights per row, activations per token, no outliers; compiled, as its documentation says."""
+    quantization: Any = import_module("torchao.quantization")
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+    holder = torch.nn.Sequential(layer)
+    quantization.quantize_(holder, quantization.Int8DynamicActivationInt8WeightConfig())
+    product: Product = torch.compile(holder, dynamic=False)
+    return product
+
+
+OWN = (
+    Contestant("gossamer", torch.float32, _gossamer),
+    Contestant("gossamer-paper", torch.float32, _gossamer_paper),
+)
+PEERS = (
+    Contestant("torch-fp32", torch.float32, _torch(torch.float32)),
+    Contestant("torch-bf16", torch.bfloat16, _torch(torch.bfloat16)),
+    Contestant("torch-int-mm", torch.int8, _torch_int_mm),
+    Contestant("bitsandbytes", torch.float16, _bitsandbytes, "bitsandbytes"),
+    Contestant("torchao", torch.bfloat16, _torchao, "torchao"),
+)
+PEER_NAMES = tuple(peer.name for peer in PEERS)
