@@ -61,8 +61,8 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes (..., K) int8 in [-127, 127], and scale (...) fp32. ``x ~= codes * scale[..., None]``, with an error of at
-        most ``scale / 2`` per entry (denormal scales are rounded themselves). A row of zeros has scale 0 and codes 0. A row with NaN or infinity has that as
-        its scale and codes 0, so that its product is NaN.
+        most ``scale / 2`` per entry (denormal scales are rounded themselves). A row of zeros has scale 0 and codes 0. A
+        row with NaN or infinity has that as its scale and codes 0, so that its product is NaN.
 
     Raises:
         ConfigurationError: x is not fp32, bf16 or fp16.

@@ -1,0 +1,83 @@
+"""The tensors of a checkpoint directory, read from its safetensors files one at a time."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gossamer.compress.shards import DTYPE_NAMES, TensorSpec
+from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.checkpoint import weight_files
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class ShardReader:
+    """Opens all safetensors files of a directory; a context manager.
+
+    Tensors are views of the mapped files. Their pages are read when they are touched, and dropped by the system when
+    memory is short: only what is computed from them counts.
+
+    Args:
+        directory: a checkpoint directory.
+
+    Attributes:
+        specs: name -> dtype and shape of every tensor, in the files' order; known without reading any data.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or cut off, or two files hold a tensor of the same name.
+        UnsupportedModelError: a tensor's dtype is unknown here.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._files: dict[str, Any] = {}
+        self._open = ExitStack()
+        try:
+            for path in weight_files(directory):
+                self._add(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path) -> None:
+        try:
+            file = self._open.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is missing, damaged or cut off: {error}") from error
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in _DTYPES:
+                raise UnsupportedModelError(f"{path}: {name} has the dtype {entry.get_dtype()}, which is unknown here")
+            if name in self.specs:
+                raise CheckpointError(f"{path}: {name} is in another file of this checkpoint as well")
+            self.specs[name] = TensorSpec(name, _DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
+            self._files[name] = file
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as a view of its file: copy what has to outlive the reader, and do not write into it.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        if name not in self._files:
+            raise CheckpointError(f"the checkpoint has no tensor {name}")
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        """Closes the files; views that are still held keep theirs."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
