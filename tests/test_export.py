@@ -16,12 +16,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from gossamer.cli.app import app
-from gossamer.compress import format_bitsandbytes, format_compressed_tensors
+from gossamer.compress import format_bitsandbytes
 from gossamer.compress.export import FORMATS, export
 from gossamer.compress.int8 import compress_int8
 from gossamer.compress.native import NativeCheckpoint
-from gossamer.compress.shard_reader import ShardReader
-from gossamer.compress.shards import TensorSpec
 from gossamer.compress.skeleton import Skeleton
 from gossamer.errors import (
     CheckpointError,
@@ -30,10 +28,13 @@ from gossamer.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from gossamer.models import bitsandbytes_int8, compressed_tensors_int8
 from gossamer.models.int8_quantizer import GossamerInt8Config
+from gossamer.models.shard_reader import ShardReader
+from gossamer.models.shards import TensorSpec
 from native_checkpoints import dequantized_tensors, save_model, write_native
 
-SAFETENSORS = {"bitsandbytes": format_bitsandbytes, "compressed-tensors": format_compressed_tensors}
+SAFETENSORS = {"bitsandbytes": bitsandbytes_int8, "compressed-tensors": compressed_tensors_int8}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_bitsandbytes_gets_the_threshold_it_can_express(settings, threshold, out
     report = export(native, tmp_path / "out", "bitsandbytes")
     config = quantization_config(tmp_path / "out")
     assert config["llm_int8_threshold"] == threshold
-    assert format_bitsandbytes.read_config(config)["outliers"] == outliers
+    assert bitsandbytes_int8.read_config(config)["outliers"] == outliers
     assert len(report.warnings) == warnings
 
 
@@ -187,7 +188,7 @@ def test_what_compress_writes_goes_into_every_format(tied, tmp_path):
 def test_a_transposed_gpt2_layer_goes_to_bitsandbytes_only(tmp_path):
     native = write_native(save_model("gpt2", tmp_path / "model"), tmp_path / "int8")
     export(native, tmp_path / "out", "bitsandbytes")
-    again, ours = read_as_native(tmp_path / "out", format_bitsandbytes), load_file(native / "model.safetensors")
+    again, ours = read_as_native(tmp_path / "out", bitsandbytes_int8), load_file(native / "model.safetensors")
     assert torch.equal(again["transformer.h.0.mlp.c_fc.weight"], ours["transformer.h.0.mlp.c_fc.weight"])
     with pytest.raises(UnsupportedModelError, match="Conv1D"):
         export(native, tmp_path / "other", "compressed-tensors")
@@ -384,14 +385,14 @@ def changed(config: dict[str, Any], path: str, value: object) -> dict[str, Any]:
 def test_other_compressed_tensors_schemes_are_refused_with_the_reason(path, value, reason, native, tmp_path):
     export(native, tmp_path / "out", "compressed-tensors")
     config = quantization_config(tmp_path / "out")
-    format_compressed_tensors.read_config(config)
+    compressed_tensors_int8.read_config(config)
     with pytest.raises(UnsupportedModelError, match=re.escape(reason)):
-        format_compressed_tensors.read_config(changed(config, path, value))
+        compressed_tensors_int8.read_config(changed(config, path, value))
 
 
 def test_four_bit_bitsandbytes_is_refused():
     with pytest.raises(UnsupportedModelError, match="4-bit"):
-        format_bitsandbytes.read_config({"quant_method": "bitsandbytes", "load_in_4bit": True})
+        bitsandbytes_int8.read_config({"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def test_minus_128_is_kept():
@@ -403,18 +404,18 @@ def test_minus_128_is_kept():
 @pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
 def test_impossible_scales_are_refused(wrong):
     with pytest.raises(CheckpointError, match=r"fc\.SCB"):
-        format_bitsandbytes.native_tensor("fc.SCB", torch.tensor([1.0, wrong]))
+        bitsandbytes_int8.native_tensor("fc.SCB", torch.tensor([1.0, wrong]))
     with pytest.raises(CheckpointError, match=r"fc\.weight_scale"):
-        format_compressed_tensors.native_tensor("fc.weight_scale", torch.tensor([[1.0], [wrong]]))
+        compressed_tensors_int8.native_tensor("fc.weight_scale", torch.tensor([[1.0], [wrong]]))
 
 
 def test_other_layouts_and_zero_points_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"fc\.weight_format is 2"):
-        format_bitsandbytes.native_tensor("fc.weight_format", torch.tensor(2, dtype=torch.uint8))
+        bitsandbytes_int8.native_tensor("fc.weight_format", torch.tensor(2, dtype=torch.uint8))
     zeros = torch.zeros(3, 1, dtype=torch.int8)
-    assert format_compressed_tensors.native_tensor("fc.weight_zero_point", zeros) is None
+    assert compressed_tensors_int8.native_tensor("fc.weight_zero_point", zeros) is None
     with pytest.raises(UnsupportedModelError, match=r"fc\.weight_zero_point is not zero"):
-        format_compressed_tensors.native_tensor("fc.weight_zero_point", zeros + 1)
+        compressed_tensors_int8.native_tensor("fc.weight_zero_point", zeros + 1)
 
 
 @pytest.mark.parametrize(("format", "scale"), [("bitsandbytes", "SCB"), ("compressed-tensors", "weight_scale")])
@@ -437,7 +438,7 @@ def test_missing_partners_and_wrong_shapes_are_named(format, scale, native, tmp_
 
 def test_static_activation_scales_are_refused():
     with pytest.raises(UnsupportedModelError, match=r"fc\.input_scale is a static scale"):
-        format_compressed_tensors.check_layers({"fc.input_scale": TensorSpec("fc.input_scale", torch.float32, (1,))})
+        compressed_tensors_int8.check_layers({"fc.input_scale": TensorSpec("fc.input_scale", torch.float32, (1,))})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -18,9 +18,8 @@ import transformers as hf
 from torch import Tensor
 
 from gossamer.bench.text import reference_text
-from gossamer.compress import format_bitsandbytes, format_compressed_tensors
 from gossamer.compress.export import export
-from gossamer.models import resolve_model
+from gossamer.models import bitsandbytes_int8, compressed_tensors_int8, resolve_model
 from native_checkpoints import (
     byte_level,
     dequantized_model,
@@ -92,9 +91,9 @@ def test_what_bitsandbytes_writes_is_read(tmp_path):
     source = save_model("llama", tmp_path / "model")
     config = hf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=4.0)
     hf.AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(tmp_path / "theirs")
-    settings = format_bitsandbytes.read_config(quantization_config(tmp_path / "theirs"))
+    settings = bitsandbytes_int8.read_config(quantization_config(tmp_path / "theirs"))
     assert settings == {"threshold": 4.0, "criterion": "absolute", "outliers": "batch", "skip": ["lm_head"]}
-    _assert_quantized(read_as_native(tmp_path / "theirs", format_bitsandbytes), source)
+    _assert_quantized(read_as_native(tmp_path / "theirs", bitsandbytes_int8), source)
 
 
 def _assert_quantized(tensors: dict[str, Tensor], source: Path) -> None:
@@ -146,9 +145,9 @@ def test_what_compressed_tensors_writes_is_read(tmp_path):
     compressor.compress_model(model)
     model.save_pretrained(tmp_path / "theirs")
     compressor.update_config(tmp_path / "theirs")
-    settings = format_compressed_tensors.read_config(quantization_config(tmp_path / "theirs"))
+    settings = compressed_tensors_int8.read_config(quantization_config(tmp_path / "theirs"))
     assert (settings["outliers"], settings["skip"]) == (None, ["lm_head"])
-    tensors = read_as_native(tmp_path / "theirs", format_compressed_tensors)
+    tensors = read_as_native(tmp_path / "theirs", compressed_tensors_int8)
     _assert_quantized(tensors, source)
 
 

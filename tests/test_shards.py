@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gossamer.compress.shard_reader import ShardReader
-from gossamer.compress.shards import DTYPE_NAMES, ShardWriter, TensorSpec
 from gossamer.errors import CheckpointError, ConfigurationError, GossamerError, UnsupportedModelError
 from gossamer.models.checkpoint import WEIGHTS_INDEX, weight_files
+from gossamer.models.shard_reader import ShardReader
+from gossamer.models.shards import DTYPE_NAMES, ShardWriter, TensorSpec
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.errors import GossamerError, RequestError
     from gossamer.llm import LLM
+    from gossamer.models.int8_quantizer import GossamerInt8Config
+    from gossamer.nn import Int8Embedding, Int8Linear, quantize
     from gossamer.ops.attention import AttentionState, attend, merge_states
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
+    from gossamer.report.outliers import find_outliers
     from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 __version__ = version("gossamer")
@@ -22,13 +25,18 @@ _HOMES = {
     "BeamSearchParams": "sampling_params",
     "CompletionOutput": "outputs",
     "GossamerError": "errors",
+    "GossamerInt8Config": "models.int8_quantizer",
+    "Int8Embedding": "nn",
+    "Int8Linear": "nn",
     "LLM": "llm",
     "RequestError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
     "ScoreOutput": "outputs",
     "attend": "ops.attention",
+    "find_outliers": "report.outliers",
     "merge_states": "ops.attention",
+    "quantize": "nn",
 }
 
 __all__ = [
@@ -38,12 +46,17 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "GossamerError",
+    "GossamerInt8Config",
+    "Int8Embedding",
+    "Int8Linear",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
     "attend",
+    "find_outliers",
     "merge_states",
+    "quantize",
 ]
 
 

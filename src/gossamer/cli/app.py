@@ -12,7 +12,11 @@ import typer
 from gossamer.cli.batch import batch
 from gossamer.cli.bench import bench_app
 from gossamer.cli.chat import chat
+from gossamer.cli.compress import compress
+from gossamer.cli.eval import evaluate
+from gossamer.cli.export import export
 from gossamer.cli.info import info
+from gossamer.cli.inspect import inspect
 from gossamer.cli.pull import pull
 from gossamer.cli.terminal import print_error
 from gossamer.errors import GossamerError
@@ -27,6 +31,10 @@ app = typer.Typer(
 app.command()(pull)
 app.command()(batch)
 app.command()(chat)
+app.command()(compress)
+app.command()(export)
+app.command("eval")(evaluate)
+app.command()(inspect)
 app.command()(info)
 app.add_typer(bench_app, name="bench")
 

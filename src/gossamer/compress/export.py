@@ -10,8 +10,8 @@ from gossamer.compress.format_compressed_tensors import export_compressed_tensor
 from gossamer.compress.format_gguf import export_gguf
 from gossamer.compress.native import NativeCheckpoint
 from gossamer.compress.output import all_or_nothing, check_output, size_of
-from gossamer.compress.shards import Progress
 from gossamer.errors import ConfigurationError
+from gossamer.models.shards import Progress
 
 _EXPORTERS = {
     "bitsandbytes": export_bitsandbytes,

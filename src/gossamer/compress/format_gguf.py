@@ -29,9 +29,9 @@ from transformers import PreTrainedConfig
 from gossamer.compress.gguf_metadata import Architecture, add_metadata, find_architecture, rotary_factors
 from gossamer.compress.gguf_tokenizer import add_tokenizer
 from gossamer.compress.native import NativeCheckpoint
-from gossamer.compress.shards import Progress
 from gossamer.compress.skeleton import build_skeleton
 from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.shards import Progress
 
 _NO_DECOMPOSITION = (
     "GGUF has no decomposition: readers quantize activations in blocks of 32, outliers included; an outlier coarsens "

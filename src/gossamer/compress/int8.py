@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from gossamer.compress.output import all_or_nothing, check_output, size_of
-from gossamer.compress.shards import Progress, ShardWriter, TensorSpec
 from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config, listening
 from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import write_manifest
 from gossamer.models.resolve import resolve_model
+from gossamer.models.shards import Progress, ShardWriter, TensorSpec
 from gossamer.nn.quantize import QuantizationReport
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.compress.int8_layout import check_scale, int8_layers
-from gossamer.compress.shard_reader import ShardReader
 from gossamer.errors import CheckpointError, ConfigurationError, ModelNotFoundError
 from gossamer.models.checkpoint import check_directory
+from gossamer.models.int8_layout import check_scale, int8_layers
 from gossamer.models.int8_quantizer import QUANT_METHOD
 from gossamer.models.load import load_config
+from gossamer.models.shard_reader import ShardReader
 
 LAYER_TENSORS = ("weight", "scale", "outlier_columns", "outlier_weight")
 _BLOCK_BYTES = 4 << 20  # small enough for the caches

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gossamer.compress.native import LAYER_TENSORS, NativeCheckpoint
-from gossamer.compress.shards import Progress, ShardWriter, TensorSpec
 from gossamer.compress.skeleton import Skeleton
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.checkpoint import WEIGHTS_INDEX
 from gossamer.models.manifest import MANIFEST
+from gossamer.models.shards import Progress, ShardWriter, TensorSpec
 
 _NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, MANIFEST)

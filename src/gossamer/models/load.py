@@ -19,6 +19,7 @@ from transformers import (
 
 from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory, check_weights, stored_dtype
+from gossamer.models.foreign_int8 import foreign_format, read_foreign
 from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
@@ -68,17 +69,20 @@ def load_model(
     with quiet_transformers():
         if path.is_dir():
             tokenizer = _load_tokenizer(path)
+        options: dict[str, Any] = {}
+        if path.is_dir() and (foreign := foreign_format(config)):
+            options = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
         if quantization and not is_int8_checkpoint(config):
             model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
         else:
-            model = _load_weights(path, config, dtype, attn_implementation)
+            model = _load_weights(path, config, dtype, attn_implementation, **options)
             if quantization:
                 use_decomposition(model, quantization)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def is_int8_checkpoint(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint was written by ``gossamer compress --int8`` or by ``save_pretrained`` of such a model."""
+    """Whether a configuration is that of ``gossamer compress --int8``, or of ``save_pretrained`` of such a model."""
     stored = getattr(config, "quantization_config", None)
     return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gossamer.compress.shards import TensorSpec
 from gossamer.errors import CheckpointError
+from gossamer.models.shards import TensorSpec
 
 
 def int8_layers(

@@ -10,9 +10,9 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gossamer.compress.shards import DTYPE_NAMES, TensorSpec
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.checkpoint import weight_files
+from gossamer.models.shards import DTYPE_NAMES, TensorSpec
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

@@ -1,0 +1,163 @@
+"""``gossamer eval``: how well a model predicts a text, alone or against a reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
+from gossamer.cli.terminal import notice
+from gossamer.errors import ConfigurationError
+from gossamer.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gossamer.report.quality import Interval, Quality
+
+Text = Annotated[
+    Path | None,
+    typer.Option(help="A UTF-8 file to measure on; the language reference that comes with Python by default."),
+]
+Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+
+
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None, typer.Option(help="A model with the same vocabulary to compare with, named as MODEL is.")
+    ] = None,
+    text: Text = None,
+    window: Window = 1024,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows at most; all of the text by default.")] = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts a text, and how far it is from a reference.
+
+    The text is cut into windows that do not overlap, and every token but the first of each is predicted from those
+    before it: perplexity, and against a reference its ratio, KL divergence and agreement. Intervals are 95 %, from a
+    bootstrap over windows. --dtype is for MODEL; the reference keeps its checkpoint's. Ctrl-C reports the windows that
+    are done, with exit status 130.
+    """
+    content = read(text)
+    network, tokenizer = load(model, dtype, threads)
+    cut = cut_windows(tokenizer, content, window, windows)
+    other = None
+    if reference is not None:
+        other, other_tokenizer = load(reference, "auto", threads)
+        if not _same(cut, cut_windows(other_tokenizer, content, window, windows)):
+            raise ConfigurationError(
+                f"the tokenizers of {model} and {reference} split the text differently, so their predictions cannot be "
+                "compared; choose a reference with the same tokenizer"
+            )
+    # Imported here: PyTorch takes seconds, and what is wrong with the arguments should show before.
+    from gossamer.report.quality import Evaluation
+
+    evaluation = Evaluation(network, other)
+    interrupted = False
+    try:
+        with Progress(len(cut)) as progress:
+            for each in cut:
+                evaluation.add(each)
+                progress.advance()
+    except KeyboardInterrupt:
+        interrupted = True
+        notice(f"Stopped after {evaluation.windows} of {len(cut)} windows.")
+    quality = evaluation.quality() if evaluation.windows else None
+    if as_json:
+        asked = {"model": model, "reference": reference, "text": text and str(text), "window": window, "dtype": dtype}
+        figures = quality.to_dict() if quality else {"windows": 0}
+        typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
+    elif quality:
+        _print(quality, model, reference, text)
+    raise typer.Exit(130 if interrupted else 0)
+
+
+def read(text: Path | None) -> str:
+    """The text of a file, or the default one."""
+    if text is None:
+        from gossamer.bench.text import reference_text
+
+        return reference_text()
+    from gossamer.report.windows import read_text
+
+    return read_text(text)
+
+
+def describe_text(text: Path | None) -> str:
+    return "Python's language reference" if text is None else str(text)
+
+
+def load(model: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    notice(f"Loading {model}", "dim")
+    import torch
+
+    from gossamer.models import resolve_model
+    from gossamer.models.load import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_model(resolve_model(model), dtype=dtype)
+
+
+def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:
+    """Windows of the text; says so if there are fewer than were asked for."""
+    from gossamer.report.windows import token_windows
+
+    cut = token_windows(tokenizer, text, window, count)
+    if count is not None and len(cut) < count:
+        notice(f"The text holds {len(cut)} windows of {window} tokens, not {count}.", "yellow")
+    return cut
+
+
+def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(bool((a == b).all()) for a, b in zip(ours, theirs, strict=True))
+
+
+def _print(quality: Quality, model: str, reference: str | None, text: Path | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{model} on {quality.windows} windows of {describe_text(text)}, {quality.tokens:,} predicted tokens",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("", "", "95 % interval")
+    for name, value, interval, form in _rows(quality, reference):
+        bounds = "" if interval is None else " to ".join(form.format(bound) for bound in interval)
+        table.add_row(escape(name), form.format(value), bounds)
+    console.print(table)
+
+
+def _rows(quality: Quality, reference: str | None) -> list[tuple[str, float | None, Interval | None, str]]:
+    """Name, value, interval and format of each line."""
+    own = ("perplexity", quality.perplexity, quality.perplexity_interval, "{:.3f}")
+    if quality.perplexity_ratio is None:
+        return [own]
+    assert quality.top1_agreement is not None  # it comes with the ratio
+    return [
+        own,
+        (f"perplexity of {reference}", quality.reference_perplexity, None, "{:.3f}"),
+        (
+            "change of perplexity, %",
+            *_percent(quality.perplexity_ratio, quality.perplexity_ratio_interval, 1),
+            "{:+.3f}",
+        ),
+        ("KL divergence, nats per token", quality.kl, quality.kl_interval, "{:.5f}"),
+        ("same most probable token, %", *_percent(quality.top1_agreement, quality.top1_agreement_interval), "{:.2f}"),
+    ]
+
+
+def _percent(value: float, interval: Interval | None, base: float = 0.0) -> tuple[float, Interval | None]:
+    bounds = None if interval is None else (100 * (interval[0] - base), 100 * (interval[1] - base))
+    return 100 * (value - base), bounds
