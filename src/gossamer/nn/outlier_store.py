@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WATCHED_TOKENS = 128  # at a time: what a model computes for more of them would take more memory than loading it
-READINGS = 3
+WATCHED_TOKENS = 64  # at a time: what a model computes for more of them would take more memory than loading it
+READINGS = 6
 
 
 def store_size(in_features: int, share: float) -> int:
