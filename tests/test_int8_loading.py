@@ -13,12 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from architectures import make_model
 from gossamer import LLM, GossamerInt8Config, SamplingParams
+from gossamer.cli.app import app
+from gossamer.compress.export import export
+from gossamer.compress.int8 import compress_int8
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.models.load import load_model
+from gossamer.models.manifest import verify
 from gossamer.nn import Int8Linear, quantize
+from gossamer.nn.int8_linear import Decomposition
 from native_checkpoints import save_model
 from references import load_reference
 
@@ -169,6 +175,110 @@ def test_settings_can_be_changed_when_an_int8_checkpoint_is_loaded(tiny: Path, t
     assert {layer.decomposition for layer in int8_layers(loaded).values()} == {GossamerInt8Config().decomposition()}
 
 
+class TestForeign:
+    """Checkpoints of bitsandbytes and compressed-tensors, which `make test-peers` compares with those projects' own."""
+
+    @pytest.fixture(params=["bitsandbytes", "compressed-tensors"])
+    def foreign(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        source = save_model("llama", tmp_path / "source")
+        compress_int8(source, tmp_path / "int8", GossamerInt8Config(skip=("down_proj", "lm_head")), dtype="bfloat16")
+        export(tmp_path / "int8", tmp_path / "foreign", request.param)
+        return tmp_path / "foreign"
+
+    def test_same_codes_scales_and_skipped_layers(self, foreign: Path):
+        model, own = load_model(foreign)[0], load_model(foreign.parent / "int8")[0]
+        layers, expected = int8_layers(model), int8_layers(own)
+        assert layers.keys() == expected.keys() != set()
+        assert not [name for name in layers if "down_proj" in name]
+        assert model.dtype == torch.bfloat16
+        bitsandbytes = "bitsandbytes" in (foreign / "config.json").read_text()
+        settings = Decomposition(6.0, "absolute", "batch" if bitsandbytes else None)
+        for name, layer in layers.items():
+            assert torch.equal(layer.weight, expected[name].weight)
+            assert torch.allclose(layer.scale, expected[name].scale, rtol=1e-6, atol=0)
+            assert layer.decomposition == settings and layer.outlier_columns is None
+            weight = own.get_submodule(name.rpartition(".")[0] + ".down_proj").weight if "mlp" in name else None
+            if weight is not None:
+                assert torch.equal(model.get_submodule(name.rpartition(".")[0] + ".down_proj").weight, weight)
+
+    def test_served_and_given_other_settings(self, foreign: Path):
+        with LLM(foreign) as llm:
+            assert len(llm.generate("some text", SamplingParams(max_tokens=3))[0].outputs[0].token_ids) == 3
+        with LLM(foreign, quantization="int8", int8_threshold=4.0) as llm:
+            layers = int8_layers(llm.engine.runner.model).values()  # type: ignore[attr-defined]
+            assert {layer.decomposition for layer in layers} == {Decomposition(4.0, "relative", "token")}
+
+    def test_codes_of_minus_128_are_read_and_multiplied_exactly(self, foreign: Path):
+        file = foreign / "model.safetensors"
+        state = load_file(file)
+        name = "model.layers.0.mlp.up_proj"
+        state[f"{name}.weight"][0] = -128
+        save_file(state, file, {"format": "pt"})
+        layer = int8_layers(load_model(foreign)[0])[name]
+        assert bool((layer.weight[0] == -128).all())
+        x = torch.randn(2, layer.in_features)
+        torch.testing.assert_close(layer(x)[:, 0], -128 * layer.scale[0] * x.sum(1), rtol=0.05, atol=0.05)
+
+    def test_wrong_shape_and_missing_scale(self, foreign: Path):
+        file = foreign / "model.safetensors"
+        state = load_file(file)
+        scale = next(name for name in state if name.endswith(("up_proj.SCB", "up_proj.weight_scale")))
+        for change in ({scale: state[scale][:-1].clone()}, {scale: -state[scale]}, {scale: None}):
+            changed = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
+            save_file(changed, file, {"format": "pt"})
+            with pytest.raises(CheckpointError, match=scale.replace(".", r"\.")):
+                load_model(foreign)
+
+    def test_cannot_be_compressed_again(self, foreign: Path, tmp_path: Path):
+        with pytest.raises(ConfigurationError, match="quantized already"):
+            compress_int8(foreign, tmp_path / "again", GossamerInt8Config())
+
+
+class TestCompress:
+    def test_result_is_a_checkpoint_that_loads_alike(self, tmp_path: Path):
+        source = save_model("qwen3", tmp_path / "source")
+        report = compress_int8(source, tmp_path / "int8", GossamerInt8Config())
+        assert verify(tmp_path / "int8", full=True) == []
+        recipe = json.loads((tmp_path / "int8" / "gossamer.json").read_text())["source"]
+        assert recipe["int8"]["criterion"] == "relative" and recipe["skipped"] == {"lm_head": "named in skip"}
+        direct, _ = load_model(source, quantization=GossamerInt8Config())
+        again, _ = load_model(tmp_path / "int8")
+        tokens = torch.randint(3, 199, (1, 12))
+        with torch.no_grad():
+            assert torch.equal(again(tokens).logits, direct(tokens).logits)
+        assert len(report.quantization.layers) == len(int8_layers(again))
+        assert report.bytes < report.source_bytes
+
+    def test_command(self, tmp_path: Path):
+        source = save_model("llama", tmp_path / "source")
+        arguments = ["compress", str(source), "-o", str(tmp_path / "out"), "--int8", "--skip", "down_proj", "--json"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        report = json.loads(done.stdout)
+        assert {name.rsplit(".", 1)[-1] for name in report["quantization"]["skipped"]} == {"down_proj"}
+        with pytest.raises(ConfigurationError, match="--overwrite"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
+        with pytest.raises(ConfigurationError, match="say how"):
+            CliRunner().invoke(app, arguments[:4], catch_exceptions=False)
+
+    @pytest.mark.parametrize("when", ["reading", "writing"])
+    def test_interrupted(self, tmp_path: Path, when: str):
+        """Ctrl-C, for real, while weights are quantized or written: nothing is left."""
+        source = save_model("llama", tmp_path / "source")
+        script = f"""
+import os, signal, sys
+from gossamer import GossamerInt8Config
+from gossamer.compress.int8 import compress_int8
+stop = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+compress_int8(sys.argv[1], sys.argv[2], GossamerInt8Config(), {"on_layer" if when == "reading" else "on_bytes"}=stop)
+"""
+        command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "KeyboardInterrupt" in done.stderr and done.returncode != 0
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class TestMemory:
     def watch(self, small: Path, model: Path) -> dict[str, float]:
@@ -183,9 +293,6 @@ class TestMemory:
         assert memory["grown"] <= memory["int8"] + memory["rest"] + MEMORY_SLACK
 
     def test_gguf(self, tmp_path: Path):
-        from gossamer.compress.export import export
-        from gossamer.compress.int8 import compress_int8
-
         sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
         for name, changes in (("small", {}), ("large", sizes)):
             compress_int8(save_model("llama", tmp_path / name, **changes), tmp_path / f"{name}-8", GossamerInt8Config())

@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from gossamer.bench.machine import ceilings, describe
+from gossamer.bench.machine import Int8Limits, ceilings, describe
 from gossamer.bench.text import windows
 from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
+from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
+from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.sampling_params import SamplingParams
 
 BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
@@ -85,6 +87,7 @@ def bench_decode(
     new: int = 32,
     sharing: tuple[str, ...] = (*SHARING_MODES, BOUND),
     dtype: str = "auto",
+    quantization: GossamerInt8Config | None = None,
     memory: int = 16 * 10**9,
     progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
@@ -99,10 +102,13 @@ def bench_decode(
     if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS + 2:
         raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
-    network, tokenizer = load_model(resolve_model(model), dtype=dtype, attn_implementation=IMPLEMENTATION)
+    path = resolve_model(model, for_int8=quantization is not None)
+    network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization)
     machine = describe()
     results = []
     limits = ceilings(network.dtype)
+    if any(isinstance(module, Int8Linear) for module in network.modules()):
+        limits["int8_gops"] = Int8Limits().measure()[0] or limits["gemm_gflops"]
     machine |= limits
     for batch in batches:
         for prefix in prefixes:
@@ -226,11 +232,13 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once.
     """
     flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
-    head = network.get_output_embeddings().weight
-    tied = head is network.get_input_embeddings().weight
-    weights = sum(p.numel() for p in network.parameters())
-    weights -= 0 if tied else network.get_input_embeddings().weight.numel()
-    linear = max(2 * weights * result.batch / flops, weights * head.dtype.itemsize / read)
+    head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
+    # a tied embedding is the head's weight; another one is looked up, not multiplied
+    floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
+    int8 = [m.weight for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
+    linear = _seconds(floating, result.batch, flops, read)
+    if int8:
+        linear += _seconds(int8, result.batch, limits["int8_gops"] * 1e9, read)
     layout = engine.runner.layout
     # the middle of the measured steps
     own = result.suffix + result.new // 2
@@ -238,3 +246,8 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     products = seen * sum(2 * engine.runner.num_heads * (x.key_dim + x.value_dim) for x in layout.layers)
     keys = seen if result.sharing == "off" else result.prefix + result.batch * own
     return (linear + max(products / flops, keys * layout.bytes_per_token / read)) * 1e3
+
+
+def _seconds(weights: list[Any], batch: int, flops: float, read: float) -> float:
+    """To multiply these weights with ``batch`` rows, or to read them, whichever takes longer."""
+    return max(2 * batch * sum(w.numel() for w in weights) / flops, sum(w.nbytes for w in weights) / read)

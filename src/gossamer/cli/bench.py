@@ -9,7 +9,16 @@ import typer
 
 from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_linear import linear
-from gossamer.cli.engine_options import AsJson, Dtype, Threads
+from gossamer.cli.engine_options import (
+    AsJson,
+    Dtype,
+    Int8Criterion,
+    Int8Outliers,
+    Int8Threshold,
+    Quantization,
+    Threads,
+    int8_config,
+)
 from gossamer.cli.terminal import stderr
 
 bench_app = typer.Typer(
@@ -33,6 +42,10 @@ def decode(
         ),
     ] = "attention,storage,off,no-attention",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    int8_threshold: Int8Threshold = 6.0,
+    int8_criterion: Int8Criterion = "relative",
+    int8_outliers: Int8Outliers = "token",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -58,6 +71,7 @@ def decode(
             new=new,
             sharing=tuple(mode.strip() for mode in sharing.split(",")),
             dtype=dtype,
+            quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
             memory=parse_bytes(memory),
             progress=status.update,
         )

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gossamer.cli.terminal import notice
+from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from gossamer import LLM
+    from gossamer.models.int8_quantizer import GossamerInt8Config
 
 Model = Annotated[
     str,
@@ -58,6 +60,22 @@ def int8_options(quantization: str | None, threshold: float, criterion: str, out
         "int8_criterion": criterion,
         "int8_outliers": None if outliers == "none" else outliers,
     }
+
+
+def int8_config(quantization: str | None, threshold: float, criterion: str, outliers: str) -> GossamerInt8Config | None:
+    """What :func:`gossamer.models.load.load_model` takes for these options.
+
+    Raises:
+        ConfigurationError: a value has no meaning.
+    """
+    if quantization is None:
+        return None
+    if quantization != "int8":
+        raise ConfigurationError(f"--quantization takes int8, got {quantization!r}")
+    from gossamer.models.int8_quantizer import GossamerInt8Config
+
+    # what the texts may be is checked by the configuration
+    return GossamerInt8Config(threshold, criterion, None if outliers == "none" else outliers)  # type: ignore[arg-type]
 
 
 def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:

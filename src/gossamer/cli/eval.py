@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
+from gossamer.cli.engine_options import (
+    AsJson,
+    Dtype,
+    Int8Criterion,
+    Int8Outliers,
+    Int8Threshold,
+    Model,
+    Quantization,
+    Threads,
+    int8_config,
+)
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
 from gossamer.progress import Progress
@@ -16,6 +26,7 @@ from gossamer.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gossamer.models.int8_quantizer import GossamerInt8Config
     from gossamer.report.quality import Interval, Quality
 
 Text = Annotated[
@@ -34,6 +45,10 @@ def evaluate(
     window: Window = 1024,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows at most; all of the text by default.")] = None,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
+    int8_threshold: Int8Threshold = 6.0,
+    int8_criterion: Int8Criterion = "relative",
+    int8_outliers: Int8Outliers = "token",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,11 +56,14 @@ def evaluate(
 
     The text is cut into windows that do not overlap, and every token but the first of each is predicted from those
     before it: perplexity, and against a reference its ratio, KL divergence and agreement. Intervals are 95 %, from a
-    bootstrap over windows. --dtype is for MODEL; the reference keeps its checkpoint's. Ctrl-C reports the windows that
-    are done, with exit status 130.
+    bootstrap over windows. --dtype and the int8 options are for MODEL; the reference is taken as it is. Ctrl-C reports
+    the windows that are done, with exit status 130.
+
+        gossamer eval smollm2-135m --quantization int8 --reference smollm2-135m
     """
     content = read(text)
-    network, tokenizer = load(model, dtype, threads)
+    int8 = int8_config(quantization, int8_threshold, int8_criterion, int8_outliers)
+    network, tokenizer = load(model, dtype, threads, int8)
     cut = cut_windows(tokenizer, content, window, windows)
     other = None
     if reference is not None:
@@ -71,6 +89,7 @@ def evaluate(
     quality = evaluation.quality() if evaluation.windows else None
     if as_json:
         asked = {"model": model, "reference": reference, "text": text and str(text), "window": window, "dtype": dtype}
+        asked |= {"int8": int8 and int8.to_dict()}
         figures = quality.to_dict() if quality else {"windows": 0}
         typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
     elif quality:
@@ -93,7 +112,7 @@ def describe_text(text: Path | None) -> str:
     return "Python's language reference" if text is None else str(text)
 
 
-def load(model: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
+def load(model: str, dtype: str, threads: int | None, int8: GossamerInt8Config | None = None) -> tuple[Any, Any]:
     """A model and its tokenizer."""
     notice(f"Loading {model}", "dim")
     import torch
@@ -103,7 +122,7 @@ def load(model: str, dtype: str, threads: int | None) -> tuple[Any, Any]:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(resolve_model(model), dtype=dtype)
+    return load_model(resolve_model(model, for_int8=int8 is not None), dtype=dtype, quantization=int8)
 
 
 def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:

@@ -72,6 +72,7 @@ def load_model(
         options: dict[str, Any] = {}
         if path.is_dir() and (foreign := foreign_format(config)):
             options = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
+            dtype = str(config.dtype or stored_dtype(path)).removeprefix("torch.") if dtype == "auto" else dtype
         if quantization and not is_int8_checkpoint(config):
             model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
         else:
@@ -135,7 +136,8 @@ def _quantize_weights(
         stored = stored_dtype(path)
     model = _load_weights(path, config, stored, attn_implementation, **options)
     wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
-    return model if wanted == stored else model.to(getattr(torch, wanted))
+    model.config.dtype = getattr(torch, wanted)
+    return model if wanted == stored else model.to(model.config.dtype)
 
 
 def _load_weights(
