@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-peers lint format bench docs clean FORCE
+.PHONY: help setup model run test test-slow test-peers lint format bench bench-peers table-1 docs clean FORCE
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ test: setup model ## Run the tests and doctests; PYTEST_ARGS="-k tree"
 test-slow: setup model ## Run the tests that take minutes
 	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)
 
-test-peers: setup model ## Run the comparisons with other projects that are installed in .venv
+test-peers: setup model $(VENV)/.peers-installed ## Install other projects; check that they read what we write
 	$(IN_VENV) -m pytest -m peers $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
@@ -44,6 +44,12 @@ format: setup ## Sort imports, apply safe fixes, format
 
 bench: setup model ## Measure decoding with and without sharing; BENCH_ARGS="..."
 	$(VENV)/bin/gossamer bench decode --model $(MODEL) $(BENCH_ARGS)
+
+bench-peers: setup $(VENV)/.bench-installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
+	$(VENV)/bin/gossamer bench linear $(BENCH_ARGS)
+
+table-1: setup model ## Print Table 1 of the LLM.int8() paper for real models (half an hour)
+	$(IN_VENV) scripts/table1.py
 
 docs: setup $(VENV)/.docs-installed ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
@@ -94,5 +100,17 @@ $(VENV)/.package-installed: pyproject.toml $(VENV)/.requirements-installed
 $(VENV)/.docs-installed: requirements-docs.txt $(VENV)/.package-installed
 	@touch $(UNFINISHED)
 	$(IN_VENV) -m pip install -r requirements-docs.txt
+	@rm $(UNFINISHED)
+	@touch $@
+
+$(VENV)/.bench-installed: requirements-bench.txt $(VENV)/.package-installed
+	@touch $(UNFINISHED)
+	$(IN_VENV) -m pip install -r requirements-bench.txt -c requirements.txt
+	@rm $(UNFINISHED)
+	@touch $@
+
+$(VENV)/.peers-installed: requirements-peers.txt $(VENV)/.package-installed
+	@touch $(UNFINISHED)
+	$(IN_VENV) -m pip install -r requirements-peers.txt -c requirements.txt
 	@rm $(UNFINISHED)
 	@touch $@

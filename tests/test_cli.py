@@ -74,7 +74,7 @@ def test_help_is_fast():
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("command", ["pull", "batch", "chat", "info", "bench"])
+@pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench"])
 def test_every_command_has_help(command):
     assert command in invoke("--help").output
     assert invoke(command, "--help").exit_code == 0

@@ -1,0 +1,125 @@
+"""A Llama of three billion parameters becomes int8 while it is read: how much memory and time that takes.
+
+    python scripts/large_checkpoint.py
+
+Writes a checkpoint of random bf16 weights (Llama 3.2 3B's shape, 6.4 GB in three shards) below the system's temporary
+directory, loads it as int8 in a process of its own, asks it one question, and prints the most anonymous memory the
+process had at any time (RssAnon; pages of mapped files are not counted, since the system drops them when it needs to).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gossamer.models.shards import ShardWriter, TensorSpec
+
+SHARD_BYTES = 2_200_000_000
+BLOCK_ROWS = 4096
+
+
+def write_checkpoint(directory: Path, layers: int) -> int:
+    """Random weights, a block of rows at a time; returns the number of parameters."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name != "lm_head.weight"}
+    generator = torch.Generator().manual_seed(0)
+    specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()]
+    with ShardWriter(directory, specs, max_shard_bytes=SHARD_BYTES) as writer:
+        for name, shape in shapes.items():
+            for start in range(0, shape[0], BLOCK_ROWS):
+                rows = (min(BLOCK_ROWS, shape[0] - start), *shape[1:])
+                block = torch.ones(rows) if len(shape) == 1 else torch.randn(rows, generator=generator) * 0.02
+                writer.write(name, block.bfloat16())
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(["<eos>", *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    return sum(p.numel() for p in model.parameters())
+
+
+def load_and_ask(directory: str) -> None:
+    """The child: prints its figures as JSON."""
+    peak = [0, 0]  # bytes: of all, and until the model was loaded
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous_bytes())
+
+    threading.Thread(target=watch, daemon=True).start()
+    from gossamer import LLM, SamplingParams
+
+    before = anonymous_bytes()
+    started = time.perf_counter()
+    llm = LLM(directory, quantization="int8")
+    loaded = time.perf_counter()
+    peak[1] = peak[0]
+    output = llm.generate("What is the speed limit?", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
+    answered = time.perf_counter()
+    done.set()
+    assert llm.quantization_report is not None
+    figures = {
+        "libraries_bytes": before,
+        "peak_bytes_loading": peak[1],
+        "peak_bytes": peak[0],
+        "int8_bytes": llm.quantization_report.bytes_after,
+        "bf16_bytes": llm.quantization_report.bytes_before,
+        "load_seconds": round(loaded - started, 1),
+        "answer_seconds": round(answered - loaded, 1),
+        "tokens": output.outputs[0].token_ids,
+    }
+    print(json.dumps(figures))
+
+
+def anonymous_bytes() -> int:
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28, help="28 make three billion parameters")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        load_and_ask(arguments.load)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        parameters = write_checkpoint(Path(directory), arguments.layers)
+        shards = len(list(Path(directory).glob("*.safetensors")))
+        print(f"{parameters / 1e9:.2f} billion parameters in {shards} shards", file=sys.stderr)
+        command = [sys.executable, __file__, "--load", directory]
+        print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout, end="")
+
+
+if __name__ == "__main__":
+    main()
