@@ -272,3 +272,22 @@ class TestQuantize:
         with torch.no_grad():
             assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert loaded.model.layers[0].mlp.up_proj.decomposition == Decomposition(5.0, "absolute", "batch")
+
+    def test_a_layer_with_two_names_is_replaced_under_both(self):
+        shared = nn.Linear(32, 32)
+        model = nn.ModuleDict({"first": shared, "second": shared})
+        report = quantize(model)
+        assert model["first"] is model["second"] and isinstance(model["first"], Int8Linear)
+        assert len(report.layers) == 1
+
+    def test_a_bare_layer(self):
+        with pytest.raises(ConfigurationError, match="from_linear"):
+            quantize(nn.Linear(4, 4))
+
+    def test_tied_store_is_reported(self):
+        model = make_model("llama")
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        report = quantize(model, skip=())
+        head = next(layer for layer in report.layers if layer.name == "lm_head")
+        assert head.bytes_after == 199 * 48 + 4 * 199

@@ -202,6 +202,8 @@ class GossamerInt8Quantizer(HfQuantizer):
         _return_free_memory()
         for place, layer_report in enumerate(self.report.layers):
             name = layer_report.name
+            if name not in layers:  # the embedding that a tied output layer shares
+                continue
             layer = layers[name]
             layer.keep_columns(columns[name], self.sources[name]())
             self.report.layers[place] = describe(
@@ -233,8 +235,9 @@ class _QuantizeWhileLoading(ConversionOps):
             quantized = self._quantize(weight.t() if transposed else weight, target)
             result |= {target: quantized.codes, f"{name}.scale": quantized.scale}
             layer = model.get_submodule(name)
+            report = describe(name, layer, weight[:1].element_size(), quantized.relative_error)
+            self.quantizer.report.layers.append(report)
             if isinstance(layer, Int8Linear):
-                self._report(name, weight, quantized.relative_error, layer)
                 self._remember(name, weight, source_patterns, transposed)
             _return_free_memory()
             if listener := _listener.get():
@@ -248,10 +251,6 @@ class _QuantizeWhileLoading(ConversionOps):
             self.quantizer.faults.append(error)
             outputs, inputs = weight.shape
             return Int8Weight(torch.zeros(outputs, inputs, dtype=torch.int8), torch.zeros(outputs), 0.0)
-
-    def _report(self, name: str, weight: Rows, relative_error: float, layer: Int8Linear) -> None:
-        size = weight[:1].element_size()
-        self.quantizer.report.layers.append(describe(name, layer, size, relative_error))
 
     def _remember(self, name: str, weight: Any, keys: Sequence[str], transposed: bool) -> None:
         """How to read the weight again, for the columns of the outlier store; not the weight itself."""

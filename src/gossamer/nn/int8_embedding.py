@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
 from gossamer.nn.int8_linear import Decomposition, keep_type
-from gossamer.nn.int8_weight import quantize_weight
+from gossamer.nn.int8_weight import Int8Weight, quantize_weight
 from gossamer.ops.int8 import int8_linear
 
 
@@ -71,14 +71,15 @@ class Int8Embedding(nn.Module):
         )
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> Self:
-        """Quantize an ``nn.Embedding`` (or Gemma's, which scales its output).
+    def from_embedding(cls, embedding: nn.Embedding, quantized: Int8Weight | None = None) -> Self:
+        """Quantize an ``nn.Embedding`` (or Gemma's, which scales its output), unless its weight has been already.
 
         Raises:
             ConfigurationError: the embedding does more than look up rows, or cannot be quantized.
         """
         result = cls.like(embedding, device="meta")
-        result.weight, result.scale, _ = quantize_weight(embedding.weight.detach(), "the embedding")
+        quantized = quantized or quantize_weight(embedding.weight.detach(), "the embedding")
+        result.weight, result.scale = quantized.codes, quantized.scale
         return result
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead, unsupported_embedding
@@ -121,31 +121,16 @@ def quantize(
         for name, layer in model.named_modules()
         if linear_weight(layer) is not None and name not in report.skipped
     }
+    if "" in layers:
+        raise ConfigurationError("the model is a linear layer itself; Int8Linear.from_linear makes one of it")
     if not layers:
         raise ConfigurationError(f"{type(model).__name__} has no linear layer to quantize{_reasons(report)}")
-    head = tied_head(model)
     run = run or random_reading(model)
     columns = find_outlier_columns(layers, outlier_store, run) if run and outlier_store else {}
-    replacements: dict[str, nn.Module] = {}
-    embedding = None
-    for name, layer in layers.items():
-        weight = linear_weight(layer)
-        assert weight is not None
-        if layer is head:
-            embedding = Int8Embedding.from_embedding(model.get_input_embeddings())  # type: ignore[operator]
-            replacements[name] = Int8TiedHead(embedding, decomposition)
-            continue
-        quantized = quantize_weight(weight.detach(), f"the weight of {name}")
-        bias: nn.Parameter | None = layer.bias
-        int8 = Int8Linear.from_weight(
-            quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight.detach()
-        )
-        replacements[name] = int8.train(layer.training)
-        report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
-    for name, new in replacements.items():
-        model.set_submodule(name, new)
-    if embedding is not None:
-        model.set_input_embeddings(embedding)  # type: ignore[operator]
+    replacements = _int8_modules(model, layers, columns, decomposition, report)
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
+        if module in replacements:
+            model.set_submodule(name, replacements[module])
     if hasattr(model, "config"):
         # imported here: plain PyTorch models do without transformers
         from gossamer.models.int8_quantizer import GossamerInt8Config, mark_quantized
@@ -155,17 +140,48 @@ def quantize(
     return report
 
 
-def describe(name: str, layer: Int8Linear, element_size: int, relative_error: float) -> LayerReport:
-    """The line of the report for a layer whose weight had entries of ``element_size`` bytes."""
-    tensors = (layer.weight, layer.scale, layer.outlier_columns, layer.outlier_weight)
+def _int8_modules(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    columns: Mapping[str, Tensor],
+    decomposition: Decomposition,
+    report: QuantizationReport,
+) -> dict[nn.Module, nn.Module]:
+    """What takes the place of which module; adds to the report, and leaves the model as it is."""
+    head = tied_head(model)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        weight = linear_weight(layer)
+        assert weight is not None
+        weight = weight.detach()
+        quantized = quantize_weight(weight, f"the weight of {name}")
+        if layer is head:
+            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+            embedding = Int8Embedding.from_embedding(old, quantized)
+            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition)}
+            report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))
+            continue
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        int8 = Int8Linear.from_weight(
+            quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
+        )
+        replacements[layer] = int8.train(layer.training)
+        report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
+    return replacements
+
+
+def describe(name: str, module: Int8Linear | Int8Embedding, element_size: int, relative_error: float) -> LayerReport:
+    """The line of the report for a module whose weight had entries of ``element_size`` bytes."""
+    columns, exact = getattr(module, "outlier_columns", None), getattr(module, "outlier_weight", None)
+    outputs, inputs = module.weight.shape
     return LayerReport(
         name,
-        layer.in_features,
-        layer.out_features,
-        layer.weight.numel() * element_size,
-        sum(tensor.nbytes for tensor in tensors if tensor is not None),
+        inputs,
+        outputs,
+        module.weight.numel() * element_size,
+        sum(tensor.nbytes for tensor in (module.weight, module.scale, columns, exact) if tensor is not None),
         relative_error,
-        0 if layer.outlier_columns is None else len(layer.outlier_columns),
+        0 if columns is None else len(columns),
     )
 
 
