@@ -243,21 +243,6 @@ def piece_rows(columns: int) -> int:
 # --- the op ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("gossamer::int8_linear", mutates_args=())
-def _int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    criterion: str,
-    outliers: str | None,
-    outlier_columns: Tensor | None,
-    outlier_weight: Tensor | None,
-) -> Tensor:
-    return _forward(x, weight, scale, bias, threshold, criterion, outliers, outlier_columns, outlier_weight)
-
-
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -279,6 +264,9 @@ def _forward(
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+_int8_linear = torch.library.custom_op("gossamer::int8_linear", _forward, mutates_args=())
 
 
 @_int8_linear.register_fake
