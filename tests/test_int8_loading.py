@@ -23,6 +23,7 @@ from gossamer.compress.int8 import compress_int8
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.models.load import load_model
 from gossamer.models.manifest import verify
+from gossamer.models.pull import import_gguf
 from gossamer.nn import Int8Linear, quantize
 from gossamer.nn.int8_linear import Decomposition
 from native_checkpoints import save_model
@@ -60,6 +61,11 @@ thread.join()
 int8 = sum(b.nbytes for m in model.modules() if isinstance(m, Int8Linear) for b in m.buffers(recurse=False))
 print(json.dumps({"grown": peak - before, "int8": int8, "rest": sum(p.nbytes for p in model.parameters())}))
 """
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def int8_layers(model: Any) -> dict[str, Int8Linear]:
@@ -232,6 +238,38 @@ class TestForeign:
     def test_cannot_be_compressed_again(self, foreign: Path, tmp_path: Path):
         with pytest.raises(ConfigurationError, match="quantized already"):
             compress_int8(foreign, tmp_path / "again", GossamerInt8Config())
+
+
+class TestGGUF:
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [
+            ("llama", {"tie_word_embeddings": False}),
+            ("qwen2", {}),
+            ("gemma3", {}),
+            ("llama", {"num_key_value_heads": 1}),
+        ],
+    )
+    def test_read_as_int8_without_being_converted(self, name: str, changes: dict[str, Any], tmp_path: Path):
+        """Permuted rows (Llama), biases (Qwen 2), norms less one (Gemma), and an output layer that is skipped."""
+        compress_int8(save_model(name, tmp_path / "source", **changes), tmp_path / "int8", GossamerInt8Config())
+        export(tmp_path / "int8", tmp_path / "model.gguf", "gguf")
+        settings = GossamerInt8Config(outlier_store=0.05)
+        streamed, _ = load_model(tmp_path / "model.gguf", quantization=settings)
+        converted, _ = load_model(import_gguf(tmp_path / "model.gguf").path, quantization=settings)
+        layers, expected = int8_layers(streamed), int8_layers(converted)
+        assert layers.keys() == expected.keys() != set()
+        for path, layer in layers.items():
+            for buffer in ("weight", "scale", "outlier_columns", "outlier_weight"):
+                assert torch.equal(getattr(layer, buffer), getattr(expected[path], buffer))
+        tokens = torch.randint(3, 199, (1, 12))
+        with torch.no_grad():
+            torch.testing.assert_close(streamed(tokens).logits, converted(tokens).logits)
+
+    def test_damaged(self, tmp_path: Path):
+        (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(CheckpointError, match="damaged or incomplete"):
+            LLM(tmp_path / "model.gguf", quantization="int8")
 
 
 class TestCompress:

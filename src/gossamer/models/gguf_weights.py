@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gossamer.errors import CheckpointError
 from gossamer.models.convert import check_magic, gguf_alone
 from gossamer.models.quiet import quiet_transformers
 from gossamer.nn.int8_weight import linear_weight
+from gossamer.nn.quantize import find_skipped
 from gossamer.ops.int8 import piece_rows
 
 # What these do to a matrix of the file is at most a permutation of its rows; others transpose it or take it apart.
@@ -38,7 +40,7 @@ class GGUFMatrix:
     """A matrix (N, K) of a GGUF file: ``matrix[a:b]`` dequantizes these rows to fp32.
 
     transformers materializes what it loads with ``[...]`` and ``to``. The weight of a linear layer stays as it is
-    then, so that it reaches the quantizer unread; other matrices, such as an embedding, are read.
+    then, so that it reaches the quantizer unread; other matrices, such as an embedding or a skipped layer, are read.
     """
 
     def __init__(self, tensor: gguf.ReaderTensor, order: np.ndarray, linear: bool) -> None:
@@ -99,19 +101,25 @@ def read_gguf(path: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
         return AutoConfig.from_pretrained(**options), AutoTokenizer.from_pretrained(**options)
 
 
-def open_weights(path: Path, config: PreTrainedConfig) -> dict[str, GGUFMatrix | GGUFTensor]:
+def open_weights(path: Path, config: PreTrainedConfig, skip: Sequence[str] = ()) -> dict[str, GGUFMatrix | GGUFTensor]:
     """The weights of a file by transformers' names; nothing of them is read yet.
 
     Args:
         path: the file; :func:`can_stream` is true of it.
         config: the model's.
+        skip: layers that will not be quantized, as in :func:`gossamer.nn.quantize.quantize`.
     """
     reader = gguf.GGUFReader(path)
     processor = _processor_of(reader.fields["general.architecture"].contents())(config=config.to_dict())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = get_gguf_hf_weights_map(model, processor)
-    linear = {f"{name}.weight" for name, layer in model.named_modules() if linear_weight(layer) is not None}
+    skipped = find_skipped(model, skip)
+    linear = {
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if linear_weight(layer) is not None and name not in skipped
+    }
     result: dict[str, GGUFMatrix | GGUFTensor] = {}
     for tensor in reader.tensors:
         name = names.get(tensor.name)

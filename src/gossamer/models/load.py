@@ -131,7 +131,7 @@ def _quantize_weights(
     options: dict[str, Any] = {"quantization_config": quantization}
     stored = "float32"
     if path.is_file():
-        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config)}
+        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config, quantization.skip)}
     else:
         stored = stored_dtype(path)
     model = _load_weights(path, config, stored, attn_implementation, **options)

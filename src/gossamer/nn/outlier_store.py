@@ -2,8 +2,8 @@
 
 The few large features of transformers stand in the same columns for nearly all tokens (Dettmers et al. 2022, arXiv
 2208.07339, section 4), and an error in a weight counts by the size of what it is multiplied with: the expected error of
-an output is ``sum_k E[x_k^2] dW_k^2``. So the columns with the largest ``E[x^2]`` are kept. Where they stand hardly
-depends on the text; the model reads random tokens.
+an output is ``sum_k E[x_k^2] dW_k^2``. So the columns with the largest ``E[x^2]`` are kept, as the model shows them
+when it reads random tokens.
 """
 
 from __future__ import annotations
