@@ -7,7 +7,6 @@
 The paper measures perplexity on C4; here it is on the language reference that comes with Python. A window of text is
 one batch, so what has one scale per tensor has one per window. The output layer is never quantized.
 ``NAME:rescaled`` is the model with outlier features made by hand (``gossamer.report.rescale``): synthetic.
-docs/explanation/table-1.md explains the rows and shows the figures.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from gossamer.models import resolve_model
 from gossamer.models.load import load_model
 from gossamer.nn.int8_linear import Decomposition, in_16_bit
 from gossamer.nn.outlier_store import find_outlier_columns, random_reading
+from gossamer.nn.quantize import OUTLIER_STORE
 from gossamer.ops.int8 import int8_linear, outlier_mask
 from gossamer.ops.int8_variants import Quantized, Scheme, linear_variant, quantize_weight
 from gossamer.report.quality import Evaluation, Quality
@@ -37,7 +37,7 @@ from gossamer.report.rescale import emulate_outliers
 from gossamer.report.windows import token_windows
 
 MODELS = ("smollm2-135m", "gemma3-270m", "smollm2-135m:rescaled")
-STORE = 0.01  # share of the columns whose weights the outlier store keeps in 16 bit
+STORE = OUTLIER_STORE  # share of the columns whose weights the outlier store keeps in 16 bit
 PAPER = Decomposition(6.0, "absolute", "batch")
 OURS = Decomposition()
 
@@ -73,9 +73,9 @@ ROWS = {
     "llm-int8": Row("Absmax LLM.int8()", "absmax vector-wise", PAPER, paper=12.45),
     "zeropoint-llm-int8": Row("Zeropoint LLM.int8()", "zeropoint vector-wise", PAPER, paper=12.45),
     "gossamer-paper": Row("Gossamer, absolute 6.0, batch", outliers=PAPER),
-    "gossamer-paper-store": Row(f"Gossamer, absolute 6.0, batch, {STORE:.0%} store", outliers=PAPER, store=True),
+    "gossamer-paper-store": Row(f"Gossamer, absolute 6.0, batch, {STORE:.1%} store", outliers=PAPER, store=True),
     "gossamer": Row(_OURS_LABEL, outliers=OURS),
-    "gossamer-store": Row(f"{_OURS_LABEL}, {STORE:.0%} store", outliers=OURS, store=True),
+    "gossamer-store": Row(f"{_OURS_LABEL}, {STORE:.1%} store", outliers=OURS, store=True),
 }
 
 
