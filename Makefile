@@ -12,6 +12,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
+PEERS := .venv-peers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -30,8 +31,8 @@ test: setup model ## Run the tests and doctests; PYTEST_ARGS="-k tree"
 test-slow: setup model ## Run the tests that take minutes
 	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)
 
-test-peers: setup model $(VENV)/.peers-installed ## Install other projects; check that they read what we write
-	$(IN_VENV) -m pytest -m peers $(PYTEST_ARGS)
+test-peers: model $(PEERS)/.installed ## Check that other projects read what we write
+	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .
@@ -45,8 +46,8 @@ format: setup ## Sort imports, apply safe fixes, format
 bench: setup model ## Measure decoding with and without sharing; BENCH_ARGS="..."
 	$(VENV)/bin/gossamer bench decode --model $(MODEL) $(BENCH_ARGS)
 
-bench-peers: setup $(VENV)/.bench-installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
-	$(VENV)/bin/gossamer bench linear $(BENCH_ARGS)
+bench-peers: $(PEERS)/.installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
+	$(PEERS)/bin/gossamer bench linear $(BENCH_ARGS)
 
 table-1: setup model ## Print Table 1 of the LLM.int8() paper for real models (half an hour)
 	$(IN_VENV) scripts/table1.py
@@ -56,7 +57,7 @@ docs: setup $(VENV)/.docs-installed ## Build the documentation into site/
 
 clean: ## Remove build output and caches; keeps .venv and pulled models
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -path ./$(PEERS) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 setup: $(VENV)/.package-installed ## Only set up .venv
 
@@ -103,14 +104,10 @@ $(VENV)/.docs-installed: requirements-docs.txt $(VENV)/.package-installed
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(VENV)/.bench-installed: requirements-bench.txt $(VENV)/.package-installed
-	@touch $(UNFINISHED)
-	$(IN_VENV) -m pip install -r requirements-bench.txt -c requirements.txt
-	@rm $(UNFINISHED)
-	@touch $@
-
-$(VENV)/.peers-installed: requirements-peers.txt $(VENV)/.package-installed
-	@touch $(UNFINISHED)
-	$(IN_VENV) -m pip install -r requirements-peers.txt -c requirements.txt
-	@rm $(UNFINISHED)
+# Other projects have an environment of their own: some of them change what transformers does when it finds them.
+$(PEERS)/.installed: requirements.txt requirements-peers.txt $(VENV)/.package-installed
+	$(IN_VENV) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install -r requirements.txt
+	$(PEERS)/bin/python -m pip install -r requirements-peers.txt -c requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-build-isolation -e .
 	@touch $@
