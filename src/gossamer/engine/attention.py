@@ -166,17 +166,17 @@ class PlannedStep:
 
 @dataclass
 class ShapeProbe:
-    """Records what each layer stores, and answers zeros."""
+    """Records what each layer stores and asks for, and answers zeros."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
+    settings: dict[int, AttentionSettings] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
         if layer in self.shapes:
             raise UnsupportedModelError(f"layer index {layer} attends twice; this engine stores one cache per layer")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.windows[layer] = settings.window
+        self.settings[layer] = settings
         self.dtype = key.dtype
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 

@@ -250,7 +250,8 @@ class Engine:
         count = len(rows.drawn)
         part = logits[:count] if count == len(rows.sampled) else logits[[row for row, _ in rows.drawn]]
         start = time.perf_counter()
-        sampled = self.sampler.sample(part, rows.states)
+        largest = self.runner.largest if count == len(rows.sampled) else None
+        sampled = self.sampler.sample(part, rows.states, None if largest is None else largest[:count])
         self.stats.sampling_seconds += time.perf_counter() - start
         failed = []
         for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ class Runner(Protocol):
         num_heads: query heads of a layer (for the cost model).
         max_model_len: positions the model was made for.
         vocab_size: width of the logits.
+        largest: of each row of the last logits, the index of the largest, or -1 if there is a NaN or nothing finite;
+            ``None`` if the runner leaves that to the sampler.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Runner(Protocol):
     num_heads: int
     max_model_len: int
     vocab_size: int
+    largest: np.ndarray | None
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``, (rows, vocab)."""
@@ -40,6 +44,7 @@ class TransformersRunner:
     """Any Hugging Face decoder that supports the attention interface, on any device, in one packed call per step."""
 
     name = "transformers"
+    largest: np.ndarray | None = None
 
     def __init__(self, model: PreTrainedModel, *, without_attention: bool = False) -> None:
         """``model`` must have been loaded with ``attn_implementation="gossamer"``.
@@ -74,14 +79,16 @@ class TransformersRunner:
                 "interface; layers of other kinds (state space, linear attention, shared caches) are not supported"
             )
         self._check_windows(probe)
+        self.attention = [probe.settings[layer] for layer in layers]
         return KVLayout(tuple(probe.shapes[layer] for layer in layers), probe.dtype, self.model.device)
 
     def _check_windows(self, probe: ShapeProbe) -> None:
         """Some models put a sliding window into the mask only; without a mask it would be lost."""
         config = self.model.config.get_text_config()
         configured = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(probe.windows)
-        lost = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and probe.windows[i] is None]
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(probe.settings)
+        windows = [probe.settings[layer].window for layer in sorted(probe.settings)]
+        lost = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and windows[i] is None]
         if configured is not None and lost:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has a sliding window of {configured} tokens in layer {lost[0]}, but does "

@@ -46,12 +46,16 @@ class Sampler:
         self._scratch = torch.empty(0)
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, states: list[SamplingState]) -> Sampled:
+    def sample(self, logits: Tensor, states: list[SamplingState], largest: np.ndarray | None = None) -> Sampled:
         """Choose a token for each row of ``logits`` (B, V), which is left as it is.
+
+        ``largest`` (B), if known, saves a search: the index of the largest logit of each row, as in ``token_ids``.
 
         Token ids of ``logit_bias``, prompt and stop tokens that are not below V have no effect.
         """
         plain = all(state.plain and not state.bans for state in states)
+        if plain and largest is not None:
+            return Sampled(largest.tolist(), [None] * len(states))
         adjusts = not plain and any(state.adjusts for state in states)
         scores = self._copy(logits) if adjusts or logits.dtype != torch.float32 else logits.detach()
         if plain:

@@ -1,0 +1,118 @@
+// The Python side. Tensors come as addresses, because asking a tensor for more costs microseconds; gossamer/native
+// checks types, shapes and strides, and keeps the tensors alive, before it passes an address on.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace gossamer;
+
+namespace {
+
+template <class T>
+T* at(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Type type_of(const std::string& name) {
+  if (name == "int8") return Type::int8;
+  if (name == "bfloat16") return Type::bf16;
+  if (name == "float32") return Type::f32;
+  if (name == "float16") return Type::fp16;
+  throw std::invalid_argument("unknown type " + name);
+}
+
+Activation activation_of(const std::string& name) {
+  if (name.empty()) return Activation::none;
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("unknown activation " + name);
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  for (const Kernels* const* each = available(); *each; ++each)
+    if (name == (*each)->name) return **each;
+  throw std::invalid_argument("this processor, or this build, has no " + name);
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> all;
+  for (const Kernels* const* each = available(); *each; ++each) all.emplace_back((*each)->name);
+  return all;
+}
+
+Decomposition decomposition(const std::string& extent, bool relative, float threshold, int64_t columns) {
+  const Extent kind = extent == "token" ? Extent::token : extent == "static" ? Extent::columns : Extent::none;
+  return {kind, relative, threshold, at<const uint8_t>(columns)};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels; see gossamer.native.";
+  m.def("instruction_sets", &names);
+
+  nb::class_<Weight>(m, "Weight")
+      .def("__init__", [](Weight* self, const std::string& isa, const std::string& type, int64_t n, int64_t k, bool bias,
+                          int64_t stored, const std::string& stored_type) {
+        new (self) Weight(kernels_of(isa), type_of(type), n, k, bias, stored, type_of(stored_type));
+      })
+      .def("pack", [](Weight& self, int64_t source, const std::string& type, int64_t rows, int64_t first, int64_t part,
+                      int64_t parts, int64_t scale) {
+        const Type from = type_of(type);
+        nb::gil_scoped_release release;
+        self.pack(at<const void>(source), from, rows, first, part, parts, at<const float>(scale));
+      })
+      .def("set_bias", [](Weight& self, int64_t bias, int64_t rows, int64_t first, int64_t part, int64_t parts) {
+        self.set_bias(at<const float>(bias), rows, first, part, parts);
+      })
+      .def("set_store", [](Weight& self, int64_t columns, int64_t store, int64_t rows, int64_t first, int64_t part, int64_t parts) {
+        self.set_store(at<const int64_t>(columns), at<const uint16_t>(store), rows, first, part, parts);
+      })
+      .def_prop_ro("bytes", &Weight::bytes);
+
+  nb::class_<Program>(m, "Program")
+      .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,
+                          const std::string& kv, int64_t max_rows) {
+        new (self) Program(kernels_of(isa), Shape{layers, heads, kv_heads, dim, type_of(kv)}, max_rows);
+      })
+      .def("buffer", &Program::buffer)
+      .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })
+      .def("embed", &Program::embed)
+      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to, const std::string& outliers,
+                         bool relative, float threshold, int64_t columns, bool last) {
+        const bool whole = outliers == "batch";
+        self.prepare(source, at<const float>(gain), epsilon, k, to,
+                     decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
+      })
+      .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,
+                        bool last) { self.linear(std::move(weight), prepared, to, add, activation_of(gate), last); })
+      .def("add_normed", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to) {
+        self.add_normed(source, at<const float>(gain), epsilon, k, to);
+      })
+      .def("rotate_and_store", [](Program& self, int source, int64_t layer, int table, int64_t rotated, int64_t query_gain,
+                                  int64_t key_gain, float epsilon, float scale) {
+        self.rotate_and_store(source, layer, table, rotated, at<const float>(query_gain), at<const float>(key_gain), epsilon, scale);
+      })
+      .def("attend", &Program::attend)
+      .def("argmax", &Program::argmax)
+      .def("step", [](Program& self, int64_t rows, int64_t tokens, int64_t positions, int64_t place, int64_t targets, int64_t target,
+                      int64_t items, int64_t item, int64_t item_rows, int64_t logit_rows, int64_t logit_row, int64_t tables,
+                      int64_t logits, int64_t best, int threads) {
+        StepInput input{rows, logit_rows, targets, items, at<const int64_t>(tokens), at<const int64_t>(positions),
+                        at<const int64_t>(place), at<const int64_t>(target), at<const int64_t>(item), at<const int32_t>(item_rows),
+                        at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best)};
+        nb::gil_scoped_release release;
+        self.step(input, threads);
+      })
+      .def("profile", &Program::profile)
+      .def_prop_ro("bytes", &Program::bytes);
+}

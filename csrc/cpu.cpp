@@ -1,0 +1,42 @@
+// Which of the compiled instruction sets this processor can run.
+#include "kernels.h"
+
+namespace avx512_vnni { extern const gossamer::Kernels kernels; }
+namespace avx512 { extern const gossamer::Kernels kernels; }
+namespace avx2 { extern const gossamer::Kernels kernels; }
+namespace neon_dot { extern const gossamer::Kernels kernels; }
+namespace portable { extern const gossamer::Kernels kernels; }
+
+#if defined(GOSSAMER_NEON_DOT)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+
+namespace gossamer {
+
+const Kernels* const* available() {
+  static const Kernels* list[5];  // null beyond what is found
+  static const bool filled = [] {
+    int n = 0;
+#if defined(GOSSAMER_X86)
+    __builtin_cpu_init();
+    const bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_vnni::kernels;
+    if (avx512_here) list[n++] = &avx512::kernels;
+    if (avx2_here) list[n++] = &avx2::kernels;
+#endif
+#if defined(GOSSAMER_NEON_DOT)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) list[n++] = &neon_dot::kernels;
+#endif
+    list[n++] = &portable::kernels;
+    return true;
+  }();
+  (void)filled;
+  return list;
+}
+
+}  // namespace gossamer

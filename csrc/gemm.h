@@ -1,0 +1,82 @@
+// Products of some rows of activations with one packed panel: the inner loop of linear layers and of attention.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace GOSSAMER_NS {
+
+// Rows of a register tile: two accumulators each, and more than 16 of these would spill.
+constexpr int TILE = W == 16 ? 8 : 4;
+// A panel is walked in passes: pass p holds columns p W ... and 16 + p W ..., so that a gate and its factor meet.
+constexpr int PASSES = 16 / W;
+
+// The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then done(row, low, high).
+// `ahead`, unless null, is memory to fetch meanwhile, a line per step.
+template <class Dot, int ROWS, class Done>
+GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
+                          Done&& done) {
+  using gossamer::STEP_BYTES;
+  // One or two rows leave the multipliers waiting for their own results; several sums take turns.
+  constexpr int SUMS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  typename Dot::Accumulator sum[SUMS][ROWS][2];
+#pragma GCC unroll 8
+  for (int u = 0; u < SUMS; ++u)
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) sum[u][r][0] = sum[u][r][1] = Dot::start();
+  int64_t k = 0;
+  for (; k + SUMS <= steps; k += SUMS) {
+#pragma GCC unroll 8
+    for (int u = 0; u < SUMS; ++u) {
+      const I low = load_int(panel + (k + u) * STEP_BYTES), high = load_int(panel + (k + u) * STEP_BYTES + 64);
+      if (ahead) __builtin_prefetch(ahead + (k + u) * 64, 0, 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const I x = broadcast(a + r * a_bytes + (k + u) * 4);
+        sum[u][r][0] = Dot::dot(sum[u][r][0], low, x);
+        sum[u][r][1] = Dot::dot(sum[u][r][1], high, x);
+      }
+    }
+  }
+  for (; k < steps; ++k) {
+    const I low = load_int(panel + k * STEP_BYTES), high = load_int(panel + k * STEP_BYTES + 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const I x = broadcast(a + r * a_bytes + k * 4);
+      sum[0][r][0] = Dot::dot(sum[0][r][0], low, x);
+      sum[0][r][1] = Dot::dot(sum[0][r][1], high, x);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    auto low = sum[0][r][0], high = sum[0][r][1];
+#pragma GCC unroll 8
+    for (int u = 1; u < SUMS; ++u) {
+      low = Dot::join(low, sum[u][r][0]);
+      high = Dot::join(high, sum[u][r][1]);
+    }
+    done(r, low, high);
+  }
+}
+
+// tile<> for `rows` of at most TILE.
+template <class Dot, class Done>
+GOSSAMER_INLINE void tile_of(int rows, const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
+                             const uint8_t* ahead, Done&& done) {
+  switch (rows) {
+    case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, done);
+    case 2: return tile<Dot, 2>(panel, a, a_bytes, steps, ahead, done);
+    case 3: return tile<Dot, 3>(panel, a, a_bytes, steps, ahead, done);
+    case 4: return tile<Dot, 4>(panel, a, a_bytes, steps, ahead, done);
+  }
+  if constexpr (TILE == 8) {
+    switch (rows) {
+      case 5: return tile<Dot, 5>(panel, a, a_bytes, steps, ahead, done);
+      case 6: return tile<Dot, 6>(panel, a, a_bytes, steps, ahead, done);
+      case 7: return tile<Dot, 7>(panel, a, a_bytes, steps, ahead, done);
+      case 8: return tile<Dot, 8>(panel, a, a_bytes, steps, ahead, done);
+    }
+  }
+}
+
+}  // namespace GOSSAMER_NS

@@ -1,0 +1,14 @@
+// Compiled once per instruction set; see CMakeLists.txt.
+#include "attention.h"
+
+namespace GOSSAMER_NS {
+
+#define GOSSAMER_TEXT_(x) #x
+#define GOSSAMER_TEXT(x) GOSSAMER_TEXT_(x)
+
+extern const gossamer::Kernels kernels;
+const gossamer::Kernels kernels = {
+    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, merge, scale_row, argmax,
+};
+
+}  // namespace GOSSAMER_NS

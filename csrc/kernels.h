@@ -1,0 +1,133 @@
+// What the compiled instruction sets offer to the rest: one table of functions each, over plain memory.
+//
+// Shapes: T rows (tokens), N outputs, K inputs. Matrices of activations are row-major with a stride in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace gossamer {
+
+constexpr int PANEL = 32;       // columns of a packed panel
+constexpr int STEP_BYTES = 128; // of a panel per step: four bytes of each column
+constexpr int ROW_BLOCK = 256;  // rows that a packed weight is multiplied with at a time
+
+enum class Type : int { int8 = 0, bf16 = 1, f32 = 2, fp16 = 3 };
+
+constexpr int bytes_of(Type type) { return type == Type::int8 ? 1 : type == Type::f32 ? 4 : 2; }
+constexpr int step_of(Type type) { return 4 / bytes_of(type); }  // entries per four bytes
+
+// Where output `row` of part `part` stands: the parts of a gated weight take turns, 16 columns each.
+constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
+  return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
+}
+
+// A weight (N, K), packed: panels of 32 outputs, each [K / step][32][step]. int8 is stored as code + 128.
+struct PackedWeight {
+  Type type;
+  int64_t n, k;                // as the layer has them
+  int64_t panels, steps;       // rounded up; what was added is zero
+  uint8_t* data;               // panels * steps * 128 bytes
+  float* scale;                // (panels * 32), int8 only
+  float* bias;                 // (panels * 32), or null
+  int64_t stored;              // S, columns of the outlier store
+  Type stored_type;            // bf16 or fp16
+  int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
+  uint16_t* store;             // (panels, S, 32)
+};
+
+// Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.
+struct Prepared {
+  Type type;
+  int64_t k, stride;       // entries per row, a multiple of the step; zeros beyond k
+  void* data;
+  float* scale;            // (T), int8 only
+  int32_t* sum;            // (T), of the codes
+  int32_t* outliers;       // (T): how many
+  int32_t* columns;        // (T, K), of the outliers, ascending
+  float* values;           // (T, K)
+};
+
+enum class Extent : int { none = 0, token = 1, columns = 2 };
+
+// Which entries of a row leave the int8 product; see gossamer.ops.int8.
+struct Decomposition {
+  Extent extent;
+  bool relative;
+  float threshold;
+  const uint8_t* columns;  // (K) for Extent::columns: 1 where the column leaves
+};
+
+enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
+
+// y (T, N): y = x W^T + b; added to what is there with `add`; for a gated weight, whose panels hold 16 columns of the
+// gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other.
+struct LinearCall {
+  const PackedWeight* weight;
+  const Prepared* x;
+  float* y;
+  int64_t y_stride;
+  int64_t y_columns;       // how many columns of y may be written
+  bool add;
+  Activation gate;         // none: not gated
+  int64_t first_row, last_row, first_panel, last_panel;
+  float* scratch;          // of the thread: (K, 32) floats
+  int32_t* index;          // of the thread: (K), all -1, and left so
+  int32_t* used;           // of the thread: (K)
+};
+
+// Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.
+struct AttentionTask {
+  Type type;               // of q, keys and values: bf16 or f32
+  int64_t dim;             // D, a multiple of 16
+  const void* q;           // (T, heads, D), scaled by log2(e) / sqrt(D) or the like
+  int64_t q_stride;        // between tokens
+  const int32_t* tokens;   // which rows of q
+  const int64_t* position; // (T)
+  int64_t rows;            // number of tokens
+  int64_t group;           // query heads per key head
+  int64_t head;            // the first query head
+  const void* keys;        // (n, D), row-major
+  const void* values;
+  int64_t n;
+  int64_t start;           // position of the first key; a row sees keys up to its own position
+  int64_t window;          // and at most so many of them; 0: all
+  float* out;              // (rows, heads, D) not normalized, `out_stride` between tokens, at the first query head
+  int64_t out_stride;
+  float* state;            // (rows, heads, 2): the maximum, in base 2, and the sum; `state_stride` between tokens
+  int64_t state_stride;
+  uint8_t* scratch;        // of the thread: attention_scratch(dim, type) bytes
+};
+
+constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted
+constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }  // keys of a block
+constexpr int64_t attention_scratch(int64_t dim) {
+  const int64_t keys = attention_keys(dim), wide = (dim + 31) / 32 * 32;
+  // queries, output, keys, values, scores and probabilities of a tile, running maximum, sum and ends of each row
+  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS;
+}
+
+struct Kernels {
+  const char* name;
+  // Pack rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`.
+  void (*pack)(PackedWeight& weight, const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  // Row `row` of x from k floats; `inverse` multiplies them first, `gain` (k) too unless null.
+  void (*prepare)(const Prepared& x, int64_t row, const float* source, float inverse, const float* gain,
+                  const Decomposition& outliers, float* scratch);
+  float (*square_sum)(const float* x, int64_t k);
+  void (*linear)(const LinearCall& call);
+  void (*attend)(const AttentionTask& task);
+  // x (D) -> rotated by cos and sin (D / 2), halves paired; scaled; stored as `type`.
+  void (*rotate)(const float* x, const float* cosine, const float* sine, int64_t dim, int64_t rotated, float scale, void* out,
+                 Type type);
+  void (*convert)(const float* x, int64_t n, void* out, Type type);
+  // out (D) = sum over parts of weight * part, for states of base 2.
+  void (*merge)(const float* const* parts, const float* const* states, int64_t count, int64_t dim, float* out);
+  void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
+  // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
+  int64_t (*argmax)(const float* x, int64_t n);
+};
+
+// Best first; null at the end. Only those that this processor can run.
+const Kernels* const* available();
+
+}  // namespace gossamer

@@ -1,0 +1,149 @@
+// A decoder as a list of ops over buffers, recorded once and run for every step in one parallel region.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace gossamer {
+
+// A packed weight and the memory it lives in.
+class Weight {
+ public:
+  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
+  PackedWeight& packed() { return packed_; }
+  const Kernels& kernels() const { return kernels_; }
+  int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
+
+  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
+  void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
+  void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  // `columns` (stored), and `store` (rows, stored) of their weights.
+  void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
+
+ private:
+  const Kernels& kernels_;
+  PackedWeight packed_{};
+  Memory memory_;
+};
+
+// Keys, values and rows of one step. All arrays belong to the caller.
+struct StepInput {
+  int64_t rows = 0, logit_rows = 0, targets = 0, items = 0;
+  const int64_t* tokens;      // (rows)
+  const int64_t* positions;   // (rows)
+  const int64_t* place;       // (rows, 2): target, and where in it the row's key goes, in entries
+  const int64_t* target;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
+  const int64_t* item;        // (items, 6): target, first entry, keys, position of the first key, first of item_rows, count
+  const int32_t* item_rows;   // rows that attend to an item
+  const int64_t* logit_row;   // (logit_rows)
+  const int64_t* tables;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
+  float* logits;              // (logit_rows, vocabulary)
+  int64_t* best;              // (logit_rows), or null: the index of the largest logit
+};
+
+struct Shape {
+  int64_t layers, heads, kv_heads, dim;
+  Type kv;
+};
+
+class Program;
+
+// What an op may use of its thread while it runs.
+struct Thread {
+  int index, count;
+  float* scratch;      // (largest k, 32) floats
+  int32_t* index_of;   // (largest k), all -1
+  int32_t* used;       // (largest k)
+  float* row;          // (largest k + 16)
+  float* merged;       // (largest k)
+  uint8_t* mask;       // (largest k)
+  uint8_t* attention;
+  std::vector<const float*> outs, states;
+};
+
+struct Op {
+  std::string kind;
+  std::atomic<int64_t> next{0};  // the next piece of work
+  explicit Op(std::string name) : kind(std::move(name)) {}
+  virtual ~Op() = default;
+  virtual void run(Program& program, const StepInput& step, Thread& thread) = 0;
+};
+
+class Program {
+ public:
+  Program(const Kernels& kernels, Shape shape, int64_t max_rows);
+
+  // Recording. Buffers are (max_rows, width) of fp32; 0 is the logits.
+  int buffer(int64_t width);
+  int prepared(Type type, int64_t k);
+  void embed(std::shared_ptr<Weight> table, float factor, int to);
+  // Makes rows ready for a product: of a buffer (`source`), of attention's results (`source` -1), normalized if `gain`
+  // is not null (RMSNorm; it is copied). Only the rows that need logits with `last`.
+  void prepare(int source, const float* gain, float epsilon, int64_t k, int to, Decomposition rule, bool whole_columns, bool last);
+  void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last);
+  void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
+  void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
+                        const float* key_gain, float epsilon, float scale);
+  void attend(int64_t layer, int64_t window);
+  void argmax(int64_t vocabulary);
+
+  void step(const StepInput& input, int threads);
+
+  std::map<std::string, double> profile() const;  // seconds of the last step by kind of op
+  int64_t bytes() const;
+
+  // --- for the ops ---
+  struct Buffer {
+    int64_t width;
+    Memory memory;
+    float* row(int64_t r) const { return memory.as<float>() + r * width; }
+  };
+  struct Rows {
+    Prepared view;
+    Memory memory;
+  };
+  struct Task {
+    int64_t item, first_row, rows, head, first_key, keys, partial;
+  };
+  struct Tasks {
+    std::vector<Task> all;
+    std::vector<int64_t> groups;           // tasks [groups[i], groups[i + 1]) are taken together
+    std::vector<int64_t> part_of_row;      // row r has the partial results parts[part_of_row[r] ... part_of_row[r + 1])
+    std::vector<int64_t> parts;
+    int64_t partials = 0;
+  };
+  int64_t window_of_last = 0;  // of the layer whose partial results are to be merged
+  const Tasks& tasks(int64_t window) const { return tasks_.at(window); }
+  const std::vector<Thread>& threads() const { return threads_; }
+
+  const Kernels& kernels;
+  const Shape shape;
+  const int64_t max_rows;
+  std::vector<Buffer> buffers;
+  std::vector<Rows> rows;
+  Memory queries;         // (max_rows, heads, D) of the type of the keys
+  Memory partial_out;     // (partials, heads, D)
+  Memory partial_state;   // (partials, heads, 2)
+
+ private:
+  void plan(const StepInput& step, int64_t window, int threads);
+  void make_threads(int threads);
+
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::vector<std::shared_ptr<Weight>> weights_;
+  std::map<int64_t, Tasks> tasks_;  // by window
+  std::vector<Memory> thread_memory_;
+  std::vector<Thread> threads_;
+  int64_t largest_k_ = 0;
+  std::map<std::string, double> seconds_;
+  std::atomic_flag running_ = ATOMIC_FLAG_INIT;
+};
+
+}  // namespace gossamer

@@ -1,0 +1,420 @@
+// Vectors of W floats or 32-bit integers, in one spelling for every instruction set.
+//
+// A source file that includes this is compiled once per instruction set, with GOSSAMER_NS naming the namespace. Nothing
+// here, nor in what includes it, may instantiate templates of the standard library: the linker would keep one copy of
+// each for all instruction sets, perhaps one that this processor cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace GOSSAMER_NS {
+
+#define GOSSAMER_INLINE inline __attribute__((always_inline))
+#define GOSSAMER_LAMBDA __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+using F = __m512;
+using I = __m512i;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+using F = __m256;
+using I = __m256i;
+#else
+constexpr int W = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+#endif
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+GOSSAMER_INLINE F load(const float* p) {
+  F v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+GOSSAMER_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+GOSSAMER_INLINE I load_int(const void* p) {
+  I v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+GOSSAMER_INLINE void store_int(void* p, I v) { std::memcpy(p, &v, sizeof v); }
+
+// The same four bytes in every lane.
+GOSSAMER_INLINE I broadcast(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+#if defined(__AVX512F__)
+  return _mm512_set1_epi32(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_epi32(x);
+#else
+  return I{x, x, x, x};
+#endif
+}
+
+GOSSAMER_INLINE F set1(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return F{x, x, x, x};
+#endif
+}
+GOSSAMER_INLINE I set1_int(int32_t x) { return broadcast(&x); }
+
+GOSSAMER_INLINE F zero() { return set1(0.0f); }
+GOSSAMER_INLINE I zero_int() { return set1_int(0); }
+
+// --- arithmetic ------------------------------------------------------------------------------------------------------
+
+GOSSAMER_INLINE F add(F a, F b) { return a + b; }
+GOSSAMER_INLINE F sub(F a, F b) { return a - b; }
+GOSSAMER_INLINE F mul(F a, F b) { return a * b; }
+GOSSAMER_INLINE F div(F a, F b) { return a / b; }
+
+// a * b + c
+GOSSAMER_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+GOSSAMER_INLINE F max(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+GOSSAMER_INLINE F min(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+GOSSAMER_INLINE F as_float(I v) { return reinterpret_cast<F>(v); }
+GOSSAMER_INLINE I as_int(F v) { return reinterpret_cast<I>(v); }
+
+GOSSAMER_INLINE I add_int(I a, I b) {
+#if defined(__AVX512F__)
+  return _mm512_add_epi32(a, b);
+#elif defined(__AVX2__)
+  return _mm256_add_epi32(a, b);
+#else
+  return a + b;
+#endif
+}
+GOSSAMER_INLINE I sub_int(I a, I b) {
+#if defined(__AVX512F__)
+  return _mm512_sub_epi32(a, b);
+#elif defined(__AVX2__)
+  return _mm256_sub_epi32(a, b);
+#else
+  return a - b;
+#endif
+}
+GOSSAMER_INLINE I and_int(I a, I b) {
+#if defined(__AVX512F__)
+  return _mm512_and_si512(a, b);
+#elif defined(__AVX2__)
+  return _mm256_and_si256(a, b);
+#else
+  return a & b;
+#endif
+}
+GOSSAMER_INLINE I shift_left(I a, int n) {
+#if defined(__AVX512F__)
+  return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n));
+#elif defined(__AVX2__)
+  return _mm256_sll_epi32(a, _mm_cvtsi32_si128(n));
+#else
+  return a << n;
+#endif
+}
+// Zeros move in from the left.
+GOSSAMER_INLINE I shift_right(I a, int n) {
+#if defined(__AVX512F__)
+  return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n));
+#elif defined(__AVX2__)
+  return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n));
+#else
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return reinterpret_cast<I>(reinterpret_cast<U>(a) >> n);
+#endif
+}
+
+GOSSAMER_INLINE F abs(F v) { return as_float(and_int(as_int(v), set1_int(0x7fffffff))); }
+
+GOSSAMER_INLINE F to_float(I v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(v);
+#else
+  return __builtin_convertvector(v, F);
+#endif
+}
+
+// To the nearest integer, halves to even. |v| < 2^22.
+GOSSAMER_INLINE I round_to_int(F v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_epi32(v);
+#elif defined(__AVX2__)
+  return _mm256_cvtps_epi32(v);
+#else
+  const F magic = set1(12582912.0f);  // 1.5 * 2^23: the fraction falls off by the rounding of the addition
+  return as_int(v + magic) - as_int(magic);
+#endif
+}
+
+GOSSAMER_INLINE float reduce_add(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lane[W], sum = 0;
+  store(lane, v);
+  for (int i = 0; i < W; ++i) sum += lane[i];
+  return sum;
+#endif
+}
+GOSSAMER_INLINE float reduce_max(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float lane[W];
+  store(lane, v);
+  float m = lane[0];
+  for (int i = 1; i < W; ++i) m = lane[i] > m ? lane[i] : m;
+  return m;
+#endif
+}
+GOSSAMER_INLINE int32_t reduce_add_int(I v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(v);
+#else
+  int32_t lane[W], sum = 0;
+  store_int(lane, v);
+  for (int i = 0; i < W; ++i) sum += lane[i];
+  return sum;
+#endif
+}
+
+// `yes` in the lanes where a > b, `no` elsewhere (also where one of them is NaN).
+GOSSAMER_INLINE F select_greater(F a, F b, F yes, F no) {
+#if defined(__AVX512F__)
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+#elif defined(__AVX2__)
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+#else
+  return a > b ? yes : no;
+#endif
+}
+
+// Bit i is set where lane i of a is greater than that of b.
+GOSSAMER_INLINE uint32_t greater_bits(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return bits;
+#endif
+}
+
+// 0, 1, 2, ... W - 1
+GOSSAMER_INLINE F iota() {
+  static const float steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(steps);
+}
+
+// 2^x with a relative error below 2e-7; x below -126 counts as -126, and must be below 127.
+// Cody and Waite: 2^x = 2^n 2^f with |f| <= 1/2, and a polynomial for 2^f.
+GOSSAMER_INLINE F exp2(F x) {
+  x = max(x, set1(-126.0f));
+  const I n = round_to_int(x);
+  const F f = sub(x, to_float(n));
+  F p = set1(1.5469731972e-04f);
+  p = fma(p, f, set1(1.3400432165e-03f));
+  p = fma(p, f, set1(9.6180256030e-03f));
+  p = fma(p, f, set1(5.5503272142e-02f));
+  p = fma(p, f, set1(2.4022651214e-01f));
+  p = fma(p, f, set1(6.9314720671e-01f));
+  p = fma(p, f, set1(9.9999999996e-01f));
+  return as_float(add_int(as_int(p), shift_left(n, 23)));
+}
+
+// --- 16-bit numbers --------------------------------------------------------------------------------------------------
+
+GOSSAMER_INLINE F load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#elif defined(__AVX2__)
+  return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#else
+  uint32_t lane[W];
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(p[i]) << 16;
+  return as_float(load_int(lane));
+#endif
+}
+
+// To nearest, halves to even; a NaN stays one.
+GOSSAMER_INLINE uint16_t bf16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+GOSSAMER_INLINE float bf16_value(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+
+GOSSAMER_INLINE void store_bf16(uint16_t* p, F v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &half, sizeof half);
+#elif defined(__AVX512F__)
+  const I bits = as_int(v);
+  const I odd = and_int(shift_right(bits, 16), set1_int(1));
+  const I rounded = shift_right(add_int(add_int(bits, set1_int(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const I kept = _mm512_or_si512(shift_right(bits, 16), set1_int(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, kept)));
+#else
+  float lane[W];
+  store(lane, v);
+  for (int i = 0; i < W; ++i) p[i] = bf16_bits(lane[i]);
+#endif
+}
+
+GOSSAMER_INLINE float fp16_value(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  uint32_t wide;
+  if (exponent == 31) {
+    wide = sign | 0x7f800000 | (mantissa << 13);
+  } else if (exponent) {
+    wide = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    const float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&wide, &small, 4);
+    wide |= sign;
+  }
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+GOSSAMER_INLINE F load_fp16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  float lane[W];
+  for (int i = 0; i < W; ++i) lane[i] = fp16_value(p[i]);
+  return load(lane);
+#endif
+}
+
+// The low bytes of the lanes, which must lie in [-128, 127].
+GOSSAMER_INLINE void store_int8(int8_t* p, I v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+#else
+  int32_t lane[W];
+  store_int(lane, v);
+  for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(lane[i]);
+#endif
+}
+
+// --- the products of packed panels -----------------------------------------------------------------------------------
+// Every lane holds four bytes of one column of the weight: four int8, two bf16 or one fp32. They are multiplied with the
+// four bytes of the activation, which are the same in all lanes, and added up.
+
+// Unsigned weights (code + 128) times signed activations, exact.
+struct Int8Dot {
+  using Accumulator = I;
+  static constexpr int step = 4;  // entries per four bytes
+  static GOSSAMER_INLINE I start() { return zero_int(); }
+  static GOSSAMER_INLINE I join(I a, I b) { return add_int(a, b); }
+  static GOSSAMER_INLINE I dot(I sum, I weight, I activation) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sum, weight, activation);
+#elif defined(__AVX512BW__)
+    const I even = _mm512_and_si512(weight, _mm512_set1_epi16(0x00ff)), odd = _mm512_srli_epi16(weight, 8);
+    const I a_even = _mm512_srai_epi16(_mm512_slli_epi16(activation, 8), 8), a_odd = _mm512_srai_epi16(activation, 8);
+    return add_int(sum, add_int(_mm512_madd_epi16(even, a_even), _mm512_madd_epi16(odd, a_odd)));
+#elif defined(__AVX2__)
+    const I even = _mm256_and_si256(weight, _mm256_set1_epi16(0x00ff)), odd = _mm256_srli_epi16(weight, 8);
+    const I a_even = _mm256_srai_epi16(_mm256_slli_epi16(activation, 8), 8), a_odd = _mm256_srai_epi16(activation, 8);
+    return add_int(sum, add_int(_mm256_madd_epi16(even, a_even), _mm256_madd_epi16(odd, a_odd)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // There is no mixed product: (w + 128) a = w a + 128 a, and w = (w + 128) ^ 0x80 as a signed byte.
+    const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(reinterpret_cast<uint8x16_t>(weight), vdupq_n_u8(0x80)));
+    const int8x16_t a = reinterpret_cast<int8x16_t>(activation);
+    const int32x4_t ones = vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), a);
+    const int32x4_t with = vdotq_s32(reinterpret_cast<int32x4_t>(sum), w, a);
+    return reinterpret_cast<I>(vaddq_s32(with, vshlq_n_s32(ones, 7)));
+#else
+    uint8_t w[4 * W];
+    int8_t a[4 * W];
+    std::memcpy(w, &weight, sizeof w);
+    std::memcpy(a, &activation, sizeof a);
+    for (int i = 0; i < W; ++i) {
+      sum[i] += w[4 * i] * a[4 * i] + w[4 * i + 1] * a[4 * i + 1] + w[4 * i + 2] * a[4 * i + 2] + w[4 * i + 3] * a[4 * i + 3];
+    }
+    return sum;
+#endif
+  }
+};
+
+struct Bf16Dot {
+  using Accumulator = F;
+  static constexpr int step = 2;
+  static GOSSAMER_INLINE F start() { return zero(); }
+  static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
+  static GOSSAMER_INLINE F dot(F sum, I weight, I activation) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weight), reinterpret_cast<__m512bh>(activation));
+#else
+    const I high = set1_int(static_cast<int32_t>(0xffff0000));
+    sum = fma(as_float(shift_left(weight, 16)), as_float(shift_left(activation, 16)), sum);
+    return fma(as_float(and_int(weight, high)), as_float(and_int(activation, high)), sum);
+#endif
+  }
+};
+
+struct FloatDot {
+  using Accumulator = F;
+  static constexpr int step = 1;
+  static GOSSAMER_INLINE F start() { return zero(); }
+  static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
+  static GOSSAMER_INLINE F dot(F sum, I weight, I activation) { return fma(as_float(weight), as_float(activation), sum); }
+};
+
+}  // namespace GOSSAMER_NS

@@ -1,0 +1,203 @@
+"""Runs a decoder through its native program: one call, and one parallel region, per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.engine.memory import KVLayout
+from gossamer.engine.plan import Rows, StepPlan
+from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.slots import Bucket, Slot
+from gossamer.engine.tree import Node
+from gossamer.errors import UnsupportedModelError
+from gossamer.native.decoder import pack_decoder, record, unsupported
+from gossamer.native.library import instruction_set
+from gossamer.native.recorder import Recorder, rotary_tables
+from gossamer.nn import Int8Linear
+
+_FIRST_POSITIONS = 1024  # rows of a rotary table at first; it doubles when positions go beyond
+
+
+def why_not_native(network: Any) -> str:
+    """Why a model cannot run natively here; an empty string if it can, as far as its configuration tells."""
+    if instruction_set() is None:
+        return "the native kernels are not installed, or switched off"
+    if network.device.type != "cpu":
+        return f"the model is on {network.device}"
+    return unsupported(network.config.get_text_config())
+
+
+class NativeRunner:
+    """A supported decoder on the CPU.
+
+    Weights that are not int8, and keys and values, are fp32 if the whole model is; in a model with int8 layers, or of a
+    16-bit type, they are bf16. Sums are in fp32 throughout, and so is what goes from layer to layer.
+
+    Args:
+        network: a model of transformers, loaded with ``attn_implementation="gossamer"``. Its weights are taken over:
+            it is empty afterwards.
+        max_rows: most tokens of a step.
+        threads: of a step; PyTorch's number by default.
+
+    Raises:
+        UnsupportedModelError: says why the model cannot run natively.
+    """
+
+    name = "native"
+
+    def __init__(self, network: Any, *, max_rows: int, threads: int | None = None) -> None:
+        if reason := why_not_native(network):
+            raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
+        isa = instruction_set()
+        assert isa is not None
+        probe = TransformersRunner(network)
+        self.num_heads, self.max_model_len, self.vocab_size = probe.num_heads, probe.max_model_len, probe.vocab_size
+        shape = probe.layout.layers[0]
+        if any(layer != shape for layer in probe.layout.layers) or shape.key_dim != shape.value_dim or shape.key_dim % 16:
+            raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are of odd sizes")
+        quantized = any(isinstance(module, Int8Linear) for module in network.modules())
+        float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
+        self.layout = KVLayout(probe.layout.layers, getattr(torch, float_type), probe.layout.device)
+        self.threads = threads or torch.get_num_threads()
+        self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
+        attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
+        self.decoder = pack_decoder(network, isa, float_type, attention)
+        recorder = Recorder(isa, self.layout, self.num_heads, max_rows)
+        record(recorder, self.decoder)
+        self._program = recorder.native
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self._table_length = 0
+        self._logits = torch.empty(0, self.vocab_size)
+        self._largest = np.empty(0, np.int64)
+        self.largest: np.ndarray | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return int(self._program.bytes)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of the last step, by kind of op."""
+        return dict(self._program.profile())
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
+        rows = len(plan.tokens)
+        assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
+        step = _Arrays(plan, self.layout)
+        tables = self._rotary(int(plan.positions.max()) + 1)
+        wanted = len(plan.logit_rows)
+        if len(self._logits) < wanted:
+            self._logits = torch.empty(wanted, self.vocab_size)
+            self._largest = np.empty(wanted, np.int64)
+        tokens, positions, logit_rows = (x.contiguous() for x in (plan.tokens, plan.positions, plan.logit_rows))
+        if rows and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.decoder.embedding.outputs:
+            raise ValueError("a token id is outside of the vocabulary")
+        self._program.step(
+            rows,
+            tokens.data_ptr(),
+            positions.data_ptr(),
+            step.place.ctypes.data,
+            len(step.targets),
+            step.targets.ctypes.data,
+            len(step.items),
+            step.items.ctypes.data,
+            step.item_rows.ctypes.data,
+            wanted,
+            logit_rows.data_ptr(),
+            tables.ctypes.data,
+            self._logits.data_ptr(),
+            self._largest.ctypes.data,
+            self.threads,
+        )
+        self.largest = self._largest[:wanted]
+        return self._logits[:wanted]
+
+    def _rotary(self, length: int) -> np.ndarray:
+        """Addresses of the rotary tables, long enough for ``length`` positions."""
+        if length > self._table_length:
+            self._table_length = max(_FIRST_POSITIONS, 1 << (length - 1).bit_length())
+            self._tables = [rotary_tables(*table, self._table_length) for table in self.decoder.tables]
+            addresses = [[cosine.data_ptr(), sine.data_ptr()] for cosine, sine in self._tables]
+            self._table_addresses = np.array(addresses, np.int64)
+        return self._table_addresses
+
+
+class _Arrays:
+    """A plan as the arrays that the program reads; see ``StepInput`` in csrc/program.h.
+
+    Attributes:
+        place: (rows, 2) target of each row's key and value, and the entry of it where they go.
+        targets: (n, 2 layers + 1) addresses of keys, of values, and the entries from one head to the next.
+        items: (m, 6) target, first entry, number of keys, position of the first, first of ``item_rows``, their number.
+        item_rows: the rows that attend to each item, one item after the other.
+    """
+
+    def __init__(self, plan: StepPlan, layout: KVLayout) -> None:
+        self._dim = layout.layers[0].key_dim
+        self._index: dict[Node | Bucket, int] = {}
+        self._targets: list[list[int]] = []
+        items: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        filled = 0
+        self.place = np.zeros((len(plan.tokens), 2), np.int64)
+
+        def add(fields: Any, members: np.ndarray, each: bool = False) -> None:
+            """One item for all members, or one for each."""
+            nonlocal filled
+            made = np.zeros((len(members) if each else 1, 6), np.int64)
+            for column, value in enumerate(fields):
+                made[:, column] = value
+            made[:, 4] = filled + np.arange(len(made)) * each
+            made[:, 5] = 1 if each else len(members)
+            items.append(made)
+            rows.append(members)
+            filled += len(members)
+
+        for segment in plan.segments:
+            target, entry, _ = self._locate(segment.source)
+            add((target, entry, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
+        for chunk in plan.chunks:
+            target, entry, _ = self._locate(chunk.target)
+            entry += chunk.offset * self._dim
+            members = _numbers(chunk.rows)
+            self.place[members, 0] = target
+            self.place[members, 1] = entry + np.arange(len(members)) * self._dim
+            add((target, entry, len(members), chunk.position), members)
+        positions = plan.positions.numpy()
+        for group in plan.groups:
+            target, stride = self._bucket(group.bucket)
+            members, offsets = _numbers(group.rows), group.offsets.numpy()
+            entries = group.slots.numpy() * stride
+            self.place[members, 0] = target
+            self.place[members, 1] = entries + offsets * self._dim
+            add((target, entries, offsets + 1, positions[members] - offsets), members, each=True)
+        self.targets = np.array(self._targets, np.int64)
+        self.items = np.concatenate(items)
+        self.item_rows = np.concatenate(rows).astype(np.int32)
+
+    def _locate(self, source: Node | Slot) -> tuple[int, int, int]:
+        """Target, first entry, and entries from slot to slot."""
+        if isinstance(source, Slot):
+            target, stride = self._bucket(source.bucket)
+            return target, source.index * stride, stride
+        assert source.keys is not None and source.values is not None
+        return self._target(source, source.keys, source.values, source.keys[0].stride(0)), 0, 0
+
+    def _bucket(self, bucket: Bucket) -> tuple[int, int]:
+        keys = bucket.keys[0]
+        return self._target(bucket, bucket.keys, bucket.values, keys.stride(1)), keys.stride(0)
+
+    def _target(self, owner: Node | Bucket, keys: list[Tensor], values: list[Tensor], head: int) -> int:
+        if owner not in self._index:
+            self._index[owner] = len(self._targets)
+            self._targets.append([*(k.data_ptr() for k in keys), *(v.data_ptr() for v in values), head])
+        return self._index[owner]
+
+
+def _numbers(rows: Rows) -> np.ndarray:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows.numpy()

@@ -1,0 +1,185 @@
+"""The decoders that run natively, as one definition over :class:`~gossamer.native.recorder.Recorder`.
+
+Llama, SmolLM, Mistral, Qwen2, Qwen3 and Gemma 3 are the same blocks: what one of them lacks is ``None``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UnsupportedModelError
+from gossamer.native.recorder import Recorder
+from gossamer.native.weights import PackedLinear, pack_embedding, pack_linear
+from gossamer.nn import Int8TiedHead
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+_GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+Norm = tuple[Tensor, float]  # gain and epsilon
+
+
+@dataclass
+class Layer:
+    """A block: attention, then a gated MLP; ``after`` norms are applied to what a half computes, before it is added."""
+
+    before_attention: Norm
+    qkv: PackedLinear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    scale: float
+    window: int | None
+    table: int
+    output: PackedLinear
+    after_attention: Norm | None
+    before_mlp: Norm
+    gate_up: PackedLinear
+    gate: str
+    down: PackedLinear
+    after_mlp: Norm | None
+
+
+@dataclass
+class Decoder:
+    """A model, packed. ``tables`` are (inverse frequencies, scaling) of the rotary embeddings."""
+
+    embedding: PackedLinear
+    embedding_factor: float
+    layers: list[Layer]
+    norm: Norm
+    head: PackedLinear
+    tables: list[tuple[Tensor, float]]
+
+
+def record(p: Recorder, model: Decoder) -> None:
+    """The forward pass of a decoder."""
+    x = p.embed(model.embedding, model.embedding_factor, into="residual")
+    for index, layer in enumerate(model.layers):
+        h = p.rms_norm(x, *layer.before_attention)
+        qkv = p.linear(h, layer.qkv, into="qkv")
+        attended = p.attention(
+            qkv,
+            index,
+            table=layer.table,
+            scale=layer.scale,
+            window=layer.window,
+            query_norm=layer.query_norm,
+            key_norm=layer.key_norm,
+        )
+        if layer.after_attention is None:
+            p.linear_add(attended, layer.output, x)
+        else:
+            p.add_rms_norm(p.linear(attended, layer.output, into="half"), *layer.after_attention, x)
+        h = p.rms_norm(x, *layer.before_mlp)
+        inner = p.linear(h, layer.gate_up, into="inner", gate=layer.gate)
+        if layer.after_mlp is None:
+            p.linear_add(inner, layer.down, x)
+        else:
+            p.add_rms_norm(p.linear(inner, layer.down, into="half"), *layer.after_mlp, x)
+    p.logits(p.rms_norm(x, *model.norm), model.head)
+
+
+def unsupported(config: Any) -> str:
+    """Why a model of this configuration cannot run natively; an empty string if it can."""
+    kind = config.model_type
+    if kind not in SUPPORTED:
+        return f"{kind} is not among {', '.join(SUPPORTED)}"
+    gate = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if gate not in _GATES:
+        return f"its activation is {gate}"
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
+        return "it caps its scores or logits"
+    return ""
+
+
+def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[float, int | None]]) -> Decoder:
+    """Pack a model of transformers. Its layers lose their tensors on the way, so that nothing is held twice.
+
+    Args:
+        network: a causal language model whose configuration is supported.
+        isa: instruction set.
+        float_type: of weights that are not int8.
+        attention: scale and window of each layer.
+
+    Raises:
+        UnsupportedModelError: a layer is of a kind that the kernels do not know.
+    """
+    config = network.config.get_text_config()
+    body = network.model
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(body.layers)
+    tables, table_of = _tables(body.rotary_emb, kinds)
+    gate = _GATES[getattr(config, "hidden_activation", None) or config.hidden_act]
+    layers = []
+    for index, block in enumerate(body.layers):
+        layers.append(_pack_layer(block, isa, float_type, *attention[index], table_of[kinds[index]], gate))
+        block.to("meta")
+    embedding = pack_embedding(body.embed_tokens, isa, float_type)
+    factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
+    head = network.lm_head
+    tied = head.weight is body.embed_tokens.weight
+    if tied and isinstance(head, Int8TiedHead):
+        rule = head.decomposition if head.decomposition.outliers != "static" else None
+        packed_head = PackedLinear(embedding.handle, "int8", embedding.outputs, embedding.inputs, rule)
+    elif tied and head.bias is None:
+        packed_head = embedding
+    else:
+        packed_head = pack_linear([head], isa, float_type)
+    norm = _norm(body.norm)
+    assert norm is not None
+    network.to("meta")
+    return Decoder(embedding, factor, layers, norm, packed_head, tables)
+
+
+def _pack_layer(
+    block: Any, isa: str, float_type: str, scale: float, window: int | None, table: int, gate: str
+) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    gemma = hasattr(block, "pre_feedforward_layernorm")
+    before_attention = _norm(block.input_layernorm)
+    before_mlp = _norm(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm)
+    assert before_attention is not None and before_mlp is not None
+    return Layer(
+        before_attention=before_attention,
+        qkv=pack_linear([attention.q_proj, attention.k_proj, attention.v_proj], isa, float_type),
+        query_norm=_norm(getattr(attention, "q_norm", None)),
+        key_norm=_norm(getattr(attention, "k_norm", None)),
+        scale=scale,
+        window=window,
+        table=table,
+        output=pack_linear([attention.o_proj], isa, float_type),
+        after_attention=_norm(block.post_attention_layernorm) if gemma else None,
+        before_mlp=before_mlp,
+        gate_up=pack_linear([mlp.gate_proj, mlp.up_proj], isa, float_type, gated=True),
+        gate=gate,
+        down=pack_linear([mlp.down_proj], isa, float_type),
+        after_mlp=_norm(block.post_feedforward_layernorm) if gemma else None,
+    )
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    """Gain and epsilon of an RMSNorm."""
+    if module is None:
+        return None
+    gain: Tensor = module.weight.detach().float().clone()  # type: ignore[operator, union-attr]
+    name = type(module).__name__
+    if name == "Gemma3RMSNorm":
+        return gain + 1.0, float(module.eps)  # type: ignore[arg-type]
+    if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+        return gain, float(module.variance_epsilon)  # type: ignore[arg-type]
+    raise UnsupportedModelError(f"a {name} is not a norm that the native kernels know")
+
+
+def _tables(rotary: Any, kinds: list[str]) -> tuple[list[tuple[Tensor, float]], dict[str, int]]:
+    """The rotary tables, and which of them a kind of layer uses."""
+    if hasattr(rotary, "inv_freq"):
+        return [(rotary.inv_freq.detach().clone(), float(rotary.attention_scaling))], dict.fromkeys(kinds, 0)
+    names = sorted(set(kinds))
+    tables = [
+        (getattr(rotary, f"{name}_inv_freq").detach().clone(), float(getattr(rotary, f"{name}_attention_scaling")))
+        for name in names
+    ]
+    if any(not isinstance(frequencies, torch.Tensor) for frequencies, _ in tables):
+        raise UnsupportedModelError("its rotary embedding is of a kind that the native kernels do not know")
+    return tables, {name: index for index, name in enumerate(names)}

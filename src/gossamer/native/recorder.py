@@ -1,0 +1,146 @@
+"""Records a native program. A model's definition (:mod:`gossamer.native.decoder`) calls these methods once; each adds ops
+that every step then runs, over buffers with one row per token of the step.
+
+Buffers have names, and layers use the same ones: the next layer overwrites what the last one left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.engine.memory import KVLayout
+from gossamer.native.library import core
+from gossamer.native.weights import PackedLinear
+
+LOGITS = 0  # the buffer that the caller provides
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a buffer, (tokens, width) fp32, perhaps to be normalized when they are read.
+
+    ``gain`` (width) fp32 and ``epsilon`` make it ``x / sqrt(mean(x^2) + epsilon) * gain`` (RMSNorm, arXiv 1910.07467).
+    """
+
+    buffer: int
+    width: int
+    gain: Tensor | None = None
+    epsilon: float = 0.0
+
+
+ATTENTION = -1  # as a buffer: the merged result of the last attention
+
+
+class Recorder:
+    """See the module's documentation.
+
+    Args:
+        isa: instruction set.
+        layout: keys and values; all layers alike.
+        heads: query heads.
+        max_rows: most tokens of a step.
+    """
+
+    def __init__(self, isa: str, layout: KVLayout, heads: int, max_rows: int) -> None:
+        shape = layout.layers[0]
+        kv = str(layout.dtype).removeprefix("torch.")
+        library = core()
+        assert library is not None
+        self.native = library.Program(
+            isa, len(layout.layers), heads, shape.num_kv_heads, shape.key_dim, kv, max_rows
+        )
+        self.heads, self.kv_heads, self.dim = heads, shape.num_kv_heads, shape.key_dim
+        self._buffers: dict[str, Rows] = {}
+        self._prepared: dict[tuple[str, int], int] = {}
+        self._ready: tuple[Rows, str, Any, bool] | None = None  # what was made ready last
+
+    def _buffer(self, name: str, width: int) -> Rows:
+        if name not in self._buffers:
+            self._buffers[name] = Rows(self.native.buffer(width), width)
+        return self._buffers[name]
+
+    def embed(self, table: PackedLinear, factor: float = 1.0, *, into: str) -> Rows:
+        """Rows of the table, times ``factor``."""
+        out = self._buffer(into, table.inputs)
+        self.native.embed(table.handle, factor, out.buffer)
+        return out
+
+    def rms_norm(self, x: Rows, gain: Tensor, epsilon: float) -> Rows:
+        """RMSNorm of x. It costs nothing here: whoever reads the result computes it."""
+        return Rows(x.buffer, x.width, gain.detach().float().contiguous(), epsilon)
+
+    def linear(self, x: Rows, weight: PackedLinear, *, into: str, gate: str = "") -> Rows:
+        """``x W^T + b``; for a gated weight ``gate(x G^T) * (x U^T)``."""
+        out = self._buffer(into, weight.outputs)
+        self._linear(x, weight, out.buffer, add=False, gate=gate)
+        return out
+
+    def linear_add(self, x: Rows, weight: PackedLinear, total: Rows) -> None:
+        """``total += x W^T + b``."""
+        self._linear(x, weight, total.buffer, add=True)
+
+    def add_rms_norm(self, x: Rows, gain: Tensor, epsilon: float, total: Rows) -> None:
+        """``total += rms_norm(x)``."""
+        gain = gain.detach().float().contiguous()
+        self.native.add_normed(x.buffer, gain.data_ptr(), epsilon, x.width, total.buffer)
+
+    def attention(
+        self,
+        qkv: Rows,
+        layer: int,
+        *,
+        table: int,
+        scale: float,
+        window: int | None,
+        query_norm: tuple[Tensor, float] | None = None,
+        key_norm: tuple[Tensor, float] | None = None,
+    ) -> Rows:
+        """Rotate queries and keys, store keys and values, attend to what the step's plan says.
+
+        Args:
+            qkv: queries, keys and values of the token, one after the other.
+            layer: whose keys and values.
+            table: index of the rotary table.
+            scale: of the scores.
+            window: a token sees so many keys at most, its own included.
+            query_norm, key_norm: RMSNorm of every head's queries and keys before they are rotated.
+        """
+        gains = [None if norm is None else norm[0].detach().float().contiguous() for norm in (query_norm, key_norm)]
+        addresses = [0 if gain is None else gain.data_ptr() for gain in gains]
+        epsilon = next((norm[1] for norm in (query_norm, key_norm) if norm is not None), 0.0)
+        to_base_2 = scale * 1.4426950408889634  # the kernels' exponentials have base 2
+        self.native.rotate_and_store(qkv.buffer, layer, table, self.dim, *addresses, epsilon, to_base_2)
+        self.native.attend(layer, window or 0)
+        self._ready = None
+        return Rows(ATTENTION, self.heads * self.dim)
+
+    def logits(self, x: Rows, head: PackedLinear) -> None:
+        """The output layer, for the rows whose logits are needed; and the largest of each."""
+        self._linear(x, head, LOGITS, add=False, last=True)
+        self.native.argmax(head.outputs)
+
+    def _linear(
+        self, x: Rows, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False
+    ) -> None:
+        key = (weight.type, x.width)
+        if key not in self._prepared:
+            self._prepared[key] = self.native.prepared(*key)
+        rule = weight.decomposition
+        outliers = "none" if rule is None or rule.outliers is None else rule.outliers
+        relative, threshold = (False, 0.0) if rule is None else (rule.criterion == "relative", float(rule.threshold))
+        columns = 0 if weight.static_columns is None else weight.static_columns.data_ptr()
+        gain = 0 if x.gain is None else x.gain.data_ptr()
+        self.native.prepare(
+            x.buffer, gain, x.epsilon, x.width, self._prepared[key], outliers, relative, threshold, columns, last
+        )
+        self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
+
+
+def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (length, D / 2) fp32 each, of ``position * inverse_frequency``, times ``scaling``."""
+    angles = torch.arange(length).float()[:, None] * inverse_frequencies.float()
+    return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()

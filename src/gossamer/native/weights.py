@@ -1,0 +1,127 @@
+"""Layers of a PyTorch model, packed for the kernels.
+
+Packing copies: a layer's tensors can be dropped afterwards. Layers that read the same input are packed as one weight
+(queries, keys and values), and a gate and its factor with their columns side by side, so that their product is formed
+while both are in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import UnsupportedModelError
+from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
+from gossamer.nn.int8_linear import Decomposition
+from gossamer.native.library import core
+
+MAX_INT8_INPUTS = 65_000  # more products of an unsigned and a signed byte might not fit into int32
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight (N, K), ready for the kernels.
+
+    Attributes:
+        handle: the native object, which owns its memory.
+        type: ``"int8"``, ``"bfloat16"`` or ``"float32"``.
+        decomposition: what is an outlier; int8 only.
+        static_columns: (K) uint8, 1 where an input is always an outlier; for ``outliers="static"``.
+    """
+
+    handle: Any
+    type: str
+    outputs: int
+    inputs: int
+    decomposition: Decomposition | None = None
+    static_columns: Tensor | None = None
+
+
+def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
+    """Pack layers with the same input as one weight, their outputs one after the other, or in turns if ``gated``.
+
+    Args:
+        layers: ``nn.Linear``, :class:`~gossamer.nn.Int8Linear` or a tied int8 head.
+        isa: instruction set.
+        float_type: of layers that are not int8: ``"bfloat16"`` or ``"float32"``.
+        gated: two layers of the same size, the gate first.
+
+    Raises:
+        UnsupportedModelError: the layers cannot be one weight.
+    """
+    first: Any = layers[0]
+    quantized = [isinstance(layer, (Int8Linear, Int8TiedHead)) for layer in layers]
+    if any(quantized) != all(quantized):
+        raise UnsupportedModelError("layers that read the same input are partly int8 and partly not")
+    if not all(quantized) and any(type(layer) is not nn.Linear for layer in layers):
+        raise UnsupportedModelError(f"a layer is a {type(first).__name__}, not a linear layer")
+    type_ = "int8" if all(quantized) else float_type
+    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]
+    if type_ == "int8" and inputs > MAX_INT8_INPUTS:
+        raise UnsupportedModelError(f"an int8 layer has {inputs} inputs; at most {MAX_INT8_INPUTS} are supported")
+    columns = getattr(first, "outlier_columns", None)
+    for layer in layers:
+        others = getattr(layer, "outlier_columns", None)
+        same = others is columns or (others is not None and columns is not None and torch.equal(others, columns))
+        if not same or getattr(layer, "decomposition", None) != getattr(first, "decomposition", None):
+            raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
+    parts = len(layers) if gated else 1
+    padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs  # type: ignore[union-attr]
+    biased = any(layer.bias is not None for layer in layers)
+    stored = 0 if columns is None else len(columns)
+    stored_type = _name(first.outlier_weight) if stored else "float16"
+    library = core()
+    assert library is not None
+    handle = library.Weight(isa, type_, padded, inputs, biased, stored, stored_type)
+    row = 0
+    for place, each in enumerate(layers):
+        layer: Any = each
+        count = layer.weight.shape[0]
+        where = (count, 0, place, parts) if gated else (count, row, 0, 1)
+        _pack_rows(handle, layer, where)
+        row += count
+    decomposition = first.decomposition if type_ == "int8" else None
+    if isinstance(first, Int8TiedHead) and decomposition is not None and decomposition.outliers == "static":
+        decomposition = Decomposition(decomposition.threshold, decomposition.criterion, None)  # it has no store
+    mask = None
+    if decomposition is not None and decomposition.outliers == "static" and columns is not None:
+        mask = torch.zeros(inputs, dtype=torch.uint8).index_fill_(0, columns.cpu(), 1)
+    return PackedLinear(handle, type_, outputs // parts if gated else outputs, inputs, decomposition, mask)
+
+
+def pack_embedding(embedding: nn.Module, isa: str, float_type: str) -> PackedLinear:
+    """Pack a table of embeddings (V, D), to look rows up in, and to multiply with if it is tied to the output layer."""
+    if isinstance(embedding, Int8Embedding):
+        weight, scale, type_ = embedding.weight, embedding.scale, "int8"
+    else:
+        weight, scale, type_ = embedding.weight.detach(), None, float_type  # type: ignore[assignment,operator]
+    library = core()
+    assert library is not None
+    rows, inputs = weight.shape
+    handle = library.Weight(isa, type_, rows, inputs, False, 0, "float16")
+    _pack(handle, weight, scale, (rows, 0, 0, 1))
+    return PackedLinear(handle, type_, rows, inputs)
+
+
+def _pack_rows(handle: Any, layer: Any, where: tuple[int, int, int, int]) -> None:
+    _pack(handle, layer.weight.detach(), getattr(layer, "scale", None), where)
+    if layer.bias is not None:
+        bias = layer.bias.detach().float().contiguous()
+        handle.set_bias(bias.data_ptr(), *where)
+    if getattr(layer, "outlier_columns", None) is not None:
+        columns, store = layer.outlier_columns.contiguous(), layer.outlier_weight.contiguous()
+        handle.set_store(columns.data_ptr(), store.data_ptr(), *where)
+
+
+def _pack(handle: Any, weight: Tensor, scale: Tensor | None, where: tuple[int, int, int, int]) -> None:
+    weight = weight.contiguous()
+    scale = None if scale is None else scale.float().contiguous()
+    handle.pack(weight.data_ptr(), _name(weight), *where, 0 if scale is None else scale.data_ptr())
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
