@@ -220,11 +220,8 @@ inline void merge(const float* const* parts, const float* const* states, int64_t
   for (int64_t i = 0; i < count; ++i)
     if (states[i][1] > 0) total += states[i][1] * scalar_exp2(states[i][0] - peak);
   for (int64_t i = 0; i < count; ++i) {
-    const F share = set1(states[i][1] > 0 ? scalar_exp2(states[i][0] - peak) / total : 0.0f);
-    for (int64_t d = 0; d < dim; d += W) {
-      const F v = mul(load(parts[i] + d), share);
-      store(out + d, i ? add(load(out + d), v) : v);
-    }
+    const float share = states[i][1] > 0 ? scalar_exp2(states[i][0] - peak) / total : 0.0f;
+    scale_row(parts[i], share, nullptr, dim, out, i > 0);
   }
 }
 

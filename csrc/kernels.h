@@ -78,7 +78,7 @@ struct LinearCall {
 // Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.
 struct AttentionTask {
   Type type;               // of q, keys and values: bf16 or f32
-  int64_t dim;             // D, a multiple of 16
+  int64_t dim;             // D, even
   const void* q;           // (T, heads, D), scaled by log2(e) / sqrt(D) or the like
   int64_t q_stride;        // between tokens
   const int32_t* tokens;   // which rows of q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from architectures import ARCHITECTURES, VOCAB, make_model, reference
 from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine
-from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.native_runner import NativeRunner, why_not_native
+from gossamer.engine.runner import Runner, TransformersRunner
+from gossamer.native.library import instruction_set
 from gossamer.sampling_params import SamplingParams
 
 # Levels of a prefix tree, as lengths: each level is spread evenly over the one above (the matrix of the Hydragen
@@ -59,25 +62,41 @@ def answers(engine: Engine, prompts: list[list[int]], count: int, **params: Any)
     return [done[str(number)] for number in range(len(prompts))]
 
 
+NATIVE = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma3")
+
+
+def make(runner: str, model: Any) -> Runner:
+    """A runner; the native one takes over the weights of a copy."""
+    if runner == "transformers":
+        return TransformersRunner(model)
+    if instruction_set() is None:
+        pytest.skip("the native kernels are not installed")
+    return NativeRunner(copy.deepcopy(model), max_rows=2048)
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]]]]:
-    """A model with its attention replaced, prompts over all trees, and what transformers answers."""
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]], str]]:
+    """A model with its attention replaced, prompts over all trees, what transformers answers, and the model's name."""
     model = make_model(request.param)
     generator = random.Random(request.param)
     prompts = [prompt for tree in TREES for prompt in prompts_of(tree, generator)]
     generate = reference(model)
     expected = [generate(prompt, 8) for prompt in prompts]
     model.set_attn_implementation(IMPLEMENTATION)
-    yield model, prompts, expected
+    yield model, prompts, expected, request.param
 
 
 @pytest.mark.parametrize("sharing", SHARING_MODES)
-def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
+@pytest.mark.parametrize("runner", ["transformers", "native"])
+def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) -> None:
     """Cold and warm, whole and in chunks, all at once and a few at a time."""
-    model, prompts, expected = case
+    model, prompts, expected, name = case
+    if runner == "native" and name not in NATIVE:
+        assert why_not_native(model)
+        return
     for chunk, sequences in ((2048, 256), (37, 5)):
         engine = Engine(
-            TransformersRunner(model),
+            make(runner, model),
             NumberTokenizer(),
             sharing=sharing,
             max_num_batched_tokens=chunk,
@@ -114,13 +133,13 @@ def mistral() -> tuple[Any, Any]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_random_trees(mistral: Any, data: st.DataObject) -> None:
+@given(data=st.data(), runner=st.sampled_from(["transformers", "native"]))
+def test_random_trees(mistral: Any, data: st.DataObject, runner: str) -> None:
     model, generate = mistral
     prompts = _random_tree(data.draw)
     expected = {tuple(p): generate(p, 3) for p in prompts}
     engine = Engine(
-        TransformersRunner(model),
+        make(runner, model),
         NumberTokenizer(),
         sharing=data.draw(st.sampled_from(SHARING_MODES)),
         max_num_batched_tokens=data.draw(st.integers(1, 64)),
@@ -133,13 +152,14 @@ def test_random_trees(mistral: Any, data: st.DataObject) -> None:
         assert answers(engine, prompts, 3) == [expected[tuple(p)] for p in prompts]
 
 
-def test_little_memory_changes_nothing_but_the_time(mistral: Any) -> None:
+@pytest.mark.parametrize("kind", ["transformers", "native"])
+def test_little_memory_changes_nothing_but_the_time(mistral: Any, kind: str) -> None:
     """Sequences are preempted and computed again, cached prefixes evicted: the tokens stay."""
     model, generate = mistral
     generator = random.Random(5)
     prompts = prompts_of([[60], [20, 30], [9, 1, 70, 12, 33, 40]], generator)
     expected = [generate(p, 90) for p in prompts]
-    runner = TransformersRunner(model)
+    runner = make(kind, model)
     for sharing in SHARING_MODES:
         engine = Engine(runner, NumberTokenizer(), sharing=sharing, memory=700 * runner.layout.bytes_per_token)
         for _ in range(2):

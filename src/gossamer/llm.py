@@ -13,7 +13,7 @@ from gossamer.engine.engine import Engine, SharingMode, check_options
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
 from gossamer.engine.results import Output as AnyOutput
-from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.runners import RunnerChoice, check_runner, make_runner
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -41,7 +41,8 @@ class LLM:
         int8_threshold, int8_criterion, int8_outliers: with ``quantization="int8"``, what counts as an outlier; see
             :func:`gossamer.ops.int8.int8_linear`. The paper's setting is 6.0, ``"absolute"``, ``"batch"``.
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
-        runner: ``"auto"`` or ``"transformers"``.
+        runner: ``"native"`` runs Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on the CPU with kernels of its own,
+            ``"transformers"`` any supported model on any device; ``"auto"`` takes the first where it can.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
@@ -52,6 +53,7 @@ class LLM:
     Attributes:
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory, or GGUF file, the model was loaded from.
+        runner_note: why the native runner is not used, if it might have been; otherwise empty.
         quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
@@ -76,7 +78,7 @@ class LLM:
         int8_criterion: Criterion = "relative",
         int8_outliers: Outliers | None = "token",
         sharing: SharingMode = "attention",
-        runner: Literal["auto", "transformers"] = "auto",
+        runner: RunnerChoice = "auto",
         memory: str | int = "4GB",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -87,8 +89,7 @@ class LLM:
         if quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization must be None or 'int8', got {quantization!r}")
         int8 = GossamerInt8Config(int8_threshold, int8_criterion, int8_outliers) if quantization else None
-        if runner not in ("auto", "transformers"):
-            raise ConfigurationError(f"runner must be 'auto' or 'transformers', got {runner!r}")
+        check_runner(runner)
         budget = parse_bytes(memory)
         check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
@@ -99,8 +100,11 @@ class LLM:
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None
         )
+        eos = eos_token_ids(network, self.tokenizer)
+        max_rows = max(max_num_batched_tokens, max_num_seqs)
+        made, self.runner_note = make_runner(network, runner, max_rows=max_rows)
         self.engine = Engine(
-            TransformersRunner(network),
+            made,
             self.tokenizer,
             sharing=sharing,
             memory=budget,
@@ -108,7 +112,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
-            eos_token_ids=eos_token_ids(network, self.tokenizer),
+            eos_token_ids=eos,
         )
         self._calls = 0
         self._prompts = 0

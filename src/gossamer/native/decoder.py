@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.native.recorder import Recorder
-from gossamer.native.weights import PackedLinear, pack_embedding, pack_linear
+from gossamer.native.weights import PackedLinear, check_linear, pack_embedding, pack_linear
 from gossamer.nn import Int8TiedHead
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -111,6 +111,8 @@ def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(body.layers)
     tables, table_of = _tables(body.rotary_emb, kinds)
     gate = _GATES[getattr(config, "hidden_activation", None) or config.hidden_act]
+    for block in body.layers:  # before any of them loses its tensors
+        _check_layer(block)
     layers = []
     for index, block in enumerate(body.layers):
         layers.append(_pack_layer(block, isa, float_type, *attention[index], table_of[kinds[index]], gate))
@@ -130,6 +132,15 @@ def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[
     assert norm is not None
     network.to("meta")
     return Decoder(embedding, factor, layers, norm, packed_head, tables)
+
+
+def _check_layer(block: Any) -> None:
+    attention, mlp = block.self_attn, block.mlp
+    check_linear([attention.q_proj, attention.k_proj, attention.v_proj])
+    check_linear([attention.o_proj])
+    check_linear([mlp.gate_proj, mlp.up_proj])
+    check_linear([mlp.down_proj])
+    _norm(block.input_layernorm)
 
 
 def _pack_layer(

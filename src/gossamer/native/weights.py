@@ -41,6 +41,28 @@ class PackedLinear:
     static_columns: Tensor | None = None
 
 
+def check_linear(layers: Sequence[nn.Module]) -> None:
+    """Whether layers that read the same input can be packed as one weight.
+
+    Raises:
+        UnsupportedModelError: says why not.
+    """
+    first: Any = layers[0]
+    quantized = [isinstance(layer, (Int8Linear, Int8TiedHead)) for layer in layers]
+    if any(quantized) != all(quantized):
+        raise UnsupportedModelError("layers that read the same input are partly int8 and partly not")
+    if not all(quantized) and any(type(layer) is not nn.Linear for layer in layers):
+        raise UnsupportedModelError(f"a layer is a {type(first).__name__}, not a linear layer")
+    if all(quantized) and first.in_features > MAX_INT8_INPUTS:
+        raise UnsupportedModelError(f"an int8 layer has {first.in_features} inputs; at most {MAX_INT8_INPUTS} can be packed")
+    columns = getattr(first, "outlier_columns", None)
+    for layer in layers:
+        others = getattr(layer, "outlier_columns", None)
+        same = others is columns or (others is not None and columns is not None and torch.equal(others, columns))
+        if not same or getattr(layer, "decomposition", None) != getattr(first, "decomposition", None):
+            raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
+
+
 def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
     """Pack layers with the same input as one weight, their outputs one after the other, or in turns if ``gated``.
 
@@ -53,22 +75,11 @@ def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated
     Raises:
         UnsupportedModelError: the layers cannot be one weight.
     """
+    check_linear(layers)
     first: Any = layers[0]
-    quantized = [isinstance(layer, (Int8Linear, Int8TiedHead)) for layer in layers]
-    if any(quantized) != all(quantized):
-        raise UnsupportedModelError("layers that read the same input are partly int8 and partly not")
-    if not all(quantized) and any(type(layer) is not nn.Linear for layer in layers):
-        raise UnsupportedModelError(f"a layer is a {type(first).__name__}, not a linear layer")
-    type_ = "int8" if all(quantized) else float_type
-    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]
-    if type_ == "int8" and inputs > MAX_INT8_INPUTS:
-        raise UnsupportedModelError(f"an int8 layer has {inputs} inputs; at most {MAX_INT8_INPUTS} are supported")
+    type_ = "int8" if isinstance(first, (Int8Linear, Int8TiedHead)) else float_type
+    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]  # type: ignore[union-attr]
     columns = getattr(first, "outlier_columns", None)
-    for layer in layers:
-        others = getattr(layer, "outlier_columns", None)
-        same = others is columns or (others is not None and columns is not None and torch.equal(others, columns))
-        if not same or getattr(layer, "decomposition", None) != getattr(first, "decomposition", None):
-            raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
     parts = len(layers) if gated else 1
     padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs  # type: ignore[union-attr]
     biased = any(layer.bias is not None for layer in layers)

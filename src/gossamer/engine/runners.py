@@ -1,0 +1,42 @@
+"""Chooses what runs a model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from gossamer.engine.native_runner import NativeRunner, why_not_native
+from gossamer.engine.runner import Runner, TransformersRunner
+from gossamer.errors import ConfigurationError, UnsupportedModelError
+
+RunnerChoice = Literal["auto", "native", "transformers"]
+
+
+def check_runner(choice: str) -> None:
+    """Raises :class:`~gossamer.errors.ConfigurationError` for what is no runner."""
+    if choice not in get_args(RunnerChoice):
+        raise ConfigurationError(f"runner must be {', '.join(map(repr, get_args(RunnerChoice)))}, got {choice!r}")
+
+
+def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int) -> tuple[Runner, str]:
+    """A runner, and why it is not the native one: an empty string if it is, or was not wanted.
+
+    Args:
+        network: a model of transformers; the native runner takes its weights over.
+        choice: ``"auto"`` is the native one where it can run the model, otherwise that of transformers.
+        max_rows: most tokens of a step.
+
+    Raises:
+        UnsupportedModelError: the native runner was asked for, and cannot run the model.
+    """
+    check_runner(choice)
+    if choice == "transformers":
+        return TransformersRunner(network), ""
+    reason = why_not_native(network)
+    if reason and choice == "auto":
+        return TransformersRunner(network), reason
+    try:
+        return NativeRunner(network, max_rows=max_rows), ""
+    except UnsupportedModelError as error:
+        if choice == "native":
+            raise
+        return TransformersRunner(network), str(error)
