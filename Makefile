@@ -94,7 +94,7 @@ $(VENV)/.requirements-installed: requirements.txt $(VENV)/.created
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(VENV)/.package-installed: pyproject.toml $(VENV)/.requirements-installed
+$(VENV)/.package-installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(VENV)/.requirements-installed
 	$(IN_VENV) -m pip install --quiet --no-build-isolation -e .
 	@touch $@
 

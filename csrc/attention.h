@@ -10,41 +10,56 @@ namespace GOSSAMER_NS {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
+constexpr int64_t AHEAD = 8192;  // bytes to fetch keys and values ahead: packing is all that reads them from memory
+
+#if defined(__AVX512F__)
+// A square of 32-bit words, in place.
+GOSSAMER_INLINE void transpose16(I (&v)[16]) {
+  I t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+#endif
+
 // 32-bit words: (rows, words) with a stride in words -> (words, 32) for up to 32 rows; the others become 0.
 inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t* to) {
   int64_t w = 0;
 #if defined(__AVX512F__)
-  for (int64_t half = 0; half < 32; half += 16) {
+  for (int64_t half = 0; half < 32 && rows == 32; half += 16) {
     for (w = 0; w + 16 <= words; w += 16) {
-      I v[16], t[16];
+      I v[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = half + i < rows ? load_int(from + (half + i) * stride + w) : zero_int();
-#pragma GCC unroll 8
-      for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+      for (int i = 0; i < 16; ++i) {
+        v[i] = load_int(from + (half + i) * stride + w);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(from + (half + i) * stride + w) + AHEAD);
       }
-#pragma GCC unroll 4
-      for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        store_int(to + (w + i) * PANEL + half, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        store_int(to + (w + i + 4) * PANEL + half, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        store_int(to + (w + i + 8) * PANEL + half, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-        store_int(to + (w + i + 12) * PANEL + half, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
-      }
+      transpose16(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store_int(to + (w + i) * PANEL + half, v[i]);
     }
   }
 #endif
@@ -71,142 +86,275 @@ inline void pack_values(const Entry* values, int64_t n, int64_t dim, uint8_t* ou
         std::memcpy(word, values + key * dim + d, STEP_BYTES);
       } else {
         const Entry* first = values + key * dim + d;
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(first) + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(first + dim) + AHEAD);
         for (int i = 0; i < PANEL; ++i) word[i] = first[i] | static_cast<uint32_t>(first[dim + i]) << 16;
       }
     }
   }
 }
 
-GOSSAMER_INLINE void convert_shares(float* p, F v) { store(p, v); }
-GOSSAMER_INLINE void convert_shares(uint16_t* p, F v) { store_bf16(p, v); }
+GOSSAMER_INLINE void store_shares(float* p, F v) { store(p, v); }
+GOSSAMER_INLINE void store_shares(uint16_t* p, F v) { store_bf16(p, v); }
 
-// 2^x for x <= 0; what is below 2^-126, -inf too, becomes 0.
-GOSSAMER_INLINE F exp2_or_zero(F x) { return select_greater(x, set1(-126.0f), exp2(x), zero()); }
 GOSSAMER_INLINE float scalar_exp2(float x) {
   float lane[W];
-  store(lane, exp2_or_zero(set1(x)));
+  store(lane, exp2(set1(x)));
   return lane[0];
 }
 
 // --- a task ----------------------------------------------------------------------------------------------------------
 
+// What a task works on.
+template <class Entry>
+struct Workspace {
+  int64_t dim, wide, rows, block;
+  Entry* q;             // (rows, dim)
+  float* out;           // (rows, wide)
+  uint8_t* keys;        // of a block, packed
+  uint8_t* values;
+  float* scores;        // (8, block)
+  Entry* shares;        // (8, block): 2^(score - peak)
+  int64_t *begin, *end; // (rows) the keys that a row sees
+  float *peak, *total;  // (rows)
+  int64_t first, last;  // the keys that any row sees
+
+  explicit Workspace(const AttentionTask& task)
+      : dim(task.dim), wide((task.dim + 31) / 32 * 32), rows(task.rows * task.group), block(attention_keys(task.dim)) {
+    uint8_t* scratch = task.scratch;
+    const auto take = [&](int64_t bytes) {
+      uint8_t* p = scratch;
+      scratch += bytes;
+      return p;
+    };
+    q = reinterpret_cast<Entry*>(take(ATTENTION_ROWS * wide * 4));
+    out = reinterpret_cast<float*>(take(ATTENTION_ROWS * wide * 4));
+    keys = take(block * wide * 4);
+    values = take(block * wide * 4);
+    scores = reinterpret_cast<float*>(take(8 * block * 4));
+    shares = reinterpret_cast<Entry*>(take(8 * block * 4));
+    begin = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
+    end = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
+    peak = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
+    total = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
+    first = task.n;
+    last = 0;
+    for (int64_t i = 0; i < task.rows; ++i) {
+      const int64_t token = task.tokens[i], position = task.position[token] - task.start;
+      const Entry* source = static_cast<const Entry*>(task.q) + token * task.q_stride + task.head * dim;
+      std::memcpy(q + i * task.group * dim, source, task.group * dim * sizeof(Entry));
+      const int64_t stop = position + 1 < task.n ? position + 1 : task.n;
+      const int64_t go = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
+      for (int64_t g = 0; g < task.group; ++g) {
+        begin[i * task.group + g] = go;
+        end[i * task.group + g] = stop;
+      }
+      if (go < stop) {
+        first = go < first ? go : first;
+        last = stop > last ? stop : last;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      peak[r] = -__builtin_inff();
+      total[r] = 0;
+    }
+    std::memset(out, 0, rows * wide * sizeof(float));
+  }
+
+  // Whether rows [r0, r1) see any of the keys [key, key + count), and whether some of these are hidden from one of them.
+  bool sees(int64_t r0, int64_t r1, int64_t key, int64_t count, bool& masked) const {
+    bool seen = false;
+    for (int64_t r = r0; r < r1; ++r) {
+      seen |= begin[r] < key + count && end[r] > key && begin[r] < end[r];
+      masked |= begin[r] > key || end[r] < key + count;
+    }
+    return seen;
+  }
+
+  // The softmax of a row's scores (padded), relative to what it has seen so far. Returns by what that fades.
+  GOSSAMER_INLINE float soften(int64_t row, float* s, Entry* share, int64_t key, int64_t padded, bool masked) {
+    const F nothing = set1(-__builtin_inff());
+    F highest = nothing;
+    if (masked) {
+      const F low = set1(static_cast<float>(begin[row] - key)), high = set1(static_cast<float>(end[row] - key));
+      for (int64_t i = 0; i < padded; i += W) {
+        const F place = add(iota(), set1(static_cast<float>(i)));
+        const F v = select_greater(low, place, nothing, select_greater(high, place, load(s + i), nothing));
+        store(s + i, v);
+        highest = max(v, highest);
+      }
+    } else {
+      for (int64_t i = 0; i < padded; i += W) highest = max(load(s + i), highest);
+    }
+    const float before = peak[row], found = reduce_max(highest), now = found > before ? found : before;
+    if (!(now > -__builtin_inff())) {  // nothing seen yet
+      for (int64_t i = 0; i < padded; i += W) store_shares(share + i, zero());
+      return 0;
+    }
+    constexpr int degree = sizeof(Entry) == 2 ? 4 : 6;
+    F sum = zero();
+    for (int64_t i = 0; i < padded; i += W) {
+      const F v = exp2<degree>(sub(load(s + i), set1(now)));
+      sum = add(sum, v);
+      store_shares(share + i, v);
+    }
+    const float fade = before > -__builtin_inff() ? scalar_exp2(before - now) : 0;
+    peak[row] = now;
+    total[row] = total[row] * fade + reduce_add(sum);
+    return fade;
+  }
+
+  void finish(const AttentionTask& task) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t token = r / task.group, head = r % task.group;
+      std::memcpy(task.out + token * task.out_stride + head * dim, out + r * wide, dim * sizeof(float));
+      float* state = task.state + token * task.state_stride + 2 * head;
+      state[0] = peak[r];
+      state[1] = total[r];
+    }
+  }
+};
+
 template <class Dot, class Entry>
 inline void attend_rows(const AttentionTask& task) {
-  const int64_t dim = task.dim, wide = (dim + 31) / 32 * 32, rows = task.rows * task.group;
-  const int64_t block = attention_keys(dim), steps = dim / Dot::step, row_bytes = dim * sizeof(Entry);
-  uint8_t* scratch = task.scratch;
-  const auto take = [&](int64_t bytes) { uint8_t* p = scratch; scratch += bytes; return p; };
-  uint8_t* q = take(ATTENTION_ROWS * wide * 4);
-  float* out = reinterpret_cast<float*>(take(ATTENTION_ROWS * wide * 4));
-  uint8_t* keys = take(block * wide * 4);
-  uint8_t* values = take(block * wide * 4);
-  float* scores = reinterpret_cast<float*>(take(8 * block * 4));
-  Entry* shares = reinterpret_cast<Entry*>(take(8 * block * 4));
-  int64_t* begin = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));  // keys that a row sees
-  int64_t* end = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
-  float* peak = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
-  float* total = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
-
-  int64_t first = task.n, last = 0;
-  for (int64_t i = 0; i < task.rows; ++i) {
-    const int64_t token = task.tokens[i], position = task.position[token] - task.start;
-    const Entry* source = static_cast<const Entry*>(task.q) + token * task.q_stride + task.head * dim;
-    std::memcpy(q + i * task.group * row_bytes, source, task.group * row_bytes);
-    const int64_t stop = position + 1 < task.n ? position + 1 : task.n;
-    const int64_t go = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
-    for (int64_t g = 0; g < task.group; ++g) {
-      begin[i * task.group + g] = go;
-      end[i * task.group + g] = stop;
-    }
-    if (go < stop) {
-      first = go < first ? go : first;
-      last = stop > last ? stop : last;
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    peak[r] = -__builtin_inff();
-    total[r] = 0;
-  }
-  std::memset(out, 0, rows * wide * sizeof(float));
-
-  const int64_t tiles = (rows + TILE - 1) / TILE;
-  for (int64_t key = first / 32 * 32; key < last; key += block) {
-    const int64_t count = last - key < block ? last - key : block, padded = (count + 31) / 32 * 32;
-    const Entry* k = static_cast<const Entry*>(task.keys) + key * dim;
+  Workspace<Entry> w(task);
+  const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry);
+  const int64_t tiles = (w.rows + TILE - 1) / TILE;
+  for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
+    const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 31) / 32 * 32;
+    const Entry* k = static_cast<const Entry*>(task.keys) + key * w.dim;
     for (int64_t p = 0; p < padded; p += PANEL)
-      transpose_words(reinterpret_cast<const uint32_t*>(k + p * dim), row_bytes / 4, count - p < PANEL ? count - p : PANEL,
-                      steps, reinterpret_cast<uint32_t*>(keys + p / PANEL * steps * STEP_BYTES));
-    pack_values<Dot>(static_cast<const Entry*>(task.values) + key * dim, count, dim, values);
+      transpose_words(reinterpret_cast<const uint32_t*>(k + p * w.dim), row_bytes / 4, count - p < PANEL ? count - p : PANEL,
+                      steps, reinterpret_cast<uint32_t*>(w.keys + p / PANEL * steps * STEP_BYTES));
+    pack_values<Dot>(static_cast<const Entry*>(task.values) + key * w.dim, count, w.dim, w.values);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
+      const int64_t r0 = w.rows * t / tiles, r1 = w.rows * (t + 1) / tiles;
       const int height = static_cast<int>(r1 - r0);
-      bool seen = false, masked = padded != count;
-      for (int64_t r = r0; r < r1; ++r) {
-        seen |= begin[r] < key + count && end[r] > key && begin[r] < end[r];
-        masked |= begin[r] > key || end[r] < key + count;
-      }
-      if (!seen) continue;
+      bool masked = padded != count;
+      if (!w.sees(r0, r1, key, count, masked)) continue;
       for (int64_t p = 0; p < padded; p += PANEL)
         for (int pass = 0; pass < PASSES; ++pass)
-          tile_of<Dot>(height, keys + p / PANEL * steps * STEP_BYTES + pass * W * 4, q + r0 * row_bytes, row_bytes, steps,
-                       nullptr, [&](int r, F low, F high) GOSSAMER_LAMBDA {
-            store(scores + r * block + p + pass * W, low);
-            store(scores + r * block + p + 16 + pass * W, high);
-          });
-      float fade[8];  // what earlier blocks still count
-      for (int r = 0; r < height; ++r) {
-        float* s = scores + r * block;
-        const int64_t row = r0 + r;
-        F highest = set1(-__builtin_inff());
-        if (masked) {
-          const F low = set1(static_cast<float>(begin[row] - key)), high = set1(static_cast<float>(end[row] - key));
-          for (int64_t i = 0; i < padded; i += W) {
-            const F place = add(iota(), set1(static_cast<float>(i)));
-            F v = select_greater(high, place, load(s + i), set1(-__builtin_inff()));
-            v = select_greater(low, place, set1(-__builtin_inff()), v);
-            store(s + i, v);
-            highest = max(v, highest);
-          }
-        } else {
-          for (int64_t i = 0; i < padded; i += W) highest = max(load(s + i), highest);
-        }
-        const float before = peak[row], found = reduce_max(highest), now = found > before ? found : before;
-        if (!(now > -__builtin_inff())) {  // nothing seen yet
-          fade[r] = 0;
-          for (int64_t i = 0; i < padded; i += W) convert_shares(shares + r * block + i, zero());
-          continue;
-        }
-        F sum = zero();
-        for (int64_t i = 0; i < padded; i += W) {
-          const F share = exp2_or_zero(sub(load(s + i), set1(now)));
-          sum = add(sum, share);
-          convert_shares(shares + r * block + i, share);
-        }
-        fade[r] = before > -__builtin_inff() ? scalar_exp2(before - now) : 0;
-        peak[row] = now;
-        total[row] = total[row] * fade[r] + reduce_add(sum);
-      }
-      for (int64_t d = 0; d < wide; d += PANEL)
-        for (int pass = 0; pass < PASSES; ++pass)
-          tile_of<Dot>(height, values + d / PANEL * (padded / Dot::step) * STEP_BYTES + pass * W * 4,
-                       reinterpret_cast<const uint8_t*>(shares), block * sizeof(Entry), padded / Dot::step, nullptr,
+          tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
+                       reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps, nullptr,
                        [&](int r, F low, F high) GOSSAMER_LAMBDA {
-            float* o = out + (r0 + r) * wide + d + pass * W;
+            store(w.scores + r * w.block + p + pass * W, low);
+            store(w.scores + r * w.block + p + 16 + pass * W, high);
+          });
+      float fade[8];
+      for (int r = 0; r < height; ++r)
+        fade[r] = w.soften(r0 + r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
+      for (int64_t d = 0; d < w.wide; d += PANEL)
+        for (int pass = 0; pass < PASSES; ++pass)
+          tile_of<Dot>(height, w.values + d / PANEL * (padded / Dot::step) * STEP_BYTES + pass * W * 4,
+                       reinterpret_cast<const uint8_t*>(w.shares), w.block * sizeof(Entry), padded / Dot::step, nullptr,
+                       [&](int r, F low, F high) GOSSAMER_LAMBDA {
+            float* o = w.out + (r0 + r) * w.wide + d + pass * W;
             store(o, fma(load(o), set1(fade[r]), low));
             store(o + 16, fma(load(o + 16), set1(fade[r]), high));
           });
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = r / task.group, head = r % task.group;
-    std::memcpy(task.out + token * task.out_stride + head * dim, out + r * wide, dim * sizeof(float));
-    float* state = task.state + token * task.state_stride + 2 * head;
-    state[0] = peak[r];
-    state[1] = total[r];
-  }
+  w.finish(task);
 }
 
+#if defined(__AVX512BF16__)
+// For a few rows memory sets the pace, and packing a block before it is used would keep it waiting. Keys are transposed
+// in registers, 16 at a time, and values of two keys are interleaved there; D is a multiple of 32.
+template <int ROWS>
+inline void attend_few(const AttentionTask& task) {
+  Workspace<uint16_t> w(task);
+  const int64_t words = w.dim / 2;
+  const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
+  for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
+    const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 15) / 16 * 16;
+    bool masked = padded != count;
+    if (!w.sees(0, ROWS, key, count, masked)) continue;
+    const uint32_t* k = static_cast<const uint32_t*>(task.keys) + key * words;
+    for (int64_t p = 0; p < padded; p += 16) {
+      F sum[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sum[r] = zero();
+      const auto add_words = [&](int64_t word, const auto& row) GOSSAMER_LAMBDA {
+        I v[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const uint32_t* from = k + row(p + i) * words + word;
+          v[i] = load_int(from);
+          __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + AHEAD);
+        }
+        transpose16(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) sum[r] = Bf16Dot::dot(sum[r], v[i], broadcast(q + r * words + word + i));
+      };
+      if (p + 16 <= count) {
+        for (int64_t word = 0; word < words; word += 16) add_words(word, [](int64_t i) { return i; });
+      } else {  // rows beyond the last are read from it, and masked
+        for (int64_t word = 0; word < words; word += 16)
+          add_words(word, [&](int64_t i) { return i < count ? i : count - 1; });
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) store(w.scores + r * w.block + p, sum[r]);
+    }
+    float fade[ROWS];
+    for (int r = 0; r < ROWS; ++r)
+      fade[r] = w.soften(r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
+    const uint16_t* v = static_cast<const uint16_t*>(task.values) + key * w.dim;
+    for (int64_t d = 0; d < w.dim; d += PANEL) {
+      F low[ROWS], high[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        low[r] = mul(load(w.out + r * w.wide + d), set1(fade[r]));
+        high[r] = mul(load(w.out + r * w.wide + d + 16), set1(fade[r]));
+      }
+      const auto add_pair = [&](int64_t i, int64_t next) GOSSAMER_LAMBDA {
+        const I a = load_int(v + i * w.dim + d), b = load_int(v + next * w.dim + d);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + i * w.dim + d) + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + next * w.dim + d) + AHEAD);
+        const I first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+          const I share = broadcast(w.shares + r * w.block + i);
+          low[r] = Bf16Dot::dot(low[r], first, share);
+          high[r] = Bf16Dot::dot(high[r], second, share);
+        }
+      };
+      int64_t i = 0;
+      for (; i + 2 <= count; i += 2) add_pair(i, i + 1);
+      if (i < count) add_pair(i, i);  // the second share is 0
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        store(w.out + r * w.wide + d, low[r]);
+        store(w.out + r * w.wide + d + 16, high[r]);
+      }
+    }
+  }
+  // interleaving has left groups of four dimensions in turns
+  for (int64_t r = 0; r < ROWS; ++r)
+    for (int64_t d = 0; d < w.dim; d += PANEL) {
+      float mixed[PANEL], *out = w.out + r * w.wide + d;
+      std::memcpy(mixed, out, sizeof mixed);
+      for (int g = 0; g < 4; ++g) {
+        std::memcpy(out + 8 * g, mixed + 4 * g, 16);
+        std::memcpy(out + 8 * g + 4, mixed + 16 + 4 * g, 16);
+      }
+    }
+  w.finish(task);
+}
+#endif
+
 inline void attend(const AttentionTask& task) {
+#if defined(__AVX512BF16__)
+  if (task.type == Type::bf16 && task.dim % 32 == 0) {
+    switch (task.rows * task.group) {
+      case 1: return attend_few<1>(task);
+      case 2: return attend_few<2>(task);
+      case 3: return attend_few<3>(task);
+      case 4: return attend_few<4>(task);
+    }
+  }
+#endif
   if (task.type == Type::bf16) return attend_rows<Bf16Dot, uint16_t>(task);
   attend_rows<FloatDot, float>(task);
 }

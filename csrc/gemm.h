@@ -11,11 +11,15 @@ constexpr int TILE = W == 16 ? 8 : 4;
 // A panel is walked in passes: pass p holds columns p W ... and 16 + p W ..., so that a gate and its factor meet.
 constexpr int PASSES = 16 / W;
 
-// The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then done(row, low, high).
-// `ahead`, unless null, is memory to fetch meanwhile, a line per step.
-template <class Dot, int ROWS, class Done>
+struct Nothing {
+  GOSSAMER_INLINE void operator()() const {}
+};
+
+// The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then `between` once, and
+// done(row, low, high). `ahead`, unless null, is memory to fetch meanwhile, a line per step.
+template <class Dot, int ROWS, class Done, class Between = Nothing>
 GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
-                          Done&& done) {
+                          Done&& done, Between&& between = {}) {
   using gossamer::STEP_BYTES;
   // One or two rows leave the multipliers waiting for their own results; several sums take turns.
   constexpr int SUMS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
@@ -47,6 +51,7 @@ GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_byte
       sum[0][r][1] = Dot::dot(sum[0][r][1], high, x);
     }
   }
+  between();
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     auto low = sum[0][r][0], high = sum[0][r][1];
@@ -60,21 +65,21 @@ GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_byte
 }
 
 // tile<> for `rows` of at most TILE.
-template <class Dot, class Done>
+template <class Dot, class Done, class Between = Nothing>
 GOSSAMER_INLINE void tile_of(int rows, const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
-                             const uint8_t* ahead, Done&& done) {
+                             const uint8_t* ahead, Done&& done, Between&& between = {}) {
   switch (rows) {
-    case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, done);
-    case 2: return tile<Dot, 2>(panel, a, a_bytes, steps, ahead, done);
-    case 3: return tile<Dot, 3>(panel, a, a_bytes, steps, ahead, done);
-    case 4: return tile<Dot, 4>(panel, a, a_bytes, steps, ahead, done);
+    case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, done, between);
+    case 2: return tile<Dot, 2>(panel, a, a_bytes, steps, ahead, done, between);
+    case 3: return tile<Dot, 3>(panel, a, a_bytes, steps, ahead, done, between);
+    case 4: return tile<Dot, 4>(panel, a, a_bytes, steps, ahead, done, between);
   }
   if constexpr (TILE == 8) {
     switch (rows) {
-      case 5: return tile<Dot, 5>(panel, a, a_bytes, steps, ahead, done);
-      case 6: return tile<Dot, 6>(panel, a, a_bytes, steps, ahead, done);
-      case 7: return tile<Dot, 7>(panel, a, a_bytes, steps, ahead, done);
-      case 8: return tile<Dot, 8>(panel, a, a_bytes, steps, ahead, done);
+      case 5: return tile<Dot, 5>(panel, a, a_bytes, steps, ahead, done, between);
+      case 6: return tile<Dot, 6>(panel, a, a_bytes, steps, ahead, done, between);
+      case 7: return tile<Dot, 7>(panel, a, a_bytes, steps, ahead, done, between);
+      case 8: return tile<Dot, 8>(panel, a, a_bytes, steps, ahead, done, between);
     }
   }
 }

@@ -178,7 +178,7 @@ GOSSAMER_INLINE F activate(F x, Activation gate) {
 }
 
 // Weights of the `used` columns of a panel, as numbers: (used, 32).
-inline void expand(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used, float* out) {
+__attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used, float* out) {
   const uint8_t* data = w.data + panel * w.steps * STEP_BYTES;
   for (int64_t u = 0; u < used; ++u, out += PANEL) {
     const int64_t k = columns[u];
@@ -228,7 +228,7 @@ inline void multiply(const LinearCall& c) {
   const uint8_t* a = static_cast<const uint8_t*>(x.data);
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
     const uint8_t* data = w.data + panel * panel_bytes;
-    if (used) expand(w, panel, c.used, used, c.scratch);
+    bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
       const bool fetch = tiles > 1 && t < 2 && panel + 1 < c.last_panel;
@@ -264,6 +264,9 @@ inline void multiply(const LinearCall& c) {
           } else {
             put(c, m, panel * 16 + low, mul(activate(y0, c.gate), y1));
           }
+        }, [&]() GOSSAMER_LAMBDA {
+          if (!expanded) expand(w, panel, c.used, used, c.scratch);
+          expanded = true;
         });
       }
     }

@@ -251,20 +251,38 @@ GOSSAMER_INLINE F iota() {
   return load(steps);
 }
 
-// 2^x with a relative error below 2e-7; x below -126 counts as -126, and must be below 127.
-// Cody and Waite: 2^x = 2^n 2^f with |f| <= 1/2, and a polynomial for 2^f.
+// 2^x with a relative error below 2e-7 (DEGREE 6) or 4e-6 (DEGREE 4), for x below 127; what is below 2^-126 becomes 0,
+// or denormal. Cody and Waite: 2^x = 2^n 2^f with |f| <= 1/2, and a polynomial for 2^f (a fit at Chebyshev nodes).
+template <int DEGREE = 6>
 GOSSAMER_INLINE F exp2(F x) {
-  x = max(x, set1(-126.0f));
-  const I n = round_to_int(x);
-  const F f = sub(x, to_float(n));
-  F p = set1(1.5469731972e-04f);
-  p = fma(p, f, set1(1.3400432165e-03f));
-  p = fma(p, f, set1(9.6180256030e-03f));
-  p = fma(p, f, set1(5.5503272142e-02f));
-  p = fma(p, f, set1(2.4022651214e-01f));
-  p = fma(p, f, set1(6.9314720671e-01f));
-  p = fma(p, f, set1(9.9999999996e-01f));
-  return as_float(add_int(as_int(p), shift_left(n, 23)));
+  x = max(x, set1(-150.0f));  // -inf too
+#if defined(__AVX512F__)
+  const F n = _mm512_roundscale_ps(x, 0);
+#else
+  const I whole = round_to_int(x);
+  const F n = to_float(whole);
+#endif
+  const F f = sub(x, n);
+  F p;
+  if constexpr (DEGREE == 4) {
+    p = fma(set1(9.67604e-03f), f, set1(5.592204e-02f));
+    p = fma(p, f, set1(2.4022107e-01f));
+    p = fma(p, f, set1(6.9312103e-01f));
+    p = fma(p, f, set1(1.00000008f));
+  } else {
+    p = fma(set1(1.546973197e-04f), f, set1(1.340043216e-03f));
+    p = fma(p, f, set1(9.618025603e-03f));
+    p = fma(p, f, set1(5.550327214e-02f));
+    p = fma(p, f, set1(2.402265121e-01f));
+    p = fma(p, f, set1(6.931472067e-01f));
+    p = fma(p, f, set1(1.0f));
+  }
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  const F result = as_float(add_int(as_int(p), shift_left(whole, 23)));
+  return select_greater(x, set1(-126.0f), result, zero());
+#endif
 }
 
 // --- 16-bit numbers --------------------------------------------------------------------------------------------------
