@@ -77,7 +77,28 @@ NB_MODULE(_native, m) {
       .def("set_store", [](Weight& self, int64_t columns, int64_t store, int64_t rows, int64_t first, int64_t part, int64_t parts) {
         self.set_store(at<const int64_t>(columns), at<const uint16_t>(store), rows, first, part, parts);
       })
+      .def("multiply", [](Weight& self, int64_t x, int64_t rows, int64_t y, const std::string& outliers, bool relative,
+                          float threshold, int64_t columns, int threads) {
+        const bool whole = outliers == "batch";
+        const Decomposition rule = decomposition(whole ? "token" : outliers, relative, threshold, columns);
+        nb::gil_scoped_release release;
+        multiply(self, at<const float>(x), rows, at<float>(y), rule, whole, threads);
+      })
       .def_prop_ro("bytes", &Weight::bytes);
+
+  // One task of attention, on this thread.
+  m.def("attend", [](const std::string& isa, const std::string& type, int64_t dim, int64_t q, int64_t q_stride, int64_t tokens,
+                     int64_t positions, int64_t rows, int64_t group, int64_t head, int64_t keys, int64_t values, int64_t n,
+                     int64_t start, int64_t window, int64_t out, int64_t state, int64_t heads) {
+    AttentionTask task{type_of(type), dim, at<const void>(q), q_stride, at<const int32_t>(tokens), at<const int64_t>(positions),
+                       rows, group, head, at<const void>(keys), at<const void>(values), n, start, window, at<float>(out),
+                       heads * dim, at<float>(state), heads * 2, nullptr};
+    std::vector<uint8_t> scratch(attention_scratch(dim) + 64);
+    task.scratch = scratch.data();
+    nb::gil_scoped_release release;
+    kernels_of(isa).attend(task);
+  });
+  m.def("argmax", [](const std::string& isa, int64_t x, int64_t n) { return kernels_of(isa).argmax(at<const float>(x), n); });
 
   nb::class_<Program>(m, "Program")
       .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,

@@ -30,6 +30,38 @@ std::vector<float> copy(const float* gain, int64_t k) { return gain ? std::vecto
 
 const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
+// Notes the columns in which row r has outliers.
+void mark(const Prepared& x, int64_t r, Thread& thread) {
+  for (int32_t j = 0; j < x.outliers[r]; ++j) thread.mask[x.columns[r * x.k + j]] = 1;
+}
+
+// Every column in which any row has an outlier, as all threads have marked them.
+Decomposition columns_of_all(const std::vector<Thread>& threads, Thread& thread, int64_t k) {
+  uint8_t* all = reinterpret_cast<uint8_t*>(thread.used);
+  std::memset(all, 0, k);
+  for (int t = 0; t < thread.count; ++t)
+    for (int64_t i = 0; i < k; ++i) all[i] |= threads[t].mask[i];
+  return {Extent::columns, false, 0, all};
+}
+
+// A thread's part of a product of `count` rows.
+void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, std::atomic<int64_t>& next, Thread& thread) {
+  const int64_t panels = call.weight->panels, blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
+  // about four pieces of consecutive panels per thread: smaller ones would break the processor's own prefetching
+  const int64_t grain = grain_of(panels, thread.count), pieces = (panels + grain - 1) / grain;
+  call.scratch = thread.scratch;
+  call.index = thread.index_of;
+  call.used = thread.used;
+  take_pieces(next, blocks * pieces, 1, [&](int64_t piece, int64_t) {
+    const int64_t block = piece / pieces, panel = piece % pieces * grain;
+    call.first_row = count * block / blocks;
+    call.last_row = count * (block + 1) / blocks;
+    call.first_panel = panel;
+    call.last_panel = std::min(panel + grain, panels);
+    kernels.linear(call);
+  });
+}
+
 // --- the ops ---------------------------------------------------------------------------------------------------------
 
 struct Embed final : Op {
@@ -89,11 +121,7 @@ struct Prepare final : Op {
     const Prepared& x = program.rows[to].view;
     Decomposition rule = this->rule;
     if (part == Part::mark) std::memset(thread.mask, 0, k);
-    if (part == Part::take) {
-      // every column in which any row has an outlier, as all threads have marked them
-      columns_of_all(program, thread);
-      rule = {Extent::columns, false, 0, reinterpret_cast<uint8_t*>(thread.used)};
-    }
+    if (part == Part::take) rule = columns_of_all(program.threads(), thread, k);
     const int64_t count = last ? step.logit_rows : step.rows;
     take_pieces(next, count, grain_of(count, thread.count), [&](int64_t first, int64_t end) {
       for (int64_t r = first; r < end; ++r) {
@@ -102,17 +130,9 @@ struct Prepare final : Op {
         const float inverse =
             gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
         kernels.prepare(x, r, row, inverse, or_null(gain), rule, thread.row);
-        if (part == Part::mark)
-          for (int32_t j = 0; j < x.outliers[r]; ++j) thread.mask[x.columns[r * x.k + j]] = 1;
+        if (part == Part::mark) mark(x, r, thread);
       }
     });
-  }
-
-  void columns_of_all(Program& program, Thread& thread) const {
-    uint8_t* all = reinterpret_cast<uint8_t*>(thread.used);
-    std::memset(all, 0, k);
-    for (int t = 0; t < thread.count; ++t)
-      for (int64_t i = 0; i < k; ++i) all[i] |= program.threads()[t].mask[i];
   }
 
   const float* merged(Program& program, int64_t row, Thread& thread) const {
@@ -144,9 +164,6 @@ struct Linear final : Op {
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const int64_t count = last ? step.logit_rows : step.rows;
-    const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
-    // about four pieces of consecutive panels per thread: smaller ones would break the processor's own prefetching
-    const int64_t grain = grain_of(weight.panels, thread.count), pieces = (weight.panels + grain - 1) / grain;
     const Program::Buffer& out = program.buffers[to];
     LinearCall call{};
     call.weight = &weight;
@@ -156,17 +173,7 @@ struct Linear final : Op {
     call.y_columns = to == 0 ? weight.n : out.width;
     call.add = add;
     call.gate = gate;
-    call.scratch = thread.scratch;
-    call.index = thread.index_of;
-    call.used = thread.used;
-    take_pieces(next, blocks * pieces, 1, [&](int64_t piece, int64_t) {
-      const int64_t block = piece / pieces, panel = piece % pieces * grain;
-      call.first_row = count * block / blocks;
-      call.last_row = count * (block + 1) / blocks;
-      call.first_panel = panel;
-      call.last_panel = std::min(panel + grain, weight.panels);
-      program.kernels.linear(call);
-    });
+    multiply_pieces(program.kernels, call, count, next, thread);
   }
 };
 
@@ -343,6 +350,36 @@ void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t ro
   }
 }
 
+void multiply(Weight& weight, const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads) {
+  const PackedWeight& w = weight.packed();
+  const Kernels& kernels = weight.kernels();
+  Rows prepared(w.type, w.k, rows);
+  std::vector<Thread> own;
+  for (int t = 0; t < threads; ++t) own.emplace_back(t, w.k, 0);
+  std::atomic<int64_t> first{0}, second{0}, third{0};
+  run_parallel(threads, [&](int index, Barrier& barrier, int count) {
+    Thread& thread = own[index];
+    thread.count = count;
+    const auto prepare = [&](const Decomposition& rule, std::atomic<int64_t>& next, bool marks) {
+      take_pieces(next, rows, grain_of(rows, count), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          kernels.prepare(prepared.view, r, x + r * w.k, 1.0f, nullptr, rule, thread.row);
+          if (marks) mark(prepared.view, r, thread);
+        }
+      });
+      barrier.wait();
+    };
+    prepare(rule, first, whole_columns);
+    if (whole_columns) prepare(columns_of_all(own, thread, w.k), second, false);
+    LinearCall call{};
+    call.weight = &w;
+    call.x = &prepared.view;
+    call.y = y;
+    call.y_stride = call.y_columns = w.n;
+    multiply_pieces(kernels, call, rows, third, thread);
+  });
+}
+
 // --- the program -----------------------------------------------------------------------------------------------------
 
 Program::Program(const Kernels& kernels, Shape shape, int64_t max_rows) : kernels(kernels), shape(shape), max_rows(max_rows) {
@@ -357,16 +394,15 @@ int Program::buffer(int64_t width) {
   return static_cast<int>(buffers.size()) - 1;
 }
 
-int Program::prepared(Type type, int64_t k) {
-  Rows made{};
-  Prepared& x = made.view;
+Rows::Rows(Type type, int64_t k, int64_t max_rows) {
+  Prepared& x = view;
   x.type = type;
   x.k = k;
   x.stride = round_up(k, 64 / bytes_of(type));
   const int64_t data = round_up(max_rows * x.stride * bytes_of(type), 64);
   const int64_t each = round_up(max_rows * 4, 64);
-  made.memory = Memory(data + (type == Type::int8 ? 3 * each + 2 * max_rows * k * 4 : 0));
-  uint8_t* p = made.memory.as<uint8_t>();
+  memory = Memory(data + (type == Type::int8 ? 3 * each + 2 * max_rows * k * 4 : 0));
+  uint8_t* p = memory.as<uint8_t>();
   x.data = p;
   if (type == Type::int8) {
     x.scale = reinterpret_cast<float*>(p + data);
@@ -375,8 +411,30 @@ int Program::prepared(Type type, int64_t k) {
     x.columns = reinterpret_cast<int32_t*>(p + data + 3 * each);
     x.values = reinterpret_cast<float*>(x.columns + max_rows * k);
   }
+}
+
+Thread::Thread(int index, int64_t largest_k, int64_t attention_bytes) : index(index) {
+  const int64_t k = round_up(largest_k, 64);
+  memory = Memory(k * PANEL * 4 + k * 4 * 4 + 256 + k + attention_bytes);
+  uint8_t* p = memory.as<uint8_t>();
+  const auto take = [&](int64_t bytes) {
+    uint8_t* here = p;
+    p += bytes;
+    return here;
+  };
+  scratch = reinterpret_cast<float*>(take(k * PANEL * 4));
+  index_of = reinterpret_cast<int32_t*>(take(k * 4));
+  used = reinterpret_cast<int32_t*>(take(k * 4));
+  row = reinterpret_cast<float*>(take(k * 4 + 256));
+  merged = reinterpret_cast<float*>(take(k * 4));
+  mask = take(k);
+  attention = take(attention_bytes);
+  std::fill(index_of, index_of + k, -1);
+}
+
+int Program::prepared(Type type, int64_t k) {
   largest_k_ = std::max(largest_k_, k);
-  rows.push_back(std::move(made));
+  rows.emplace_back(type, k, max_rows);
   return static_cast<int>(rows.size()) - 1;
 }
 
@@ -486,37 +544,14 @@ void Program::plan(const StepInput& step, int64_t window, int threads) {
   if (partial_state.bytes() < state) partial_state = Memory(state + state / 4);
 }
 
-void Program::make_threads(int threads) {
-  const int64_t k = round_up(largest_k_, 64), scratch = round_up(attention_scratch(shape.dim), 64);
-  while (static_cast<int>(threads_.size()) < threads) {
-    thread_memory_.emplace_back(k * PANEL * 4 + k * 4 * 4 + 256 + k + scratch);
-    uint8_t* p = thread_memory_.back().as<uint8_t>();
-    const auto take = [&](int64_t bytes) {
-      uint8_t* here = p;
-      p += bytes;
-      return here;
-    };
-    Thread t{};
-    t.index = static_cast<int>(threads_.size());
-    t.scratch = reinterpret_cast<float*>(take(k * PANEL * 4));
-    t.index_of = reinterpret_cast<int32_t*>(take(k * 4));
-    t.used = reinterpret_cast<int32_t*>(take(k * 4));
-    t.row = reinterpret_cast<float*>(take(k * 4 + 256));
-    t.merged = reinterpret_cast<float*>(take(k * 4));
-    t.mask = take(k);
-    t.attention = take(scratch);
-    std::fill(t.index_of, t.index_of + k, -1);
-    threads_.push_back(std::move(t));
-  }
-}
-
 void Program::step(const StepInput& input, int threads) {
   if (running_.test_and_set()) throw std::runtime_error("two threads run the same program at the same time");
   struct Done {
     std::atomic_flag& flag;
     ~Done() { flag.clear(); }
   } done{running_};
-  make_threads(threads);
+  while (static_cast<int>(threads_.size()) < threads)
+    threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
   for (auto& [window, tasks] : tasks_) plan(input, window, threads);
   for (auto& op : ops_) op->next.store(0, std::memory_order_relaxed);
   using Clock = std::chrono::steady_clock;

@@ -33,6 +33,9 @@ class Weight {
   Memory memory_;
 };
 
+// y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
+void multiply(Weight& weight, const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);
+
 // Keys, values and rows of one step. All arrays belong to the caller.
 struct StepInput {
   int64_t rows = 0, logit_rows = 0, targets = 0, items = 0;
@@ -57,7 +60,7 @@ class Program;
 
 // What an op may use of its thread while it runs.
 struct Thread {
-  int index, count;
+  int index = 0, count = 1;
   float* scratch;      // (largest k, 32) floats
   int32_t* index_of;   // (largest k), all -1
   int32_t* used;       // (largest k)
@@ -66,6 +69,16 @@ struct Thread {
   uint8_t* mask;       // (largest k)
   uint8_t* attention;
   std::vector<const float*> outs, states;
+  Memory memory;
+
+  Thread(int index, int64_t largest_k, int64_t attention_bytes);
+};
+
+// Prepared rows and the memory they live in.
+struct Rows {
+  Prepared view{};
+  Memory memory;
+  Rows(Type type, int64_t k, int64_t max_rows);
 };
 
 struct Op {
@@ -105,10 +118,6 @@ class Program {
     Memory memory;
     float* row(int64_t r) const { return memory.as<float>() + r * width; }
   };
-  struct Rows {
-    Prepared view;
-    Memory memory;
-  };
   struct Task {
     int64_t item, first_row, rows, head, first_key, keys, partial;
   };
@@ -134,12 +143,10 @@ class Program {
 
  private:
   void plan(const StepInput& step, int64_t window, int threads);
-  void make_threads(int threads);
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::shared_ptr<Weight>> weights_;
   std::map<int64_t, Tasks> tasks_;  // by window
-  std::vector<Memory> thread_memory_;
   std::vector<Thread> threads_;
   int64_t largest_k_ = 0;
   std::map<std::string, double> seconds_;

@@ -7,7 +7,6 @@ Buffers have names, and layers use the same ones: the next layer overwrites what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,6 @@ class Recorder:
         self.heads, self.kv_heads, self.dim = heads, shape.num_kv_heads, shape.key_dim
         self._buffers: dict[str, Rows] = {}
         self._prepared: dict[tuple[str, int], int] = {}
-        self._ready: tuple[Rows, str, Any, bool] | None = None  # what was made ready last
 
     def _buffer(self, name: str, width: int) -> Rows:
         if name not in self._buffers:
@@ -115,7 +113,6 @@ class Recorder:
         to_base_2 = scale * 1.4426950408889634  # the kernels' exponentials have base 2
         self.native.rotate_and_store(qkv.buffer, layer, table, self.dim, *addresses, epsilon, to_base_2)
         self.native.attend(layer, window or 0)
-        self._ready = None
         return Rows(ATTENTION, self.heads * self.dim)
 
     def logits(self, x: Rows, head: PackedLinear) -> None:
@@ -129,13 +126,9 @@ class Recorder:
         key = (weight.type, x.width)
         if key not in self._prepared:
             self._prepared[key] = self.native.prepared(*key)
-        rule = weight.decomposition
-        outliers = "none" if rule is None or rule.outliers is None else rule.outliers
-        relative, threshold = (False, 0.0) if rule is None else (rule.criterion == "relative", float(rule.threshold))
-        columns = 0 if weight.static_columns is None else weight.static_columns.data_ptr()
         gain = 0 if x.gain is None else x.gain.data_ptr()
         self.native.prepare(
-            x.buffer, gain, x.epsilon, x.width, self._prepared[key], outliers, relative, threshold, columns, last
+            x.buffer, gain, x.epsilon, x.width, self._prepared[key], *weight.outlier_rule(), last
         )
         self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import UnsupportedModelError
+from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.native.library import core
+from gossamer.ops.int8 import FLOAT_TYPES
 
 MAX_INT8_INPUTS = 65_000  # more products of an unsigned and a signed byte might not fit into int32
 
@@ -39,6 +40,40 @@ class PackedLinear:
     inputs: int
     decomposition: Decomposition | None = None
     static_columns: Tensor | None = None
+
+    def outlier_rule(self) -> tuple[str, bool, float, int]:
+        """The decomposition as the kernels take it: extent, relative, threshold, address of the static columns."""
+        rule = self.decomposition
+        if rule is None or rule.outliers is None:
+            return "none", False, 0.0, 0
+        columns = 0 if self.static_columns is None else self.static_columns.data_ptr()
+        return rule.outliers, rule.criterion == "relative", float(rule.threshold), columns
+
+    def __call__(self, x: Tensor, threads: int | None = None) -> Tensor:
+        """``x W^T + b``, in one parallel region.
+
+        Args:
+            x: (..., K) fp32, bf16 or fp16, on the CPU.
+            threads: PyTorch's number by default.
+
+        Returns:
+            (..., N) in the dtype of x; sums are in fp32.
+
+        Raises:
+            ConfigurationError: x is of another type, shape or device.
+        """
+        if x.dtype not in FLOAT_TYPES or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != self.inputs:
+            raise ConfigurationError(
+                f"a packed weight multiplies (..., {self.inputs}) floating-point rows on the CPU, got "
+                f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+        rows = x.detach().reshape(-1, self.inputs).float().contiguous()
+        out = torch.empty(len(rows), self.outputs)
+        if out.numel():
+            self.handle.multiply(
+                rows.data_ptr(), len(rows), out.data_ptr(), *self.outlier_rule(), threads or torch.get_num_threads()
+            )
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
 
 def check_linear(layers: Sequence[nn.Module]) -> None:

@@ -1,0 +1,222 @@
+"""The native kernels against their references, on every instruction set that this processor can run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gossamer.errors import ConfigurationError
+from gossamer.native.library import core, instruction_sets
+from gossamer.native.weights import pack_linear
+from gossamer.nn import Int8Linear
+from gossamer.nn.int8_linear import Decomposition
+
+pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
+
+ISAS = instruction_sets()
+RULES = [
+    Decomposition(outliers=None),
+    Decomposition(6.0, "relative", "token"),
+    Decomposition(2.0, "absolute", "token"),
+    Decomposition(2.0, "absolute", "batch"),
+    Decomposition(4.0, "relative", "batch"),
+    Decomposition(6.0, "relative", "static"),
+]
+
+
+def int8_layer(outputs: int, inputs: int, *, bias: bool, stored: int, rule: Decomposition) -> Int8Linear:
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    columns = torch.randperm(inputs)[:stored].sort().values if stored else None
+    return Int8Linear.from_linear(linear, decomposition=rule, outlier_columns=columns)
+
+
+def activations(rows: int, inputs: int) -> Tensor:
+    """Mostly of size 1, some entries far larger."""
+    x = torch.randn(rows, inputs)
+    return torch.where(torch.rand(rows, inputs) < 0.03, x * 20, x)
+
+
+def close(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Equal up to the rounding of fp32 sums of terms of this ``size``."""
+    return bool(((found - expected).abs() <= 2e-6 * size + 1e-6).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ["none"]),
+    rows=st.sampled_from([1, 2, 3, 5, 8, 9, 17, 64, 257]),
+    inputs=st.sampled_from([1, 3, 4, 31, 64, 130, 576]),
+    outputs=st.sampled_from([1, 5, 31, 32, 33, 96, 200]),
+    rule=st.sampled_from(RULES),
+    bias=st.booleans(),
+    store=st.sampled_from([0, 1, 3]),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**32),
+)
+def test_int8_linear_is_the_op(
+    isa: str, rows: int, inputs: int, outputs: int, rule: Decomposition, bias: bool, store: int, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    stored = min(store, inputs)
+    if rule.outliers == "static" and not stored:
+        stored = 1
+    layer = int8_layer(outputs, inputs, bias=bias, stored=stored, rule=rule)
+    layer.weight[:1, :1] = -128  # which other programs write
+    x = activations(rows, inputs)
+    found = pack_linear([layer], isa, "float32")(x, threads=threads)
+    size = x.abs() @ layer.dequantize().weight.abs().T + 1
+    assert close(found, layer(x), size)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_rows_that_hold_nothing_or_nonsense(isa: str) -> None:
+    layer = int8_layer(40, 50, bias=True, stored=2, rule=Decomposition())
+    x = activations(6, 50)
+    x[0] = 0
+    x[1, 3] = math.nan
+    x[2, 4] = math.inf
+    x[3] = 1e-42  # denormal: the scale is rounded to almost nothing
+    x[4] = 3e38 * torch.rand(50)
+    found, expected = pack_linear([layer], isa, "float32")(x), layer(x)
+    assert torch.equal(found[0], layer.bias.detach())
+    assert not found[1:3].isfinite().any()
+    assert close(found[3], expected[3], torch.ones(()))
+    assert torch.allclose(found[4], expected[4], rtol=1e-4, equal_nan=True)
+    assert close(found[5], expected[5], torch.tensor(100.0))
+    alone = pack_linear([layer], isa, "float32")(x[5:])
+    assert torch.equal(alone[0], found[5]), "a row depends on its neighbours"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_product_is_exact_at_its_extremes(isa: str) -> None:
+    """All codes at the ends of their range, so that the 32-bit sums come as far as they can."""
+    inputs = 4099
+    layer = int8_layer(33, inputs, bias=False, stored=0, rule=Decomposition(outliers=None))
+    layer.scale.fill_(1.0)
+    for weight, value in itertools.product((-128, -127, 127), (-1.0, 1.0)):
+        layer.weight.fill_(weight)
+        found = pack_linear([layer], isa, "float32")(torch.full((3, inputs), value * 127))
+        assert torch.equal(found, torch.full((3, 33), float(weight * value * 127 * inputs)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("type_", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 576, 192), (7, 33, 65), (130, 3, 1), (300, 96, 40)])
+def test_floating_point_linear(isa: str, type_: str, shape: tuple[int, int, int]) -> None:
+    rows, inputs, outputs = shape
+    layer = nn.Linear(inputs, outputs)
+    x = torch.randn(rows, inputs)
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    size = x.abs() @ layer.weight.abs().T + 1
+    error = (pack_linear([layer], isa, type_)(x).double() - exact).abs() / size
+    assert error.max() < (1e-6 if type_ == "float32" else 2**-7)
+    half = pack_linear([layer], isa, type_)(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), exact, atol=0.1, rtol=0.02)
+
+
+def test_wrong_rows_are_refused() -> None:
+    packed = pack_linear([nn.Linear(8, 4)], ISAS[0], "float32")
+    for x in (torch.zeros(2, 7), torch.zeros(2, 8, dtype=torch.int64), torch.zeros(())):
+        with pytest.raises(ConfigurationError, match="multiplies"):
+            packed(x)
+    assert packed(torch.zeros(0, 8)).shape == (0, 4)
+    assert torch.equal(packed(torch.ones(8, 2).t()), packed(torch.ones(2, 8)))  # not contiguous
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    isa: str, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, head: int, group: int, start: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """(tokens, group, D) and log-sum-exp (tokens, group) of q (tokens, heads, D) over one head's keys (n, D)."""
+    tokens, heads, dim = q.shape
+    library = core()
+    assert library is not None
+    order = torch.arange(tokens, dtype=torch.int32)
+    out, state = torch.full((tokens, heads, dim), 7.0), torch.full((tokens, heads, 2), 7.0)
+    library.attend(
+        isa, str(q.dtype).removeprefix("torch."), dim, q.data_ptr(), heads * dim, order.data_ptr(), positions.data_ptr(),
+        tokens, group, head, keys.data_ptr(), values.data_ptr(), len(keys), start, window,
+        out[:, head:].data_ptr(), state[:, head:].data_ptr(), heads,
+    )  # fmt: skip
+    untouched = [h for h in range(heads) if not head <= h < head + group]
+    assert (out[:, untouched] == 7.0).all() and (state[:, untouched] == 7.0).all()
+    mine, state = out[:, head : head + group], state[:, head : head + group]
+    return mine / state[..., 1:], (state[..., 0] + state[..., 1].log2()) * math.log(2)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS or ["none"]),
+    type_=st.sampled_from([torch.float32, torch.bfloat16]),
+    dim=st.sampled_from([6, 16, 32, 64, 80, 96, 128, 256]),
+    tokens=st.integers(1, 20),
+    group=st.sampled_from([1, 2, 3, 4]),
+    n=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 64, 255, 257, 600]),
+    causal=st.booleans(),
+    window=st.sampled_from([0, 0, 1, 5, 100]),
+    seed=st.integers(0, 2**32),
+)
+def test_attention(
+    isa: str, type_: torch.dtype, dim: int, tokens: int, group: int, n: int, causal: bool, window: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    heads, head, start = 2 * group, group, 3
+    q = (3 * torch.randn(tokens, heads, dim)).to(type_)
+    keys, values = torch.randn(n, dim).to(type_), torch.randn(n, dim).to(type_)
+    positions = start + (torch.randint(n, (tokens,)) if causal else torch.full((tokens,), n + 2))
+    scale = dim**-0.5
+    scaled = (q.float() * (scale / math.log(2))).to(type_)
+    found, lse = attend(isa, scaled, keys, values, positions, head=head, group=group, start=start, window=window)
+
+    places = start + torch.arange(n)
+    seen = places <= positions[:, None]
+    if window:
+        seen &= places > positions[:, None] - window
+    scores = scaled[:, head : head + group].double() * math.log(2) @ keys.double().T
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    some = seen.any(-1)
+    exact = (scores.softmax(-1) @ values.double())[some]
+    error = (found[some] - exact).abs().max() if some.any() else torch.tensor(0.0)
+    assert error < (1e-5 if type_ == torch.float32 else 2e-2)
+    assert torch.allclose(lse[some].double(), scores.logsumexp(-1)[some], atol=1e-4 if type_ == torch.float32 else 2e-3)
+    assert lse[~some].isnan().all() or (lse[~some] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_attention_of_large_scores_does_not_overflow(isa: str) -> None:
+    q, keys = torch.full((1, 1, 64), 90.0), torch.cat([torch.full((300, 64), -90.0), torch.full((3, 64), 90.0)])
+    values = torch.arange(303.0)[:, None].expand(-1, 64).contiguous()
+    found, lse = attend(isa, q, keys, values, torch.tensor([400]), head=0, group=1, start=0, window=0)
+    assert torch.allclose(found, torch.full_like(found, 301.0))
+    assert torch.allclose(lse, torch.tensor(90.0 * 90 * 64 * math.log(2) + math.log(3.0)))
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 100, 4099])
+def test_argmax(isa: str, n: int) -> None:
+    library = core()
+    assert library is not None
+
+    def find(x: Tensor) -> int:
+        return int(library.argmax(isa, x.data_ptr(), n))
+
+    x = torch.randn(n)
+    assert find(x) == int(x.argmax())
+    equal = torch.zeros(n)
+    assert find(equal) == 0  # the first of them
+    equal[-1] = math.nan
+    assert find(equal) == -1
+    assert find(torch.full((n,), -math.inf)) == -1
+    x[n // 2] = math.inf
+    assert find(x) == n // 2
