@@ -82,7 +82,7 @@ NB_MODULE(_native, m) {
         const bool whole = outliers == "batch";
         const Decomposition rule = decomposition(whole ? "token" : outliers, relative, threshold, columns);
         nb::gil_scoped_release release;
-        multiply(self, at<const float>(x), rows, at<float>(y), rule, whole, threads);
+        self.multiply(at<const float>(x), rows, at<float>(y), rule, whole, threads);
       })
       .def_prop_ro("bytes", &Weight::bytes);
 

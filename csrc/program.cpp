@@ -350,21 +350,28 @@ void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t ro
   }
 }
 
-void multiply(Weight& weight, const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads) {
-  const PackedWeight& w = weight.packed();
-  const Kernels& kernels = weight.kernels();
-  Rows prepared(w.type, w.k, rows);
-  std::vector<Thread> own;
-  for (int t = 0; t < threads; ++t) own.emplace_back(t, w.k, 0);
+void Weight::multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads) {
+  const PackedWeight& w = packed_;
+  const Kernels& kernels = kernels_;
+  std::unique_ptr<Workspace> work;
+  {
+    std::lock_guard lock(mutex_);  // another thread that multiplies meanwhile makes its own
+    work = std::move(idle_);
+  }
+  if (!work || work->max_rows < rows) work.reset(new Workspace{Rows(w.type, w.k, rows), rows, {}});
+  std::vector<Thread>& own = work->threads;
+  while (static_cast<int>(own.size()) < threads) own.emplace_back(static_cast<int>(own.size()), w.k, 0);
+  const Prepared& prepared = work->rows.view;
   std::atomic<int64_t> first{0}, second{0}, third{0};
   run_parallel(threads, [&](int index, Barrier& barrier, int count) {
     Thread& thread = own[index];
     thread.count = count;
+    if (whole_columns) std::fill(thread.mask, thread.mask + w.k, 0);
     const auto prepare = [&](const Decomposition& rule, std::atomic<int64_t>& next, bool marks) {
       take_pieces(next, rows, grain_of(rows, count), [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
-          kernels.prepare(prepared.view, r, x + r * w.k, 1.0f, nullptr, rule, thread.row);
-          if (marks) mark(prepared.view, r, thread);
+          kernels.prepare(prepared, r, x + r * w.k, 1.0f, nullptr, rule, thread.row);
+          if (marks) mark(prepared, r, thread);
         }
       });
       barrier.wait();
@@ -373,11 +380,13 @@ void multiply(Weight& weight, const float* x, int64_t rows, float* y, const Deco
     if (whole_columns) prepare(columns_of_all(own, thread, w.k), second, false);
     LinearCall call{};
     call.weight = &w;
-    call.x = &prepared.view;
+    call.x = &prepared;
     call.y = y;
     call.y_stride = call.y_columns = w.n;
     multiply_pieces(kernels, call, rows, third, thread);
   });
+  std::lock_guard lock(mutex_);
+  idle_ = std::move(work);
 }
 
 // --- the program -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -12,51 +13,6 @@
 #include "threads.h"
 
 namespace gossamer {
-
-// A packed weight and the memory it lives in.
-class Weight {
- public:
-  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
-  PackedWeight& packed() { return packed_; }
-  const Kernels& kernels() const { return kernels_; }
-  int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
-
-  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
-  void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
-  void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
-  // `columns` (stored), and `store` (rows, stored) of their weights.
-  void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
-
- private:
-  const Kernels& kernels_;
-  PackedWeight packed_{};
-  Memory memory_;
-};
-
-// y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
-void multiply(Weight& weight, const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);
-
-// Keys, values and rows of one step. All arrays belong to the caller.
-struct StepInput {
-  int64_t rows = 0, logit_rows = 0, targets = 0, items = 0;
-  const int64_t* tokens;      // (rows)
-  const int64_t* positions;   // (rows)
-  const int64_t* place;       // (rows, 2): target, and where in it the row's key goes, in entries
-  const int64_t* target;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
-  const int64_t* item;        // (items, 6): target, first entry, keys, position of the first key, first of item_rows, count
-  const int32_t* item_rows;   // rows that attend to an item
-  const int64_t* logit_row;   // (logit_rows)
-  const int64_t* tables;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
-  float* logits;              // (logit_rows, vocabulary)
-  int64_t* best;              // (logit_rows), or null: the index of the largest logit
-};
-
-struct Shape {
-  int64_t layers, heads, kv_heads, dim;
-  Type kv;
-};
-
-class Program;
 
 // What an op may use of its thread while it runs.
 struct Thread {
@@ -80,6 +36,58 @@ struct Rows {
   Memory memory;
   Rows(Type type, int64_t k, int64_t max_rows);
 };
+
+// A packed weight and the memory it lives in.
+class Weight {
+ public:
+  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
+  PackedWeight& packed() { return packed_; }
+  const Kernels& kernels() const { return kernels_; }
+  int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
+
+  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
+  void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
+  void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  // `columns` (stored), and `store` (rows, stored) of their weights.
+  void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
+
+  // y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
+  void multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);
+
+ private:
+  struct Workspace {
+    Rows rows;
+    int64_t max_rows;
+    std::vector<Thread> threads;
+  };
+  const Kernels& kernels_;
+  PackedWeight packed_{};
+  Memory memory_;
+  std::mutex mutex_;
+  std::unique_ptr<Workspace> idle_;  // of the last product, for the next one
+};
+
+// Keys, values and rows of one step. All arrays belong to the caller.
+struct StepInput {
+  int64_t rows = 0, logit_rows = 0, targets = 0, items = 0;
+  const int64_t* tokens;      // (rows)
+  const int64_t* positions;   // (rows)
+  const int64_t* place;       // (rows, 2): target, and where in it the row's key goes, in entries
+  const int64_t* target;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
+  const int64_t* item;        // (items, 6): target, first entry, keys, position of the first key, first of item_rows, count
+  const int32_t* item_rows;   // rows that attend to an item
+  const int64_t* logit_row;   // (logit_rows)
+  const int64_t* tables;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
+  float* logits;              // (logit_rows, vocabulary)
+  int64_t* best;              // (logit_rows), or null: the index of the largest logit
+};
+
+struct Shape {
+  int64_t layers, heads, kv_heads, dim;
+  Type kv;
+};
+
+class Program;
 
 struct Op {
   std::string kind;

@@ -106,6 +106,7 @@ class FakeEngine:
 class FakeLLM:
     def __init__(self, model: str = "fake", **arguments: object) -> None:
         self.model_name = model
+        self.runner_note = ""
         self.arguments = arguments
         self.engine = FakeEngine(float(os.environ.get("FAKE_LLM_DELAY", 0)))
         self.tokenizer = SimpleNamespace(

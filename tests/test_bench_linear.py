@@ -18,7 +18,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.ops.int8 import outlier_mask
 
 TORCH = ("torch-fp32", "torch-bf16", "torch-int-mm")
-OWN = ("gossamer", "gossamer-paper")
+OWN = ("gossamer", "gossamer-paper", "gossamer-torch")
 
 
 def run(*arguments: str) -> Any:
@@ -39,7 +39,13 @@ def test_every_contestant_is_measured_at_every_shape() -> None:
         assert fastest <= row["ms"] <= slowest
         assert row["gops"] == pytest.approx(8 * count * dim**2 / row["ms"] / 1e6)
         assert row["over_fp32"] > 0 and row["over_bf16"] > 0
-    for name, limit in (("gossamer", 0.02), ("gossamer-paper", 0.02), ("torch-bf16", 0.005), ("torch-fp32", 1e-6)):
+    for name, limit in (
+        ("gossamer", 0.02),
+        ("gossamer-paper", 0.02),
+        ("gossamer-torch", 0.02),
+        ("torch-bf16", 0.005),
+        ("torch-fp32", 1e-6),
+    ):
         assert all(row["relative_error"] < limit for (_, _, other), row in rows.items() if other == name)
 
 

@@ -141,6 +141,7 @@ def test_batch_hands_its_options_to_the_engine(fake, tmp_path):
         "dtype": "float32",
         "memory": "1GB",
         "max_model_len": 99,
+        "runner": "auto",
         "max_num_seqs": 3,
         "max_num_batched_tokens": 7,
     }

@@ -133,7 +133,16 @@ def test_wrong_rows_are_refused() -> None:
 
 
 def attend(
-    isa: str, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, head: int, group: int, start: int, window: int
+    isa: str,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    head: int,
+    group: int,
+    start: int,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     """(tokens, group, D) and log-sum-exp (tokens, group) of q (tokens, heads, D) over one head's keys (n, D)."""
     tokens, heads, dim = q.shape

@@ -101,7 +101,7 @@ def bench_linear(
     Args:
         dims: inner dimensions K; N is 4 K.
         rows: of x.
-        peers: among :data:`~gossamer.bench.linear_contestants.PEER_NAMES`; our own two modes are always measured.
+        peers: among :data:`~gossamer.bench.linear_contestants.PEER_NAMES`; our own three are always measured.
         repeats: rounds that count.
         progress: told what is being measured.
 

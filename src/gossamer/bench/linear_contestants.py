@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gossamer.errors import ConfigurationError
-from gossamer.ops.int8 import int8_linear, quantize_rowwise
+from gossamer.native.library import instruction_set
+from gossamer.native.weights import pack_linear
+from gossamer.nn import Int8Linear
+from gossamer.nn.int8_linear import Decomposition
+from gossamer.ops.int8 import quantize_rowwise
 
 Product = Callable[[Tensor], Tensor]
 
@@ -48,15 +52,29 @@ def package_version(package: str) -> str | None:
         return None
 
 
+def _layer(weight: Tensor, decomposition: Decomposition, columns: Tensor | None) -> Int8Linear:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return Int8Linear.from_linear(linear, decomposition=decomposition, outlier_columns=columns)
+
+
+def _native(layer: Int8Linear) -> Product:
+    isa = instruction_set()
+    if isa is None:
+        raise ConfigurationError("the native kernels are not installed, or switched off")
+    return pack_linear([layer], isa, "float32")
+
+
 def _gossamer(weight: Tensor, columns: Tensor) -> Product:
-    codes, scale = quantize_rowwise(weight)
-    exact = weight[:, columns].bfloat16()
-    return lambda x: int8_linear(x, codes, scale, None, THRESHOLD, outlier_columns=columns, outlier_weight=exact)
+    return _native(_layer(weight, Decomposition(), columns))
 
 
 def _gossamer_paper(weight: Tensor, columns: Tensor) -> Product:
-    codes, scale = quantize_rowwise(weight)
-    return lambda x: int8_linear(x, codes, scale, None, THRESHOLD, "absolute", "batch")
+    return _native(_layer(weight, Decomposition(THRESHOLD, "absolute", "batch"), None))
+
+
+def _gossamer_torch(weight: Tensor, columns: Tensor) -> Product:
+    return _layer(weight, Decomposition(), columns)
 
 
 def _torch(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Product]:
@@ -100,6 +118,7 @@ def _torchao(weight: Tensor, columns: Tensor) -> Product:
 OWN = (
     Contestant("gossamer", torch.float32, _gossamer),
     Contestant("gossamer-paper", torch.float32, _gossamer_paper),
+    Contestant("gossamer-torch", torch.float32, _gossamer_torch),
 )
 PEERS = (
     Contestant("torch-fp32", torch.float32, _torch(torch.float32)),

@@ -22,6 +22,7 @@ from gossamer.cli.engine_options import (
     Memory,
     Model,
     Quantization,
+    RunnerOption,
     Sharing,
     Threads,
     int8_options,
@@ -44,6 +45,7 @@ def batch(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again without the existing output.")] = False,
     sharing: Sharing = "attention",
     dtype: Dtype = "auto",
+    runner: RunnerOption = "auto",
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
@@ -72,7 +74,7 @@ def batch(
 
     progress = _BatchProgress()
     # First what can be wrong with the files: that should not take a loaded model to find out.
-    runner = BatchRunner(
+    work = BatchRunner(
         input,
         output,
         resume=resume,
@@ -90,15 +92,16 @@ def batch(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        runner=runner,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:
         interrupted = False
         try:
             with progress:
-                runner.run(llm)
+                work.run(llm)
         except KeyboardInterrupt:
             interrupted = True
-        summary = runner.summary
+        summary = work.summary
         if as_json:
             typer.echo(json.dumps(asdict(summary) | {"interrupted": interrupted, "engine": llm.stats().to_dict()}))
         else:

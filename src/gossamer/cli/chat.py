@@ -20,6 +20,7 @@ from gossamer.cli.engine_options import (
     Memory,
     Model,
     Quantization,
+    RunnerOption,
     Threads,
     int8_options,
     load_llm,
@@ -47,6 +48,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
     dtype: Dtype = "auto",
+    runner: RunnerOption = "auto",
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
@@ -64,6 +66,7 @@ def chat(
         dtype=dtype,
         memory=memory,
         max_model_len=max_model_len,
+        runner=runner,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:
         conversation = Conversation(llm, params, system)

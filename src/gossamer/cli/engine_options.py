@@ -26,6 +26,14 @@ Sharing = Annotated[
         "storage (keys and values only) or off."
     ),
 ]
+RunnerOption = Annotated[
+    str,
+    typer.Option(
+        "--runner",
+        help="What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3, Gemma 3 on a CPU), "
+        "transformers (any supported model) or auto (the first where it can).",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str | None,
@@ -87,4 +95,7 @@ def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:
         torch.set_num_threads(threads)
     from gossamer import LLM
 
-    return LLM(model, **arguments)
+    llm = LLM(model, **arguments)
+    if llm.runner_note:
+        notice(f"Computed by transformers, not natively: {llm.runner_note}", "dim")
+    return llm

@@ -36,6 +36,7 @@ def _collect() -> dict[str, Any]:
     import torch
 
     from gossamer.models.cache import cache_directory
+    from gossamer.native.library import core, instruction_set, instruction_sets
 
     processor, flags = _processor()
     return {
@@ -48,6 +49,8 @@ def _collect() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_kernels": (instruction_set() or "switched off") if core() else "not installed",
+        "native_choices": instruction_sets(),
         "cpu_flags": [flag for flag in _MATRIX_FLAGS if flag in flags],
         "cache_directory": str(cache_directory()),
     }

@@ -57,7 +57,11 @@ class NativeRunner:
         probe = TransformersRunner(network)
         self.num_heads, self.max_model_len, self.vocab_size = probe.num_heads, probe.max_model_len, probe.vocab_size
         shape = probe.layout.layers[0]
-        if any(layer != shape for layer in probe.layout.layers) or shape.key_dim != shape.value_dim or shape.key_dim % 2:
+        if (
+            any(layer != shape for layer in probe.layout.layers)
+            or shape.key_dim != shape.value_dim
+            or shape.key_dim % 2
+        ):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
         quantized = any(isinstance(module, Int8Linear) for module in network.modules())
         float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"

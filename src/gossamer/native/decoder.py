@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.native.recorder import Recorder
@@ -169,16 +169,16 @@ def _pack_layer(
     )
 
 
-def _norm(module: nn.Module | None) -> Norm | None:
+def _norm(module: Any) -> Norm | None:
     """Gain and epsilon of an RMSNorm."""
     if module is None:
         return None
-    gain: Tensor = module.weight.detach().float().clone()  # type: ignore[operator, union-attr]
+    gain: Tensor = module.weight.detach().float().clone()
     name = type(module).__name__
     if name == "Gemma3RMSNorm":
-        return gain + 1.0, float(module.eps)  # type: ignore[arg-type]
+        return gain + 1.0, float(module.eps)
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return gain, float(module.variance_epsilon)  # type: ignore[arg-type]
+        return gain, float(module.variance_epsilon)
     raise UnsupportedModelError(f"a {name} is not a norm that the native kernels know")
 
 

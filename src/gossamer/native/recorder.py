@@ -49,9 +49,7 @@ class Recorder:
         kv = str(layout.dtype).removeprefix("torch.")
         library = core()
         assert library is not None
-        self.native = library.Program(
-            isa, len(layout.layers), heads, shape.num_kv_heads, shape.key_dim, kv, max_rows
-        )
+        self.native = library.Program(isa, len(layout.layers), heads, shape.num_kv_heads, shape.key_dim, kv, max_rows)
         self.heads, self.kv_heads, self.dim = heads, shape.num_kv_heads, shape.key_dim
         self._buffers: dict[str, Rows] = {}
         self._prepared: dict[tuple[str, int], int] = {}
@@ -120,16 +118,12 @@ class Recorder:
         self._linear(x, head, LOGITS, add=False, last=True)
         self.native.argmax(head.outputs)
 
-    def _linear(
-        self, x: Rows, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False
-    ) -> None:
+    def _linear(self, x: Rows, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False) -> None:
         key = (weight.type, x.width)
         if key not in self._prepared:
             self._prepared[key] = self.native.prepared(*key)
         gain = 0 if x.gain is None else x.gain.data_ptr()
-        self.native.prepare(
-            x.buffer, gain, x.epsilon, x.width, self._prepared[key], *weight.outlier_rule(), last
-        )
+        self.native.prepare(x.buffer, gain, x.epsilon, x.width, self._prepared[key], *weight.outlier_rule(), last)
         self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
+from gossamer.native.library import core
 from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition
-from gossamer.native.library import core
 from gossamer.ops.int8 import FLOAT_TYPES
 
 MAX_INT8_INPUTS = 65_000  # more products of an unsigned and a signed byte might not fit into int32
@@ -76,20 +76,22 @@ class PackedLinear:
         return out.to(x.dtype).reshape(*x.shape[:-1], self.outputs)
 
 
-def check_linear(layers: Sequence[nn.Module]) -> None:
+def check_linear(layers: Sequence[Any]) -> None:
     """Whether layers that read the same input can be packed as one weight.
 
     Raises:
         UnsupportedModelError: says why not.
     """
-    first: Any = layers[0]
+    first = layers[0]
     quantized = [isinstance(layer, (Int8Linear, Int8TiedHead)) for layer in layers]
     if any(quantized) != all(quantized):
         raise UnsupportedModelError("layers that read the same input are partly int8 and partly not")
     if not all(quantized) and any(type(layer) is not nn.Linear for layer in layers):
         raise UnsupportedModelError(f"a layer is a {type(first).__name__}, not a linear layer")
     if all(quantized) and first.in_features > MAX_INT8_INPUTS:
-        raise UnsupportedModelError(f"an int8 layer has {first.in_features} inputs; at most {MAX_INT8_INPUTS} can be packed")
+        raise UnsupportedModelError(
+            f"an int8 layer has {first.in_features} inputs; at most {MAX_INT8_INPUTS} can be packed"
+        )
     columns = getattr(first, "outlier_columns", None)
     for layer in layers:
         others = getattr(layer, "outlier_columns", None)
@@ -98,7 +100,7 @@ def check_linear(layers: Sequence[nn.Module]) -> None:
             raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
 
 
-def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
+def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
     """Pack layers with the same input as one weight, their outputs one after the other, or in turns if ``gated``.
 
     Args:
@@ -111,12 +113,12 @@ def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated
         UnsupportedModelError: the layers cannot be one weight.
     """
     check_linear(layers)
-    first: Any = layers[0]
+    first = layers[0]
     type_ = "int8" if isinstance(first, (Int8Linear, Int8TiedHead)) else float_type
-    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]  # type: ignore[union-attr]
+    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]
     columns = getattr(first, "outlier_columns", None)
     parts = len(layers) if gated else 1
-    padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs  # type: ignore[union-attr]
+    padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs
     biased = any(layer.bias is not None for layer in layers)
     stored = 0 if columns is None else len(columns)
     stored_type = _name(first.outlier_weight) if stored else "float16"
@@ -124,8 +126,7 @@ def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated
     assert library is not None
     handle = library.Weight(isa, type_, padded, inputs, biased, stored, stored_type)
     row = 0
-    for place, each in enumerate(layers):
-        layer: Any = each
+    for place, layer in enumerate(layers):
         count = layer.weight.shape[0]
         where = (count, 0, place, parts) if gated else (count, row, 0, 1)
         _pack_rows(handle, layer, where)
@@ -139,12 +140,12 @@ def pack_linear(layers: Sequence[nn.Module], isa: str, float_type: str, *, gated
     return PackedLinear(handle, type_, outputs // parts if gated else outputs, inputs, decomposition, mask)
 
 
-def pack_embedding(embedding: nn.Module, isa: str, float_type: str) -> PackedLinear:
+def pack_embedding(embedding: Any, isa: str, float_type: str) -> PackedLinear:
     """Pack a table of embeddings (V, D), to look rows up in, and to multiply with if it is tied to the output layer."""
     if isinstance(embedding, Int8Embedding):
         weight, scale, type_ = embedding.weight, embedding.scale, "int8"
     else:
-        weight, scale, type_ = embedding.weight.detach(), None, float_type  # type: ignore[assignment,operator]
+        weight, scale, type_ = embedding.weight.detach(), None, float_type
     library = core()
     assert library is not None
     rows, inputs = weight.shape
