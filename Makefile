@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-peers lint format bench bench-peers table-1 docs clean FORCE
+.PHONY: help setup model run test test-slow test-peers sanitize lint format bench bench-peers table-1 docs clean FORCE
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,16 @@ test-slow: setup model ## Run the tests that take minutes
 
 test-peers: model $(PEERS)/.installed ## Check that other projects read what we write
 	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)
+
+SANITIZED := build/sanitize
+
+sanitize: setup model ## Run the tests of the native kernels with address and undefined-behaviour checks
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
+		$(IN_VENV) -m pytest -p no:cacheprovider tests/test_native_kernels.py tests/test_exactness.py -k "native" $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .

@@ -151,8 +151,8 @@ def attend(
     order = torch.arange(tokens, dtype=torch.int32)
     out, state = torch.full((tokens, heads, dim), 7.0), torch.full((tokens, heads, 2), 7.0)
     library.attend(
-        isa, str(q.dtype).removeprefix("torch."), dim, q.data_ptr(), heads * dim, order.data_ptr(), positions.data_ptr(),
-        tokens, group, head, keys.data_ptr(), values.data_ptr(), len(keys), start, window,
+        isa, str(q.dtype).removeprefix("torch."), dim, q.data_ptr(), heads * dim, order.data_ptr(),
+        positions.data_ptr(), tokens, group, head, keys.data_ptr(), values.data_ptr(), len(keys), start, window,
         out[:, head:].data_ptr(), state[:, head:].data_ptr(), heads,
     )  # fmt: skip
     untouched = [h for h in range(heads) if not head <= h < head + group]

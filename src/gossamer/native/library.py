@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from functools import cache
 from types import ModuleType
@@ -11,18 +13,23 @@ import torch  # noqa: F401  loads its OpenMP first, so that the kernels share it
 from gossamer.errors import ConfigurationError
 
 VARIABLE = "GOSSAMER_ISA"
+FILE_VARIABLE = "GOSSAMER_NATIVE"  # another build of the module, such as that of `make sanitize`
 REFERENCE = "reference"  # no native kernels: PyTorch alone
 
 
 @cache
 def core() -> ModuleType | None:
     """The compiled module, or ``None`` if the package was installed without it."""
+    if file := os.environ.get(FILE_VARIABLE):
+        spec = importlib.util.spec_from_file_location("gossamer._native", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
     try:
-        from gossamer import _native
+        return importlib.import_module("gossamer._native")
     except ImportError:
         return None
-    module: ModuleType = _native
-    return module
 
 
 def instruction_sets() -> list[str]:
