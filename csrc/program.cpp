@@ -14,45 +14,38 @@ constexpr int64_t KEYS_OF_A_TASK = 512;  // at least, where the keys of a few ro
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Hands out [0, count) in pieces of `grain`.
-template <class Piece>
-void take_pieces(std::atomic<int64_t>& next, int64_t count, int64_t grain, const Piece& piece) {
-  for (;;) {
-    const int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-    if (first >= count) return;
-    piece(first, std::min(first + grain, count));
-  }
-}
-
 int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, (count + 4 * threads - 1) / (4 * threads)); }
 
 std::vector<float> copy(const float* gain, int64_t k) { return gain ? std::vector<float>(gain, gain + k) : std::vector<float>(); }
 
 const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
-// Notes the columns in which row r has outliers.
-void mark(const Prepared& x, int64_t r, Thread& thread) {
+// Notes the columns in which row r has outliers. The mask of a thread belongs to the phase in which it was last written.
+void mark(const Prepared& x, int64_t r, const Phase& phase, Thread& thread) {
+  if (thread.marks != &phase) std::memset(thread.mask, 0, x.k);
+  thread.marks = &phase;
   for (int32_t j = 0; j < x.outliers[r]; ++j) thread.mask[x.columns[r * x.k + j]] = 1;
 }
 
-// Every column in which any row has an outlier, as all threads have marked them.
-Decomposition columns_of_all(const std::vector<Thread>& threads, Thread& thread, int64_t k) {
+// Every column in which any row has an outlier, as the threads have marked them in that phase.
+Decomposition columns_of_all(const std::vector<Thread>& threads, const Phase& phase, Thread& thread, int64_t k) {
   uint8_t* all = reinterpret_cast<uint8_t*>(thread.used);
   std::memset(all, 0, k);
-  for (int t = 0; t < thread.count; ++t)
-    for (int64_t i = 0; i < k; ++i) all[i] |= threads[t].mask[i];
+  for (const Thread& each : threads)
+    if (each.marks == &phase)
+      for (int64_t i = 0; i < k; ++i) all[i] |= each.mask[i];
   return {Extent::columns, false, 0, all};
 }
 
 // A thread's part of a product of `count` rows.
-void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, std::atomic<int64_t>& next, Thread& thread) {
+void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Phase& phase, Thread& thread) {
   const int64_t panels = call.weight->panels, blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
   // about four pieces of consecutive panels per thread: smaller ones would break the processor's own prefetching
   const int64_t grain = grain_of(panels, thread.count), pieces = (panels + grain - 1) / grain;
   call.scratch = thread.scratch;
   call.index = thread.index_of;
   call.used = thread.used;
-  take_pieces(next, blocks * pieces, 1, [&](int64_t piece, int64_t) {
+  phase.run(blocks * pieces, 1, [&](int64_t piece, int64_t) {
     const int64_t block = piece / pieces, panel = piece % pieces * grain;
     call.first_row = count * block / blocks;
     call.last_row = count * (block + 1) / blocks;
@@ -71,7 +64,7 @@ struct Embed final : Op {
   Embed(PackedWeight& table, float factor, int to) : Op("embedding"), table(table), factor(factor), to(to) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
-    take_pieces(next, step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) look_up(step.tokens[r], program.buffers[to].row(r));
     });
   }
@@ -105,11 +98,13 @@ struct Prepare final : Op {
   Decomposition rule;
   std::vector<uint8_t> columns;
   bool last;
-  enum class Part { all, mark, take } part;
+  int64_t window;               // of the attention whose results are merged
+  Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
+  bool marks = false;
 
-  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, int to, Decomposition rule, bool last, Part part)
+  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, int to, Decomposition rule, bool last, int64_t window)
       : Op(source < 0 ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
-        epsilon(epsilon), k(k), to(to), rule(rule), last(last), part(part) {
+        epsilon(epsilon), k(k), to(to), rule(rule), last(last), window(window) {
     if (rule.extent == Extent::columns && rule.columns) {
       columns.assign(rule.columns, rule.columns + k);
       this->rule.columns = columns.data();
@@ -119,24 +114,22 @@ struct Prepare final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Kernels& kernels = program.kernels;
     const Prepared& x = program.rows[to].view;
-    Decomposition rule = this->rule;
-    if (part == Part::mark) std::memset(thread.mask, 0, k);
-    if (part == Part::take) rule = columns_of_all(program.threads(), thread, k);
     const int64_t count = last ? step.logit_rows : step.rows;
-    take_pieces(next, count, grain_of(count, thread.count), [&](int64_t first, int64_t end) {
+    phase.run(count, grain_of(count, thread.count), [&](int64_t first, int64_t end) {
+      const Decomposition now = marker ? columns_of_all(program.threads(), marker->phase, thread, k) : rule;
       for (int64_t r = first; r < end; ++r) {
         const int64_t from = last ? step.logit_row[r] : r;
         const float* row = source < 0 ? merged(program, from, thread) : program.buffers[source].row(from);
         const float inverse =
             gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
-        kernels.prepare(x, r, row, inverse, or_null(gain), rule, thread.row);
-        if (part == Part::mark) mark(x, r, thread);
+        kernels.prepare(x, r, row, inverse, or_null(gain), now, thread.row);
+        if (marks) mark(x, r, phase, thread);
       }
     });
   }
 
   const float* merged(Program& program, int64_t row, Thread& thread) const {
-    const Program::Tasks& tasks = program.tasks(program.window_of_last);
+    const Program::Tasks& tasks = program.tasks(window);
     const Shape& shape = program.shape;
     const int64_t begin = tasks.part_of_row[row], count = tasks.part_of_row[row + 1] - begin;
     thread.outs.resize(count);
@@ -173,7 +166,7 @@ struct Linear final : Op {
     call.y_columns = to == 0 ? weight.n : out.width;
     call.add = add;
     call.gate = gate;
-    multiply_pieces(program.kernels, call, count, next, thread);
+    multiply_pieces(program.kernels, call, count, phase, thread);
   }
 };
 
@@ -187,7 +180,7 @@ struct AddNormed final : Op {
       : Op("norm"), source(source), gain(std::move(gain)), epsilon(epsilon), k(k), to(to) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
-    take_pieces(next, step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const float* x = program.buffers[source].row(r);
         const float inverse = 1.0f / std::sqrt(program.kernels.square_sum(x, k) / static_cast<float>(k) + epsilon);
@@ -215,7 +208,7 @@ struct RotateAndStore final : Op {
     const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1;
     const float* cosines = reinterpret_cast<const float*>(step.tables[2 * table]);
     const float* sines = reinterpret_cast<const float*>(step.tables[2 * table + 1]);
-    take_pieces(next, step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const float* x = program.buffers[source].row(r);
         const float* cosine = cosines + step.positions[r] * (rotated / 2);
@@ -253,7 +246,6 @@ struct Attend final : Op {
     const Shape& s = program.shape;
     const Program::Tasks& tasks = program.tasks(window);
     const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1, group = s.heads / s.kv_heads;
-    if (thread.index == 0) program.window_of_last = window;
     AttentionTask task{};
     task.type = s.kv;
     task.dim = s.dim;
@@ -265,7 +257,7 @@ struct Attend final : Op {
     task.out_stride = s.heads * s.dim;
     task.state_stride = s.heads * 2;
     task.scratch = thread.attention;
-    take_pieces(next, static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
+    phase.run(static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
       for (int64_t i = tasks.groups[g]; i < tasks.groups[g + 1]; ++i) {
         const Program::Task& t = tasks.all[i];
         const int64_t* item = step.item + 6 * t.item;
@@ -292,7 +284,7 @@ struct Argmax final : Op {
 
   void run(Program& program, const StepInput& step, Thread&) override {
     if (!step.best) return;
-    take_pieces(next, step.logit_rows, 1, [&](int64_t r, int64_t) {
+    phase.run(step.logit_rows, 1, [&](int64_t r, int64_t) {
       step.best[r] = program.kernels.argmax(step.logits + r * vocabulary, vocabulary);
     });
   }
@@ -362,22 +354,22 @@ void Weight::multiply(const float* x, int64_t rows, float* y, const Decompositio
   std::vector<Thread>& own = work->threads;
   while (static_cast<int>(own.size()) < threads) own.emplace_back(static_cast<int>(own.size()), w.k, 0);
   const Prepared& prepared = work->rows.view;
-  std::atomic<int64_t> first{0}, second{0}, third{0};
-  run_parallel(threads, [&](int index, Barrier& barrier, int count) {
+  for (Thread& thread : own) thread.marks = nullptr;
+  Phase first, second, third;
+  run_parallel(threads, [&](int index) {
     Thread& thread = own[index];
-    thread.count = count;
-    if (whole_columns) std::fill(thread.mask, thread.mask + w.k, 0);
-    const auto prepare = [&](const Decomposition& rule, std::atomic<int64_t>& next, bool marks) {
-      take_pieces(next, rows, grain_of(rows, count), [&](int64_t begin, int64_t end) {
+    thread.count = threads;
+    const auto prepare = [&](Phase& phase, const Phase* marked) {
+      phase.run(rows, grain_of(rows, threads), [&](int64_t begin, int64_t end) {
+        const Decomposition now = marked ? columns_of_all(own, *marked, thread, w.k) : rule;
         for (int64_t r = begin; r < end; ++r) {
-          kernels.prepare(prepared, r, x + r * w.k, 1.0f, nullptr, rule, thread.row);
-          if (marks) mark(prepared, r, thread);
+          kernels.prepare(prepared, r, x + r * w.k, 1.0f, nullptr, now, thread.row);
+          if (whole_columns && !marked) mark(prepared, r, phase, thread);
         }
       });
-      barrier.wait();
     };
-    prepare(rule, first, whole_columns);
-    if (whole_columns) prepare(columns_of_all(own, thread, w.k), second, false);
+    prepare(first, nullptr);
+    if (whole_columns) prepare(second, &first);
     LinearCall call{};
     call.weight = &w;
     call.x = &prepared;
@@ -454,13 +446,14 @@ void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
 
 void Program::prepare(int source, const float* gain, float epsilon, int64_t k, int to, Decomposition rule, bool whole_columns,
                       bool last) {
-  using Part = Prepare::Part;
-  if (whole_columns) {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, to, rule, last, Part::mark));
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, to, rule, last, Part::take));
-  } else {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, to, rule, last, Part::all));
-  }
+  const auto add = [&] {
+    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, to, rule, last, last_window_));
+    return static_cast<Prepare*>(ops_.back().get());
+  };
+  Prepare* first = add();
+  if (!whole_columns) return;
+  first->marks = true;
+  add()->marker = first;
 }
 
 void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last) {
@@ -481,6 +474,7 @@ void Program::rotate_and_store(int source, int64_t layer, int table, int64_t rot
 
 void Program::attend(int64_t layer, int64_t window) {
   ops_.push_back(std::make_unique<Attend>(layer, window));
+  last_window_ = window;
   tasks_[window];
 }
 
@@ -562,16 +556,17 @@ void Program::step(const StepInput& input, int threads) {
   while (static_cast<int>(threads_.size()) < threads)
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
   for (auto& [window, tasks] : tasks_) plan(input, window, threads);
-  for (auto& op : ops_) op->next.store(0, std::memory_order_relaxed);
+  for (auto& op : ops_) op->phase.reset();
+  for (Thread& thread : threads_) {
+    thread.count = threads;
+    thread.marks = nullptr;
+  }
   using Clock = std::chrono::steady_clock;
   std::vector<Clock::time_point> times(ops_.size() + 1);
-  run_parallel(threads, [&](int index, Barrier& barrier, int count) {
-    Thread& thread = threads_[index];
-    thread.count = count;
+  run_parallel(threads, [&](int index) {
     if (index == 0) times[0] = Clock::now();
     for (size_t i = 0; i < ops_.size(); ++i) {
-      ops_[i]->run(*this, input, thread);
-      barrier.wait();
+      ops_[i]->run(*this, input, threads_[index]);
       if (index == 0) times[i + 1] = Clock::now();
     }
   });

@@ -23,6 +23,7 @@ struct Thread {
   float* row;          // (largest k + 16)
   float* merged;       // (largest k)
   uint8_t* mask;       // (largest k)
+  const void* marks = nullptr;  // the phase that the mask belongs to
   uint8_t* attention;
   std::vector<const float*> outs, states;
   Memory memory;
@@ -91,7 +92,7 @@ class Program;
 
 struct Op {
   std::string kind;
-  std::atomic<int64_t> next{0};  // the next piece of work
+  Phase phase;
   explicit Op(std::string name) : kind(std::move(name)) {}
   virtual ~Op() = default;
   virtual void run(Program& program, const StepInput& step, Thread& thread) = 0;
@@ -136,7 +137,6 @@ class Program {
     std::vector<int64_t> parts;
     int64_t partials = 0;
   };
-  int64_t window_of_last = 0;  // of the layer whose partial results are to be merged
   const Tasks& tasks(int64_t window) const { return tasks_.at(window); }
   const std::vector<Thread>& threads() const { return threads_; }
 
@@ -156,7 +156,7 @@ class Program {
   std::vector<std::shared_ptr<Weight>> weights_;
   std::map<int64_t, Tasks> tasks_;  // by window
   std::vector<Thread> threads_;
-  int64_t largest_k_ = 0;
+  int64_t largest_k_ = 0, last_window_ = 0;
   std::map<std::string, double> seconds_;
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
 };

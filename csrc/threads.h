@@ -1,8 +1,8 @@
 // Threads that work through the phases of a step together.
 //
 // They are OpenMP's, so that a process that runs PyTorch as well has one pool and not two that spin against each other.
-// Within a step the threads meet at barriers that spin for some microseconds only and then give the processor away:
-// where another program runs on one of the cores, a thread that spins keeps the one it waits for from being scheduled.
+// Who waits for a phase to end spins for some microseconds only and then gives the processor away: where another program
+// runs on one of the cores, a thread that spins keeps the one it waits for from being scheduled.
 #pragma once
 
 #include <atomic>
@@ -27,19 +27,26 @@ inline void pause() {
 #endif
 }
 
-class Barrier {
+// A phase of a step: pieces of work that threads take in turn. It is over when all pieces are done, whoever did them: a
+// thread that another program keeps from running is not waited for unless it holds a piece.
+class Phase {
  public:
-  explicit Barrier(int threads) : threads_(threads), waiting_(0), phase_(0) {}
+  void reset() {
+    next_.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+  }
 
-  void wait() {
-    if (threads_ == 1) return;
-    const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-      waiting_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
+  // Calls piece(first, last) for pieces of [0, count), `grain` at a time, and returns when all of them are done.
+  template <class Piece>
+  void run(int64_t count, int64_t grain, const Piece& piece) {
+    for (;;) {
+      const int64_t first = next_.fetch_add(grain, std::memory_order_relaxed);
+      if (first >= count) break;
+      const int64_t last = first + grain < count ? first + grain : count;
+      piece(first, last);
+      done_.fetch_add(last - first, std::memory_order_acq_rel);
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < 1000) {
         pause();
       } else {
@@ -49,34 +56,25 @@ class Barrier {
   }
 
  private:
-  const int threads_;
-  alignas(64) std::atomic<int> waiting_;
-  alignas(64) std::atomic<uint32_t> phase_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
 };
 
 // OpenMP's threads do not survive a fork: the child would wait for them for ever. It works alone instead.
 inline std::atomic<bool> forked{false};
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Calls work(thread, barrier, count) on up to `threads` threads.
+// Calls work(thread) on up to `threads` threads.
 template <class Work>
 void run_parallel(int threads, const Work& work) {
 #ifdef _OPENMP
   if (threads > 1 && !forked.load()) {
-    // OpenMP may give fewer threads than it is asked for, so the barrier counts those that came.
-    alignas(Barrier) unsigned char place[sizeof(Barrier)];
-    Barrier* barrier = nullptr;
-#pragma omp parallel num_threads(threads) shared(barrier)
-    {
-#pragma omp single
-      barrier = new (place) Barrier(omp_get_num_threads());
-      work(omp_get_thread_num(), *barrier, omp_get_num_threads());
-    }
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num());
     return;
   }
 #endif
-  Barrier alone(1);
-  work(0, alone, 1);
+  work(0);
 }
 
 }  // namespace gossamer
