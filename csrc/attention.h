@@ -10,7 +10,7 @@ namespace GOSSAMER_NS {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t AHEAD = 8192;  // bytes to fetch keys and values ahead: packing is all that reads them from memory
+constexpr int64_t AHEAD = 8192;  // bytes to fetch keys and values ahead, in tasks that are longer than this
 
 #if defined(__AVX512F__)
 // A square of 32-bit words, in place.
@@ -53,10 +53,7 @@ inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, 
     for (w = 0; w + 16 <= words; w += 16) {
       I v[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        v[i] = load_int(from + (half + i) * stride + w);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(from + (half + i) * stride + w) + AHEAD);
-      }
+      for (int i = 0; i < 16; ++i) v[i] = load_int(from + (half + i) * stride + w);
       transpose16(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) store_int(to + (w + i) * PANEL + half, v[i]);
@@ -86,8 +83,6 @@ inline void pack_values(const Entry* values, int64_t n, int64_t dim, uint8_t* ou
         std::memcpy(word, values + key * dim + d, STEP_BYTES);
       } else {
         const Entry* first = values + key * dim + d;
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(first) + AHEAD);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(first + dim) + AHEAD);
         for (int i = 0; i < PANEL; ++i) word[i] = first[i] | static_cast<uint32_t>(first[dim + i]) << 16;
       }
     }
@@ -232,10 +227,15 @@ inline void attend_rows(const AttentionTask& task) {
       const int height = static_cast<int>(r1 - r0);
       bool masked = padded != count;
       if (!w.sees(r0, r1, key, count, masked)) continue;
+      // the first tiles fetch the next block meanwhile, a quarter each
+      const uint8_t* soon = nullptr;
+      if (t < 4 && key + 2 * w.block <= w.last)
+        soon = static_cast<const uint8_t*>(t < 2 ? task.keys : task.values) + (key + w.block + t % 2 * w.block / 2) * row_bytes;
       for (int64_t p = 0; p < padded; p += PANEL)
         for (int pass = 0; pass < PASSES; ++pass)
           tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
-                       reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps, nullptr,
+                       reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps,
+                       soon && pass == 0 ? soon + p / PANEL * steps * 64 : nullptr,
                        [&](int r, F low, F high) GOSSAMER_LAMBDA {
             store(w.scores + r * w.block + p + pass * W, low);
             store(w.scores + r * w.block + p + 16 + pass * W, high);
@@ -265,6 +265,7 @@ inline void attend_few(const AttentionTask& task) {
   Workspace<uint16_t> w(task);
   const int64_t words = w.dim / 2;
   const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
+  const int64_t ahead = (w.last - w.first) * w.dim * 2 > AHEAD ? AHEAD : 0;
   for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
     const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 15) / 16 * 16;
     bool masked = padded != count;
@@ -280,7 +281,7 @@ inline void attend_few(const AttentionTask& task) {
         for (int i = 0; i < 16; ++i) {
           const uint32_t* from = k + row(p + i) * words + word;
           v[i] = load_int(from);
-          __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + AHEAD);
+          __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + ahead);
         }
         transpose16(v);
 #pragma GCC unroll 16
@@ -310,8 +311,8 @@ inline void attend_few(const AttentionTask& task) {
       }
       const auto add_pair = [&](int64_t i, int64_t next) GOSSAMER_LAMBDA {
         const I a = load_int(v + i * w.dim + d), b = load_int(v + next * w.dim + d);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + i * w.dim + d) + AHEAD);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + next * w.dim + d) + AHEAD);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + i * w.dim + d) + ahead);
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + next * w.dim + d) + ahead);
         const I first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {

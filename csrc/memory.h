@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -55,6 +57,39 @@ class Memory {
   void* base_ = nullptr;
   void* data_ = nullptr;
   size_t bytes_ = 0, mapped_ = 0;
+};
+
+// Part of a mapping that others have parts of too: layers are smaller than the large pages they should stand in.
+class SharedMemory {
+ public:
+  SharedMemory() = default;
+  explicit SharedMemory(size_t bytes) : bytes_(bytes) {
+    constexpr size_t chunk = size_t{32} << 20;
+    static std::mutex mutex;
+    static std::shared_ptr<Memory> open;
+    static size_t used = 0;
+    const size_t rounded = (bytes + 127) / 128 * 128;
+    if (rounded > chunk / 2) {
+      owner_ = std::make_shared<Memory>(rounded);
+      data_ = owner_->as<uint8_t>();
+      return;
+    }
+    std::lock_guard lock(mutex);
+    if (!open || used + rounded > chunk) {
+      open = std::make_shared<Memory>(chunk);
+      used = 0;
+    }
+    owner_ = open;
+    data_ = open->as<uint8_t>() + used;
+    used += rounded;
+  }
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<Memory> owner_;
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace gossamer

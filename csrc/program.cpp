@@ -10,6 +10,7 @@ namespace gossamer {
 
 namespace {
 
+constexpr int64_t SHORT = 16384;         // bytes of keys that are fetched while the task before is computed
 constexpr int64_t KEYS_OF_A_TASK = 512;  // at least, where the keys of a few rows are split among threads
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -258,11 +259,23 @@ struct Attend final : Op {
     task.state_stride = s.heads * 2;
     task.scratch = thread.attention;
     phase.run(static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
+      const auto entry_of = [&](const Program::Task& t, const int64_t* target) {
+        return step.item[6 * t.item + 1] + t.head * target[2 * s.layers] + t.first_key * s.dim;
+      };
       for (int64_t i = tasks.groups[g]; i < tasks.groups[g + 1]; ++i) {
         const Program::Task& t = tasks.all[i];
         const int64_t* item = step.item + 6 * t.item;
         const int64_t* target = step.target + item[0] * fields;
-        const int64_t entry = item[1] + t.head * target[2 * s.layers] + t.first_key * s.dim;
+        const int64_t entry = entry_of(t, target);
+        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * s.dim * width <= SHORT) {  // too short to run ahead
+          const Program::Task& soon = tasks.all[i + 1];
+          const int64_t* there = step.target + step.item[6 * soon.item] * fields;
+          const int64_t first = entry_of(soon, there) * width, bytes = soon.keys * s.dim * width;
+          for (int64_t b = 0; b < bytes; b += 64) {
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[layer]) + first + b);
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + first + b);
+          }
+        }
         task.tokens = step.item_rows + item[4] + t.first_row;
         task.rows = t.rows;
         task.head = t.head * group;
@@ -307,8 +320,8 @@ Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has
   const int64_t columns = w.panels * PANEL;
   const int64_t data = w.panels * w.steps * STEP_BYTES, scale = type == Type::int8 ? columns * 4 : 0;
   const int64_t bias = has_bias ? columns * 4 : 0, place = stored ? round_up(k * 4, 64) : 0;
-  memory_ = Memory(data + scale + bias + place + columns * stored * 2 + 64);
-  uint8_t* p = memory_.as<uint8_t>();
+  memory_ = SharedMemory(data + scale + bias + place + columns * stored * 2 + 64);
+  uint8_t* p = memory_.data();
   const auto part = [&](int64_t bytes) -> void* {
     void* here = bytes ? p : nullptr;
     p += bytes;

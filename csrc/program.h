@@ -63,7 +63,7 @@ class Weight {
   };
   const Kernels& kernels_;
   PackedWeight packed_{};
-  Memory memory_;
+  SharedMemory memory_;
   std::mutex mutex_;
   std::unique_ptr<Workspace> idle_;  // of the last product, for the next one
 };
