@@ -103,9 +103,8 @@ def _print_table(report: dict[str, Any]) -> None:
 
     machine = report["machine"]
     console = Console()
-    console.width = max(
-        console.width, 104 if "peers" in report else 96
-    )  # a narrow terminal may wrap the table; columns cut short help nobody
+    # a narrow terminal may wrap the table; columns cut short help nobody
+    console.width = max(console.width, 108 if "peers" in report else 96)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
     for line in peer_lines(report.get("peers", {})):

@@ -263,7 +263,7 @@ class Contest:
         lengths = [len(tokens) for tokens in answer["tokens"]]
         if lengths != [steps] * self._batch:
             raise PeerError(
-                f"decoded {sum(lengths)} tokens of {len(lengths)} sequences instead of {steps * self._batch} of {self._batch}",
+                f"decoded {sum(lengths)} tokens in {len(lengths)} sequences, not {steps} in each of {self._batch}",
                 peer=entry.kind.name,
             )
         entry.idle_cpu_s = max(entry.idle_cpu_s, answer["idle_cpu_s"])
