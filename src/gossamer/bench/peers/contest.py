@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gossamer.bench.machine import available_memory
 from gossamer.bench.peers.process import Peer
 from gossamer.bench.peers.registry import ENVIRONMENTS, HERE, KINDS, PeerKind
 from gossamer.errors import ConfigurationError, GossamerError, PeerError
@@ -96,6 +97,10 @@ def numbers_per_token(network: Any) -> int:
     return 2 * int(config.num_hidden_layers * heads * head)
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
+
+
 @dataclass
 class _Entry:
     """One peer and how it fares: ``out`` says why it cannot take part at all, ``error`` why not in this combination."""
@@ -107,6 +112,7 @@ class _Entry:
     error: str | None = None
     prefill_s: float = 0.0
     turns: list[float] = field(default_factory=list)
+    idle_s: float = 0.0
     idle_cpu_s: float = 0.0
 
     @property
@@ -149,6 +155,7 @@ class Contest:
         self._memory = memory
         self._progress = progress
         self._batch = 0
+        self._room: int | None = None  # memory that is free, less what peers will take
         self._entries = [_Entry(KINDS[name]) for name in options.names]
 
     def __enter__(self) -> Contest:
@@ -163,6 +170,7 @@ class Contest:
         """Let every peer compute the prompts (B lists of token ids with ``prefix`` in common)."""
         self._batch = len(prompts)
         steps = self._sizes.steps(self._batch)
+        self._room = available_memory()
         for entry in self._entries:
             entry.error, entry.prefill_s, entry.turns = None, 0.0, []
             if entry.out:
@@ -207,13 +215,13 @@ class Contest:
     def report(self) -> dict[str, dict[str, Any]]:
         """By peer, what it is, or ``error``, why it does not take part.
 
-        What it is: ``versions`` of its packages, number formats of ``weights`` and ``keys``, and ``idle_cpu_s``, the
-        most processor time it used while it was waiting for a turn.
+        What it is: ``versions`` of its packages, number formats of ``weights`` and ``keys``, and ``idle_cores``, how
+        many processor cores it used, on average, while it was waiting for a turn.
         """
         return {
             entry.kind.name: {"error": entry.out}
             if entry.out
-            else {**entry.description, "idle_cpu_s": entry.idle_cpu_s}
+            else {**entry.description, "idle_cores": entry.idle_cpu_s / entry.idle_s if entry.idle_s else 0.0}
             for entry in self._entries
         }
 
@@ -221,13 +229,14 @@ class Contest:
         if kind.copies is None:
             return
         form = self._dtype if kind.copies == "same" else kind.copies
-        needed = self._sizes.copied_bytes(self._batch, prefix, 4 if form == "float32" else 2)
+        needed = self._sizes.copied_bytes(self._batch, prefix, 4 if form == "float32" else 2) * kind.copies_at_once
+        what = f"copies the prefix for every sequence and needs {_size(needed)} of keys and values"
         if needed > self._memory:
-            raise PeerError(
-                f"copies the prefix for every sequence: {needed / 1e9:.1f} GB of keys and values; "
-                f"--memory is {self._memory / 1e9:.1f} GB",
-                peer=kind.name,
-            )
+            raise PeerError(f"{what}; --memory is {_size(self._memory)}", peer=kind.name)
+        if self._room is not None:
+            if needed > self._room:
+                raise PeerError(f"{what}; {_size(self._room)} of memory are free", peer=kind.name)
+            self._room -= needed
 
     def _loaded(self, entry: _Entry, note: str) -> Peer:
         """The running peer with the model loaded. What goes wrong here will not go better next time."""
@@ -266,7 +275,8 @@ class Contest:
                 f"decoded {sum(lengths)} tokens in {len(lengths)} sequences, not {steps} in each of {self._batch}",
                 peer=entry.kind.name,
             )
-        entry.idle_cpu_s = max(entry.idle_cpu_s, answer["idle_cpu_s"])
+        entry.idle_s += answer["idle_s"]
+        entry.idle_cpu_s += answer["idle_cpu_s"]
         return float(answer["seconds"])
 
     def _figures(self, entry: _Entry, prefix: int) -> dict[str, Any]:

@@ -66,7 +66,9 @@ class Peer:
             self.close()
             raise
         if not line:
-            self._fail(f"ended during {command!r}")
+            code = process.wait()
+            killed = f"killed by signal {-code}; was there enough memory?" if code < 0 else f"exit code {code}"
+            self._fail(f"ended during {command!r} ({killed})")
         try:
             answer = json.loads(line)
         except ValueError:

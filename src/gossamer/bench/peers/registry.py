@@ -24,6 +24,7 @@ class PeerKind:
         model: from a checkpoint, the peer's environment and the number of threads to what it loads.
         copies: number format of its keys and values if every sequence has a copy of the prefix, ``same`` for the
             checkpoint's; ``None`` if sequences share it.
+        copies_at_once: how many such copies exist at the worst moment.
         own_environment: it does not run in Gossamer's.
     """
 
@@ -31,6 +32,7 @@ class PeerKind:
     script: str
     model: Callable[[Path, Path, int], Path] = lambda checkpoint, environment, threads: checkpoint
     copies: str | None = None
+    copies_at_once: int = 1
     own_environment: bool = True
 
     def python(self, environments: Path) -> Path | None:
@@ -47,7 +49,7 @@ KINDS = {
         PeerKind("llama.cpp", "llama_cpp.py", lambda checkpoint, environment, threads: models.gguf(checkpoint)),
         PeerKind("openvino", "openvino.py", models.openvino),
         PeerKind("vllm", "vllm.py"),
-        PeerKind("ctranslate2", "ctranslate2.py", models.ctranslate2, copies="float32"),
+        PeerKind("ctranslate2", "ctranslate2.py", models.ctranslate2, copies="float32", copies_at_once=3),
         PeerKind("transformers", "transformers.py", copies="same", own_environment=False),
     )
 }
