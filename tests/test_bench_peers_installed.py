@@ -27,7 +27,7 @@ def llm() -> LLM:
     return LLM(MODEL)
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(scope="module", params=list(KINDS))
 def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
     kind = KINDS[request.param]
     python = kind.python(ENVIRONMENTS)
