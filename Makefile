@@ -13,11 +13,14 @@ BENCH_ARGS ?=
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 PEERS := .venv-peers
+BENCH := .venv-bench
+BENCH_PEERS := $(basename $(notdir $(wildcard requirements-bench/*.txt)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-peers sanitize lint format bench bench-peers table-1 docs clean FORCE
+.PHONY: help setup model run test test-slow test-peers sanitize lint format docs clean FORCE
+.PHONY: bench bench-peers bench-linear table-1
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +59,14 @@ format: setup ## Sort imports, apply safe fixes, format
 bench: setup model ## Measure decoding with and without sharing; BENCH_ARGS="..."
 	$(VENV)/bin/gossamer bench decode --model $(MODEL) $(BENCH_ARGS)
 
-bench-peers: $(PEERS)/.installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
+# A peer that cannot be installed stops nobody else; its rows say that it is missing.
+bench-peers: setup model ## Measure decoding beside other projects, each installed first; BENCH_ARGS="..."
+	@for peer in $(BENCH_PEERS); do \
+		$(MAKE) --no-print-directory $(BENCH)/$$peer/.installed || failed="$$failed $$peer"; \
+	done; test -z "$$failed" || echo "These could not be installed and are left out:$$failed" >&2
+	$(VENV)/bin/gossamer bench decode --model $(MODEL) --peers all $(BENCH_ARGS)
+
+bench-linear: $(PEERS)/.installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
 	$(PEERS)/bin/gossamer bench linear $(BENCH_ARGS)
 
 table-1: setup model ## Print Table 1 of the LLM.int8() paper for real models (half an hour)
@@ -67,7 +77,7 @@ docs: setup $(VENV)/.docs-installed ## Build the documentation into site/
 
 clean: ## Remove build output and caches; keeps .venv and pulled models
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -path ./$(PEERS) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 setup: $(VENV)/.package-installed ## Only set up .venv
 
@@ -120,4 +130,12 @@ $(PEERS)/.installed: requirements.txt requirements-peers.txt $(VENV)/.package-in
 	$(PEERS)/bin/python -m pip install -r requirements.txt
 	$(PEERS)/bin/python -m pip install -r requirements-peers.txt -c requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+# In the benchmark every project has its own versions of PyTorch and transformers. PyPI's torchvision, torchaudio and
+# torchcodec, which some of them require, do not work with the CPU build of PyTorch, and nothing here needs them.
+$(BENCH)/%/.installed: requirements-bench/%.txt | $(VENV)/.package-installed
+	$(IN_VENV) -m venv --clear $(BENCH)/$*
+	CMAKE_ARGS="-DGGML_NATIVE=ON $$CMAKE_ARGS" $(BENCH)/$*/bin/python -m pip install -r $<
+	$(BENCH)/$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

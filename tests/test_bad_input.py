@@ -257,6 +257,7 @@ def test_logits_that_are_not_numbers_fail_one_request(
 
     def ruin(plan: Any) -> torch.Tensor:
         logits = forward(plan)
+        engine.runner.largest = None  # it belongs to the logits as they were
         if not ruined and len(logits) == 2 + params.n:
             sick = [i for i, t in enumerate(plan.tokens[plan.logit_rows].tolist()) if t == 200]
             if sick:

@@ -19,7 +19,8 @@ def model(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return str(make_tiny_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=1024))
 
 
-def test_every_mode_is_measured_in_one_run(model: str) -> None:
+@pytest.mark.parametrize("runner", ["transformers", "auto"])
+def test_every_mode_is_measured_in_one_run(model: str, runner: str) -> None:
     arguments = [
         "bench",
         "decode",
@@ -33,13 +34,17 @@ def test_every_mode_is_measured_in_one_run(model: str) -> None:
         "7",
         "--new",
         "8",
+        "--runner",
+        runner,
     ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["machine"]["gemm_gflops"] > 0 and report["machine"]["read_gb_per_s"] > 0
     rows = {(row["batch"], row["sharing"]): row for row in report["results"]}
-    assert len(rows) == 8
+    native = report["results"][0]["runner"] == "native"  # which cannot leave attention out
+    assert len(rows) == (6 if native else 8)
+    assert not (native and runner == "transformers")
     for (batch, sharing), row in rows.items():
         assert row["error"] is None
         assert row["decode_tokens_per_s"] == pytest.approx(batch / row["step_ms"] * 1e3)

@@ -43,6 +43,24 @@ class CheckpointError(GossamerError):
     """A checkpoint or download on disk is damaged or incomplete."""
 
 
+class PeerError(GossamerError):
+    """Another project that was to be measured beside Gossamer cannot be asked, or gives no usable answer.
+
+    Attributes:
+        peer: its name.
+        stderr: the last lines it wrote there.
+    """
+
+    def __init__(self, message: str, *, peer: str, stderr: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.peer = peer
+        self.stderr = stderr or []
+
+    def __str__(self) -> str:
+        return "\n    ".join([f"{self.peer} {self.message}", *self.stderr])
+
+
 class RequestError(GossamerError, ValueError):
     """Something is wrong with one request.
 

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from gossamer.bench.machine import Int8Limits, ceilings, describe
+from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
 from gossamer.bench.text import windows
 from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
+from gossamer.engine.native_runner import NativeRunner
 from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.runners import RunnerChoice, make_runner
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -29,14 +32,20 @@ from gossamer.sampling_params import SamplingParams
 
 BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
 WARM_UP_STEPS = 2
+PEER = "peer"  # in the place of a way of sharing: another project
+TURNS, TURN_STEPS = 3, 8  # at least so many turns for peers, of at most so many steps
 
 
 @dataclass
 class DecodeResult:
-    """One way of sharing at one batch size and prefix length.
+    """One way of sharing at one batch size and prefix length, or another project that decoded the same prompts.
+
+    Another project has ``sharing="peer"`` and its name as ``runner``, and no engine to look into: it has only the
+    figures of prefix, decoding and step, the latter as means of its turns.
 
     Attributes:
         prefill_tokens_per_s: tokens computed before decoding, over the time that took.
+        prefix_tokens_per_s: tokens of the shared prefix, computed alone, over the time that took; only beside peers.
         decode_tokens_per_s: ``batch`` over the median step.
         step_ms: median of the decode steps; ``step_ms_range`` the fastest and the slowest.
         speedup: median, over the steps, of the time with sharing off over the time of the step beside it.
@@ -65,6 +74,7 @@ class DecodeResult:
     kv_bytes_peak: int | None = None
     floor_ms: float | None = None
     error: str | None = None
+    prefix_tokens_per_s: float | None = None
 
 
 @dataclass
@@ -89,9 +99,13 @@ def bench_decode(
     dtype: str = "auto",
     quantization: GossamerInt8Config | None = None,
     memory: int = 16 * 10**9,
+    runner: RunnerChoice = "auto",
+    peers: PeerOptions | None = None,
     progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Measure every combination. Returns ``{"machine": {...}, "results": [...]}``, see :class:`DecodeResult`.
+
+    With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
 
     Raises:
         ConfigurationError: an unknown way of sharing, or sizes below 1.
@@ -106,33 +120,58 @@ def bench_decode(
     network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization)
     machine = describe()
     results = []
-    limits = ceilings(network.dtype)
+    max_rows = max(2048, *batches)
+    made, note = make_runner(network, runner, max_rows=max_rows)
+    native = made if isinstance(made, NativeRunner) else None
+    if native is not None:
+        sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
+    if note:
+        progress(f"not native: {note}")
+    limits = ceilings(made.layout.dtype)
     if any(isinstance(module, Int8Linear) for module in network.modules()):
         limits["int8_gops"] = Int8Limits().measure()[0] or limits["gemm_gflops"]
     machine |= limits
-    for batch in batches:
-        for prefix in prefixes:
-            prompts = windows(tokenizer, prefix, suffix, batch)
-            contestants = []
-            for mode in sharing:
-                progress(f"{batch} x {prefix} tokens, {mode}: prefill")
-                contestants.append(_prepare(mode, network, tokenizer, prompts, prefix, new, memory))
-            progress(f"{batch} x {prefix} tokens: decoding in turn")
-            _race(contestants)
-            unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
-            for contestant in contestants:
-                _evaluate(contestant, network, limits, unshared)
-                results.append(asdict(contestant.result))
-            del contestants, contestant
-            gc.collect()  # engines refer to themselves; the next ones need their memory
-    return {"machine": machine, "results": results}
+    sizes = Sizes([(b, p) for b in batches for p in prefixes], suffix, new, numbers_per_token(network))
+    settings: dict[str, Any] = {"threads": machine["threads"], "dtype": network.dtype, "memory": memory}
+    with Contest(peers or PeerOptions(()), model, sizes, **settings, progress=progress) as contest:
+        for batch in batches:
+            for prefix in prefixes:
+                prompts = windows(tokenizer, prefix, suffix, batch)
+                contestants = []
+                for mode in sharing:
+                    progress(f"{batch} x {prefix} tokens, {mode}: prefill")
+                    contestants.append(_prepare(mode, native, network, tokenizer, prompts, prefix, new, memory))
+                if peers:
+                    for contestant in contestants:
+                        _measure_prefix(contestant, tokenizer, prompts[0][:prefix], memory)
+                contest.prepare(prompts, prefix)
+                progress(f"{batch} x {prefix} tokens: decoding in turn")
+                _race(contestants, contest)
+                unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
+                for contestant in contestants:
+                    _evaluate(contestant, network, limits, unshared)
+                    results.append(asdict(contestant.result))
+                for name, figures in contest.results(prefix).items():
+                    results.append(asdict(DecodeResult(PEER, name, batch, prefix, suffix, new, **figures)))
+                contest.release()
+                del contestants, contestant
+                gc.collect()  # engines refer to themselves; the next ones need their memory
+    report = {"machine": machine, "results": results}
+    return report | {"peers": contest.report()} if peers else report
 
 
 def _prepare(
-    mode: str, network: Any, tokenizer: Any, prompts: list[list[int]], prefix: int, new: int, memory: int
+    mode: str,
+    native: NativeRunner | None,
+    network: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    prefix: int,
+    new: int,
+    memory: int,
 ) -> _Contestant:
     """An engine whose sequences are all about to decode."""
-    runner = TransformersRunner(network, without_attention=mode == BOUND)
+    runner = native or TransformersRunner(network, without_attention=mode == BOUND)
     sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
     engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
@@ -159,6 +198,20 @@ def _prepare(
     return contestant
 
 
+def _measure_prefix(contestant: _Contestant, tokenizer: Any, prefix: list[int], memory: int) -> None:
+    """Compute the shared prefix alone, as peers do; in an engine of its own, since this one has it already."""
+    if contestant.result.sharing == BOUND or contestant.result.error is not None:
+        return
+    engine = Engine(contestant.engine.runner, tokenizer, memory=memory)
+    # another text first: what is set up on first use is not timed
+    for tokens in (prefix[-512:][::-1], prefix):
+        start = time.perf_counter()
+        engine.add_request("prefix", {"prompt_token_ids": tokens}, SamplingParams(temperature=0, max_tokens=1))
+        while engine.has_unfinished_requests():
+            engine.step()
+        contestant.result.prefix_tokens_per_s = len(tokens) / (time.perf_counter() - start)
+
+
 def _decodes(sequence: Sequence) -> bool:
     return bool(sequence.output_ids)
 
@@ -181,10 +234,12 @@ def _copy_prefix(engine: Engine, queue: list[tuple[str, Any]], params: SamplingP
         engine.step()
 
 
-def _race(contestants: list[_Contestant]) -> None:
-    """Decode in turn, a step each."""
+def _race(contestants: list[_Contestant], contest: Contest) -> None:
+    """Decode in turn, a step each; between them, the peers decode as many steps as were taken since their last turn."""
     running = [c for c in contestants if c.result.error is None]
-    for _ in range(min((_steps_left(c) for c in running), default=0)):
+    steps = min((_steps_left(c) for c in running), default=contestants[0].result.new - 1)
+    turn = max(1, min(TURN_STEPS, steps // TURNS))
+    for number in range(1, steps + 1):
         for contestant in running:
             stats = contestant.engine.stats
             overhead, sampling = stats.overhead_seconds, stats.sampling_seconds
@@ -193,6 +248,8 @@ def _race(contestants: list[_Contestant]) -> None:
             contestant.steps.append(time.perf_counter() - start)
             contestant.overheads.append(stats.overhead_seconds - overhead)
             contestant.samplings.append(stats.sampling_seconds - sampling)
+        if number % turn == 0:
+            contest.take_turns(turn)
 
 
 def _steps_left(contestant: _Contestant) -> int:
@@ -236,7 +293,8 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     # a tied embedding is the head's weight; another one is looked up, not multiplied
     floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
     int8 = [m.weight for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
-    linear = _seconds(floating, result.batch, flops, read)
+    width = engine.runner.layout.dtype.itemsize if result.runner == NativeRunner.name else None
+    linear = _seconds(floating, result.batch, flops, read, width)
     if int8:
         linear += _seconds(int8, result.batch, limits["int8_gops"] * 1e9, read)
     layout = engine.runner.layout
@@ -248,6 +306,7 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     return (linear + max(products / flops, keys * layout.bytes_per_token / read)) * 1e3
 
 
-def _seconds(weights: list[Any], batch: int, flops: float, read: float) -> float:
-    """To multiply these weights with ``batch`` rows, or to read them, whichever takes longer."""
-    return max(2 * batch * sum(w.numel() for w in weights) / flops, sum(w.nbytes for w in weights) / read)
+def _seconds(weights: list[Any], batch: int, flops: float, read: float, width: int | None = None) -> float:
+    """To multiply these weights with ``batch`` rows, or to read them (``width`` bytes each), whichever takes longer."""
+    size = sum(w.numel() * (width or w.itemsize) for w in weights)
+    return max(2 * batch * sum(w.numel() for w in weights) / flops, size / read)

@@ -36,6 +36,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def available_memory() -> int | None:
+    """Bytes that processes can take without others having to give up theirs; ``None`` where Linux does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 class Int8Limits:
     """What an int8 layer cannot exceed, to be measured beside it: reading memory, multiplying codes.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_linear import linear
+from gossamer.cli.bench_peers import peer_lines
 from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
@@ -16,6 +18,7 @@ from gossamer.cli.engine_options import (
     Int8Outliers,
     Int8Threshold,
     Quantization,
+    RunnerOption,
     Threads,
     int8_config,
 )
@@ -38,15 +41,25 @@ def decode(
         str,
         typer.Option(
             help="attention (one product for all), storage (one copy, every sequence attends on its own), off; "
-            "no-attention leaves attention out and shows what no way of sharing can exceed."
+            "no-attention leaves attention out and shows what no way of sharing can exceed (for transformers)."
         ),
     ] = "attention,storage,off,no-attention",
+    runner: RunnerOption = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Other projects to decode the same prompts beside it: llama.cpp, openvino, vllm, ctranslate2, "
+            "transformers, or all. `make bench-peers` installs them."
+        ),
+    ] = "",
+    peers_in: Annotated[Path, typer.Option(help="The directory with their environments.")] = Path(".venv-bench"),
+    peer_timeout: Annotated[float, typer.Option(min=1, help="Seconds a peer may take for one turn or prefill.")] = 600,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,6 +73,7 @@ def decode(
 
         torch.set_num_threads(threads)
     from gossamer.bench.decode import bench_decode
+    from gossamer.bench.peers.contest import PeerOptions, peer_names
     from gossamer.engine.memory import parse_bytes
 
     with stderr.status("starting") as status:
@@ -70,9 +84,11 @@ def decode(
             suffix=suffix,
             new=new,
             sharing=tuple(mode.strip() for mode in sharing.split(",")),
+            runner=runner,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
             memory=parse_bytes(memory),
+            peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
             progress=status.update,
         )
     if as_json:
@@ -90,9 +106,12 @@ def _print_table(report: dict[str, Any]) -> None:
 
     machine = report["machine"]
     console = Console()
-    console.width = max(console.width, 96)  # a narrow terminal may wrap the table; columns cut short help nobody
+    # a narrow terminal may wrap the table; columns cut short help nobody
+    console.width = max(console.width, 108 if "peers" in report else 96)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
+    for line in peer_lines(report.get("peers", {})):
+        console.print(line, soft_wrap=True, markup=False)
     table = Table()
     for name in (
         "batch",
@@ -107,10 +126,13 @@ def _print_table(report: dict[str, Any]) -> None:
         "K/V\nMB",
     ):
         table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
+    if "peers" in report:
+        table.add_column("prefix\ntok/s", justify="right", no_wrap=True)
     for row in report["results"]:
-        cells = [str(row["batch"]), str(row["prefix"]), row["sharing"]]
+        contestant = row["runner"] if row["sharing"] == "peer" else row["sharing"]
+        cells = [str(row["batch"]), str(row["prefix"]), contestant]
         if row["error"]:
-            console.print(f"{' x '.join(cells[:2])} tokens, {cells[2]}: {row['error']}", soft_wrap=True)
+            console.print(f"{' x '.join(cells[:2])} tokens, {cells[2]}: {row['error']}", soft_wrap=True, markup=False)
             continue
         table.add_row(
             *cells,
@@ -118,8 +140,9 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["speedup"], "{:.2f}x"),
             f"{row['step_ms']:,.1f}",
             optional(row["floor_ms"], "{:,.0f}"),
-            f"{row['engine_ms']:.2f}",
-            f"{row['sampling_ms']:.2f}",
+            optional(row["engine_ms"], "{:.2f}"),
+            optional(row["sampling_ms"], "{:.2f}"),
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
+            *([optional(row["prefix_tokens_per_s"], "{:,.0f}")] if "peers" in report else []),
         )
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,6 @@ class NativeRunner:
         recorder = Recorder(isa, self.layout, self.num_heads, max_rows)
         record(recorder, self.decoder)
         self._program = recorder.native
-        self._known: dict[int, _Target] = {}
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
         self._logits = torch.empty(0, self.vocab_size)
@@ -94,8 +92,7 @@ class NativeRunner:
         """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
         rows = len(plan.tokens)
         assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
-        step = _Arrays(plan, self.layout, self._known)
-        self._known = step.known
+        step = _Arrays(plan, self.layout)
         tables = self._rotary(int(plan.positions.max()) + 1)
         wanted = len(plan.logit_rows)
         if len(self._logits) < wanted:
@@ -134,27 +131,6 @@ class NativeRunner:
         return self._table_addresses
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Addresses of a node's or a bucket's keys and values, as one row of ``targets``.
-
-    They hold as long as the list and its first tensor are the same: whoever replaces a tensor of the list replaces all,
-    the first one while the old one still exists.
-    """
-
-    keys: list[Tensor]
-    first: int
-    row: list[int]
-
-    @classmethod
-    def of(cls, keys: list[Tensor], values: list[Tensor]) -> _Target:
-        addresses = [tensor.data_ptr() for tensor in (*keys, *values)]
-        return cls(keys, addresses[0], [*addresses, keys[0].stride(-3)])  # and entries from head to head
-
-    def holds(self, keys: list[Tensor]) -> bool:
-        return self.keys is keys and self.first == keys[0].data_ptr()
-
-
 class _Arrays:
     """A plan as the arrays that the program reads; see ``StepInput`` in csrc/program.h.
 
@@ -163,14 +139,12 @@ class _Arrays:
         targets: (n, 2 layers + 1) addresses of keys, of values, and the entries from one head to the next.
         items: (m, 6) target, first entry, number of keys, position of the first, first of ``item_rows``, their number.
         item_rows: the rows that attend to each item, one item after the other.
-        known: the targets by ``id`` of their node or bucket, for the next step.
     """
 
-    def __init__(self, plan: StepPlan, layout: KVLayout, known: dict[int, _Target]) -> None:
-        self._before = known
-        self.known: dict[int, _Target] = {}
+    def __init__(self, plan: StepPlan, layout: KVLayout) -> None:
         self._dim = layout.layers[0].key_dim
-        self._index: dict[int, int] = {}
+        self._index: dict[Node | Bucket, int] = {}
+        self._targets: list[list[int]] = []
         items: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         filled = 0
@@ -206,7 +180,7 @@ class _Arrays:
             self.place[members, 0] = target
             self.place[members, 1] = entries + offsets * self._dim
             add((target, entries, offsets + 1, positions[members] - offsets), members, each=True)
-        self.targets = np.array([target.row for target in self.known.values()], np.int64)
+        self.targets = np.array(self._targets, np.int64)
         self.items = np.concatenate(items)
         self.item_rows = np.concatenate(rows).astype(np.int32)
 
@@ -223,12 +197,11 @@ class _Arrays:
         return self._target(bucket, bucket.keys, bucket.values), bucket.keys[0].stride(0)
 
     def _target(self, owner: Node | Bucket, keys: list[Tensor], values: list[Tensor]) -> int:
-        name = id(owner)
-        if name not in self._index:
-            before = self._before.get(name)
-            self._index[name] = len(self.known)
-            self.known[name] = before if before is not None and before.holds(keys) else _Target.of(keys, values)
-        return self._index[name]
+        # Asked anew in every step: tensors move whenever a node is split or a bucket grows, shrinks, and grows again.
+        if owner not in self._index:
+            self._index[owner] = len(self._targets)
+            self._targets.append([*(t.data_ptr() for t in (*keys, *values)), keys[0].stride(-3)])
+        return self._index[owner]
 
 
 def _numbers(rows: Rows) -> np.ndarray:

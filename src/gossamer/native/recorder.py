@@ -1,5 +1,5 @@
-"""Records a native program. A model's definition (:mod:`gossamer.native.decoder`) calls these methods once; each adds ops
-that every step then runs, over buffers with one row per token of the step.
+"""Records a native program. A model's definition (:mod:`gossamer.native.decoder`) calls these methods once; each adds
+ops that every step then runs, over buffers with one row per token of the step.
 
 Buffers have names, and layers use the same ones: the next layer overwrites what the last one left.
 """

@@ -1,0 +1,55 @@
+"""Which projects can be measured beside Gossamer, where they are installed, and how the model gets to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gossamer.bench.peers import models
+
+HERE = Path(__file__).parent
+INSTALLED = ".installed"  # written last by `make bench-peers`
+ENVIRONMENTS = Path(".venv-bench")
+
+
+@dataclass(frozen=True)
+class PeerKind:
+    """A project.
+
+    Attributes:
+        name: as in ``--peers`` and in the table; also the directory of its environment.
+        script: defines its ``Decoder``.
+        model: from a checkpoint, the peer's environment and the number of threads to what it loads.
+        copies: number format of its keys and values if every sequence has a copy of the prefix, ``same`` for the
+            checkpoint's; ``None`` if sequences share it.
+        copies_at_once: how many such copies exist at the worst moment.
+        own_environment: it does not run in Gossamer's.
+    """
+
+    name: str
+    script: str
+    model: Callable[[Path, Path, int], Path] = lambda checkpoint, environment, threads: checkpoint
+    copies: str | None = None
+    copies_at_once: int = 1
+    own_environment: bool = True
+
+    def python(self, environments: Path) -> Path | None:
+        """The interpreter to run it with; ``None`` if the peer is not installed."""
+        if not self.own_environment:
+            return Path(sys.executable)
+        environment = environments / self.name
+        return environment / "bin" / "python" if (environment / INSTALLED).exists() else None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        PeerKind("llama.cpp", "llama_cpp.py", lambda checkpoint, environment, threads: models.gguf(checkpoint)),
+        PeerKind("openvino", "openvino.py", models.openvino),
+        PeerKind("vllm", "vllm.py"),
+        PeerKind("ctranslate2", "ctranslate2.py", models.ctranslate2, copies="float32", copies_at_once=3),
+        PeerKind("transformers", "transformers.py", copies="same", own_environment=False),
+    )
+}
