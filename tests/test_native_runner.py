@@ -1,0 +1,125 @@
+"""What surrounds the native program: where it is chosen, forks, threads, bad steps."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from architectures import make_model
+from gossamer.engine.attention import IMPLEMENTATION
+from gossamer.engine.engine import Engine
+from gossamer.engine.native_runner import NativeRunner, why_not_native
+from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.runners import make_runner
+from gossamer.errors import ConfigurationError, UnsupportedModelError
+from gossamer.native.library import instruction_set, instruction_sets
+from gossamer.nn import quantize
+from test_exactness import NumberTokenizer, answers
+
+needs_native = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
+PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [1]]
+
+
+def network(name: str = "llama") -> Any:
+    model = make_model(name)
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def native(threads: int = 2, **changes: Any) -> Engine:
+    return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), **changes)
+
+
+def test_reference_switches_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_ISA", "reference")
+    assert instruction_set() is None
+    made, note = make_runner(network(), "auto", max_rows=64)
+    assert isinstance(made, TransformersRunner) and "switched off" in note
+    with pytest.raises(UnsupportedModelError, match="switched off"):
+        make_runner(network(), "native", max_rows=64)
+
+
+def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_ISA", "avx1024")
+    with pytest.raises(ConfigurationError, match=r"avx1024.*reference"):
+        instruction_set()
+
+
+@needs_native
+def test_unsupported_models_go_to_transformers_with_the_reason() -> None:
+    made, note = make_runner(network("gpt2"), "auto", max_rows=64)
+    assert isinstance(made, TransformersRunner) and "gpt2 is not among llama" in note
+    assert why_not_native(network("mixtral"))
+
+
+@needs_native
+def test_layers_that_cannot_be_packed_together_leave_the_model_whole() -> None:
+    """A partly quantized model runs on transformers, with all of its weights."""
+    model = network()
+    quantize(model, skip=("q_proj", "lm_head"))
+    made, note = make_runner(model, "auto", max_rows=64)
+    assert isinstance(made, TransformersRunner) and "partly int8" in note
+    assert len(answers(Engine(made, NumberTokenizer()), PROMPTS, 4)) == 3
+
+
+@needs_native
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("outliers", ["token", "batch", None])
+def test_int8_logits_are_near_the_reference(isa: str, outliers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same codes and scales; keys, values and the output layer are bf16 here and fp32 there."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    found = []
+    for kind in (TransformersRunner, lambda model: NativeRunner(model, max_rows=64)):
+        model = network("qwen3")
+        quantize(model, outliers=outliers)
+        engine = Engine(kind(model), NumberTokenizer())
+        engine.add_score("score", {"prompt_token_ids": list(range(40))})
+        done: list[Any] = []
+        while engine.has_unfinished_requests():
+            done += engine.step()
+        found.append(torch.tensor(done[0].token_logprobs[1:]))
+    reference, ours = found
+    assert (reference - ours).abs().mean() < 0.1 * reference.std()
+
+
+@needs_native
+def test_any_number_of_threads_gives_the_same_tokens() -> None:
+    expected = answers(native(1), PROMPTS, 12)
+    assert all(answers(native(threads), PROMPTS, 12) == expected for threads in (2, 3, 5))
+
+
+@needs_native
+def test_two_engines_at_once() -> None:
+    expected = answers(native(), PROMPTS, 20)
+    found: list[Any] = []
+    engines = [native(), native()]
+    threads = [threading.Thread(target=lambda e=e: found.append(answers(e, PROMPTS, 20))) for e in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [expected, expected]
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_goes_on() -> None:
+    """OpenMP's threads do not survive a fork; a child that waited for them would hang."""
+    engine = native()
+    expected = answers(engine, PROMPTS, 8)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if answers(engine, PROMPTS, 8) == expected else 1)
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        threading.Event().wait(0.1)
+    else:
+        os.kill(child, 9)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
