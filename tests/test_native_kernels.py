@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.library import core, instruction_sets
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear
@@ -118,6 +118,21 @@ def test_floating_point_linear(isa: str, type_: str, shape: tuple[int, int, int]
     assert error.max() < (1e-6 if type_ == "float32" else 2**-7)
     half = pack_linear([layer], isa, type_)(x.bfloat16())
     assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), exact, atol=0.1, rtol=0.02)
+
+
+def test_a_store_that_does_not_fit_is_refused_before_any_address_is_used() -> None:
+    for damage in ("far", "negative", "short", "wide"):
+        layer = int8_layer(8, 16, bias=False, stored=2, rule=Decomposition())
+        assert layer.outlier_columns is not None and layer.outlier_weight is not None
+        if damage in ("far", "negative"):
+            layer.outlier_columns[1] = 16 if damage == "far" else -1
+        else:
+            layer.outlier_weight = layer.outlier_weight[:4] if damage == "short" else layer.outlier_weight.float()
+        with pytest.raises(UnsupportedModelError, match="store"):
+            pack_linear([layer], ISAS[0], "float32")
+    empty = int8_layer(8, 16, bias=False, stored=0, rule=Decomposition())
+    empty.outlier_columns, empty.outlier_weight = torch.zeros(0, dtype=torch.int64), torch.zeros(8, 0).half()
+    assert pack_linear([empty], ISAS[0], "float32")(torch.ones(1, 16)).shape == (1, 8)
 
 
 def test_wrong_rows_are_refused() -> None:

@@ -92,12 +92,27 @@ def check_linear(layers: Sequence[Any]) -> None:
         raise UnsupportedModelError(
             f"an int8 layer has {first.in_features} inputs; at most {MAX_INT8_INPUTS} can be packed"
         )
+    for layer in layers:
+        _check_store(layer)
     columns = getattr(first, "outlier_columns", None)
     for layer in layers:
         others = getattr(layer, "outlier_columns", None)
         same = others is columns or (others is not None and columns is not None and torch.equal(others, columns))
         if not same or getattr(layer, "decomposition", None) != getattr(first, "decomposition", None):
             raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
+
+
+def _check_store(layer: Any) -> None:
+    """The kernels take numbers of columns at their word."""
+    columns, store = getattr(layer, "outlier_columns", None), getattr(layer, "outlier_weight", None)
+    if columns is None:
+        return
+    outputs, inputs = layer.weight.shape
+    fits = columns.dtype == torch.int64 and columns.dim() == 1
+    fits = fits and (not len(columns) or 0 <= int(columns.min()) <= int(columns.max()) < inputs)
+    fits = fits and store is not None and store.shape == (outputs, len(columns))
+    if not fits or store.dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedModelError("a layer's outlier store does not fit its weight, or is not in 16 bit")
 
 
 def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
@@ -159,7 +174,7 @@ def _pack_rows(handle: Any, layer: Any, where: tuple[int, int, int, int]) -> Non
     if layer.bias is not None:
         bias = layer.bias.detach().float().contiguous()
         handle.set_bias(bias.data_ptr(), *where)
-    if getattr(layer, "outlier_columns", None) is not None:
+    if getattr(layer, "outlier_columns", None) is not None and len(layer.outlier_columns):
         columns, store = layer.outlier_columns.contiguous(), layer.outlier_weight.contiguous()
         handle.set_store(columns.data_ptr(), store.data_ptr(), *where)
 
