@@ -353,6 +353,16 @@ def test_the_table_names_peers_and_their_versions(model: str, tmp_path: Path) ->
     assert "transformers: transformers " in result.output and "prefix" in result.output
 
 
+def test_a_peer_that_no_combination_was_for(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest_module, "available_memory", lambda: 1)
+    arguments = ["--peers", "transformers", "--sharing", "attention"]
+    result = bench(model, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "of memory are free" in result.output
+    report = json.loads(bench(model, *arguments, "--json").stdout)["peers"]
+    assert report == {"transformers": {"versions": {}, "weights": None, "keys": None, "idle_cores": 0.0}}
+
+
 def test_without_peers_the_report_is_as_before(model: str) -> None:
     report = bench_decode(model, batches=[2], prefixes=[40], suffix=4, new=8, sharing=("attention",))
     assert "peers" not in report

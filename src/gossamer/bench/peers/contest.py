@@ -107,7 +107,7 @@ class _Entry:
 
     kind: PeerKind
     peer: Peer | None = None
-    description: dict[str, Any] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=lambda: {"versions": {}, "weights": None, "keys": None})
     out: str | None = None
     error: str | None = None
     prefill_s: float = 0.0
