@@ -107,10 +107,12 @@ def _check_store(layer: Any) -> None:
     columns, store = getattr(layer, "outlier_columns", None), getattr(layer, "outlier_weight", None)
     if columns is None:
         return
+    if store is None:
+        raise UnsupportedModelError("a layer has numbers of outlier columns, but not their weights")
     outputs, inputs = layer.weight.shape
     fits = columns.dtype == torch.int64 and columns.dim() == 1
     fits = fits and (not len(columns) or 0 <= int(columns.min()) <= int(columns.max()) < inputs)
-    fits = fits and store is not None and store.shape == (outputs, len(columns))
+    fits = fits and store.shape == (outputs, len(columns))
     if not fits or store.dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedModelError("a layer's outlier store does not fit its weight, or is not in 16 bit")
 
