@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "program.h"
+#include "weight.h"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -125,10 +126,10 @@ NB_MODULE(_native, m) {
       })
       .def("attend", &Program::attend)
       .def("argmax", &Program::argmax)
-      .def("step", [](Program& self, int64_t rows, int64_t tokens, int64_t positions, int64_t place, int64_t targets, int64_t target,
-                      int64_t items, int64_t item, int64_t item_rows, int64_t logit_rows, int64_t logit_row, int64_t tables,
-                      int64_t logits, int64_t best, int threads) {
-        StepInput input{rows, logit_rows, targets, items, at<const int64_t>(tokens), at<const int64_t>(positions),
+      .def("step", [](Program& self, int64_t rows, int64_t tokens, int64_t positions, int64_t place, int64_t target, int64_t items,
+                      int64_t item, int64_t item_rows, int64_t logit_rows, int64_t logit_row, int64_t tables, int64_t logits,
+                      int64_t best, int threads) {
+        StepInput input{rows, logit_rows, items, at<const int64_t>(tokens), at<const int64_t>(positions),
                         at<const int64_t>(place), at<const int64_t>(target), at<const int64_t>(item), at<const int32_t>(item_rows),
                         at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best)};
         nb::gil_scoped_release release;

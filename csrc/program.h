@@ -2,75 +2,23 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 #include "threads.h"
+#include "weight.h"
+#include "workspace.h"
 
 namespace gossamer {
 
-// What an op may use of its thread while it runs.
-struct Thread {
-  int index = 0, count = 1;
-  float* scratch;      // (largest k, 32) floats
-  int32_t* index_of;   // (largest k), all -1
-  int32_t* used;       // (largest k)
-  float* row;          // (largest k + 16)
-  float* merged;       // (largest k)
-  uint8_t* mask;       // (largest k)
-  const void* marks = nullptr;  // the phase that the mask belongs to
-  uint8_t* attention;
-  std::vector<const float*> outs, states;
-  Memory memory;
-
-  Thread(int index, int64_t largest_k, int64_t attention_bytes);
-};
-
-// Prepared rows and the memory they live in.
-struct Rows {
-  Prepared view{};
-  Memory memory;
-  Rows(Type type, int64_t k, int64_t max_rows);
-};
-
-// A packed weight and the memory it lives in.
-class Weight {
- public:
-  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
-  PackedWeight& packed() { return packed_; }
-  const Kernels& kernels() const { return kernels_; }
-  int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
-
-  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
-  void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
-  void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
-  // `columns` (stored), and `store` (rows, stored) of their weights.
-  void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
-
-  // y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
-  void multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);
-
- private:
-  struct Workspace {
-    Rows rows;
-    int64_t max_rows;
-    std::vector<Thread> threads;
-  };
-  const Kernels& kernels_;
-  PackedWeight packed_{};
-  SharedMemory memory_;
-  std::mutex mutex_;
-  std::unique_ptr<Workspace> idle_;  // of the last product, for the next one
-};
-
 // Keys, values and rows of one step. All arrays belong to the caller.
 struct StepInput {
-  int64_t rows = 0, logit_rows = 0, targets = 0, items = 0;
+  int64_t rows = 0, logit_rows = 0, items = 0;
   const int64_t* tokens;      // (rows)
   const int64_t* positions;   // (rows)
   const int64_t* place;       // (rows, 2): target, and where in it the row's key goes, in entries
@@ -150,6 +98,8 @@ class Program {
   Memory partial_state;   // (partials, heads, 2)
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   void plan(const StepInput& step, int64_t window, int threads);
 
   std::vector<std::unique_ptr<Op>> ops_;
@@ -157,7 +107,7 @@ class Program {
   std::map<int64_t, Tasks> tasks_;  // by window
   std::vector<Thread> threads_;
   int64_t largest_k_ = 0, last_window_ = 0;
-  std::map<std::string, double> seconds_;
+  std::vector<Clock::time_point> times_;  // of the last step: its start, then the end of each op
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
 };
 

@@ -106,7 +106,6 @@ class NativeRunner:
             tokens.data_ptr(),
             positions.data_ptr(),
             step.place.ctypes.data,
-            len(step.targets),
             step.targets.ctypes.data,
             len(step.items),
             step.items.ctypes.data,

@@ -1,0 +1,263 @@
+// The ops that a program is made of.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "program.h"
+#include "workspace.h"
+
+namespace gossamer {
+
+struct Embed final : Op {
+  PackedWeight& table;
+  float factor;
+  int to;
+  Embed(PackedWeight& table, float factor, int to) : Op("embedding"), table(table), factor(factor), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) look_up(step.tokens[r], program.buffers[to].row(r));
+    });
+  }
+  void look_up(int64_t token, float* out) const {
+    const int64_t size = step_of(table.type);
+    const uint8_t* column = table.data + token / PANEL * table.steps * STEP_BYTES + token % PANEL * 4;
+    for (int64_t k = 0; k < table.k; ++k) {
+      const uint8_t* from = column + k / size * STEP_BYTES + k % size * bytes_of(table.type);
+      if (table.type == Type::int8) {
+        out[k] = static_cast<float>(*from - 128) * table.scale[token] * factor;
+      } else if (table.type == Type::bf16) {
+        uint16_t bits;
+        std::memcpy(&bits, from, 2);
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        std::memcpy(&out[k], &wide, 4);
+        out[k] *= factor;
+      } else {
+        std::memcpy(&out[k], from, 4);
+        out[k] *= factor;
+      }
+    }
+  }
+};
+
+inline const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+
+struct Prepare final : Op {
+  int source;
+  std::vector<float> gain;
+  float epsilon;
+  int64_t k;
+  int to;
+  Decomposition rule;
+  std::vector<uint8_t> columns;
+  bool last;
+  int64_t window;               // of the attention whose results are merged
+  Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
+  bool marks = false;
+
+  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, int to, Decomposition rule, bool last, int64_t window)
+      : Op(source < 0 ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
+        epsilon(epsilon), k(k), to(to), rule(rule), last(last), window(window) {
+    if (rule.extent == Extent::columns && rule.columns) {
+      columns.assign(rule.columns, rule.columns + k);
+      this->rule.columns = columns.data();
+    }
+  }
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const Kernels& kernels = program.kernels;
+    const Prepared& x = program.rows[to].view;
+    const int64_t count = last ? step.logit_rows : step.rows;
+    phase.run(count, grain_of(count, thread.count), [&](int64_t first, int64_t end) {
+      const Decomposition now = marker ? columns_of_all(program.threads(), marker->phase, thread, k) : rule;
+      for (int64_t r = first; r < end; ++r) {
+        const int64_t from = last ? step.logit_row[r] : r;
+        const float* row = source < 0 ? merged(program, from, thread) : program.buffers[source].row(from);
+        const float inverse =
+            gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
+        kernels.prepare(x, r, row, inverse, or_null(gain), now, thread.row);
+        if (marks) mark(x, r, phase, thread);
+      }
+    });
+  }
+
+  const float* merged(Program& program, int64_t row, Thread& thread) const {
+    const Program::Tasks& tasks = program.tasks(window);
+    const Shape& shape = program.shape;
+    const int64_t begin = tasks.part_of_row[row], count = tasks.part_of_row[row + 1] - begin;
+    thread.outs.resize(count);
+    thread.states.resize(count);
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = tasks.parts[begin + i] * shape.heads + h;
+        thread.outs[i] = program.partial_out.as<float>() + place * shape.dim;
+        thread.states[i] = program.partial_state.as<float>() + place * 2;
+      }
+      program.kernels.merge(thread.outs.data(), thread.states.data(), count, shape.dim, thread.merged + h * shape.dim);
+    }
+    return thread.merged;
+  }
+};
+
+struct Linear final : Op {
+  PackedWeight& weight;
+  int from, to;
+  bool add;
+  Activation gate;
+  bool last;
+  Linear(PackedWeight& weight, int from, int to, bool add, Activation gate, bool last)
+      : Op(last ? "head" : "linear"), weight(weight), from(from), to(to), add(add), gate(gate), last(last) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const int64_t count = last ? step.logit_rows : step.rows;
+    const Program::Buffer& out = program.buffers[to];
+    LinearCall call{};
+    call.weight = &weight;
+    call.x = &program.rows[from].view;
+    call.y = to == 0 ? step.logits : out.memory.as<float>();
+    call.y_stride = out.width;
+    call.y_columns = to == 0 ? weight.n : out.width;
+    call.add = add;
+    call.gate = gate;
+    multiply_pieces(program.kernels, call, count, phase, thread);
+  }
+};
+
+struct AddNormed final : Op {
+  int source;
+  std::vector<float> gain;
+  float epsilon;
+  int64_t k;
+  int to;
+  AddNormed(int source, std::vector<float> gain, float epsilon, int64_t k, int to)
+      : Op("norm"), source(source), gain(std::move(gain)), epsilon(epsilon), k(k), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const float* x = program.buffers[source].row(r);
+        const float inverse = 1.0f / std::sqrt(program.kernels.square_sum(x, k) / static_cast<float>(k) + epsilon);
+        program.kernels.scale_row(x, inverse, gain.data(), k, program.buffers[to].row(r), true);
+      }
+    });
+  }
+};
+
+struct RotateAndStore final : Op {
+  int source;
+  int64_t layer;
+  int table;
+  int64_t rotated;
+  std::vector<float> query_gain, key_gain;
+  float epsilon, scale;
+  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, std::vector<float> query_gain,
+                 std::vector<float> key_gain, float epsilon, float scale)
+      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), query_gain(std::move(query_gain)),
+        key_gain(std::move(key_gain)), epsilon(epsilon), scale(scale) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const Shape& s = program.shape;
+    const Kernels& kernels = program.kernels;
+    const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1;
+    const float* cosines = reinterpret_cast<const float*>(step.tables[2 * table]);
+    const float* sines = reinterpret_cast<const float*>(step.tables[2 * table + 1]);
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const float* x = program.buffers[source].row(r);
+        const float* cosine = cosines + step.positions[r] * (rotated / 2);
+        const float* sine = sines + step.positions[r] * (rotated / 2);
+        uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * width;
+        for (int64_t h = 0; h < s.heads; ++h, x += s.dim)
+          kernels.rotate(normed(kernels, x, query_gain, s.dim, thread), cosine, sine, s.dim, rotated, scale,
+                         q + h * s.dim * width, s.kv);
+        const int64_t* target = step.target + step.place[2 * r] * fields;
+        uint8_t* keys = reinterpret_cast<uint8_t*>(target[layer]) + step.place[2 * r + 1] * width;
+        uint8_t* values = reinterpret_cast<uint8_t*>(target[s.layers + layer]) + step.place[2 * r + 1] * width;
+        const int64_t to_next = target[2 * s.layers] * width;
+        for (int64_t h = 0; h < s.kv_heads; ++h) {
+          kernels.rotate(normed(kernels, x + h * s.dim, key_gain, s.dim, thread), cosine, sine, s.dim, rotated, 1.0f,
+                         keys + h * to_next, s.kv);
+          kernels.convert(x + (s.kv_heads + h) * s.dim, s.dim, values + h * to_next, s.kv);
+        }
+      }
+    });
+  }
+  const float* normed(const Kernels& kernels, const float* x, const std::vector<float>& gain, int64_t dim,
+                      Thread& thread) const {
+    if (gain.empty()) return x;
+    const float inverse = 1.0f / std::sqrt(kernels.square_sum(x, dim) / static_cast<float>(dim) + epsilon);
+    kernels.scale_row(x, inverse, gain.data(), dim, thread.row, false);
+    return thread.row;
+  }
+};
+
+struct Attend final : Op {
+  static constexpr int64_t SHORT = 16384;  // bytes of keys that are fetched while the task before is computed
+  int64_t layer, window;
+  Attend(int64_t layer, int64_t window) : Op("attention"), layer(layer), window(window) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const Shape& s = program.shape;
+    const Program::Tasks& tasks = program.tasks(window);
+    const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1, group = s.heads / s.kv_heads;
+    AttentionTask task{};
+    task.type = s.kv;
+    task.dim = s.dim;
+    task.q = program.queries.as<void>();
+    task.q_stride = s.heads * s.dim;
+    task.position = step.positions;
+    task.group = group;
+    task.window = window;
+    task.out_stride = s.heads * s.dim;
+    task.state_stride = s.heads * 2;
+    task.scratch = thread.attention;
+    phase.run(static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
+      const auto entry_of = [&](const Program::Task& t, const int64_t* target) {
+        return step.item[6 * t.item + 1] + t.head * target[2 * s.layers] + t.first_key * s.dim;
+      };
+      for (int64_t i = tasks.groups[g]; i < tasks.groups[g + 1]; ++i) {
+        const Program::Task& t = tasks.all[i];
+        const int64_t* item = step.item + 6 * t.item;
+        const int64_t* target = step.target + item[0] * fields;
+        const int64_t entry = entry_of(t, target);
+        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * s.dim * width <= SHORT) {  // too short to run ahead
+          const Program::Task& soon = tasks.all[i + 1];
+          const int64_t* there = step.target + step.item[6 * soon.item] * fields;
+          const int64_t first = entry_of(soon, there) * width, bytes = soon.keys * s.dim * width;
+          for (int64_t b = 0; b < bytes; b += 64) {
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[layer]) + first + b);
+            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + first + b);
+          }
+        }
+        task.tokens = step.item_rows + item[4] + t.first_row;
+        task.rows = t.rows;
+        task.head = t.head * group;
+        task.keys = reinterpret_cast<const uint8_t*>(target[layer]) + entry * width;
+        task.values = reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + entry * width;
+        task.n = t.keys;
+        task.start = item[3] + t.first_key;
+        task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;
+        task.state = program.partial_state.as<float>() + (t.partial * s.heads + task.head) * 2;
+        program.kernels.attend(task);
+      }
+    });
+  }
+};
+
+struct Argmax final : Op {
+  int64_t vocabulary;
+  explicit Argmax(int64_t vocabulary) : Op("argmax"), vocabulary(vocabulary) {}
+
+  void run(Program& program, const StepInput& step, Thread&) override {
+    if (!step.best) return;
+    phase.run(step.logit_rows, 1, [&](int64_t r, int64_t) {
+      step.best[r] = program.kernels.argmax(step.logits + r * vocabulary, vocabulary);
+    });
+  }
+};
+
+}  // namespace gossamer

@@ -1,0 +1,95 @@
+#include "weight.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace gossamer {
+
+Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type)
+    : kernels_(kernels) {
+  PackedWeight& w = packed_;
+  w.type = type;
+  w.n = n;
+  w.k = k;
+  w.panels = (n + PANEL - 1) / PANEL;
+  w.steps = (k + step_of(type) - 1) / step_of(type);
+  w.stored = stored;
+  w.stored_type = stored_type;
+  const int64_t columns = w.panels * PANEL;
+  const int64_t data = w.panels * w.steps * STEP_BYTES, scale = type == Type::int8 ? columns * 4 : 0;
+  const int64_t bias = has_bias ? columns * 4 : 0, place = stored ? round_up(k * 4, 64) : 0;
+  memory_ = SharedMemory(data + scale + bias + place + columns * stored * 2 + 64);
+  uint8_t* p = memory_.data();
+  const auto part = [&](int64_t bytes) -> void* {
+    void* here = bytes ? p : nullptr;
+    p += bytes;
+    return here;
+  };
+  w.data = static_cast<uint8_t*>(part(data));
+  w.scale = static_cast<float*>(part(scale));
+  w.bias = static_cast<float*>(part(bias));
+  w.place = static_cast<int32_t*>(part(place));
+  w.store = static_cast<uint16_t*>(part(columns * stored * 2));
+  if (type == Type::int8) std::memset(w.data, 128, data);  // padding is zero, which is stored as 128
+}
+
+void Weight::pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale) {
+  kernels_.pack(packed_, source, type, rows, first, part, parts);
+  if (packed_.type == Type::int8)
+    for (int64_t r = 0; r < rows; ++r) packed_.scale[packed_row(first + r, part, parts)] = scale[r];
+}
+
+void Weight::set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts) {
+  for (int64_t r = 0; r < rows; ++r) packed_.bias[packed_row(first + r, part, parts)] = bias[r];
+}
+
+void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts) {
+  PackedWeight& w = packed_;
+  std::fill(w.place, w.place + w.k, -1);
+  for (int64_t s = 0; s < w.stored; ++s) w.place[columns[s]] = static_cast<int32_t>(s);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = packed_row(first + r, part, parts);
+    for (int64_t s = 0; s < w.stored; ++s) w.store[(n / PANEL * w.stored + s) * PANEL + n % PANEL] = store[r * w.stored + s];
+  }
+}
+
+void Weight::multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads) {
+  const PackedWeight& w = packed_;
+  const Kernels& kernels = kernels_;
+  std::unique_ptr<Workspace> work;
+  {
+    std::lock_guard lock(mutex_);  // another thread that multiplies meanwhile makes its own
+    work = std::move(idle_);
+  }
+  if (!work || work->max_rows < rows) work.reset(new Workspace{Rows(w.type, w.k, rows), rows, {}});
+  std::vector<Thread>& own = work->threads;
+  while (static_cast<int>(own.size()) < threads) own.emplace_back(static_cast<int>(own.size()), w.k, 0);
+  const Prepared& prepared = work->rows.view;
+  for (Thread& thread : own) thread.marks = nullptr;
+  Phase first, second, third;
+  run_parallel(threads, [&](int index) {
+    Thread& thread = own[index];
+    thread.count = threads;
+    const auto prepare = [&](Phase& phase, const Phase* marked) {
+      phase.run(rows, grain_of(rows, threads), [&](int64_t begin, int64_t end) {
+        const Decomposition now = marked ? columns_of_all(own, *marked, thread, w.k) : rule;
+        for (int64_t r = begin; r < end; ++r) {
+          kernels.prepare(prepared, r, x + r * w.k, 1.0f, nullptr, now, thread.row);
+          if (whole_columns && !marked) mark(prepared, r, phase, thread);
+        }
+      });
+    };
+    prepare(first, nullptr);
+    if (whole_columns) prepare(second, &first);
+    LinearCall call{};
+    call.weight = &w;
+    call.x = &prepared;
+    call.y = y;
+    call.y_stride = call.y_columns = w.n;
+    multiply_pieces(kernels, call, rows, third, thread);
+  });
+  std::lock_guard lock(mutex_);
+  idle_ = std::move(work);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,44 @@
+// A packed weight, which can multiply on its own.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "workspace.h"
+
+namespace gossamer {
+
+// A packed weight and the memory it lives in.
+class Weight {
+ public:
+  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
+  PackedWeight& packed() { return packed_; }
+  const Kernels& kernels() const { return kernels_; }
+  int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
+
+  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
+  void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
+  void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  // `columns` (stored), and `store` (rows, stored) of their weights.
+  void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
+
+  // y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
+  void multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);
+
+ private:
+  struct Workspace {
+    Rows rows;
+    int64_t max_rows;
+    std::vector<Thread> threads;
+  };
+  const Kernels& kernels_;
+  PackedWeight packed_{};
+  SharedMemory memory_;
+  std::mutex mutex_;
+  std::unique_ptr<Workspace> idle_;  // of the last product, for the next one
+};
+
+}  // namespace gossamer
