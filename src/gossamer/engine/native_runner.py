@@ -70,7 +70,15 @@ class NativeRunner:
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
         self.decoder = pack_decoder(network, isa, float_type, attention)
-        recorder = Recorder(isa, self.layout, self.num_heads, max_rows)
+        recorder = Recorder(
+            isa,
+            layers=len(self.layout.layers),
+            heads=self.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.key_dim,
+            kv=float_type,
+            max_rows=max_rows,
+        )
         record(recorder, self.decoder)
         self._program = recorder.native
         self._tables: list[tuple[Tensor, Tensor]] = []

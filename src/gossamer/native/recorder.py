@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.engine.memory import KVLayout
 from gossamer.native.library import core
 from gossamer.native.weights import PackedLinear
 
@@ -39,18 +38,19 @@ class Recorder:
 
     Args:
         isa: instruction set.
-        layout: keys and values; all layers alike.
-        heads: query heads.
+        layers: of the model.
+        heads: query heads of each layer.
+        kv_heads: key and value heads of each layer.
+        dim: entries of a head.
+        kv: type of keys and values, ``"bfloat16"`` or ``"float32"``.
         max_rows: most tokens of a step.
     """
 
-    def __init__(self, isa: str, layout: KVLayout, heads: int, max_rows: int) -> None:
-        shape = layout.layers[0]
-        kv = str(layout.dtype).removeprefix("torch.")
+    def __init__(self, isa: str, *, layers: int, heads: int, kv_heads: int, dim: int, kv: str, max_rows: int) -> None:
         library = core()
         assert library is not None
-        self.native = library.Program(isa, len(layout.layers), heads, shape.num_kv_heads, shape.key_dim, kv, max_rows)
-        self.heads, self.kv_heads, self.dim = heads, shape.num_kv_heads, shape.key_dim
+        self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows)
+        self.heads, self.dim = heads, dim
         self._buffers: dict[str, Rows] = {}
         self._prepared: dict[tuple[str, int], int] = {}
 
