@@ -62,7 +62,7 @@ def main() -> None:
             if decoder is None:
                 decoder = load_decoder(sys.argv[1])
             answer = json.dumps(getattr(decoder, request.pop("command"))(**request) | idle)
-        except Exception as error:
+        except Exception as error:  # other projects raise what they like; the caller shows it, and the others go on
             traceback.print_exc()
             answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
         answers.write(answer + "\n")
