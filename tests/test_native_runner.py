@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 from typing import Any
 
@@ -32,6 +34,19 @@ def network(name: str = "llama") -> Any:
 
 def native(threads: int = 2, **changes: Any) -> Engine:
     return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), **changes)
+
+
+def compiler() -> str | None:
+    """A C++ compiler that the build would have found."""
+    named = os.environ.get("CXX", "").split()
+    return next(filter(None, map(shutil.which, [*named[:1], "c++", "g++", "clang++"])), None)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or compiler() is None, reason="no C++ compiler on Linux")
+@pytest.mark.skipif(bool(os.environ.get("GOSSAMER_ISA")), reason="the instruction set is chosen by hand")
+def test_where_there_is_a_compiler_there_are_kernels() -> None:
+    """A build that went wrong installs a package that works, and skips every test of the kernels."""
+    assert instruction_sets(), f"{compiler()} is there, but the native kernels are not: pip install -v -e . says why"
 
 
 def test_reference_switches_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
