@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.library import core, instruction_sets
-from gossamer.native.weights import pack_linear
-from gossamer.nn import Int8Linear
+from gossamer.native.weights import decomposition_of, pack_linear
+from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
@@ -133,6 +134,15 @@ def test_a_store_that_does_not_fit_is_refused_before_any_address_is_used() -> No
     empty = int8_layer(8, 16, bias=False, stored=0, rule=Decomposition())
     empty.outlier_columns, empty.outlier_weight = torch.zeros(0, dtype=torch.int64), torch.zeros(8, 0).half()
     assert pack_linear([empty], ISAS[0], "float32")(torch.ones(1, 16)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("outliers", ["static", "token", None])
+def test_a_tied_head_has_no_store_and_so_no_static_outliers(outliers: Any) -> None:
+    embedding = Int8Embedding.from_embedding(nn.Embedding(40, 16))
+    head = Int8TiedHead(embedding, Decomposition(2.0, "absolute", outliers))
+    assert (decomposition_of(head) is None) == (outliers == "static")
+    x = activations(5, 16)
+    assert torch.allclose(pack_linear([head], ISAS[0], "float32")(x), head(x), atol=1e-4)
 
 
 def test_wrong_rows_are_refused() -> None:

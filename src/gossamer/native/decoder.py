@@ -5,7 +5,7 @@ Llama, SmolLM, Mistral, Qwen2, Qwen3 and Gemma 3 are the same blocks: what one o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.native.recorder import Recorder
-from gossamer.native.weights import PackedLinear, check_linear, pack_embedding, pack_linear
+from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding, pack_linear
 from gossamer.nn import Int8TiedHead
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -122,8 +122,7 @@ def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
     if tied and isinstance(head, Int8TiedHead):
-        rule = head.decomposition if head.decomposition.outliers != "static" else None
-        packed_head = PackedLinear(embedding.handle, "int8", embedding.outputs, embedding.inputs, rule)
+        packed_head = replace(embedding, decomposition=decomposition_of(head))
     elif tied and head.bias is None:
         packed_head = embedding
     else:

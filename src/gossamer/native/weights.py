@@ -117,6 +117,14 @@ def _check_store(layer: Any) -> None:
         raise UnsupportedModelError("a layer's outlier store does not fit its weight, or is not in 16 bit")
 
 
+def decomposition_of(layer: Any) -> Decomposition | None:
+    """What is an outlier of a layer; ``None`` if it is not int8, or a tied head whose static outliers have no store."""
+    if not isinstance(layer, (Int8Linear, Int8TiedHead)):
+        return None
+    rule = layer.decomposition
+    return None if isinstance(layer, Int8TiedHead) and rule.outliers == "static" else rule
+
+
 def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
     """Pack layers with the same input as one weight, their outputs one after the other, or in turns if ``gated``.
 
@@ -148,9 +156,7 @@ def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool
         where = (count, 0, place, parts) if gated else (count, row, 0, 1)
         _pack_rows(handle, layer, where)
         row += count
-    decomposition = first.decomposition if type_ == "int8" else None
-    if isinstance(first, Int8TiedHead) and decomposition is not None and decomposition.outliers == "static":
-        decomposition = Decomposition(decomposition.threshold, decomposition.criterion, None)  # it has no store
+    decomposition = decomposition_of(first)
     mask = None
     if decomposition is not None and decomposition.outliers == "static" and columns is not None:
         mask = torch.zeros(inputs, dtype=torch.uint8).index_fill_(0, columns.cpu(), 1)
