@@ -98,6 +98,11 @@ GOSSAMER_INLINE float scalar_exp2(float x) {
   return lane[0];
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // --- a task ----------------------------------------------------------------------------------------------------------
 
 // What a task works on.
@@ -258,78 +263,91 @@ inline void attend_rows(const AttentionTask& task) {
 }
 
 #if defined(__AVX512BF16__)
-// For a few rows memory sets the pace, and packing a block before it is used would keep it waiting. Keys are transposed
-// in registers, 16 at a time, and values of two keys are interleaved there; D is a multiple of 32.
+// The sums of the lanes of 16 vectors, in the order of the vectors.
+GOSSAMER_INLINE F sums_of_lanes(F (&v)[16]) {
+  // each round adds two vectors into one that keeps half of either, pairwise
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = add(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = add(_mm512_unpacklo_ps(v[i], v[i + 4]), _mm512_unpackhi_ps(v[i], v[i + 4]));
+  // lane 4 l + j of v[i] belongs to vector i + 4 j now; four l are still to be added up
+  const F a = add(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+  const F b = add(_mm512_shuffle_f32x4(v[2], v[3], 0x88), _mm512_shuffle_f32x4(v[2], v[3], 0xdd));
+  const F c = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_ps(order, c);
+}
+
+// For a few rows memory sets the pace, and packing a block before it is used would keep it waiting: keys and values are
+// read once, in the order in which they stand. D is a multiple of 32.
 template <int ROWS>
 inline void attend_few(const AttentionTask& task) {
   Workspace<uint16_t> w(task);
-  const int64_t words = w.dim / 2;
+  const int64_t words = w.dim / 2, block = 8 / ROWS * w.block;
   const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
-  const int64_t ahead = (w.last - w.first) * w.dim * 2 > AHEAD ? AHEAD : 0;
-  for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
-    const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 15) / 16 * 16;
+  for (int64_t key = w.first / 32 * 32; key < w.last; key += block) {
+    const int64_t count = w.last - key < block ? w.last - key : block, padded = (count + 15) / 16 * 16;
     bool masked = padded != count;
     if (!w.sees(0, ROWS, key, count, masked)) continue;
     const uint32_t* k = static_cast<const uint32_t*>(task.keys) + key * words;
-    for (int64_t p = 0; p < padded; p += 16) {
-      F sum[ROWS];
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) sum[r] = zero();
-      const auto add_words = [&](int64_t word, const auto& row) GOSSAMER_LAMBDA {
-        I v[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-          const uint32_t* from = k + row(p + i) * words + word;
-          v[i] = load_int(from);
-          __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + ahead);
-        }
-        transpose16(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-#pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) sum[r] = Bf16Dot::dot(sum[r], v[i], broadcast(q + r * words + word + i));
-      };
-      if (p + 16 <= count) {
-        for (int64_t word = 0; word < words; word += 16) add_words(word, [](int64_t i) { return i; });
-      } else {  // rows beyond the last are read from it, and masked
-        for (int64_t word = 0; word < words; word += 16)
-          add_words(word, [&](int64_t i) { return i < count ? i : count - 1; });
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) store(w.scores + r * w.block + p, sum[r]);
-    }
-    float fade[ROWS];
-    for (int r = 0; r < ROWS; ++r)
-      fade[r] = w.soften(r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
-    const uint16_t* v = static_cast<const uint16_t*>(task.values) + key * w.dim;
-    for (int64_t d = 0; d < w.dim; d += PANEL) {
-      F low[ROWS], high[ROWS];
+    for (int64_t p = 0; p < padded; p += 16, k += 16 * words) {
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
-        low[r] = mul(load(w.out + r * w.wide + d), set1(fade[r]));
-        high[r] = mul(load(w.out + r * w.wide + d + 16), set1(fade[r]));
+        F sum[16];
+        const auto add_words = [&](const auto& row) GOSSAMER_LAMBDA {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) {
+            sum[i] = zero();
+            for (int64_t word = 0; word < words; word += 16)
+              sum[i] = Bf16Dot::dot(sum[i], load_int(k + row(i) * words + word), load_int(q + r * words + word));
+          }
+        };
+        if (p + 16 <= count) {
+          add_words([](int64_t i) { return i; });
+        } else {  // rows beyond the last are read from it, and masked
+          add_words([&](int64_t i) { return p + i < count ? i : count - 1 - p; });
+        }
+        store(w.scores + r * block + p, sums_of_lanes(sum));
       }
+    }
+    float fade[ROWS];
+    for (int r = 0; r < ROWS; ++r) fade[r] = w.soften(r, w.scores + r * block, w.shares + r * block, key, padded, masked);
+    const uint16_t* v = static_cast<const uint16_t*>(task.values) + key * w.dim;
+    const auto add_values = [&](int64_t d, auto panels) GOSSAMER_LAMBDA {
+      constexpr int HALVES = 2 * decltype(panels)::value;
+      F sum[ROWS][HALVES];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int h = 0; h < HALVES; ++h) sum[r][h] = mul(load(w.out + r * w.wide + d + 16 * h), set1(fade[r]));
       const auto add_pair = [&](int64_t i, int64_t next) GOSSAMER_LAMBDA {
-        const I a = load_int(v + i * w.dim + d), b = load_int(v + next * w.dim + d);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + i * w.dim + d) + ahead);
-        __builtin_prefetch(reinterpret_cast<const uint8_t*>(v + next * w.dim + d) + ahead);
-        const I first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
+        I part[HALVES];
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; h += 2) {
+          const I a = load_int(v + i * w.dim + d + 16 * h), b = load_int(v + next * w.dim + d + 16 * h);
+          part[h] = _mm512_unpacklo_epi16(a, b);
+          part[h + 1] = _mm512_unpackhi_epi16(a, b);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-          const I share = broadcast(w.shares + r * w.block + i);
-          low[r] = Bf16Dot::dot(low[r], first, share);
-          high[r] = Bf16Dot::dot(high[r], second, share);
+          const I share = broadcast(w.shares + r * block + i);
+#pragma GCC unroll 4
+          for (int h = 0; h < HALVES; ++h) sum[r][h] = Bf16Dot::dot(sum[r][h], part[h], share);
         }
       };
       int64_t i = 0;
       for (; i + 2 <= count; i += 2) add_pair(i, i + 1);
       if (i < count) add_pair(i, i);  // the second share is 0
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        store(w.out + r * w.wide + d, low[r]);
-        store(w.out + r * w.wide + d + 16, high[r]);
-      }
-    }
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int h = 0; h < HALVES; ++h) store(w.out + r * w.wide + d + 16 * h, sum[r][h]);
+    };
+    int64_t d = 0;
+    for (; d + 64 <= w.dim; d += 64) add_values(d, Count<2>{});
+    if (d < w.dim) add_values(d, Count<1>{});
   }
   // interleaving has left groups of four dimensions in turns
   for (int64_t r = 0; r < ROWS; ++r)

@@ -91,6 +91,7 @@ NB_MODULE(_native, m) {
   m.def("attend", [](const std::string& isa, const std::string& type, int64_t dim, int64_t q, int64_t q_stride, int64_t tokens,
                      int64_t positions, int64_t rows, int64_t group, int64_t head, int64_t keys, int64_t values, int64_t n,
                      int64_t start, int64_t window, int64_t out, int64_t state, int64_t heads) {
+    if (rows * group > ATTENTION_ROWS) throw std::invalid_argument("a task has too many rows");
     AttentionTask task{type_of(type), dim, at<const void>(q), q_stride, at<const int32_t>(tokens), at<const int64_t>(positions),
                        rows, group, head, at<const void>(keys), at<const void>(values), n, start, window, at<float>(out),
                        heads * dim, at<float>(state), heads * 2, nullptr};

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gossamer.engine.memory import KVLayout, LayerShape, MemoryBudget, parse_bytes
+from gossamer.engine.memory import GROUP_BYTES, KVLayout, LayerShape, MemoryBudget, parse_bytes
+from gossamer.engine.pages import LARGE, zeros
 from gossamer.errors import ConfigurationError
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -94,3 +95,23 @@ def test_eviction_is_asked_for_exactly_what_is_missing() -> None:
     assert budget.reserve(2) and asked == []
     assert budget.reserve(3) and asked == [3]
     assert budget.used == 9
+
+
+def test_large_caches_stand_at_the_start_of_large_pages_and_hold_zeros() -> None:
+    small, large = (LARGE // 8,), (3, LARGE // 4 + 5)
+    first, second = zeros([large, small], torch.float32, torch.device("cpu"))
+    assert first.data_ptr() % LARGE == 0 and second.data_ptr() == first.data_ptr() + first.nbytes
+    assert first.shape == large and second.shape == small
+    assert not first.any() and not second.any()
+    del first
+    second[-1] = 1.0  # the memory is there as long as any of them is
+    assert second.sum() == 1.0
+
+
+def test_layers_share_memory_group_by_group() -> None:
+    layout = KVLayout((LayerShape(2, 8, 8),) * 5, torch.float32, torch.device("cpu"))
+    length = 2 * GROUP_BYTES // (5 * 128)
+    assert layout.groups(length=length) == [range(3), range(3, 5)]
+    keys, values = layout.allocate(length=length)
+    assert len({t.untyped_storage().data_ptr() for t in (*keys, *values)}) == 2
+    assert [t.shape for t in (*keys, *values)] == [(2, length, 8)] * 10

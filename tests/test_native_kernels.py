@@ -186,14 +186,14 @@ def attend(
     return mine / state[..., 1:], (state[..., 0] + state[..., 1].log2()) * math.log(2)
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("type_", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
 @given(
-    isa=st.sampled_from(ISAS or ["none"]),
-    type_=st.sampled_from([torch.float32, torch.bfloat16]),
     dim=st.sampled_from([6, 16, 32, 64, 80, 96, 128, 256]),
-    tokens=st.integers(1, 20),
+    tokens=st.one_of(st.integers(1, 4), st.integers(5, 24)),  # the few of a decoding step have a way of their own
     group=st.sampled_from([1, 2, 3, 4]),
-    n=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 64, 255, 257, 600]),
+    n=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 64, 255, 257, 600, 1100]),
     causal=st.booleans(),
     window=st.sampled_from([0, 0, 1, 5, 100]),
     seed=st.integers(0, 2**32),

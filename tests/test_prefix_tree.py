@@ -211,8 +211,8 @@ class Tree(RuleBasedStateMachine):
     def budget_is_exact(self) -> None:
         tree = self.tree
         assert tree.budget.used == tree.num_bytes <= tree.budget.total
-        stored = [x for node in tree for x in (*(node.keys or ()), *(node.values or ()))]
-        assert sum(x.untyped_storage().nbytes() for x in stored) == tree.budget.used
+        stored = [x.untyped_storage() for node in tree for x in (*(node.keys or ()), *(node.values or ()))]
+        assert sum({x.data_ptr(): x.nbytes() for x in stored}.values()) == tree.budget.used
         for node in tree:
             assert node.keys is not None or node.computed == 0
             assert all(x.shape[1] == len(node) for x in (*(node.keys or ()), *(node.values or ())))

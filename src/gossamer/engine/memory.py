@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gossamer.engine.pages import zeros
 from gossamer.errors import ConfigurationError
 
+GROUP_BYTES = 16 << 20  # what moves is copied group by group, so that no second cache is needed
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -52,13 +55,30 @@ class KVLayout:
     def bytes_per_token(self) -> int:
         return sum(x.num_kv_heads * (x.key_dim + x.value_dim) for x in self.layers) * self.dtype.itemsize
 
-    def allocate(self, *prefix: int, length: int) -> tuple[list[Tensor], list[Tensor]]:
+    def groups(self, *prefix: int, length: int) -> list[range]:
+        """Layers whose keys and values share a piece of memory: as few as fill :data:`GROUP_BYTES`."""
+        tokens = math.prod(prefix) * length * self.dtype.itemsize
+        groups, first, size = [], 0, 0
+        for index, layer in enumerate(self.layers):
+            size += tokens * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+            if size >= GROUP_BYTES or index + 1 == len(self.layers):
+                groups.append(range(first, index + 1))
+                first, size = index + 1, 0
+        return groups
+
+    def allocate(self, *prefix: int, length: int, layers: range | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Zeros for keys and values per layer, (*prefix, Hkv, length, dim). Padding is masked, but must be finite."""
-        keys, values = [], []
-        for layer in self.layers:
-            shape = (*prefix, layer.num_kv_heads, length)
-            keys.append(torch.zeros(*shape, layer.key_dim, dtype=self.dtype, device=self.device))
-            values.append(torch.zeros(*shape, layer.value_dim, dtype=self.dtype, device=self.device))
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for group in self.groups(*prefix, length=length) if layers is None else [layers]:
+            shapes: list[tuple[int, ...]] = []
+            for index in group:
+                layer = self.layers[index]
+                rows = (*prefix, layer.num_kv_heads, length)
+                shapes += [(*rows, layer.key_dim), (*rows, layer.value_dim)]
+            tensors = zeros(shapes, self.dtype, self.device)
+            keys += tensors[::2]
+            values += tensors[1::2]
         return keys, values
 
 

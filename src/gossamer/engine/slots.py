@@ -82,10 +82,12 @@ class Bucket:
         elif self.rows == 0:
             self.keys, self.values = self.layout.allocate(rows, length=self.capacity)
         else:
-            for tensors in (self.keys, self.values):
-                for layer, old in enumerate(tensors):  # one layer at a time: the copy needs no second cache
-                    tensors[layer] = old.new_zeros(rows, *old.shape[1:])
-                    tensors[layer][:used].copy_(old[:used])
+            for layers in self.layout.groups(self.rows, length=self.capacity):
+                larger = self.layout.allocate(rows, length=self.capacity, layers=layers)
+                for tensors, made in zip((self.keys, self.values), larger, strict=True):
+                    for layer, new in zip(layers, made, strict=True):
+                        new[:used].copy_(tensors[layer][:used])
+                        tensors[layer] = new
         self.rows = rows
 
     def release(self, slot: Slot) -> None:

@@ -142,7 +142,7 @@ class PrefixTree:
 
     def _split(self, node: Node, at: int) -> Node:
         """Cut ``node`` before its token ``at``. The object stays the lower part, so that references to it keep their
-        meaning; the upper part is new. Storage is copied apart, layer by layer, so that each part owns its bytes."""
+        meaning; the upper part is new. Storage is copied apart, group by group, so that each part owns its bytes."""
         parent = node.parent
         assert parent is not None
         upper = Node(node.tokens[:at], parent)
@@ -152,11 +152,14 @@ class PrefixTree:
         node.tokens, node.parent, node.start = node.tokens[at:], upper, upper.end
         upper.children[node.tokens[0]] = node
         if node.keys is not None and node.values is not None:
-            upper.keys, upper.values = [], []
-            for own, above in ((node.keys, upper.keys), (node.values, upper.values)):
-                for layer, whole in enumerate(own):
-                    above.append(whole[:, :at].clone())
-                    own[layer] = whole[:, at:].clone()
+            upper.keys, upper.values = list(node.keys), list(node.values)
+            above, below = (upper.keys, upper.values), (node.keys, node.values)
+            for layers in self.layout.groups(length=len(upper) + len(node)):
+                for part, tokens in ((above, slice(at)), (below, slice(at, None))):
+                    made = self.layout.allocate(length=len(upper) if part is above else len(node), layers=layers)
+                    for own, new in zip(part, made, strict=True):
+                        for layer, tensor in zip(layers, new, strict=True):
+                            own[layer] = tensor.copy_(own[layer][:, tokens])
         self.version += 1
         return upper
 
@@ -173,10 +176,12 @@ class PrefixTree:
                 return
             assert upper.keys is not None and upper.values is not None
             assert node.keys is not None and node.values is not None
-            for own, above in ((node.keys, upper.keys), (node.values, upper.values)):
-                for layer, lower in enumerate(own):
-                    own[layer] = torch.cat([above[layer], lower], dim=1)
-                    above[layer] = own[layer][:, :0]
+            for layers in self.layout.groups(length=len(upper) + len(node)):
+                made = self.layout.allocate(length=len(upper) + len(node), layers=layers)
+                for own, above, new in zip((node.keys, node.values), (upper.keys, upper.values), made, strict=True):
+                    for layer, tensor in zip(layers, new, strict=True):
+                        own[layer] = torch.cat([above[layer], own[layer]], dim=1, out=tensor)
+                        above[layer] = tensor[:, :0]
             node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
             node.computed = len(node.tokens)
             upper.parent.children[node.tokens[0]] = node
