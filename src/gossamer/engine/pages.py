@@ -9,6 +9,7 @@ import math
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +30,10 @@ def zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.d
 
 def _bytes(count: int, device: torch.device) -> Tensor:
     """Zeros, (count) uint8; at the start of a large page if they fill one."""
-    if count < LARGE or device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if device.type != "cpu":
         return torch.zeros(count, dtype=torch.uint8, device=device)
+    if count < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.from_numpy(np.zeros(count, np.uint8))  # the system's own zeros: PyTorch would write them
     mapping = mmap.mmap(-1, count + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping
     start = -memory.data_ptr() % LARGE
