@@ -33,6 +33,7 @@ int Program::prepared(Type type, int64_t k) {
 }
 
 void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
+  vocabulary_ = table->packed().n;
   ops_.push_back(std::make_unique<Embed>(table->packed(), factor, to));
   weights_.push_back(std::move(table));
 }
@@ -79,6 +80,9 @@ void Program::step(const StepInput& input, int threads) {
     std::atomic_flag& flag;
     ~Done() { flag.clear(); }
   } done{running_};
+  if (input.rows > max_rows) throw std::invalid_argument("a step has more rows than the program was made for");
+  for (int64_t r = 0; r < input.rows; ++r)
+    if (input.tokens[r] < 0 || input.tokens[r] >= vocabulary_) throw std::invalid_argument("a token id is outside of the vocabulary");
   while (static_cast<int>(threads_.size()) < threads)
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
   for (auto& [window, tasks] : tasks_) plan(input, window, threads);

@@ -106,7 +106,7 @@ class Program {
   std::vector<std::shared_ptr<Weight>> weights_;
   std::map<int64_t, Tasks> tasks_;  // by window
   std::vector<Thread> threads_;
-  int64_t largest_k_ = 0, last_window_ = 0;
+  int64_t largest_k_ = 0, last_window_ = 0, vocabulary_ = 0;
   std::vector<Clock::time_point> times_;  // of the last step: its start, then the end of each op
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
 };

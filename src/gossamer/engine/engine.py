@@ -247,11 +247,13 @@ class Engine:
         """Give every sequence that is up to date its next token; returns requests that failed over it."""
         if not rows.drawn:
             return []
-        count = len(rows.drawn)
-        part = logits[:count] if count == len(rows.sampled) else logits[[row for row, _ in rows.drawn]]
+        count, largest = len(rows.drawn), self.runner.largest
         start = time.perf_counter()
-        largest = self.runner.largest if count == len(rows.sampled) else None
-        sampled = self.sampler.sample(part, rows.states, None if largest is None else largest[:count])
+        if count < len(rows.sampled):
+            logits, largest = logits[[row for row, _ in rows.drawn]], None
+        elif count < len(logits):
+            logits, largest = logits[:count], None if largest is None else largest[:count]
+        sampled = self.sampler.sample(logits, rows.states, largest)
         self.stats.sampling_seconds += time.perf_counter() - start
         failed = []
         for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):

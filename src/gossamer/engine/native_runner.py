@@ -83,9 +83,11 @@ class NativeRunner:
         self._program = recorder.native
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
+        self._arrays: _Arrays | None = None  # of the last plan, which the next one may go on from
         self._logits = torch.empty(0, self.vocab_size)
         self._largest = np.empty(0, np.int64)
         self.largest: np.ndarray | None = None
+        self._results, self._addresses = (self._logits, self._largest), (0, 0)  # of the last plan's rows
 
     @property
     def weight_bytes(self) -> int:
@@ -98,64 +100,59 @@ class NativeRunner:
 
     def forward(self, plan: StepPlan) -> Tensor:
         """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
-        rows = len(plan.tokens)
-        assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
-        step = _Arrays(plan, self.layout)
-        tables = self._rotary(int(plan.positions.max()) + 1)
-        wanted = len(plan.logit_rows)
-        if len(self._logits) < wanted:
-            self._logits = torch.empty(wanted, self.vocab_size)
-            self._largest = np.empty(wanted, np.int64)
-        tokens, positions, logit_rows = (x.contiguous() for x in (plan.tokens, plan.positions, plan.logit_rows))
-        if rows and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.decoder.embedding.outputs:
-            raise ValueError("a token id is outside of the vocabulary")
-        self._program.step(
-            rows,
-            tokens.data_ptr(),
-            positions.data_ptr(),
-            step.place.ctypes.data,
-            step.targets.ctypes.data,
-            len(step.items),
-            step.items.ctypes.data,
-            step.item_rows.ctypes.data,
-            wanted,
-            logit_rows.data_ptr(),
-            tables.ctypes.data,
-            self._logits.data_ptr(),
-            self._largest.ctypes.data,
-            self.threads,
-        )
-        self.largest = self._largest[:wanted]
-        return self._logits[:wanted]
+        arrays = self._arrays
+        if arrays is None or arrays.plan is not plan:
+            arrays = self._arrays = _Arrays(plan, self.layout)
+            rows, wanted = len(arrays.tokens), len(plan.logit_rows)
+            assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
+            if len(self._logits) < wanted:
+                self._logits = torch.empty(wanted, self.vocab_size)
+                self._largest = np.empty(wanted, np.int64)
+            self._results = self._logits[:wanted], self._largest[:wanted]
+            self._addresses = self._logits.data_ptr(), self._largest.ctypes.data
+        arrays.catch_up()
+        self._program.step(*arrays.addresses, self._rotary(arrays.last_position + 1), *self._addresses, self.threads)
+        logits, self.largest = self._results
+        return logits
 
-    def _rotary(self, length: int) -> np.ndarray:
-        """Addresses of the rotary tables, long enough for ``length`` positions."""
+    def _rotary(self, length: int) -> int:
+        """Address of the addresses of the rotary tables, which are long enough for ``length`` positions."""
         if length > self._table_length:
             self._table_length = max(_FIRST_POSITIONS, 1 << (length - 1).bit_length())
             self._tables = [rotary_tables(*table, self._table_length) for table in self.decoder.tables]
             addresses = [[cosine.data_ptr(), sine.data_ptr()] for cosine, sine in self._tables]
             self._table_addresses = np.array(addresses, np.int64)
-        return self._table_addresses
+            self._table_address = self._table_addresses.ctypes.data
+        return self._table_address
 
 
 class _Arrays:
-    """A plan as the arrays that the program reads; see ``StepInput`` in csrc/program.h.
+    """A plan as the arrays that the program reads, which go on with it; see ``StepInput`` in csrc/program.h.
 
     Attributes:
+        tokens, positions: (rows).
         place: (rows, 2) target of each row's key and value, and the entry of it where they go.
         targets: (n, 2 layers + 1) addresses of keys, of values, and the entries from one head to the next.
         items: (m, 6) target, first entry, number of keys, position of the first, first of ``item_rows``, their number.
         item_rows: the rows that attend to each item, one item after the other.
+        logit_rows: the rows whose logits are needed.
+        last_position: the highest of the step.
+        addresses: of all of these, and their lengths, in the order in which the program takes them.
     """
 
     def __init__(self, plan: StepPlan, layout: KVLayout) -> None:
+        self.plan, self._reached = plan, plan.ahead
+        self.tokens = np.array(plan.token_ids, np.int64)
+        self.positions = plan.positions.numpy().copy()
+        self.logit_rows = plan.logit_rows.contiguous()
+        self.last_position = int(self.positions.max())
         self._dim = layout.layers[0].key_dim
         self._index: dict[Node | Bucket, int] = {}
-        self._targets: list[list[int]] = []
+        self._owners: list[Node | Bucket] = []
         items: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         filled = 0
-        self.place = np.zeros((len(plan.tokens), 2), np.int64)
+        self.place = np.zeros((len(self.tokens), 2), np.int64)
 
         def add(fields: Any, members: np.ndarray, each: bool = False) -> None:
             """One item for all members, or one for each."""
@@ -179,35 +176,59 @@ class _Arrays:
             self.place[members, 0] = target
             self.place[members, 1] = entry + np.arange(len(members)) * self._dim
             add((target, entry, len(members), chunk.position), members)
-        positions = plan.positions.numpy()
+        computed = sum(map(len, items))
         for group in plan.groups:
             target, stride = self._bucket(group.bucket)
             members, offsets = _numbers(group.rows), group.offsets.numpy()
             entries = group.slots.numpy() * stride
             self.place[members, 0] = target
             self.place[members, 1] = entries + offsets * self._dim
-            add((target, entries, offsets + 1, positions[members] - offsets), members, each=True)
-        self.targets = np.array(self._targets, np.int64)
+            add((target, entries, offsets + 1, self.positions[members] - offsets), members, each=True)
         self.items = np.concatenate(items)
         self.item_rows = np.concatenate(rows).astype(np.int32)
+        self._growing = self.items[computed:, 2]  # keys of the groups: one more with every step
+        self._tables: list[object] = [None] * len(self._owners)
+        self.targets = np.zeros((len(self._owners), 2 * len(layout.layers) + 1), np.int64)
+        arrays = (self.tokens, self.positions, self.place, self.targets, self.items, self.item_rows)
+        tokens, positions, place, targets, item, item_rows = (array.ctypes.data for array in arrays)
+        logit_rows = (len(self.logit_rows), self.logit_rows.data_ptr())
+        self.addresses = (
+            len(self.tokens), tokens, positions, place, targets, len(self.items), item, item_rows, *logit_rows
+        )  # fmt: skip
+
+    def catch_up(self) -> None:
+        """To how far the plan is ahead now, and to where its keys and values are."""
+        if steps := self.plan.ahead - self._reached:
+            self._reached = self.plan.ahead
+            self.tokens[:] = self.plan.token_ids
+            self.positions += steps
+            self.last_position += steps
+            self._growing += steps
+            self.place[:, 1] += steps * self._dim
+        for index, owner in enumerate(self._owners):
+            if owner.addresses is None:
+                assert owner.keys is not None and owner.values is not None
+                tensors = (*owner.keys, *owner.values)
+                owner.addresses = [*(t.data_ptr() for t in tensors), owner.keys[0].stride(-3)]
+            if self._tables[index] is not owner.addresses:
+                self._tables[index] = owner.addresses
+                self.targets[index] = owner.addresses
 
     def _locate(self, source: Node | Slot) -> tuple[int, int]:
         """Target and first entry."""
         if isinstance(source, Slot):
             target, stride = self._bucket(source.bucket)
             return target, source.index * stride
-        assert source.keys is not None and source.values is not None
-        return self._target(source, source.keys, source.values), 0
+        return self._target(source), 0
 
     def _bucket(self, bucket: Bucket) -> tuple[int, int]:
         """Target, and entries from slot to slot."""
-        return self._target(bucket, bucket.keys, bucket.values), bucket.keys[0].stride(0)
+        return self._target(bucket), bucket.keys[0].stride(0)
 
-    def _target(self, owner: Node | Bucket, keys: list[Tensor], values: list[Tensor]) -> int:
-        # Asked anew in every step: tensors move whenever a node is split or a bucket grows, shrinks, and grows again.
+    def _target(self, owner: Node | Bucket) -> int:
         if owner not in self._index:
-            self._index[owner] = len(self._targets)
-            self._targets.append([*(t.data_ptr() for t in (*keys, *values)), keys[0].stride(-3)])
+            self._index[owner] = len(self._owners)
+            self._owners.append(owner)
         return self._index[owner]
 
 

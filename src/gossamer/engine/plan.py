@@ -75,25 +75,67 @@ class WindowedSegment:
 class StepPlan:
     """See the module's documentation.
 
+    Most steps only go on where the last one ended: then the plan moves on with them (:meth:`go_on`). What follows from
+    how far it is ahead is computed when it is asked for.
+
     Attributes:
-        tokens, positions: (T,) of the packed batch.
+        token_ids: of the packed batch, (T).
+        device: of the tensors.
         logit_rows: rows whose logits are needed.
         num_levels: how many partial results a row has at most.
+        ahead: how many steps the plan has gone on since it was made.
         windows, biases: what :meth:`segments_within` and :meth:`bias` have computed.
     """
 
-    tokens: Tensor
-    positions: Tensor
+    token_ids: list[int]
+    _positions: Tensor
+    device: torch.device
     logit_rows: Tensor
     segments: list[Segment] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
+    _groups: list[Group] = field(default_factory=list)
     num_levels: int = 1
+    ahead: int = 0
+    _reached: int = 0  # the step that positions and groups stand at
     windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)
     biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
+    def go_on(self, token_ids: list[int]) -> None:
+        """One new token of each of the same sequences, which stand one position further, and see one key more."""
+        assert not self.chunks
+        self.token_ids = token_ids
+        self.ahead += 1
+
+    @property
+    def tokens(self) -> Tensor:
+        """(T,) int64."""
+        return torch.tensor(self.token_ids, device=self.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,) int64."""
+        self._catch_up()
+        return self._positions
+
+    @property
+    def groups(self) -> list[Group]:
+        """See :class:`Group`."""
+        self._catch_up()
+        return self._groups
+
+    def _catch_up(self) -> None:
+        if steps := self.ahead - self._reached:
+            self._reached = self.ahead
+            self._positions = self._positions + steps
+            for group in self._groups:
+                group.offsets = group.offsets + steps
+                group.longest += steps
+            self.windows.clear()
+            self.biases.clear()
+
     def segments_within(self, window: int | None) -> list[WindowedSegment]:
         """The segments a layer with this window attends to; the same for all such layers."""
+        self._catch_up()
         if window not in self.windows:
             self.windows[window] = [w for s in self.segments if (w := self._within(s, window)) is not None]
         return self.windows[window]
@@ -113,6 +155,7 @@ class StepPlan:
 
     def bias(self, index: int, window: int | None) -> Tensor:
         """Of group ``index``: (n, longest), 0 where the sequence sees the key and -inf where not."""
+        self._catch_up()
         if (index, window) not in self.biases:
             group = self.groups[index]
             keys = torch.arange(group.longest, device=group.offsets.device)

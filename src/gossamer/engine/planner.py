@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
 
@@ -71,8 +71,11 @@ class Planner:
         places = [work.target.index if isinstance(work.target, Slot) else -1 for work in works]
         key = (self.tree.version, [(work.sequence, work.target) for work in works], places)
         if self._last is not None and key == self._key:
+            plan, rows, count = self._last
             if works[0].start > self._start:  # otherwise the last step did not succeed, and is tried again
-                self._last = _next(*self._last)
+                plan.go_on([sequence.tokens[-1] for sequence in rows.sampled])
+                count.keys_read += len(works)
+                count.keys_unshared += len(works)
                 self._start = works[0].start
             return self._last
         plan, rows, count = build_plan(works, per_row=self.per_row, device=self.tree.layout.device)
@@ -80,18 +83,6 @@ class Planner:
         goes_on = not plan.chunks and len(rows.sampled) == len(works) and not rows.scored
         self._key, self._start, self._last = key, works[0].start, (plan, rows, count) if goes_on else None
         return plan, rows, count
-
-
-def _next(plan: StepPlan, rows: PlannedRows, count: KeyCount) -> tuple[StepPlan, PlannedRows, KeyCount]:
-    """The plan of the next token of the same sequences: they stand one position further, and see one key more."""
-    tokens = torch.tensor([sequence.tokens[-1] for sequence in rows.sampled], device=plan.tokens.device)
-    groups = [replace(group, offsets=group.offsets + 1, longest=group.longest + 1) for group in plan.groups]
-    size = len(rows.sampled)
-    return (
-        replace(plan, tokens=tokens, positions=plan.positions + 1, groups=groups, windows={}, biases={}),
-        rows,
-        KeyCount(count.keys_read + size, count.keys_unshared + size, count.segments),
-    )
 
 
 def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tuple[StepPlan, PlannedRows, KeyCount]:
@@ -103,8 +94,9 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
     """
     layout = _Layout(works)
     plan = StepPlan(
-        tokens=torch.from_numpy(np.array(layout.tokens)).to(device),
-        positions=torch.from_numpy(layout.positions).to(device),
+        layout.tokens,
+        torch.from_numpy(layout.positions).to(device),
+        device,
         logit_rows=torch.empty(0, dtype=torch.long),
     )
     levels = _Levels(len(layout.tokens))
@@ -201,7 +193,7 @@ def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_
             count.segments += sequences > 1
             parts = [(_join([block.rows for block in blocks]), False)]
         for part, separately in parts:
-            rows = _to_index(part, plan.tokens.device)
+            rows = _to_index(part, plan.device)
             plan.segments.append(Segment(rows, node, len(node), node.start, levels.take(part), separately))
     return count
 

@@ -8,6 +8,7 @@ A sequence that outgrows its slot moves to a larger bucket.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,10 @@ class Slot:
 
 
 class Bucket:
-    """All slots of one capacity. ``keys[layer]`` and ``values[layer]`` are (rows, Hkv, capacity, dim)."""
+    """All slots of one capacity. ``keys[layer]`` and ``values[layer]`` are (rows, Hkv, capacity, dim).
+
+    ``addresses`` is where they are, as a runner notes it; it is forgotten when they move.
+    """
 
     def __init__(self, layout: KVLayout, budget: MemoryBudget, capacity: int) -> None:
         self.layout = layout
@@ -46,6 +50,7 @@ class Bucket:
         self.rows = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.addresses: Any = None
 
     @property
     def slot_bytes(self) -> int:
@@ -89,6 +94,7 @@ class Bucket:
                         new[:used].copy_(tensors[layer][:used])
                         tensors[layer] = new
         self.rows = rows
+        self.addresses = None
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; the last one moves into its place. An empty bucket gives its memory back."""

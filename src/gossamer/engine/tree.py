@@ -17,6 +17,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ class Node:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
         owner: who computed it (any hashable), for the statistics of tokens saved.
+        addresses: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets it.
     """
 
     __slots__ = (
+        "addresses",
         "children",
         "computed",
         "keys",
@@ -56,14 +59,18 @@ class Node:
         self.parent = parent
         self.start: int = parent.end if parent else 0
         self.children: dict[int, Node] = {}
-        self.keys: list[Tensor] | None = None
-        self.values: list[Tensor] | None = None
+        self.hold(None, None)
         self.computed = 0
         self.refs = 0
         self.pins = 0
         self.last_used = 0
         self.owner: object = None
         self.serial = next(_serial)
+
+    def hold(self, keys: list[Tensor] | None, values: list[Tensor] | None) -> None:
+        """These are its keys and values now."""
+        self.keys, self.values = keys, values
+        self.addresses: Any = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -152,14 +159,15 @@ class PrefixTree:
         node.tokens, node.parent, node.start = node.tokens[at:], upper, upper.end
         upper.children[node.tokens[0]] = node
         if node.keys is not None and node.values is not None:
-            upper.keys, upper.values = list(node.keys), list(node.values)
-            above, below = (upper.keys, upper.values), (node.keys, node.values)
+            above, below = (list(node.keys), list(node.values)), (node.keys, node.values)
             for layers in self.layout.groups(length=len(upper) + len(node)):
-                for part, tokens in ((above, slice(at)), (below, slice(at, None))):
-                    made = self.layout.allocate(length=len(upper) if part is above else len(node), layers=layers)
+                for part, length, tokens in ((above, len(upper), slice(at)), (below, len(node), slice(at, None))):
+                    made = self.layout.allocate(length=length, layers=layers)
                     for own, new in zip(part, made, strict=True):
                         for layer, tensor in zip(layers, new, strict=True):
                             own[layer] = tensor.copy_(own[layer][:, tokens])
+            upper.hold(*above)
+            node.hold(*below)
         self.version += 1
         return upper
 
@@ -182,6 +190,7 @@ class PrefixTree:
                     for layer, tensor in zip(layers, new, strict=True):
                         own[layer] = torch.cat([above[layer], own[layer]], dim=1, out=tensor)
                         above[layer] = tensor[:, :0]
+            node.hold(node.keys, node.values)
             node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
             node.computed = len(node.tokens)
             upper.parent.children[node.tokens[0]] = node
@@ -193,7 +202,7 @@ class PrefixTree:
             return True
         if not self.budget.reserve(len(node) * self.layout.bytes_per_token):
             return False
-        node.keys, node.values = self.layout.allocate(length=len(node))
+        node.hold(*self.layout.allocate(length=len(node)))
         return True
 
     def lock(self, node: Node) -> None:
@@ -286,7 +295,8 @@ class PrefixTree:
             size = len(node) * self.layout.bytes_per_token
             self.budget.release(size)
             self.evicted_tokens += node.computed
-        node.parent = node.keys = node.values = None
+        node.parent = None
+        node.hold(None, None)
         return size
 
     def _truncate(self, node: Node) -> None:

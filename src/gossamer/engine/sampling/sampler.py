@@ -45,7 +45,6 @@ class Sampler:
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
-    @torch.no_grad()
     def sample(self, logits: Tensor, states: list[SamplingState], largest: np.ndarray | None = None) -> Sampled:
         """Choose a token for each row of ``logits`` (B, V), which is left as it is.
 
@@ -56,6 +55,10 @@ class Sampler:
         plain = all(state.plain and not state.bans for state in states)
         if plain and largest is not None:
             return Sampled(largest.tolist(), [None] * len(states))
+        with torch.no_grad():
+            return self._search(logits, states, plain)
+
+    def _search(self, logits: Tensor, states: list[SamplingState], plain: bool) -> Sampled:
         adjusts = not plain and any(state.adjusts for state in states)
         scores = self._copy(logits) if adjusts or logits.dtype != torch.float32 else logits.detach()
         if plain:
