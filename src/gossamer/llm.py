@@ -40,6 +40,8 @@ class LLM:
             checkpoint as it is, and one that is int8 already as int8.
         int8_threshold, int8_criterion, int8_outliers: with ``quantization="int8"``, what counts as an outlier; see
             :func:`gossamer.ops.int8.int8_linear`. The paper's setting is 6.0, ``"absolute"``, ``"batch"``.
+        int8_head: make the output layer int8 too, which LLM.int8() leaves as it is: faster by what is read less, at a
+            small cost (docs/how-to/int8.md has figures). The embedding stays as it is, also when they are tied.
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
         runner: ``"native"`` runs Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on the CPU with kernels of its own,
             ``"transformers"`` any supported model on any device; ``"auto"`` takes the first where it can.
@@ -77,6 +79,7 @@ class LLM:
         int8_threshold: float = 6.0,
         int8_criterion: Criterion = "relative",
         int8_outliers: Outliers | None = "token",
+        int8_head: bool = False,
         sharing: SharingMode = "attention",
         runner: RunnerChoice = "auto",
         memory: str | int = "4GB",
@@ -95,7 +98,12 @@ class LLM:
         self.model_name = str(model)
         self.model_path = resolve_model(model, for_int8=int8 is not None)
         network, self.tokenizer = load_model(
-            self.model_path, dtype=dtype, attn_implementation=IMPLEMENTATION, device=device, quantization=int8
+            self.model_path,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            device=device,
+            quantization=int8,
+            int8_head=int8_head,
         )
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None

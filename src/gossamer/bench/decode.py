@@ -98,6 +98,7 @@ def bench_decode(
     sharing: tuple[str, ...] = (*SHARING_MODES, BOUND),
     dtype: str = "auto",
     quantization: GossamerInt8Config | None = None,
+    int8_head: bool = False,
     memory: int = 16 * 10**9,
     runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
@@ -117,7 +118,7 @@ def bench_decode(
         raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
     path = resolve_model(model, for_int8=quantization is not None)
-    network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization)
+    network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
     machine = describe()
     results = []
     max_rows = max(2048, *batches)

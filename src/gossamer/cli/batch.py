@@ -14,6 +14,7 @@ from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
     Int8Criterion,
+    Int8Head,
     Int8Outliers,
     Int8Threshold,
     MaxModelLen,
@@ -50,6 +51,7 @@ def batch(
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
+    int8_head: Int8Head = False,
     memory: Memory = "4GB",
     max_num_seqs: MaxNumSeqs = 256,
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
@@ -93,6 +95,7 @@ def batch(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         runner=runner,
+        int8_head=int8_head,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:
         interrupted = False

@@ -15,6 +15,7 @@ from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
     Int8Criterion,
+    Int8Head,
     Int8Outliers,
     Int8Threshold,
     Quantization,
@@ -50,6 +51,7 @@ def decode(
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
+    int8_head: Int8Head = False,
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -87,6 +89,7 @@ def decode(
             runner=runner,  # type: ignore[arg-type]  # checked there
             dtype=dtype,
             quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
+            int8_head=int8_head,
             memory=parse_bytes(memory),
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
             progress=status.update,

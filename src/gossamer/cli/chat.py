@@ -14,6 +14,7 @@ from gossamer.cli.conversation import Conversation, Turn
 from gossamer.cli.engine_options import (
     Dtype,
     Int8Criterion,
+    Int8Head,
     Int8Outliers,
     Int8Threshold,
     MaxModelLen,
@@ -53,6 +54,7 @@ def chat(
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
+    int8_head: Int8Head = False,
     memory: Memory = "4GB",
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
@@ -67,6 +69,7 @@ def chat(
         memory=memory,
         max_model_len=max_model_len,
         runner=runner,
+        int8_head=int8_head,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:
         conversation = Conversation(llm, params, system)

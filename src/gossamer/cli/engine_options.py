@@ -48,6 +48,9 @@ Int8Criterion = Annotated[
 Int8Outliers = Annotated[
     str, typer.Option(help="With int8: token (single entries), batch (whole columns, the paper's), static or none.")
 ]
+Int8Head = Annotated[
+    bool, typer.Option("--int8-head", help="Make the output layer int8 too; LLM.int8() leaves it as it is.")
+]
 Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")

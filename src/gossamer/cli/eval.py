@@ -12,6 +12,7 @@ from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
     Int8Criterion,
+    Int8Head,
     Int8Outliers,
     Int8Threshold,
     Model,
@@ -49,6 +50,7 @@ def evaluate(
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
+    int8_head: Int8Head = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +65,7 @@ def evaluate(
     """
     content = read(text)
     int8 = int8_config(quantization, int8_threshold, int8_criterion, int8_outliers)
-    network, tokenizer = load(model, dtype, threads, int8)
+    network, tokenizer = load(model, dtype, threads, int8, int8_head)
     cut = cut_windows(tokenizer, content, window, windows)
     other = None
     if reference is not None:
@@ -89,7 +91,7 @@ def evaluate(
     quality = evaluation.quality() if evaluation.windows else None
     if as_json:
         asked = {"model": model, "reference": reference, "text": text and str(text), "window": window, "dtype": dtype}
-        asked |= {"int8": int8 and int8.to_dict()}
+        asked |= {"int8": int8 and int8.to_dict(), "int8_head": int8_head}
         figures = quality.to_dict() if quality else {"windows": 0}
         typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
     elif quality:
@@ -112,7 +114,9 @@ def describe_text(text: Path | None) -> str:
     return "Python's language reference" if text is None else str(text)
 
 
-def load(model: str, dtype: str, threads: int | None, int8: GossamerInt8Config | None = None) -> tuple[Any, Any]:
+def load(
+    model: str, dtype: str, threads: int | None, int8: GossamerInt8Config | None = None, int8_head: bool = False
+) -> tuple[Any, Any]:
     """A model and its tokenizer."""
     notice(f"Loading {model}", "dim")
     import torch
@@ -122,7 +126,9 @@ def load(model: str, dtype: str, threads: int | None, int8: GossamerInt8Config |
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(resolve_model(model, for_int8=int8 is not None), dtype=dtype, quantization=int8)
+    return load_model(
+        resolve_model(model, for_int8=int8 is not None), dtype=dtype, quantization=int8, int8_head=int8_head
+    )
 
 
 def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:

@@ -25,6 +25,7 @@ from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
 from gossamer.nn.int8_embedding import Int8TiedHead
+from gossamer.nn.int8_head import quantize_head
 from gossamer.nn.int8_linear import Int8Linear
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,6 +37,7 @@ def load_model(
     attn_implementation: str | None = None,
     device: str = "cpu",
     quantization: GossamerInt8Config | None = None,
+    int8_head: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
@@ -47,6 +49,8 @@ def load_model(
         device: where the weights go, for example ``cpu`` or ``cuda:0``.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
             such argument; its layers then take over what this one says about outliers.
+        int8_head: make the output layer int8 too, but not an embedding that is tied to it; see
+            :mod:`gossamer.nn.int8_head`.
 
     Returns:
         The model and its tokenizer.
@@ -79,7 +83,14 @@ def load_model(
             model = _load_weights(path, config, dtype, attn_implementation, **options)
             if quantization:
                 use_decomposition(model, quantization)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    if int8_head:
+        done = quantize_head(model, quantization.decomposition() if quantization else None)
+        report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+        if done and report is not None:
+            report.skipped.pop(done.name, None)
+            report.layers.append(done)
+    return model, tokenizer
 
 
 def is_int8_checkpoint(config: PreTrainedConfig) -> bool:

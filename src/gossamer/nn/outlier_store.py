@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 WATCHED_TOKENS = 64  # at a time: what a model computes for more of them would take more memory than loading it
 READINGS = 6
+HEAD_TOKENS = 16  # of a reading, whose logits are computed
 
 
 def store_size(in_features: int, share: float) -> int:
@@ -71,15 +72,20 @@ def _in_features(layer: Any) -> int:
     return int(layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0])
 
 
-def random_reading(model: nn.Module) -> Callable[[], object] | None:
-    """A function that has a causal language model of transformers read random tokens; ``None`` for other models."""
+def random_reading(model: nn.Module, *, head: bool = False) -> Callable[[], object] | None:
+    """A function that has a causal language model of transformers read random tokens; ``None`` for other models.
+
+    The output layer is left out, since its logits would be the largest tensor of all; with ``head`` it computes those
+    of a few tokens.
+    """
     config: Any = getattr(model, "config", None)
     causal = hasattr(config, "get_text_config") and getattr(model, "can_generate", bool)()
     if not causal or config.is_encoder_decoder:
         return None
     text = config.get_text_config()
     length = min(WATCHED_TOKENS, getattr(text, "max_position_embeddings", None) or WATCHED_TOKENS)
-    body: Any = getattr(model, "base_model", model)  # without the head: its logits would be the largest tensor of all
+    body: Any = model if head else getattr(model, "base_model", model)
+    kept = {"logits_to_keep": HEAD_TOKENS} if head else {}
 
     def read() -> None:
         device = next(model.parameters()).device
@@ -90,7 +96,7 @@ def random_reading(model: nn.Module) -> Callable[[], object] | None:
             with own_attention(model):
                 for _ in range(READINGS):
                     tokens = torch.randint(text.vocab_size, (1, length), generator=generator)
-                    body(input_ids=tokens.to(device), use_cache=False)
+                    body(input_ids=tokens.to(device), use_cache=False, **kept)
         finally:
             model.train(training)
 
