@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gossamer.bench.decode import bench_decode
+from gossamer.bench.machine import Ceilings, best_of
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError
 
@@ -50,9 +52,50 @@ def test_every_mode_is_measured_in_one_run(model: str, runner: str) -> None:
         assert row["decode_tokens_per_s"] == pytest.approx(batch / row["step_ms"] * 1e3)
         if sharing != "no-attention":
             assert row["floor_ms"] > 0
+            assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["step_ms"])
+            assert set(row["ceilings"]) == {"gemm_gflops", "read_gb_per_s"}
+            assert all(0 < value <= report["machine"][name] for name, value in row["ceilings"].items())
             assert row["prefill_tokens_per_s"] > 0
     # one prefix against one for every sequence
     assert rows[5, "off"]["kv_bytes"] > 2.5 * rows[5, "attention"]["kv_bytes"]
+
+
+def test_the_floor_is_that_of_the_best_ceilings_of_the_combination(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[dict[str, float]] = []
+
+    def measure(self: Ceilings, duration: float = 0.0) -> dict[str, float]:
+        number = len(measured)
+        found = {"gemm_gflops": [10.0, 30.0, 20.0][number % 3], "read_gb_per_s": [5.0, 6.0, 7.0][number % 3] + number}
+        measured.append(found)
+        self.best = best_of([self.best, found])
+        return found
+
+    monkeypatch.setattr(Ceilings, "measure", measure)
+    report = bench_decode(model, batches=[2], prefixes=[20, 30], suffix=5, new=8, sharing=("attention",))
+    assert len(measured) == 6  # before, in the middle and after, for both
+    first, second = (row["ceilings"] for row in report["results"])
+    assert first == {"gemm_gflops": 30.0, "read_gb_per_s": 9.0}
+    assert second == {"gemm_gflops": 30.0, "read_gb_per_s": 12.0}
+    assert report["machine"]["read_gb_per_s"] == 12.0
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_ceilings(int8: bool) -> None:
+    ceilings = Ceilings(torch.float32, int8=int8)
+    found = [ceilings.measure(0.0) for _ in range(2)]
+    assert set(found[0]) == {"gemm_gflops", "read_gb_per_s"} | ({"int8_gops"} if int8 else set())
+    assert ceilings.best == {name: max(each[name] for each in found) for name in found[0]}
+    assert min(ceilings.best.values()) > 0
+
+
+def test_the_table_shows_the_share_of_the_floor(model: str) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["bench", "decode", "--model", model, "--batch", "2", "--prefix", "20", "--new", "8", "--sharing", "storage"],
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = [line.split() for line in result.stdout.splitlines() if "storage" in line]
+    assert any(cell.endswith("%") for cell in row)
 
 
 def test_what_does_not_fit_is_reported_and_the_others_run(model: str) -> None:

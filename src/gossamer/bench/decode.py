@@ -3,6 +3,12 @@
 All engines use the same weights in the same process, and take their steps in turn, so that whatever else the machine
 does meets all of them. With sharing off the prefix is computed once, and its keys and values are copied into every
 sequence's own memory: only decoding is measured there, and computing the prefix ``batch`` times would take minutes.
+
+**The floor** of a step follows from the machine's ceilings (:class:`~gossamer.bench.machine.Ceilings`). They are
+measured in turn with the steps of every combination: before the first, in the middle, and after the last. The best of
+them counts, because whatever else the machine does can only make a ceiling look lower, and so a floor higher. A floor
+above the median step then means that every measurement of a ceiling was disturbed, while half of the steps were not.
+(The ceilings of products are PyTorch's; a kernel that multiplies faster than it could come below the floor as well.)
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from gossamer.bench.machine import Int8Limits, ceilings, describe
+from gossamer.bench.machine import Ceilings, best_of, describe
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
 from gossamer.bench.text import windows
 from gossamer.engine.attention import IMPLEMENTATION
@@ -54,6 +60,9 @@ class DecodeResult:
         sampling_ms: median time of choosing the tokens, which reads batch x vocabulary logits once.
         kv_bytes: keys and values held while decoding; ``kv_bytes_peak`` the most that was held at any time.
         floor_ms: time that the measured ceilings of this machine need for the same arithmetic and memory traffic.
+        floor_share: ``floor_ms`` over ``step_ms``.
+        ceilings: what ``floor_ms`` was computed with: the best that was measured in turn with the steps of this
+            combination. ``gemm_gflops``, ``read_gb_per_s``, and ``int8_gops`` for a model with int8 layers.
         error: why there is no result.
     """
 
@@ -75,6 +84,8 @@ class DecodeResult:
     floor_ms: float | None = None
     error: str | None = None
     prefix_tokens_per_s: float | None = None
+    floor_share: float | None = None
+    ceilings: dict[str, float] | None = None
 
 
 @dataclass
@@ -128,10 +139,9 @@ def bench_decode(
         sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
     if note:
         progress(f"not native: {note}")
-    limits = ceilings(made.layout.dtype)
-    if any(isinstance(module, Int8Linear) for module in network.modules()):
-        limits["int8_gops"] = Int8Limits().measure()[0] or limits["gemm_gflops"]
-    machine |= limits
+    ceilings = Ceilings(
+        made.layout.dtype, int8=any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
+    )
     sizes = Sizes([(b, p) for b in batches for p in prefixes], suffix, new, numbers_per_token(network))
     settings: dict[str, Any] = {"threads": machine["threads"], "dtype": network.dtype, "memory": memory}
     with Contest(peers or PeerOptions(()), model, sizes, **settings, progress=progress) as contest:
@@ -147,7 +157,7 @@ def bench_decode(
                         _measure_prefix(contestant, tokenizer, prompts[0][:prefix], memory)
                 contest.prepare(prompts, prefix)
                 progress(f"{batch} x {prefix} tokens: decoding in turn")
-                _race(contestants, contest)
+                limits = _race(contestants, contest, ceilings)
                 unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
                 for contestant in contestants:
                     _evaluate(contestant, network, limits, unshared)
@@ -157,7 +167,7 @@ def bench_decode(
                 contest.release()
                 del contestants, contestant
                 gc.collect()  # engines refer to themselves; the next ones need their memory
-    report = {"machine": machine, "results": results}
+    report = {"machine": machine | ceilings.best, "results": results}
     return report | {"peers": contest.report()} if peers else report
 
 
@@ -235,11 +245,15 @@ def _copy_prefix(engine: Engine, queue: list[tuple[str, Any]], params: SamplingP
         engine.step()
 
 
-def _race(contestants: list[_Contestant], contest: Contest) -> None:
-    """Decode in turn, a step each; between them, the peers decode as many steps as were taken since their last turn."""
+def _race(contestants: list[_Contestant], contest: Contest, ceilings: Ceilings) -> dict[str, float]:
+    """Decode in turn, a step each; between them, the peers decode as many steps as were taken since their last turn.
+
+    Returns the machine's ceilings: the best of what was measured before, in the middle and after.
+    """
     running = [c for c in contestants if c.result.error is None]
     steps = min((_steps_left(c) for c in running), default=contestants[0].result.new - 1)
     turn = max(1, min(TURN_STEPS, steps // TURNS))
+    reached = [ceilings.measure()]
     for number in range(1, steps + 1):
         for contestant in running:
             stats = contestant.engine.stats
@@ -249,8 +263,11 @@ def _race(contestants: list[_Contestant], contest: Contest) -> None:
             contestant.steps.append(time.perf_counter() - start)
             contestant.overheads.append(stats.overhead_seconds - overhead)
             contestant.samplings.append(stats.sampling_seconds - sampling)
+        if number in (steps // 2, steps):
+            reached.append(ceilings.measure())
         if number % turn == 0:
             contest.take_turns(turn)
+    return best_of(reached)
 
 
 def _steps_left(contestant: _Contestant) -> int:
@@ -280,7 +297,9 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], u
         result.prefill_tokens_per_s = None
         return
     result.kv_bytes, result.kv_bytes_peak = engine.stats.kv_bytes, engine.stats.kv_bytes_peak
+    result.ceilings = limits
     result.floor_ms = _floor_ms(result, engine, network, limits)
+    result.floor_share = result.floor_ms / result.step_ms
 
 
 def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[str, float]) -> float:

@@ -68,7 +68,8 @@ def decode(
     """Decode many sequences over one shared prefix, with each way of sharing it.
 
     The contestants take their steps in turn, on real text, with the same weights. Medians are shown, and the floor:
-    the time in which this machine, at its measured ceilings, could do the same arithmetic and memory traffic.
+    the time in which this machine, at its measured ceilings, could do the same arithmetic and memory traffic. The
+    ceilings are measured in turn with the steps, and the best of each combination counts.
     """
     if threads is not None:
         import torch
@@ -110,7 +111,7 @@ def _print_table(report: dict[str, Any]) -> None:
     machine = report["machine"]
     console = Console()
     # a narrow terminal may wrap the table; columns cut short help nobody
-    console.width = max(console.width, 108 if "peers" in report else 96)
+    console.width = max(console.width, 116 if "peers" in report else 104)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
     for line in peer_lines(report.get("peers", {})):
@@ -124,6 +125,7 @@ def _print_table(report: dict[str, Any]) -> None:
         "over\noff",
         "ms/\nstep",
         "floor\nms",
+        "of\nfloor",
         "engine\nms",
         "sample\nms",
         "K/V\nMB",
@@ -143,6 +145,7 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["speedup"], "{:.2f}x"),
             f"{row['step_ms']:,.1f}",
             optional(row["floor_ms"], "{:,.0f}"),
+            optional(row["floor_share"], "{:.0%}"),
             optional(row["engine_ms"], "{:.2f}"),
             optional(row["sampling_ms"], "{:.2f}"),
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
