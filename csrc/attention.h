@@ -232,15 +232,16 @@ inline void attend_rows(const AttentionTask& task) {
       const int height = static_cast<int>(r1 - r0);
       bool masked = padded != count;
       if (!w.sees(r0, r1, key, count, masked)) continue;
-      // the first tiles fetch the next block meanwhile, a quarter each
-      const uint8_t* soon = nullptr;
-      if (t < 4 && key + 2 * w.block <= w.last)
-        soon = static_cast<const uint8_t*>(t < 2 ? task.keys : task.values) + (key + w.block + t % 2 * w.block / 2) * row_bytes;
+      // the first two tiles fetch the next block meanwhile: a half each of its keys, and then of its values
+      const int64_t next = (key + w.block + t * w.block / 2) * row_bytes;
+      const bool fetch = t < 2 && key + w.block < w.last;
+      const uint8_t* soon_keys = fetch ? static_cast<const uint8_t*>(task.keys) + next : nullptr;
+      const uint8_t* soon_values = fetch ? static_cast<const uint8_t*>(task.values) + next : nullptr;
       for (int64_t p = 0; p < padded; p += PANEL)
         for (int pass = 0; pass < PASSES; ++pass)
           tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
                        reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps,
-                       soon && pass == 0 ? soon + p / PANEL * steps * 64 : nullptr,
+                       soon_keys && pass == 0 ? soon_keys + p / PANEL * steps * 64 : nullptr,
                        [&](int r, F low, F high) GOSSAMER_LAMBDA {
             store(w.scores + r * w.block + p + pass * W, low);
             store(w.scores + r * w.block + p + 16 + pass * W, high);
@@ -251,7 +252,8 @@ inline void attend_rows(const AttentionTask& task) {
       for (int64_t d = 0; d < w.wide; d += PANEL)
         for (int pass = 0; pass < PASSES; ++pass)
           tile_of<Dot>(height, w.values + d / PANEL * (padded / Dot::step) * STEP_BYTES + pass * W * 4,
-                       reinterpret_cast<const uint8_t*>(w.shares), w.block * sizeof(Entry), padded / Dot::step, nullptr,
+                       reinterpret_cast<const uint8_t*>(w.shares), w.block * sizeof(Entry), padded / Dot::step,
+                       soon_values && pass == 0 ? soon_values + d / PANEL * (padded / Dot::step) * 64 : nullptr,
                        [&](int r, F low, F high) GOSSAMER_LAMBDA {
             float* o = w.out + (r0 + r) * w.wide + d + pass * W;
             store(o, fma(load(o), set1(fade[r]), low));
