@@ -289,6 +289,10 @@ inline void attend_few(const AttentionTask& task) {
   Workspace<uint16_t> w(task);
   const int64_t words = w.dim / 2, block = 8 / ROWS * w.block;
   const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
+  const auto distance = [](const void* next, const void* from) {
+    return next ? static_cast<const uint8_t*>(next) - static_cast<const uint8_t*>(from) : 0;
+  };
+  const int64_t to_keys = distance(task.next_keys, task.keys), to_values = distance(task.next_values, task.values);
   for (int64_t key = w.first / 32 * 32; key < w.last; key += block) {
     const int64_t count = w.last - key < block ? w.last - key : block, padded = (count + 15) / 16 * 16;
     bool masked = padded != count;
@@ -302,8 +306,11 @@ inline void attend_few(const AttentionTask& task) {
 #pragma GCC unroll 16
           for (int i = 0; i < 16; ++i) {
             sum[i] = zero();
-            for (int64_t word = 0; word < words; word += 16)
-              sum[i] = Bf16Dot::dot(sum[i], load_int(k + row(i) * words + word), load_int(q + r * words + word));
+            for (int64_t word = 0; word < words; word += 16) {
+              const uint32_t* from = k + row(i) * words + word;
+              sum[i] = Bf16Dot::dot(sum[i], load_int(from), load_int(q + r * words + word));
+              if (r == 0) __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + to_keys);
+            }
           }
         };
         if (p + 16 <= count) {
@@ -328,7 +335,10 @@ inline void attend_few(const AttentionTask& task) {
         I part[HALVES];
 #pragma GCC unroll 2
         for (int h = 0; h < HALVES; h += 2) {
-          const I a = load_int(v + i * w.dim + d + 16 * h), b = load_int(v + next * w.dim + d + 16 * h);
+          const uint16_t *first = v + i * w.dim + d + 16 * h, *second = v + next * w.dim + d + 16 * h;
+          const I a = load_int(first), b = load_int(second);
+          __builtin_prefetch(reinterpret_cast<const uint8_t*>(first) + to_values);
+          __builtin_prefetch(reinterpret_cast<const uint8_t*>(second) + to_values);
           part[h] = _mm512_unpacklo_epi16(a, b);
           part[h + 1] = _mm512_unpackhi_epi16(a, b);
         }

@@ -95,7 +95,9 @@ struct AttentionTask {
   int64_t out_stride;
   float* state;            // (rows, heads, 2): the maximum, in base 2, and the sum; `state_stride` between tokens
   int64_t state_stride;
-  uint8_t* scratch;        // of the thread: attention_scratch(dim, type) bytes
+  uint8_t* scratch;        // of the thread: attention_scratch(dim) bytes
+  const void* next_keys;   // of the task that this thread does next, which a task of a few rows fetches meanwhile, as
+  const void* next_values; // many of them as it has itself; or null
 };
 
 constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted

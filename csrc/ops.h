@@ -224,14 +224,13 @@ struct Attend final : Op {
         const int64_t* item = step.item + 6 * t.item;
         const int64_t* target = step.target + item[0] * fields;
         const int64_t entry = entry_of(t, target);
-        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * s.dim * width <= SHORT) {  // too short to run ahead
+        task.next_keys = task.next_values = nullptr;
+        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * s.dim * width <= SHORT) {
           const Program::Task& soon = tasks.all[i + 1];
           const int64_t* there = step.target + step.item[6 * soon.item] * fields;
-          const int64_t first = entry_of(soon, there) * width, bytes = soon.keys * s.dim * width;
-          for (int64_t b = 0; b < bytes; b += 64) {
-            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[layer]) + first + b);
-            __builtin_prefetch(reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + first + b);
-          }
+          const int64_t first = entry_of(soon, there) * width;
+          task.next_keys = reinterpret_cast<const uint8_t*>(there[layer]) + first;
+          task.next_values = reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + first;
         }
         task.tokens = step.item_rows + item[4] + t.first_row;
         task.rows = t.rows;
