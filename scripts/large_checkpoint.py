@@ -1,10 +1,15 @@
 """A Llama of three billion parameters becomes int8 while it is read: how much memory and time that takes.
 
     python scripts/large_checkpoint.py
+    python scripts/large_checkpoint.py --shape 1b --write DIRECTORY
 
 Writes a checkpoint of random bf16 weights (Llama 3.2 3B's shape, 6.4 GB in three shards) below the system's temporary
 directory, loads it as int8 in a process of its own, asks it one question, and prints the most anonymous memory the
 process had at any time (RssAnon; pages of mapped files are not counted, since the system drops them when it needs to).
+
+With ``--write`` the checkpoint is written to a directory that stays, and nothing else happens. What a model of this
+size takes to decode can be measured on it, for that does not depend on the weights: ``gossamer bench decode --model
+DIRECTORY``. ``--shape 1b`` is the shape of Llama 3.2 1B (2.5 GB).
 """
 
 from __future__ import annotations
@@ -27,18 +32,19 @@ from gossamer.models.shards import ShardWriter, TensorSpec
 
 SHARD_BYTES = 2_200_000_000
 BLOCK_ROWS = 4096
+SHAPES = {
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
+    "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+}
 
 
-def write_checkpoint(directory: Path, layers: int) -> int:
+def write_checkpoint(directory: Path, shape: dict[str, int]) -> int:
     """Random weights, a block of rows at a time; returns the number of parameters."""
     config = LlamaConfig(
+        **shape,
         vocab_size=128256,
-        hidden_size=3072,
         intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=24,
         num_key_value_heads=8,
-        head_dim=128,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         dtype="bfloat16",
@@ -107,14 +113,23 @@ def anonymous_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28, help="28 make three billion parameters")
+    parser.add_argument("--shape", choices=SHAPES, default="3b", help="of Llama 3.2 1B or 3B")
+    parser.add_argument("--layers", type=int, help="as many as the shape has by default")
+    parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="only write the checkpoint, and keep it")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
         load_and_ask(arguments.load)
         return
+    shape = SHAPES[arguments.shape]
+    if arguments.layers:
+        shape = shape | {"num_hidden_layers": arguments.layers}
+    if arguments.write:
+        arguments.write.mkdir(parents=True)  # not into a directory that is there: it may hold a model
+        print(f"{write_checkpoint(arguments.write, shape) / 1e9:.2f} billion parameters", file=sys.stderr)
+        return
     with tempfile.TemporaryDirectory() as directory:
-        parameters = write_checkpoint(Path(directory), arguments.layers)
+        parameters = write_checkpoint(Path(directory), shape)
         shards = len(list(Path(directory).glob("*.safetensors")))
         print(f"{parameters / 1e9:.2f} billion parameters in {shards} shards", file=sys.stderr)
         command = [sys.executable, __file__, "--load", directory]
