@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer.cli.bench_attention import attention
 from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
@@ -102,6 +103,7 @@ def decode(
 
 
 bench_app.command()(linear)
+bench_app.command()(attention)
 
 
 def _print_table(report: dict[str, Any]) -> None:
