@@ -45,7 +45,8 @@ sanitize: setup model ## Run the tests of the native kernels with address and un
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
-		$(IN_VENV) -m pytest -p no:cacheprovider tests/test_native_kernels.py tests/test_exactness.py -k "native" $(PYTEST_ARGS)
+		$(IN_VENV) -m pytest -p no:cacheprovider tests/test_native_kernels.py tests/test_native_sampling.py \
+		tests/test_exactness.py -k "native" $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "program.h"
+#include "threads.h"
 #include "weight.h"
 
 namespace nb = nanobind;
@@ -53,6 +54,36 @@ std::vector<std::string> names() {
 Decomposition decomposition(const std::string& extent, bool relative, float threshold, int64_t columns) {
   const Extent kind = extent == "token" ? Extent::token : extent == "static" ? Extent::columns : Extent::none;
   return {kind, relative, threshold, at<const uint8_t>(columns)};
+}
+
+// What a row asks for; columns of n entries.
+struct Draws {
+  const int64_t* row;
+  const float *peak, *temperature;
+  const int64_t* top_k;
+  const double* top_p;
+  const float* min_p;
+  const double* uniform;
+};
+
+// One token for each of n rows of logits (B, V).
+void sample(const Kernels& kernels, const float* logits, int64_t vocabulary, int64_t n, const Draws& draws, int64_t* tokens,
+            int threads) {
+  if (n <= 1) threads = 1;  // but two rows start all: OpenMP ends the threads that a smaller team leaves out
+  const int64_t doubles = (sample_scratch(vocabulary) + 7) / 8 + 8;
+  // Kept, since having the system map as many pages in each step costs more than the rest.
+  thread_local std::vector<double> kept;
+  if (static_cast<int64_t>(kept.size()) < doubles * threads) kept.resize(doubles * threads);
+  double* scratch = kept.data();
+  Phase rows;
+  run_parallel(threads, [&](int index) {
+    rows.run(n, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        tokens[i] = kernels.sample({logits + draws.row[i] * vocabulary, vocabulary, draws.peak[i], draws.temperature[i],
+                                    draws.top_k[i], draws.top_p[i], draws.min_p[i], draws.uniform[i], scratch + doubles * index});
+      }
+    });
+  });
 }
 
 }  // namespace
@@ -101,6 +132,15 @@ NB_MODULE(_native, m) {
     kernels_of(isa).attend(task);
   });
   m.def("argmax", [](const std::string& isa, int64_t x, int64_t n) { return kernels_of(isa).argmax(at<const float>(x), n); });
+  m.def("sample", [](const std::string& isa, int64_t logits, int64_t vocabulary, int64_t n, int64_t row, int64_t peak,
+                     int64_t temperature, int64_t top_k, int64_t top_p, int64_t min_p, int64_t uniform, int64_t tokens,
+                     int threads) {
+    const Kernels& kernels = kernels_of(isa);
+    const Draws draws{at<const int64_t>(row), at<const float>(peak), at<const float>(temperature), at<const int64_t>(top_k),
+                      at<const double>(top_p), at<const float>(min_p), at<const double>(uniform)};
+    nb::gil_scoped_release release;
+    sample(kernels, at<const float>(logits), vocabulary, n, draws, at<int64_t>(tokens), threads);
+  });
 
   nb::class_<Program>(m, "Program")
       .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,

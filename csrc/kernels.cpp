@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see CMakeLists.txt.
 #include "attention.h"
+#include "sample.h"
 
 namespace GOSSAMER_NS {
 
@@ -9,6 +10,7 @@ namespace GOSSAMER_NS {
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
     GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, merge, scale_row, argmax,
+    sample,
 };
 
 }  // namespace GOSSAMER_NS

@@ -108,6 +108,25 @@ constexpr int64_t attention_scratch(int64_t dim) {
   return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS;
 }
 
+// One token of a row of logits, drawn at random.
+struct SampleCall {
+  const float* logits;
+  int64_t vocabulary;
+  float peak;              // the largest logit, finite
+  float temperature;       // above 0
+  int64_t top_k;           // 0: off
+  double top_p;            // above 1: off
+  float min_p;             // 0: off
+  double uniform;          // in [0, 1)
+  void* scratch;           // sample_scratch(vocabulary) bytes, aligned like a double
+};
+
+constexpr int64_t SAMPLE_BLOCK = 256;  // tokens whose probabilities are summed before the distribution is inverted
+constexpr int64_t sample_scratch(int64_t vocabulary) {
+  const int64_t blocks = (vocabulary + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK;
+  return 8 * blocks + 4 * (blocks * SAMPLE_BLOCK + 64);  // a sum of each block, and candidates
+}
+
 struct Kernels {
   const char* name;
   // Pack rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`.
@@ -127,6 +146,7 @@ struct Kernels {
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
   int64_t (*argmax)(const float* x, int64_t n);
+  int64_t (*sample)(const SampleCall& call);
 };
 
 // Best first; null at the end. Only those that this processor can run.

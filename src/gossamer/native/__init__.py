@@ -4,6 +4,7 @@
     weights   layers of a PyTorch model, packed
     recorder  the program: ops over buffers
     decoder   the models, as calls of the recorder
+    sampling  tokens drawn at random
 
 The C++ part (csrc/) is optional: without it, or with ``GOSSAMER_ISA=reference``, everything runs on PyTorch.
 """

@@ -50,7 +50,11 @@ class Draws:
 
     def take(self, which: Tensor | slice) -> Draws:
         """Those at the positions ``which``."""
-        return Draws(*(getattr(self, f.name)[which] for f in fields(self)))
+        return Draws(*(column[which] for column in self.columns()))
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """All fields, in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
 
     def mass(self, logits: Tensor) -> Tensor:
         """exp((logits - peak) / temperature) of ``logits`` (n, c): (n, c)."""

@@ -5,6 +5,7 @@ row. So a sequence's tokens depend on its own logits and its own random stream a
 perturbs the logits in the last bit, the boundaries of the distribution move by as little. Sorted by probability, two
 nearly equal tokens could swap places.
 
+On a CPU, a kernel does all of this (csrc/sample.h). What follows is its reference, and for other devices and types.
 Where a row is truncated, the threshold is looked for among a few candidates; only a row whose threshold lies below
 them is sorted, and only a row of which that much is left is drawn from the whole vocabulary.
 """
@@ -17,12 +18,20 @@ from torch import Tensor
 from gossamer.engine.sampling.distribution import BLOCK, Draws
 from gossamer.engine.sampling.rows import gather, largest
 from gossamer.engine.sampling.truncation import sorted_threshold, totals, truncation_threshold
+from gossamer.native.sampling import can_sample, sample
 
 CANDIDATES = (64, 256, 1024)  # how many of the largest logits to look at before sorting a row
 
 
 def draw(scores: Tensor, draws: Draws) -> Tensor:
     """Draw one token for each of ``draws`` from its row of ``scores`` (B, V); returns (n,)."""
+    if can_sample(scores):
+        return sample(scores, *draws.columns())
+    return reference_draw(scores, draws)
+
+
+def reference_draw(scores: Tensor, draws: Draws) -> Tensor:
+    """:func:`draw` in PyTorch."""
     vocabulary = scores.shape[1]
     tokens = torch.empty_like(draws.rows)
     threshold = torch.full_like(draws.peak, -torch.inf)
