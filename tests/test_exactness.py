@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from architectures import ARCHITECTURES, VOCAB, make_model, reference
 from gossamer.engine.attention import IMPLEMENTATION
+from gossamer.engine.cost import CostModel
 from gossamer.engine.engine import SHARING_MODES, Engine
 from gossamer.engine.native_runner import NativeRunner, why_not_native
 from gossamer.engine.runner import Runner, TransformersRunner
@@ -147,7 +148,7 @@ def test_random_trees(mistral: Any, data: st.DataObject, runner: str) -> None:
     )
     # every segment counts, however short: the cost model must not decide what is tested
     if data.draw(st.booleans()) and engine.scheduler.cost is not None:
-        engine.scheduler.cost = engine.scheduler.cost.__class__(call=0, per_key=0, per_pair=0, per_private_pair=1)
+        engine.scheduler.cost = CostModel(call=0, per_reader=0, per_key=0, per_pair=0, per_private_pair=1)
     for _ in range(2):
         assert answers(engine, prompts, 3) == [expected[tuple(p)] for p in prompts]
 

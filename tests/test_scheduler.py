@@ -21,9 +21,9 @@ from gossamer.errors import MemoryBudgetError
 
 LAYOUT = KVLayout((LayerShape(1, 1, 1),), torch.float32, torch.device("cpu"))
 COSTS = {
-    "segments": CostModel(call=0.0, per_key=0.0, per_pair=0.0, per_private_pair=1.0),
-    "folds": CostModel(call=1.0, per_key=1.0, per_pair=1.0, per_private_pair=0.0),
-    "measured": CostModel(call=1e-4, per_key=1e-8, per_pair=2e-8, per_private_pair=1e-6),
+    "segments": CostModel(call=0.0, per_reader=0.0, per_key=0.0, per_pair=0.0, per_private_pair=1.0),
+    "folds": CostModel(call=1.0, per_reader=1.0, per_key=1.0, per_pair=1.0, per_private_pair=0.0),
+    "measured": CostModel(call=1e-4, per_reader=1e-7, per_key=1e-8, per_pair=2e-8, per_private_pair=1e-6),
     "none": None,
 }
 

@@ -103,7 +103,7 @@ class Engine:
         self.budget = MemoryBudget(memory)
         self.tree = PrefixTree(runner.layout, self.budget)
         self.slots = SlotPool(runner.layout, self.budget)
-        cost = None if sharing == "off" else calibrate(runner.layout, runner.num_heads)
+        cost = None if sharing == "off" else calibrate(runner)
         self.scheduler = Scheduler(
             self.tree,
             self.slots,

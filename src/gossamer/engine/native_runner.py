@@ -14,6 +14,7 @@ from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.slots import Bucket, Slot
 from gossamer.engine.tree import Node
 from gossamer.errors import UnsupportedModelError
+from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.library import instruction_set
 from gossamer.native.recorder import Recorder, rotary_tables
@@ -114,6 +115,22 @@ class NativeRunner:
         self._program.step(*arrays.addresses, self._rotary(arrays.last_position + 1), *self._addresses, self.threads)
         logits, self.largest = self._results
         return logits
+
+    def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
+        """See :class:`~gossamer.engine.runner.Runner`. A program of nothing but attention is made for it."""
+        shape = self.layout.layers[0]
+        return attention_seconds(
+            self.isa,
+            self.decoder.embedding,
+            heads=self.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.key_dim,
+            kv=self.float_type,
+            threads=self.threads,
+            readers=readers,
+            own=own,
+            common=common,
+        )
 
     def _rotary(self, length: int) -> int:
         """Address of the addresses of the rotary tables, which are long enough for ``length`` positions."""

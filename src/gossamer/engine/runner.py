@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.engine.attention import NoAttention, PlannedStep, ShapeProbe, Step, running
+from gossamer.engine.attention_timing import attention_seconds
 from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import StepPlan
 from gossamer.errors import UnsupportedModelError
@@ -21,7 +22,7 @@ class Runner(Protocol):
 
     Attributes:
         layout: keys and values of one token.
-        num_heads: query heads of a layer (for the cost model).
+        num_heads: query heads of a layer.
         max_model_len: positions the model was made for.
         vocab_size: width of the logits.
         largest: of each row of the last logits, the index of the largest, or -1 if there is a NaN or nothing finite;
@@ -37,6 +38,14 @@ class Runner(Protocol):
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``, (rows, vocab)."""
+        ...
+
+    def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
+        """Median seconds of one layer's attention in a decoding step, measured here and now; for the cost model.
+
+        Each of ``readers`` sequences attends to ``own`` keys in its slot and, if ``common`` is not 0, all of them to
+        one segment of so many keys; merging the two is part of it.
+        """
         ...
 
 
@@ -113,3 +122,7 @@ class TransformersRunner:
             rows = plan.logit_rows if len(plan.logit_rows) else plan.logit_rows.new_zeros(1)
             logits = self._call(plan.tokens, plan.positions, rows)
         return logits[: len(plan.logit_rows)]
+
+    @torch.inference_mode()
+    def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
+        return attention_seconds(self.layout, self.num_heads, readers=readers, own=own, common=common)

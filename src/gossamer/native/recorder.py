@@ -113,6 +113,15 @@ class Recorder:
         self.native.attend(layer, window or 0)
         return Rows(ATTENTION, self.heads * self.dim)
 
+    def attention_alone(self, layer: int) -> None:
+        """Attention of queries that are 0, and the merging of its partial results: to be timed."""
+        self.native.attend(layer, 0)
+        width = self.heads * self.dim
+        key = ("float32", width)
+        if key not in self._prepared:
+            self._prepared[key] = self.native.prepared(*key)
+        self.native.prepare(ATTENTION, 0, 0.0, width, self._prepared[key], "none", False, 0.0, 0, False)
+
     def logits(self, x: Rows, head: PackedLinear) -> None:
         """The output layer, for the rows whose logits are needed; and the largest of each."""
         self._linear(x, head, LOGITS, add=False, last=True)

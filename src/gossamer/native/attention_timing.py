@@ -1,0 +1,86 @@
+"""How long attention takes in a native program: what the engine's cost model is calibrated with."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+
+from gossamer.native.recorder import Recorder
+from gossamer.native.weights import PackedLinear
+
+_LAYERS = 8  # each with keys and values of its own: between two visits to a layer, a step reads all of the others
+_BYTES = 32 << 20  # of all keys and values, beyond which there are fewer layers
+
+
+def attention_seconds(
+    isa: str,
+    embedding: PackedLinear,
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    kv: str,
+    threads: int,
+    readers: int,
+    own: int,
+    common: int,
+    repeats: int = 3,
+) -> float:
+    """Median seconds of one layer's attention, the merging of its partial results included.
+
+    Args:
+        isa: instruction set.
+        embedding: any table with at least one row: a program begins with one.
+        heads, kv_heads, dim, kv: see :class:`~gossamer.native.recorder.Recorder`.
+        threads: of a step.
+        readers: sequences that decode, one row each.
+        own: keys that each of them has for itself, at least 1.
+        common: keys that all of them attend to as one segment; 0 for no segment.
+        repeats: how many steps are timed.
+    """
+    entries = kv_heads * (readers * own + common) * dim
+    dtype: torch.dtype = getattr(torch, kv)
+    layers = max(1, min(_LAYERS, _BYTES // (2 * entries * dtype.itemsize)))
+    program = _program(isa, embedding, layers, heads, kv_heads, dim, kv, readers)
+    stored = torch.ones(2 * layers, entries, dtype=dtype)  # written: pages of zeros might all be the same one
+
+    first_common = kv_heads * readers * own * dim
+    targets = np.empty((2, 2 * layers + 1), np.int64)  # everybody's own, then the common ones
+    targets[:, :-1] = [row.data_ptr() for row in stored]
+    targets[1, :-1] += first_common * dtype.itemsize
+    targets[:, -1] = own * dim, common * dim  # entries from one head to the next
+    rows = np.arange(readers)
+    items = np.zeros((readers, 6), np.int64)  # see StepInput in csrc/program.h
+    items[:, 1] = rows * kv_heads * own * dim
+    items[:, 2], items[:, 3], items[:, 4], items[:, 5] = own, common, rows, 1
+    item_rows = rows
+    if common:
+        items = np.concatenate([items, np.array([[1, 0, common, 0, readers, readers]])])
+        item_rows = np.concatenate([rows, rows])
+    item_rows = item_rows.astype(np.int32)
+    tokens, positions = np.zeros(readers, np.int64), np.full(readers, common + own - 1, np.int64)
+    place, nothing = np.zeros((readers, 2), np.int64), 0
+    arrays = (tokens, positions, place, targets)
+
+    times = []
+    for _ in range(1 + repeats):
+        program.step(
+            readers, *(array.ctypes.data for array in arrays), len(items), items.ctypes.data, item_rows.ctypes.data,
+            0, nothing, nothing, nothing, nothing, threads,
+        )  # fmt: skip
+        profile = program.profile()
+        times.append((profile["attention"] + profile["merge"]) / layers)
+    return statistics.median(times[1:])  # the first one maps memory
+
+
+def _program(
+    isa: str, embedding: PackedLinear, layers: int, heads: int, kv_heads: int, dim: int, kv: str, rows: int
+) -> Any:
+    recorder = Recorder(isa, layers=layers, heads=heads, kv_heads=kv_heads, dim=dim, kv=kv, max_rows=rows)
+    recorder.embed(embedding, into="residual")
+    for layer in range(layers):
+        recorder.attention_alone(layer)
+    return recorder.native
