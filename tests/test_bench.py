@@ -82,10 +82,12 @@ def test_the_floor_is_that_of_the_best_ceilings_of_the_combination(model: str, m
 @pytest.mark.parametrize("int8", [False, True])
 def test_ceilings(int8: bool) -> None:
     ceilings = Ceilings(torch.float32, int8=int8)
+    threads = torch.get_num_threads()
     found = [ceilings.measure(0.0) for _ in range(2)]
     assert set(found[0]) == {"gemm_gflops", "read_gb_per_s"} | ({"int8_gops"} if int8 else set())
     assert ceilings.best == {name: max(each[name] for each in found) for name in found[0]}
     assert min(ceilings.best.values()) > 0
+    assert torch.get_num_threads() == threads
 
 
 def test_the_table_shows_the_share_of_the_floor(model: str) -> None:
