@@ -207,6 +207,16 @@ GOSSAMER_INLINE void put(const LinearCall& c, int64_t row, int64_t column, F val
   for (int64_t i = 0; column + i < c.y_columns; ++i) y[i] = c.add ? y[i] + lane[i] : lane[i];
 }
 
+// Asks for what a panel needs beside its codes: scales, and the used columns of the store. They stand apart from the
+// codes, so that nothing else would fetch them in time.
+GOSSAMER_INLINE void fetch_beside(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used) {
+  __builtin_prefetch(w.scale + panel * PANEL);
+  __builtin_prefetch(w.scale + panel * PANEL + 16);
+  if (!w.place) return;
+  for (int64_t u = 0; u < used; ++u)
+    if (const int64_t place = w.place[columns[u]]; place >= 0) __builtin_prefetch(w.store + (panel * w.stored + place) * PANEL);
+}
+
 template <class Dot>
 inline void multiply(const LinearCall& c) {
   const PackedWeight& w = *c.weight;
@@ -226,7 +236,10 @@ inline void multiply(const LinearCall& c) {
   const int64_t rows = c.last_row - c.first_row, tiles = (rows + TILE - 1) / TILE;
   const int64_t a_bytes = x.stride * bytes_of(x.type), panel_bytes = w.steps * STEP_BYTES;
   const uint8_t* a = static_cast<const uint8_t*>(x.data);
+  if constexpr (coded) fetch_beside(w, c.first_panel, c.used, used);
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
+    if constexpr (coded)
+      if (panel + 1 < c.last_panel) fetch_beside(w, panel + 1, c.used, used);
     const uint8_t* data = w.data + panel * panel_bytes;
     bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
     for (int64_t t = 0; t < tiles; ++t) {
