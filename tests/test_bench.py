@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +101,20 @@ def test_the_table_shows_the_share_of_the_floor(model: str) -> None:
     assert result.exit_code == 0, result.output
     (row,) = [line.split() for line in result.stdout.splitlines() if "storage" in line]
     assert any(cell.endswith("%") for cell in row)
+
+
+def test_other_processes_run_while_it_measures_and_not_longer(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    real = subprocess.Popen
+    monkeypatch.setattr("gossamer.bench.busy.subprocess.Popen", start)
+    report = bench_decode(model, batches=[2], prefixes=[20], new=8, sharing=("attention",), busy_processes=2)
+    assert report["machine"]["busy_processes"] == 2
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_what_does_not_fit_is_reported_and_the_others_run(model: str) -> None:

@@ -20,6 +20,7 @@ from gossamer.engine.runners import make_runner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.library import instruction_set, instruction_sets
 from gossamer.nn import quantize
+from gossamer.nn.int8_head import quantize_head
 from test_exactness import NumberTokenizer, answers
 
 needs_native = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
@@ -34,6 +35,16 @@ def network(name: str = "llama") -> Any:
 
 def native(threads: int = 2, **changes: Any) -> Engine:
     return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), **changes)
+
+
+def scores(runner: Any) -> torch.Tensor:
+    """Log-likelihoods of the tokens of a text."""
+    engine = Engine(runner, NumberTokenizer())
+    engine.add_score("score", {"prompt_token_ids": list(range(40))})
+    done: list[Any] = []
+    while engine.has_unfinished_requests():
+        done += engine.step()
+    return torch.tensor(done[0].token_logprobs[1:])
 
 
 def compiler() -> str | None:
@@ -91,14 +102,36 @@ def test_int8_logits_are_near_the_reference(isa: str, outliers: Any, monkeypatch
     for kind in (TransformersRunner, lambda model: NativeRunner(model, max_rows=64)):
         model = network("qwen3")
         quantize(model, outliers=outliers)
-        engine = Engine(kind(model), NumberTokenizer())
-        engine.add_score("score", {"prompt_token_ids": list(range(40))})
-        done: list[Any] = []
-        while engine.has_unfinished_requests():
-            done += engine.step()
-        found.append(torch.tensor(done[0].token_logprobs[1:]))
+        found.append(scores(kind(model)))
     reference, ours = found
     assert (reference - ours).abs().mean() < 0.1 * reference.std()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of int8 layers alone, whose embedding is in bf16 anyway."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    found = {}
+    for kind in ("reference", "float32", "bfloat16"):
+        model = network("qwen3").bfloat16().float()
+        quantize(model)
+        quantize_head(model)
+        runner: Any = (
+            TransformersRunner(model) if kind == "reference" else NativeRunner(model, max_rows=64, kv_dtype=kind)
+        )
+        assert kind == "reference" or runner.layout.dtype == getattr(torch, kind)
+        found[kind] = scores(runner)
+    error = {kind: (found[kind] - found["reference"]).abs().mean() for kind in ("float32", "bfloat16")}
+    assert error["float32"] < 0.002 * found["reference"].std()
+    assert error["float32"] < error["bfloat16"]
+
+
+def test_a_type_of_keys_that_does_not_exist_or_does_not_apply_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="kv_dtype must be 'auto', 'float32', 'bfloat16', got 'int4'"):
+        make_runner(network(), "auto", max_rows=64, kv_dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="that of transformers keeps the model's own type"):
+        make_runner(network(), "transformers", max_rows=64, kv_dtype="float32")
 
 
 @needs_native

@@ -13,7 +13,7 @@ from gossamer.engine.engine import Engine, SharingMode, check_options
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
 from gossamer.engine.results import Output as AnyOutput
-from gossamer.engine.runners import RunnerChoice, check_runner, make_runner
+from gossamer.engine.runners import KVDtype, RunnerChoice, check_kv_dtype, check_runner, make_runner
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -45,6 +45,8 @@ class LLM:
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
         runner: ``"native"`` runs Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on the CPU with kernels of its own,
             ``"transformers"`` any supported model on any device; ``"auto"`` takes the first where it can.
+        kv_dtype: of keys and values in the native runner: ``"float32"``, ``"bfloat16"``, or ``"auto"``, which is fp32
+            for a model in fp32 and bf16 for one that is int8 or of a 16-bit type.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
@@ -82,6 +84,7 @@ class LLM:
         int8_head: bool = False,
         sharing: SharingMode = "attention",
         runner: RunnerChoice = "auto",
+        kv_dtype: KVDtype = "auto",
         memory: str | int = "4GB",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -93,6 +96,7 @@ class LLM:
             raise ConfigurationError(f"quantization must be None or 'int8', got {quantization!r}")
         int8 = GossamerInt8Config(int8_threshold, int8_criterion, int8_outliers) if quantization else None
         check_runner(runner)
+        check_kv_dtype(kv_dtype, runner)
         budget = parse_bytes(memory)
         check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
@@ -110,7 +114,7 @@ class LLM:
         )
         eos = eos_token_ids(network, self.tokenizer)
         max_rows = max(max_num_batched_tokens, max_num_seqs)
-        made, self.runner_note = make_runner(network, runner, max_rows=max_rows)
+        made, self.runner_note = make_runner(network, runner, max_rows=max_rows, kv_dtype=kv_dtype)
         self.engine = Engine(
             made,
             self.tokenizer,

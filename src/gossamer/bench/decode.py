@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
 from gossamer.bench.text import windows
@@ -113,11 +114,14 @@ def bench_decode(
     memory: int = 16 * 10**9,
     runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
+    busy_processes: int = 0,
     progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Measure every combination. Returns ``{"machine": {...}, "results": [...]}``, see :class:`DecodeResult`.
 
     With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
+
+    With ``busy_processes``, so many other processes use a core each while the contestants decode.
 
     Raises:
         ConfigurationError: an unknown way of sharing, or sizes below 1.
@@ -130,7 +134,7 @@ def bench_decode(
     progress(f"loading {model}")
     path = resolve_model(model, for_int8=quantization is not None)
     network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
-    machine = describe()
+    machine = describe() | {"busy_processes": busy_processes}
     results = []
     max_rows = max(2048, *batches)
     made, note = make_runner(network, runner, max_rows=max_rows)
@@ -157,7 +161,8 @@ def bench_decode(
                         _measure_prefix(contestant, tokenizer, prompts[0][:prefix], memory)
                 contest.prepare(prompts, prefix)
                 progress(f"{batch} x {prefix} tokens: decoding in turn")
-                limits = _race(contestants, contest, ceilings)
+                with busy(busy_processes):
+                    limits = _race(contestants, contest, ceilings)
                 unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
                 for contestant in contestants:
                     _evaluate(contestant, network, limits, unshared)

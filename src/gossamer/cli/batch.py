@@ -17,6 +17,7 @@ from gossamer.cli.engine_options import (
     Int8Head,
     Int8Outliers,
     Int8Threshold,
+    KVDtypeOption,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
@@ -47,6 +48,7 @@ def batch(
     sharing: Sharing = "attention",
     dtype: Dtype = "auto",
     runner: RunnerOption = "auto",
+    kv_dtype: KVDtypeOption = "auto",
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
@@ -95,6 +97,7 @@ def batch(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         runner=runner,
+        kv_dtype=kv_dtype,
         int8_head=int8_head,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:

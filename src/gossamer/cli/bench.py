@@ -63,6 +63,10 @@ def decode(
     ] = "",
     peers_in: Annotated[Path, typer.Option(help="The directory with their environments.")] = Path(".venv-bench"),
     peer_timeout: Annotated[float, typer.Option(min=1, help="Seconds a peer may take for one turn or prefill.")] = 600,
+    busy: Annotated[
+        int,
+        typer.Option(min=0, help="Other processes that use a core each meanwhile: how it behaves on a busy machine."),
+    ] = 0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,6 +97,7 @@ def decode(
             quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
             int8_head=int8_head,
             memory=parse_bytes(memory),
+            busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
             progress=status.update,
         )
@@ -115,6 +120,8 @@ def _print_table(report: dict[str, Any]) -> None:
     # a narrow terminal may wrap the table; columns cut short help nobody
     console.width = max(console.width, 116 if "peers" in report else 104)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    if machine["busy_processes"]:
+        console.print(f"{machine['busy_processes']} other processes use a core each")
     console.print(f"matrix product {machine['gemm_gflops']:,.0f} GFLOP/s, memory {machine['read_gb_per_s']:,.0f} GB/s")
     for line in peer_lines(report.get("peers", {})):
         console.print(line, soft_wrap=True, markup=False)

@@ -34,6 +34,14 @@ RunnerOption = Annotated[
         "transformers (any supported model) or auto (the first where it can).",
     ),
 ]
+KVDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        help="Number format of keys and values in the native runner: float32, bfloat16 or auto (float32 for a model in "
+        "float32, otherwise bfloat16).",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str | None,

@@ -43,6 +43,7 @@ class NativeRunner:
             it is empty afterwards.
         max_rows: most tokens of a step.
         threads: of a step; PyTorch's number by default.
+        kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, or ``"auto"`` as above.
 
     Raises:
         UnsupportedModelError: says why the model cannot run natively.
@@ -50,7 +51,7 @@ class NativeRunner:
 
     name = "native"
 
-    def __init__(self, network: Any, *, max_rows: int, threads: int | None = None) -> None:
+    def __init__(self, network: Any, *, max_rows: int, threads: int | None = None, kv_dtype: str = "auto") -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
         isa = instruction_set()
@@ -66,7 +67,8 @@ class NativeRunner:
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
         quantized = any(isinstance(module, Int8Linear) for module in network.modules())
         float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
-        self.layout = KVLayout(probe.layout.layers, getattr(torch, float_type), probe.layout.device)
+        self.kv_type = float_type if kv_dtype == "auto" else kv_dtype
+        self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
@@ -77,7 +79,7 @@ class NativeRunner:
             heads=self.num_heads,
             kv_heads=shape.num_kv_heads,
             dim=shape.key_dim,
-            kv=float_type,
+            kv=self.kv_type,
             max_rows=max_rows,
         )
         record(recorder, self.decoder)
@@ -125,7 +127,7 @@ class NativeRunner:
             heads=self.num_heads,
             kv_heads=shape.num_kv_heads,
             dim=shape.key_dim,
-            kv=self.float_type,
+            kv=self.kv_type,
             threads=self.threads,
             readers=readers,
             own=own,

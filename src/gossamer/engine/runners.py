@@ -9,6 +9,7 @@ from gossamer.engine.runner import Runner, TransformersRunner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 
 RunnerChoice = Literal["auto", "native", "transformers"]
+KVDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def check_runner(choice: str) -> None:
@@ -17,25 +18,37 @@ def check_runner(choice: str) -> None:
         raise ConfigurationError(f"runner must be {', '.join(map(repr, get_args(RunnerChoice)))}, got {choice!r}")
 
 
-def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int) -> tuple[Runner, str]:
+def check_kv_dtype(kv_dtype: str, runner: str) -> None:
+    """Raises :class:`~gossamer.errors.ConfigurationError` for a type that no runner, or not this one, offers."""
+    if kv_dtype not in get_args(KVDtype):
+        raise ConfigurationError(f"kv_dtype must be {', '.join(map(repr, get_args(KVDtype)))}, got {kv_dtype!r}")
+    if kv_dtype != "auto" and runner == "transformers":
+        raise ConfigurationError("kv_dtype is for the native runner; that of transformers keeps the model's own type")
+
+
+def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int, kv_dtype: KVDtype = "auto") -> tuple[Runner, str]:
     """A runner, and why it is not the native one: an empty string if it is, or was not wanted.
 
     Args:
         network: a model of transformers; the native runner takes its weights over.
         choice: ``"auto"`` is the native one where it can run the model, otherwise that of transformers.
         max_rows: most tokens of a step.
+        kv_dtype: of keys and values; ``"auto"`` is fp32 for a model in fp32, otherwise bf16. The runner of transformers
+            keeps the model's own type.
 
     Raises:
+        ConfigurationError: ``kv_dtype`` or ``choice`` is unknown.
         UnsupportedModelError: the native runner was asked for, and cannot run the model.
     """
     check_runner(choice)
+    check_kv_dtype(kv_dtype, choice)
     if choice == "transformers":
         return TransformersRunner(network), ""
     reason = why_not_native(network)
     if reason and choice == "auto":
         return TransformersRunner(network), reason
     try:
-        return NativeRunner(network, max_rows=max_rows), ""
+        return NativeRunner(network, max_rows=max_rows, kv_dtype=kv_dtype), ""
     except UnsupportedModelError as error:
         if choice == "native":
             raise
