@@ -21,18 +21,23 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
   return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
 }
 
-// A weight (N, K), packed: panels of 32 outputs, each [K / step][32][step]. int8 is stored as code + 128.
+// A weight (N, K), packed: panels of 32 outputs. A panel is one run of memory, so that reading it is reading ahead:
+// its entries, [K / step][32][step], and for int8, which is stored as code + 128, the outlier store (S, 32) in 16 bit
+// and the scales (32).
 struct PackedWeight {
   Type type;
   int64_t n, k;                // as the layer has them
   int64_t panels, steps;       // rounded up; what was added is zero
-  uint8_t* data;               // panels * steps * 128 bytes
-  float* scale;                // (panels * 32), int8 only
-  float* bias;                 // (panels * 32), or null
   int64_t stored;              // S, columns of the outlier store
   Type stored_type;            // bf16 or fp16
+  int64_t stride;              // bytes from panel to panel
+  uint8_t* data;               // panels * stride bytes
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
-  uint16_t* store;             // (panels, S, 32)
+  float* bias;                 // (panels * 32), or null
+
+  uint8_t* panel(int64_t index) const { return data + index * stride; }
+  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + steps * STEP_BYTES); }
+  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + steps * STEP_BYTES + stored * PANEL * 2); }
 };
 
 // Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.

@@ -23,7 +23,7 @@ inline void pack(PackedWeight& w, const void* source, Type type, int64_t rows, i
   const int64_t step = step_of(w.type), size = bytes_of(w.type);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t n = packed_row(first + r, part, parts);
-    uint8_t* column = w.data + n / PANEL * w.steps * STEP_BYTES + n % PANEL * 4;
+    uint8_t* column = w.panel(n / PANEL) + n % PANEL * 4;
     for (int64_t k = 0; k < w.k; ++k) {
       uint8_t* to = column + k / step * STEP_BYTES + k % step * size;
       if (w.type == Type::int8) {
@@ -179,18 +179,20 @@ GOSSAMER_INLINE F activate(F x, Activation gate) {
 
 // Weights of the `used` columns of a panel, as numbers: (used, 32).
 __attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used, float* out) {
-  const uint8_t* data = w.data + panel * w.steps * STEP_BYTES;
+  const uint8_t* data = w.panel(panel);
+  const uint16_t* exact = w.store(panel);
+  const float* scale = w.scale(panel);
   for (int64_t u = 0; u < used; ++u, out += PANEL) {
     const int64_t k = columns[u];
     if (w.place && w.place[k] >= 0) {
-      const uint16_t* half = w.store + (panel * w.stored + w.place[k]) * PANEL;
+      const uint16_t* half = exact + w.place[k] * PANEL;
       for (int i = 0; i < PANEL; i += W) store(out + i, w.stored_type == Type::fp16 ? load_fp16(half + i) : load_bf16(half + i));
       continue;
     }
     const int shift = static_cast<int>(k % 4 * 8);
     for (int i = 0; i < PANEL; i += W) {
       const I code = and_int(shift_right(load_int(data + k / 4 * STEP_BYTES + i * 4), shift), set1_int(255));
-      store(out + i, mul(to_float(sub_int(code, set1_int(128))), load(w.scale + panel * PANEL + i)));
+      store(out + i, mul(to_float(sub_int(code, set1_int(128))), load(scale + i)));
     }
   }
 }
@@ -205,16 +207,6 @@ GOSSAMER_INLINE void put(const LinearCall& c, int64_t row, int64_t column, F val
   float lane[W];
   store(lane, value);
   for (int64_t i = 0; column + i < c.y_columns; ++i) y[i] = c.add ? y[i] + lane[i] : lane[i];
-}
-
-// Asks for what a panel needs beside its codes: scales, and the used columns of the store. They stand apart from the
-// codes, so that nothing else would fetch them in time.
-GOSSAMER_INLINE void fetch_beside(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used) {
-  __builtin_prefetch(w.scale + panel * PANEL);
-  __builtin_prefetch(w.scale + panel * PANEL + 16);
-  if (!w.place) return;
-  for (int64_t u = 0; u < used; ++u)
-    if (const int64_t place = w.place[columns[u]]; place >= 0) __builtin_prefetch(w.store + (panel * w.stored + place) * PANEL);
 }
 
 template <class Dot>
@@ -234,19 +226,16 @@ inline void multiply(const LinearCall& c) {
       }
   }
   const int64_t rows = c.last_row - c.first_row, tiles = (rows + TILE - 1) / TILE;
-  const int64_t a_bytes = x.stride * bytes_of(x.type), panel_bytes = w.steps * STEP_BYTES;
+  const int64_t a_bytes = x.stride * bytes_of(x.type);
   const uint8_t* a = static_cast<const uint8_t*>(x.data);
-  if constexpr (coded) fetch_beside(w, c.first_panel, c.used, used);
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
-    if constexpr (coded)
-      if (panel + 1 < c.last_panel) fetch_beside(w, panel + 1, c.used, used);
-    const uint8_t* data = w.data + panel * panel_bytes;
+    const uint8_t* data = w.panel(panel);
     bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
       const bool fetch = tiles > 1 && t < 2 && panel + 1 < c.last_panel;
       for (int pass = 0; pass < PASSES; ++pass) {
-        const uint8_t* ahead = fetch && pass == 0 ? data + panel_bytes + t * w.steps * 64 : nullptr;
+        const uint8_t* ahead = fetch && pass == 0 ? data + w.stride + t * w.steps * 64 : nullptr;
         const int low = pass * W, high = 16 + pass * W;
         tile_of<Dot>(static_cast<int>(m1 - m0), data + low * 4, a + m0 * a_bytes, a_bytes, w.steps, ahead,
                      [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
@@ -254,7 +243,7 @@ inline void multiply(const LinearCall& c) {
           F y0, y1;
           if constexpr (coded) {
             const I excess = set1_int(128 * x.sum[m]);
-            const float* scale = w.scale + panel * PANEL;
+            const float* scale = w.scale(panel);
             y0 = mul(mul(to_float(sub_int(sum0, excess)), load(scale + low)), set1(x.scale[m]));
             y1 = mul(mul(to_float(sub_int(sum1, excess)), load(scale + high)), set1(x.scale[m]));
             for (int32_t j = 0; j < x.outliers[m]; ++j) {

@@ -25,11 +25,11 @@ struct Embed final : Op {
   }
   void look_up(int64_t token, float* out) const {
     const int64_t size = step_of(table.type);
-    const uint8_t* column = table.data + token / PANEL * table.steps * STEP_BYTES + token % PANEL * 4;
+    const uint8_t* column = table.panel(token / PANEL) + token % PANEL * 4;
     for (int64_t k = 0; k < table.k; ++k) {
       const uint8_t* from = column + k / size * STEP_BYTES + k % size * bytes_of(table.type);
       if (table.type == Type::int8) {
-        out[k] = static_cast<float>(*from - 128) * table.scale[token] * factor;
+        out[k] = static_cast<float>(*from - 128) * table.scale(token / PANEL)[token % PANEL] * factor;
       } else if (table.type == Type::bf16) {
         uint16_t bits;
         std::memcpy(&bits, from, 2);

@@ -15,28 +15,24 @@ Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has
   w.steps = (k + step_of(type) - 1) / step_of(type);
   w.stored = stored;
   w.stored_type = stored_type;
-  const int64_t columns = w.panels * PANEL;
-  const int64_t data = w.panels * w.steps * STEP_BYTES, scale = type == Type::int8 ? columns * 4 : 0;
-  const int64_t bias = has_bias ? columns * 4 : 0, place = stored ? round_up(k * 4, 64) : 0;
-  memory_ = SharedMemory(data + scale + bias + place + columns * stored * 2 + 64);
-  uint8_t* p = memory_.data();
-  const auto part = [&](int64_t bytes) -> void* {
-    void* here = bytes ? p : nullptr;
-    p += bytes;
-    return here;
-  };
-  w.data = static_cast<uint8_t*>(part(data));
-  w.scale = static_cast<float*>(part(scale));
-  w.bias = static_cast<float*>(part(bias));
-  w.place = static_cast<int32_t*>(part(place));
-  w.store = static_cast<uint16_t*>(part(columns * stored * 2));
-  if (type == Type::int8) std::memset(w.data, 128, data);  // padding is zero, which is stored as 128
+  const int64_t codes = w.steps * STEP_BYTES;
+  w.stride = codes + (type == Type::int8 ? PANEL * (2 * stored + 4) : 0);
+  const int64_t data = w.panels * w.stride, place = stored ? round_up(k * 4, 64) : 0;
+  memory_ = SharedMemory(data + place + (has_bias ? w.panels * PANEL * 4 : 0));
+  w.data = memory_.data();
+  if (stored) w.place = reinterpret_cast<int32_t*>(w.data + data);
+  if (has_bias) w.bias = reinterpret_cast<float*>(w.data + data + place);
+  if (type == Type::int8)
+    for (int64_t p = 0; p < w.panels; ++p) std::memset(w.panel(p), 128, codes);  // padding is zero, stored as 128
 }
 
 void Weight::pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale) {
   kernels_.pack(packed_, source, type, rows, first, part, parts);
-  if (packed_.type == Type::int8)
-    for (int64_t r = 0; r < rows; ++r) packed_.scale[packed_row(first + r, part, parts)] = scale[r];
+  if (packed_.type != Type::int8) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = packed_row(first + r, part, parts);
+    packed_.scale(n / PANEL)[n % PANEL] = scale[r];
+  }
 }
 
 void Weight::set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts) {
@@ -49,7 +45,7 @@ void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t ro
   for (int64_t s = 0; s < w.stored; ++s) w.place[columns[s]] = static_cast<int32_t>(s);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t n = packed_row(first + r, part, parts);
-    for (int64_t s = 0; s < w.stored; ++s) w.store[(n / PANEL * w.stored + s) * PANEL + n % PANEL] = store[r * w.stored + s];
+    for (int64_t s = 0; s < w.stored; ++s) w.store(n / PANEL)[s * PANEL + n % PANEL] = store[r * w.stored + s];
   }
 }
 
