@@ -195,7 +195,9 @@ def _race(entries: list[_Entry], limits: Int8Limits, repeats: int) -> list[Ceili
     ceilings = []
     for number in range(WARM_UP_ROUNDS + repeats):
         ceiling = limits.measure()
-        times = [(entry, seconds(partial(entry.product, entry.x))) for entry in entries if entry.product]
+        first = number % len(entries)  # whoever comes first wakes the threads up
+        order = entries[first:] + entries[:first]
+        times = [(entry, seconds(partial(entry.product, entry.x))) for entry in order if entry.product]
         if number >= WARM_UP_ROUNDS:
             ceilings.append(ceiling)
             for entry, time in times:
