@@ -21,6 +21,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -192,11 +193,11 @@ def _prepare(contestants: list[Contestant], dim: int, rows: int) -> list[_Entry]
 
 def _race(entries: list[_Entry], limits: Int8Limits, repeats: int) -> list[Ceilings]:
     """Rounds of one product each; returns what the machine's ceilings were in each round."""
-    ceilings = []
+    ceilings, orders = [], random.Random(0)
     for number in range(WARM_UP_ROUNDS + repeats):
         ceiling = limits.measure()
-        first = number % len(entries)  # whoever comes first wakes the threads up
-        order = entries[first:] + entries[:first]
+        # whoever comes first, or after somebody who lets the threads fall asleep, has to wake them up
+        order = orders.sample(entries, len(entries))
         times = [(entry, seconds(partial(entry.product, entry.x))) for entry in order if entry.product]
         if number >= WARM_UP_ROUNDS:
             ceilings.append(ceiling)
