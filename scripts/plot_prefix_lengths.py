@@ -31,6 +31,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     batch = report["results"][0]["batch"]
     for mode, (label, color, line) in STYLES.items():
         rows = [r for r in report["results"] if r["sharing"] == mode and r["error"] is None]
+        if not rows:  # the native runner does not leave attention out
+            continue
         axes.plot(
             [r["prefix"] for r in rows],
             [r["decode_tokens_per_s"] for r in rows],
