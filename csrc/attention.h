@@ -10,8 +10,6 @@ namespace GOSSAMER_NS {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
-constexpr int64_t AHEAD = 8192;  // bytes to fetch keys and values ahead, in tasks that are longer than this
-
 #if defined(__AVX512F__)
 // A square of 32-bit words, in place.
 GOSSAMER_INLINE void transpose16(I (&v)[16]) {

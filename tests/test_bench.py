@@ -53,6 +53,10 @@ def test_every_mode_is_measured_in_one_run(model: str, runner: str) -> None:
     for (batch, sharing), row in rows.items():
         assert row["error"] is None
         assert row["decode_tokens_per_s"] == pytest.approx(batch / row["step_ms"] * 1e3)
+        assert (row["profile_ms"] is not None) == native
+        if native:
+            assert {"linear", "attention", "head"} < set(row["profile_ms"])
+            assert 0 < min(row["profile_ms"].values()) < max(row["profile_ms"].values()) < row["step_ms"]
         if sharing != "no-attention":
             assert row["floor_ms"] > 0
             assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["step_ms"])

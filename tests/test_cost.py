@@ -43,7 +43,7 @@ def check(model: CostModel) -> None:
 
 
 def test_without_noise_the_coefficients_come_back() -> None:
-    found = calibrate(Clock(TRUTH))  # type: ignore[arg-type]
+    found = calibrate(Clock(TRUTH))  # type: ignore[arg-type]  # it is all of a runner that is used
     assert astuple(found) == pytest.approx(astuple(TRUTH), rel=1e-6)
     assert found.worth_segment(64, MAX_FOLDED) and not found.worth_segment(2, 1)
 
@@ -54,7 +54,7 @@ def test_without_noise_the_coefficients_come_back() -> None:
     st.integers(0, 2**32),
 )
 def test_whatever_is_measured_is_a_cost_model(truth: CostModel, noise: float, seed: int) -> None:
-    check(calibrate(Clock(truth, noise, seed)))  # type: ignore[arg-type]
+    check(calibrate(Clock(truth, noise, seed)))  # type: ignore[arg-type]  # as above
 
 
 @pytest.mark.parametrize("kind", ["transformers", "native"])

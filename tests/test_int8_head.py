@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from architectures import make_model
 from gossamer import LLM, SamplingParams
+from gossamer.engine.runners import RunnerChoice
 from gossamer.errors import ConfigurationError
 from gossamer.models.load import load_model
 from gossamer.nn import Int8Linear, Int8TiedHead, quantize
@@ -48,10 +50,11 @@ def test_a_model_without_an_output_layer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_both_runners_serve_it_and_the_report_says_so(tiny: Path, quantization: str | None) -> None:
+def test_both_runners_serve_it_and_the_report_says_so(tiny: Path, quantization: Literal["int8"] | None) -> None:
     answers = []
-    for runner in ("native", "transformers"):
-        llm = LLM(tiny, quantization=quantization, int8_head=True, runner=runner)  # type: ignore[arg-type]
+    runners: tuple[RunnerChoice, ...] = ("native", "transformers")
+    for runner in runners:
+        llm = LLM(tiny, quantization=quantization, int8_head=True, runner=runner)
         report = llm.quantization_report
         if quantization:
             assert report is not None and "lm_head" in {layer.name for layer in report.layers}

@@ -129,7 +129,7 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
 
 def test_a_type_of_keys_that_does_not_exist_or_does_not_apply_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="kv_dtype must be 'auto', 'float32', 'bfloat16', got 'int4'"):
-        make_runner(network(), "auto", max_rows=64, kv_dtype="int4")  # type: ignore[arg-type]
+        make_runner(network(), "auto", max_rows=64, kv_dtype="int4")  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ConfigurationError, match="that of transformers keeps the model's own type"):
         make_runner(network(), "transformers", max_rows=64, kv_dtype="float32")
 

@@ -59,6 +59,7 @@ class DecodeResult:
         engine_ms: median time of a decode step outside of the model's forward pass and of the sampler: scheduling,
             planning, bookkeeping.
         sampling_ms: median time of choosing the tokens, which reads batch x vocabulary logits once.
+        profile_ms: median time of a decode step by kind of op; of the native runner.
         kv_bytes: keys and values held while decoding; ``kv_bytes_peak`` the most that was held at any time.
         floor_ms: time that the measured ceilings of this machine need for the same arithmetic and memory traffic.
         floor_share: ``floor_ms`` over ``step_ms``.
@@ -80,6 +81,7 @@ class DecodeResult:
     speedup: float | None = None
     engine_ms: float | None = None
     sampling_ms: float | None = None
+    profile_ms: dict[str, float] | None = None
     kv_bytes: int | None = None
     kv_bytes_peak: int | None = None
     floor_ms: float | None = None
@@ -98,6 +100,7 @@ class _Contestant:
     steps: list[float] = field(default_factory=list)
     overheads: list[float] = field(default_factory=list)
     samplings: list[float] = field(default_factory=list)
+    profiles: list[dict[str, float]] = field(default_factory=list)
 
 
 def bench_decode(
@@ -268,6 +271,8 @@ def _race(contestants: list[_Contestant], contest: Contest, ceilings: Ceilings) 
             contestant.steps.append(time.perf_counter() - start)
             contestant.overheads.append(stats.overhead_seconds - overhead)
             contestant.samplings.append(stats.sampling_seconds - sampling)
+            if isinstance(contestant.engine.runner, NativeRunner):
+                contestant.profiles.append(contestant.engine.runner.profile())
         if number in (steps // 2, steps):
             reached.append(ceilings.measure())
         if number % turn == 0:
@@ -298,6 +303,8 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], u
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
+    if profiles := contestant.profiles[WARM_UP_STEPS:]:
+        result.profile_ms = {kind: statistics.median(each[kind] for each in profiles) * 1e3 for kind in profiles[0]}
     if result.sharing == BOUND:
         result.prefill_tokens_per_s = None
         return

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from typing import Annotated, Any
 
 import typer
 
-from gossamer.cli.bench_format import numbers, optional
+from gossamer.cli.bench_format import numbers, optional, print_grouped
 from gossamer.cli.engine_options import AsJson, Threads
 from gossamer.cli.terminal import stderr
 
@@ -57,7 +56,6 @@ def attention(
 
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     machine, first = report["machine"], report["results"][0]
     console = Console()
@@ -69,19 +67,8 @@ def _print_table(report: dict[str, Any]) -> None:
     console.print(
         f"{first['kv_heads']} key/value heads of {first['dim']}, {first['group']} query heads for each of them"
     )
-    table = Table()
-    for name in ("rows", "keys", "", "ms", "GFLOP/s", "of\nproduct", "GB/s", "of\nmemory", "error"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for (rows, keys), results in groupby(report["results"], key=lambda row: (row["rows"], row["keys"])):
-        shape = (str(rows), str(keys))
-        for row in results:
-            table.add_row(*shape, row["contestant"], *_cells(row))
-            shape = ("", "")
-        table.add_section()
-    console.print(table)
-    for row in report["results"]:
-        if row["error"]:
-            console.print(f"{row['rows']} x {row['keys']}, {row['contestant']}: {row['error']}", soft_wrap=True)
+    columns = ("ms", "GFLOP/s", "of\nproduct", "GB/s", "of\nmemory", "error")
+    print_grouped(console, report["results"], ("rows", "keys"), columns, _cells)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
 from gossamer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -20,3 +27,28 @@ def numbers(text: str, option: str) -> list[int]:
 def optional(value: float | None, form: str) -> str:
     """The value in the form, or an empty cell."""
     return "" if value is None else form.format(value)
+
+
+def print_grouped(
+    console: Console,
+    results: Sequence[dict[str, Any]],
+    shape: tuple[str, str],
+    columns: Sequence[str],
+    cells: Callable[[dict[str, Any]], Sequence[str]],
+) -> None:
+    """A table of contestants, grouped by the two fields ``shape``; below it, why some of them have no figures."""
+    from rich.table import Table
+
+    table = Table()
+    for name in (*shape, "", *columns):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for key, rows in groupby(results, key=lambda row: tuple(str(row[name]) for name in shape)):
+        for number, row in enumerate(rows):
+            table.add_row(*(("", "") if number else key), row["contestant"], *cells(row))
+        table.add_section()
+    console.print(table)
+    for row in results:
+        if row["error"]:
+            console.print(
+                f"{row[shape[0]]} x {row[shape[1]]}, {row['contestant']}: {row['error']}", soft_wrap=True, markup=False
+            )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from typing import Annotated, Any
 
 import typer
 
-from gossamer.cli.bench_format import numbers, optional
+from gossamer.cli.bench_format import numbers, optional, print_grouped
 from gossamer.cli.engine_options import AsJson, Threads
 from gossamer.cli.terminal import stderr
 
@@ -55,7 +54,6 @@ def linear(
 
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     machine = report["machine"]
     console = Console()
@@ -67,19 +65,8 @@ def _print_table(report: dict[str, Any]) -> None:
     )
     for name, version in report["peers"].items():
         console.print(f"{name} {version}" if version else f"{name} is not installed")
-    table = Table()
-    for name in ("dim", "rows", "", "ms", "GOP/s", "over\nfp32", "over\nbf16", "floor\nms", "of\nfloor", "error"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for (dim, rows), results in groupby(report["results"], key=lambda row: (row["dim"], row["rows"])):
-        shape = (str(dim), str(rows))
-        for row in results:
-            table.add_row(*shape, row["contestant"], *_cells(row))
-            shape = ("", "")
-        table.add_section()
-    console.print(table)
-    for row in report["results"]:
-        if row["error"]:
-            console.print(f"{row['dim']} x {row['rows']}, {row['contestant']}: {row['error']}", soft_wrap=True)
+    columns = ("ms", "GOP/s", "over\nfp32", "over\nbf16", "floor\nms", "of\nfloor", "error")
+    print_grouped(console, report["results"], ("dim", "rows"), columns, _cells)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
