@@ -101,6 +101,47 @@ struct Count {
   static constexpr int value = N;
 };
 
+// --- int8 keys and values --------------------------------------------------------------------------------------------
+
+// A row as codes and a scale (kv_bytes): x ~ code * scale with scale = max|x| / 127. What is not finite makes it all NaN.
+inline void quantize(const float* x, int64_t n, uint8_t* out) {
+  const auto part = [&](int64_t i) GOSSAMER_LAMBDA {
+    float lane[W] = {};
+    std::memcpy(lane, x + i, (n - i < W ? n - i : W) * sizeof(float));
+    return load(lane);
+  };
+  F largest = zero(), broken = zero();
+  for (int64_t i = 0; i < n; i += W) {
+    largest = max(abs(part(i)), largest);
+    broken = fma(part(i), zero(), broken);
+  }
+  const float scale = reduce_max(largest) / 127 + reduce_add(broken);
+  const F inverse = set1(scale > 1.2e-38f ? 1 / scale : 0);  // the inverse of a denormal number might be infinite
+  for (int64_t i = 0; i < n; i += W) {
+    int8_t codes[W];
+    store_int8(codes, round_to_int(mul(part(i), inverse)));
+    std::memcpy(out + i, codes, n - i < W ? n - i : W);
+  }
+  std::memcpy(out + n, &scale, 4);
+}
+
+GOSSAMER_INLINE F scale_of(const uint8_t* row, int64_t dim) { return as_float(broadcast(row + dim)); }
+
+// Stored rows -> (count, dim) in bf16; what stands `ahead` bytes further on is fetched meanwhile.
+inline void widen(const uint8_t* rows, int64_t count, int64_t dim, int64_t ahead, uint16_t* out) {
+  for (int64_t r = 0; r < count; ++r, rows += kv_bytes(Type::int8, dim), out += dim) {
+    const F scale = scale_of(rows, dim);
+    int64_t i = 0;
+    for (; i + W <= dim; i += W) {
+      if (i % 64 == 0) __builtin_prefetch(rows + ahead + i);
+      store_bf16(out + i, mul(load_int8(rows + i), scale));
+    }
+    float factor;
+    std::memcpy(&factor, rows + dim, 4);
+    for (; i < dim; ++i) out[i] = bf16_bits(static_cast<float>(static_cast<int8_t>(rows[i])) * factor);
+  }
+}
+
 // --- a task ----------------------------------------------------------------------------------------------------------
 
 // What a task works on.
@@ -115,6 +156,7 @@ struct Workspace {
   Entry* shares;        // (8, block): 2^(score - peak)
   int64_t *begin, *end; // (rows) the keys that a row sees
   float *peak, *total;  // (rows)
+  Entry* plain;         // (block, dim): int8 keys or values
   int64_t first, last;  // the keys that any row sees
 
   explicit Workspace(const AttentionTask& task)
@@ -135,6 +177,7 @@ struct Workspace {
     end = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
     peak = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
     total = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
+    plain = reinterpret_cast<Entry*>(take(0));
     first = task.n;
     last = 0;
     for (int64_t i = 0; i < task.rows; ++i) {
@@ -157,6 +200,17 @@ struct Workspace {
       total[r] = 0;
     }
     std::memset(out, 0, rows * wide * sizeof(float));
+  }
+
+  // (count, dim) of the stored rows.
+  const Entry* entries(const AttentionTask& task, const void* rows, int64_t count) const {
+    if constexpr (sizeof(Entry) == 2) {
+      if (task.type == Type::int8) {
+        widen(static_cast<const uint8_t*>(rows), count, dim, 0, plain);
+        return plain;
+      }
+    }
+    return static_cast<const Entry*>(rows);
   }
 
   // Whether rows [r0, r1) see any of the keys [key, key + count), and whether some of these are hidden from one of them.
@@ -216,25 +270,26 @@ struct Workspace {
 template <class Dot, class Entry>
 inline void attend_rows(const AttentionTask& task) {
   Workspace<Entry> w(task);
-  const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry);
+  const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
+  const int64_t parts = task.type == Type::int8 ? 1 : 2;  // a tile fetches as many bytes as half of the packed keys have
+  const uint8_t *keys = static_cast<const uint8_t*>(task.keys), *values = static_cast<const uint8_t*>(task.values);
   const int64_t tiles = (w.rows + TILE - 1) / TILE;
   for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
     const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 31) / 32 * 32;
-    const Entry* k = static_cast<const Entry*>(task.keys) + key * w.dim;
+    const Entry* k = w.entries(task, keys + key * stored, count);
     for (int64_t p = 0; p < padded; p += PANEL)
       transpose_words(reinterpret_cast<const uint32_t*>(k + p * w.dim), row_bytes / 4, count - p < PANEL ? count - p : PANEL,
                       steps, reinterpret_cast<uint32_t*>(w.keys + p / PANEL * steps * STEP_BYTES));
-    pack_values<Dot>(static_cast<const Entry*>(task.values) + key * w.dim, count, w.dim, w.values);
+    pack_values<Dot>(w.entries(task, values + key * stored, count), count, w.dim, w.values);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t r0 = w.rows * t / tiles, r1 = w.rows * (t + 1) / tiles;
       const int height = static_cast<int>(r1 - r0);
       bool masked = padded != count;
       if (!w.sees(r0, r1, key, count, masked)) continue;
-      // the first two tiles fetch the next block meanwhile: a half each of its keys, and then of its values
-      const int64_t next = (key + w.block + t * w.block / 2) * row_bytes;
-      const bool fetch = t < 2 && key + w.block < w.last;
-      const uint8_t* soon_keys = fetch ? static_cast<const uint8_t*>(task.keys) + next : nullptr;
-      const uint8_t* soon_values = fetch ? static_cast<const uint8_t*>(task.values) + next : nullptr;
+      // the first tiles fetch the next block meanwhile: a part each of its keys, and then of its values
+      const int64_t next = (key + w.block + t * w.block / parts) * stored;
+      const bool fetch = t < parts && key + w.block < w.last;
+      const uint8_t *soon_keys = fetch ? keys + next : nullptr, *soon_values = fetch ? values + next : nullptr;
       for (int64_t p = 0; p < padded; p += PANEL)
         for (int pass = 0; pass < PASSES; ++pass)
           tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
@@ -282,10 +337,10 @@ GOSSAMER_INLINE F sums_of_lanes(F (&v)[16]) {
 
 // For a few rows memory sets the pace, and packing a block before it is used would keep it waiting: keys and values are
 // read once, in the order in which they stand. D is a multiple of 32.
-template <int ROWS>
+template <int ROWS, bool CODED>
 inline void attend_few(const AttentionTask& task) {
   Workspace<uint16_t> w(task);
-  const int64_t words = w.dim / 2, block = 8 / ROWS * w.block;
+  const int64_t words = w.dim / 2, block = 8 / ROWS * w.block, stored = kv_bytes(task.type, w.dim);
   const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
   const auto distance = [](const void* next, const void* from) {
     return next ? static_cast<const uint8_t*>(next) - static_cast<const uint8_t*>(from) : 0;
@@ -295,8 +350,10 @@ inline void attend_few(const AttentionTask& task) {
     const int64_t count = w.last - key < block ? w.last - key : block, padded = (count + 15) / 16 * 16;
     bool masked = padded != count;
     if (!w.sees(0, ROWS, key, count, masked)) continue;
-    const uint32_t* k = static_cast<const uint32_t*>(task.keys) + key * words;
-    for (int64_t p = 0; p < padded; p += 16, k += 16 * words) {
+    const uint8_t* next_rows = static_cast<const uint8_t*>(task.keys) + key * stored;
+    for (int64_t p = 0; p < padded; p += 16, next_rows += 16 * stored) {
+      const uint32_t* k = reinterpret_cast<const uint32_t*>(CODED ? reinterpret_cast<const uint8_t*>(w.plain) : next_rows);
+      if (CODED) widen(next_rows, p + 16 <= count ? 16 : count - p, w.dim, to_keys, w.plain);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         F sum[16];
@@ -307,7 +364,7 @@ inline void attend_few(const AttentionTask& task) {
             for (int64_t word = 0; word < words; word += 16) {
               const uint32_t* from = k + row(i) * words + word;
               sum[i] = Bf16Dot::dot(sum[i], load_int(from), load_int(q + r * words + word));
-              if (r == 0) __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + to_keys);
+              if (r == 0 && !CODED) __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + to_keys);
             }
           }
         };
@@ -321,7 +378,15 @@ inline void attend_few(const AttentionTask& task) {
     }
     float fade[ROWS];
     for (int r = 0; r < ROWS; ++r) fade[r] = w.soften(r, w.scores + r * block, w.shares + r * block, key, padded, masked);
-    const uint16_t* v = static_cast<const uint16_t*>(task.values) + key * w.dim;
+    const uint8_t* v = static_cast<const uint8_t*>(task.values) + key * stored;
+    const auto load_values = [&](const uint8_t* row, int64_t d) GOSSAMER_LAMBDA {  // 32 of them
+      const uint8_t* from = row + d * (CODED ? 1 : 2);
+      __builtin_prefetch(from + to_values);
+      if (!CODED) return load_int(from);
+      const F scale = scale_of(row, w.dim);
+      const F low = mul(load_int8(from), scale), high = mul(load_int8(from + 16), scale);
+      return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(high, low));
+    };
     const auto add_values = [&](int64_t d, auto panels) GOSSAMER_LAMBDA {
       constexpr int HALVES = 2 * decltype(panels)::value;
       F sum[ROWS][HALVES];
@@ -333,10 +398,7 @@ inline void attend_few(const AttentionTask& task) {
         I part[HALVES];
 #pragma GCC unroll 2
         for (int h = 0; h < HALVES; h += 2) {
-          const uint16_t *first = v + i * w.dim + d + 16 * h, *second = v + next * w.dim + d + 16 * h;
-          const I a = load_int(first), b = load_int(second);
-          __builtin_prefetch(reinterpret_cast<const uint8_t*>(first) + to_values);
-          __builtin_prefetch(reinterpret_cast<const uint8_t*>(second) + to_values);
+          const I a = load_values(v + i * stored, d + 16 * h), b = load_values(v + next * stored, d + 16 * h);
           part[h] = _mm512_unpacklo_epi16(a, b);
           part[h + 1] = _mm512_unpackhi_epi16(a, b);
         }
@@ -371,21 +433,27 @@ inline void attend_few(const AttentionTask& task) {
     }
   w.finish(task);
 }
+
+// Whether the task has few rows, and so is done.
+template <bool CODED>
+inline bool attend_if_few(const AttentionTask& task) {
+  if (task.dim % 32) return false;
+  switch (task.rows * task.group) {
+    case 1: attend_few<1, CODED>(task); return true;
+    case 2: attend_few<2, CODED>(task); return true;
+    case 3: attend_few<3, CODED>(task); return true;
+    case 4: attend_few<4, CODED>(task); return true;
+  }
+  return false;
+}
 #endif
 
 inline void attend(const AttentionTask& task) {
 #if defined(__AVX512BF16__)
-  if (task.type == Type::bf16 && task.dim % 32 == 0) {
-    switch (task.rows * task.group) {
-      case 1: return attend_few<1>(task);
-      case 2: return attend_few<2>(task);
-      case 3: return attend_few<3>(task);
-      case 4: return attend_few<4>(task);
-    }
-  }
+  if (task.type == Type::int8 ? attend_if_few<true>(task) : task.type == Type::bf16 && attend_if_few<false>(task)) return;
 #endif
-  if (task.type == Type::bf16) return attend_rows<Bf16Dot, uint16_t>(task);
-  attend_rows<FloatDot, float>(task);
+  if (task.type == Type::f32) return attend_rows<FloatDot, float>(task);
+  attend_rows<Bf16Dot, uint16_t>(task);
 }
 
 // --- around it -------------------------------------------------------------------------------------------------------

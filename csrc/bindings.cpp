@@ -131,6 +131,10 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     kernels_of(isa).attend(task);
   });
+  // A key or value as int8 keys and values are stored: out kv_bytes(int8, n).
+  m.def("quantize", [](const std::string& isa, int64_t x, int64_t n, int64_t out) {
+    kernels_of(isa).quantize(at<const float>(x), n, at<uint8_t>(out));
+  });
   m.def("argmax", [](const std::string& isa, int64_t x, int64_t n) { return kernels_of(isa).argmax(at<const float>(x), n); });
   m.def("sample", [](const std::string& isa, int64_t logits, int64_t vocabulary, int64_t n, int64_t row, int64_t peak,
                      int64_t temperature, int64_t top_k, int64_t top_p, int64_t min_p, int64_t uniform, int64_t tokens,

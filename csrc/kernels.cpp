@@ -9,7 +9,7 @@ namespace GOSSAMER_NS {
 
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
-    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, merge, scale_row, argmax,
+    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, quantize, merge, scale_row, argmax,
     sample,
 };
 

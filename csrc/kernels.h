@@ -14,6 +14,10 @@ constexpr int ROW_BLOCK = 256;  // rows that a packed weight is multiplied with 
 enum class Type : int { int8 = 0, bf16 = 1, f32 = 2, fp16 = 3 };
 
 constexpr int bytes_of(Type type) { return type == Type::int8 ? 1 : type == Type::f32 ? 4 : 2; }
+// A stored key or value of one head: its entries, or for int8 its codes, and then what they are multiplied with, in fp32.
+constexpr int64_t kv_bytes(Type type, int64_t dim) { return dim * bytes_of(type) + (type == Type::int8 ? 4 : 0); }
+constexpr Type query_type(Type kv) { return kv == Type::int8 ? Type::bf16 : kv; }
+
 constexpr int step_of(Type type) { return 4 / bytes_of(type); }  // entries per four bytes
 
 // Where output `row` of part `part` stands: the parts of a gated weight take turns, 16 columns each.
@@ -82,7 +86,7 @@ struct LinearCall {
 
 // Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.
 struct AttentionTask {
-  Type type;               // of q, keys and values: bf16 or f32
+  Type type;               // of keys and values: int8, bf16 or f32; q is of query_type(type)
   int64_t dim;             // D, even
   const void* q;           // (T, heads, D), scaled by log2(e) / sqrt(D) or the like
   int64_t q_stride;        // between tokens
@@ -91,7 +95,7 @@ struct AttentionTask {
   int64_t rows;            // number of tokens
   int64_t group;           // query heads per key head
   int64_t head;            // the first query head
-  const void* keys;        // (n, D), row-major
+  const void* keys;        // (n) rows of kv_bytes(type, D)
   const void* values;
   int64_t n;
   int64_t start;           // position of the first key; a row sees keys up to its own position
@@ -110,7 +114,8 @@ constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }
 constexpr int64_t attention_scratch(int64_t dim) {
   const int64_t keys = attention_keys(dim), wide = (dim + 31) / 32 * 32;
   // queries, output, keys, values, scores and probabilities of a tile, running maximum, sum and ends of each row
-  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS;
+  // and int8 keys or values of a block in bf16
+  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS + 2 * keys * dim;
 }
 
 // One token of a row of logits, drawn at random.
@@ -145,7 +150,8 @@ struct Kernels {
   // x (D) -> rotated by cos and sin (D / 2), halves paired; scaled; stored as `type`.
   void (*rotate)(const float* x, const float* cosine, const float* sine, int64_t dim, int64_t rotated, float scale, void* out,
                  Type type);
-  void (*convert)(const float* x, int64_t n, void* out, Type type);
+  void (*convert)(const float* x, int64_t n, void* out, Type type);  // to f32 or bf16
+  void (*quantize)(const float* x, int64_t n, uint8_t* out);         // to kv_bytes(int8, n): absmax scale
   // out (D) = sum over parts of weight * part, for states of base 2.
   void (*merge)(const float* const* parts, const float* const* states, int64_t count, int64_t dim, float* out);
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);

@@ -163,6 +163,7 @@ struct RotateAndStore final : Op {
     const Shape& s = program.shape;
     const Kernels& kernels = program.kernels;
     const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1;
+    const Type query = query_type(s.kv);
     const float* cosines = reinterpret_cast<const float*>(step.tables[2 * table]);
     const float* sines = reinterpret_cast<const float*>(step.tables[2 * table + 1]);
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
@@ -170,18 +171,24 @@ struct RotateAndStore final : Op {
         const float* x = program.buffers[source].row(r);
         const float* cosine = cosines + step.positions[r] * (rotated / 2);
         const float* sine = sines + step.positions[r] * (rotated / 2);
-        uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * width;
+        uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * bytes_of(query);
         for (int64_t h = 0; h < s.heads; ++h, x += s.dim)
           kernels.rotate(normed(kernels, x, query_gain, s.dim, thread), cosine, sine, s.dim, rotated, scale,
-                         q + h * s.dim * width, s.kv);
+                         q + h * s.dim * bytes_of(query), query);
         const int64_t* target = step.target + step.place[2 * r] * fields;
         uint8_t* keys = reinterpret_cast<uint8_t*>(target[layer]) + step.place[2 * r + 1] * width;
         uint8_t* values = reinterpret_cast<uint8_t*>(target[s.layers + layer]) + step.place[2 * r + 1] * width;
         const int64_t to_next = target[2 * s.layers] * width;
         for (int64_t h = 0; h < s.kv_heads; ++h) {
-          kernels.rotate(normed(kernels, x + h * s.dim, key_gain, s.dim, thread), cosine, sine, s.dim, rotated, 1.0f,
-                         keys + h * to_next, s.kv);
-          kernels.convert(x + (s.kv_heads + h) * s.dim, s.dim, values + h * to_next, s.kv);
+          const float *key = normed(kernels, x + h * s.dim, key_gain, s.dim, thread), *value = x + (s.kv_heads + h) * s.dim;
+          if (s.kv == Type::int8) {
+            kernels.rotate(key, cosine, sine, s.dim, rotated, 1.0f, thread.merged, Type::f32);
+            kernels.quantize(thread.merged, s.dim, keys + h * to_next);
+            kernels.quantize(value, s.dim, values + h * to_next);
+          } else {
+            kernels.rotate(key, cosine, sine, s.dim, rotated, 1.0f, keys + h * to_next, s.kv);
+            kernels.convert(value, s.dim, values + h * to_next, s.kv);
+          }
         }
       }
     });
@@ -203,7 +210,7 @@ struct Attend final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
     const Program::Tasks& tasks = program.tasks(window);
-    const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1, group = s.heads / s.kv_heads;
+    const int64_t width = bytes_of(s.kv), row_bytes = kv_bytes(s.kv, s.dim), fields = 2 * s.layers + 1, group = s.heads / s.kv_heads;
     AttentionTask task{};
     task.type = s.kv;
     task.dim = s.dim;
@@ -216,27 +223,27 @@ struct Attend final : Op {
     task.state_stride = s.heads * 2;
     task.scratch = thread.attention;
     phase.run(static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
-      const auto entry_of = [&](const Program::Task& t, const int64_t* target) {
-        return step.item[6 * t.item + 1] + t.head * target[2 * s.layers] + t.first_key * s.dim;
+      const auto first_byte = [&](const Program::Task& t, const int64_t* target) {
+        return (step.item[6 * t.item + 1] + t.head * target[2 * s.layers]) * width + t.first_key * row_bytes;
       };
       for (int64_t i = tasks.groups[g]; i < tasks.groups[g + 1]; ++i) {
         const Program::Task& t = tasks.all[i];
         const int64_t* item = step.item + 6 * t.item;
         const int64_t* target = step.target + item[0] * fields;
-        const int64_t entry = entry_of(t, target);
+        const int64_t first = first_byte(t, target);
         task.next_keys = task.next_values = nullptr;
-        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * s.dim * width <= SHORT) {
+        if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * row_bytes <= SHORT) {
           const Program::Task& soon = tasks.all[i + 1];
           const int64_t* there = step.target + step.item[6 * soon.item] * fields;
-          const int64_t first = entry_of(soon, there) * width;
-          task.next_keys = reinterpret_cast<const uint8_t*>(there[layer]) + first;
-          task.next_values = reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + first;
+          const int64_t next = first_byte(soon, there);
+          task.next_keys = reinterpret_cast<const uint8_t*>(there[layer]) + next;
+          task.next_values = reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + next;
         }
         task.tokens = step.item_rows + item[4] + t.first_row;
         task.rows = t.rows;
         task.head = t.head * group;
-        task.keys = reinterpret_cast<const uint8_t*>(target[layer]) + entry * width;
-        task.values = reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + entry * width;
+        task.keys = reinterpret_cast<const uint8_t*>(target[layer]) + first;
+        task.values = reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + first;
         task.n = t.keys;
         task.start = item[3] + t.first_key;
         task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;

@@ -15,7 +15,7 @@ std::vector<float> copy(const float* gain, int64_t k) { return gain ? std::vecto
 }  // namespace
 
 Program::Program(const Kernels& kernels, Shape shape, int64_t max_rows) : kernels(kernels), shape(shape), max_rows(max_rows) {
-  queries = Memory(max_rows * shape.heads * shape.dim * bytes_of(shape.kv));
+  queries = Memory(max_rows * shape.heads * shape.dim * bytes_of(query_type(shape.kv)));
   largest_k_ = shape.heads * shape.dim;
   buffers.push_back({0, Memory()});
 }

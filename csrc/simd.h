@@ -359,6 +359,18 @@ GOSSAMER_INLINE F load_fp16(const uint16_t* p) {
 #endif
 }
 
+GOSSAMER_INLINE F load_int8(const void* p) {
+#if defined(__AVX512F__)
+  return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+  float lane[W];
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<const int8_t*>(p)[i];
+  return load(lane);
+#endif
+}
+
 // The low bytes of the lanes, which must lie in [-128, 127].
 GOSSAMER_INLINE void store_int8(int8_t* p, I v) {
 #if defined(__AVX512F__)

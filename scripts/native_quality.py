@@ -3,7 +3,7 @@
     .venv/bin/python scripts/native_quality.py --windows 4      (about a minute)
 
 Windows of 1,024 tokens of Python's language reference; with the output layer in 16 bit and in int8, and with keys and
-values of either type.
+values of each type.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         run = {"int8_head": int8_head}
         reference = perplexity(arguments.model, arguments.windows, runner="transformers", **run)
         print(f"output layer in {'int8' if int8_head else '16 bit'}: reference {reference:.4f}", flush=True)
-        for kv_dtype in ("bfloat16", "float32"):
+        for kv_dtype in ("bfloat16", "float32", "int8"):
             found = perplexity(arguments.model, arguments.windows, runner="native", kv_dtype=kv_dtype, **run)
             print(f"  native, keys and values in {kv_dtype}: {found:.4f} ({found / reference - 1:+.4%})", flush=True)
 

@@ -157,6 +157,48 @@ def test_wrong_rows_are_refused() -> None:
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+def quantize_rows(x: Tensor) -> Tensor:
+    """(n, D) fp32 -> (n, D + 4) int8, as keys and values are stored: codes, then their scale."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 1.2e-38, x / scale, 0).round().to(torch.int8)
+    return torch.cat([codes, scale.view(torch.int8)], -1)
+
+
+def scales(stored: Tensor) -> Tensor:
+    """(n, 1) fp32."""
+    return stored[:, -4:].clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.float32)[:, None]
+
+
+def entries(stored: Tensor) -> Tensor:
+    """What the kernels multiply with: int8 rows are widened to bf16."""
+    if stored.dtype != torch.int8:
+        return stored
+    return (stored[:, :-4] * scales(stored)).bfloat16()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_keys_and_values_in_int8(isa: str) -> None:
+    library = core()
+    assert library is not None
+    for dim, size in itertools.product((2, 6, 16, 64, 80, 128, 250), (1.0, 1e-3, 1e-37, 1e30)):
+        x = size * torch.randn(20, dim)
+        x[3] = 0
+        x[4] = 1e-40  # denormal: as good as zero
+        x[5, 1], x[6, 0], x[7, 1] = torch.inf, torch.nan, -torch.inf
+        found = torch.full((20, dim + 5), 99, dtype=torch.int8)
+        for row, out in zip(x, found, strict=True):
+            library.quantize(isa, row.data_ptr(), dim, out.data_ptr())
+        assert (found[:, -1] == 99).all()
+        found, expected = found[:, :-1].contiguous(), quantize_rows(x)
+        scale, codes = scales(found)[:, 0], found[:, :-4].float()
+        finite = torch.tensor([i not in (5, 6, 7) for i in range(20)])
+        assert torch.equal(found[finite, -4:], expected[finite, -4:]) and scale[~finite].isnan().all()
+        normal = finite & (scale > 1.2e-38)
+        error = (codes * scale[:, None] - x).abs()[normal]
+        assert (error <= scale[normal, None] * (0.5 + 1e-4)).all() and (codes.abs().amax(-1)[normal] == 127).all()
+        assert (codes[finite & ~normal] == 0).all()
+
+
 def attend(
     isa: str,
     q: Tensor,
@@ -176,7 +218,7 @@ def attend(
     order = torch.arange(tokens, dtype=torch.int32)
     out, state = torch.full((tokens, heads, dim), 7.0), torch.full((tokens, heads, 2), 7.0)
     library.attend(
-        isa, str(q.dtype).removeprefix("torch."), dim, q.data_ptr(), heads * dim, order.data_ptr(),
+        isa, str(keys.dtype).removeprefix("torch."), dim, q.data_ptr(), heads * dim, order.data_ptr(),
         positions.data_ptr(), tokens, group, head, keys.data_ptr(), values.data_ptr(), len(keys), start, window,
         out[:, head:].data_ptr(), state[:, head:].data_ptr(), heads,
     )  # fmt: skip
@@ -187,7 +229,7 @@ def attend(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("type_", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("type_", [torch.float32, torch.bfloat16, torch.int8])
 @settings(max_examples=60, deadline=None)
 @given(
     dim=st.sampled_from([6, 16, 32, 64, 80, 96, 128, 256]),
@@ -203,12 +245,15 @@ def test_attention(
 ) -> None:
     torch.manual_seed(seed)
     heads, head, start = 2 * group, group, 3
-    q = (3 * torch.randn(tokens, heads, dim)).to(type_)
-    keys, values = torch.randn(n, dim).to(type_), torch.randn(n, dim).to(type_)
+    query_type = torch.float32 if type_ == torch.float32 else torch.bfloat16
+    q = (3 * torch.randn(tokens, heads, dim)).to(query_type)
+    stored = [torch.randn(n, dim) * torch.rand(n, 1) for _ in range(2)]
+    stored = [quantize_rows(x) if type_ == torch.int8 else x.to(type_) for x in stored]
+    keys, values = map(entries, stored)
     positions = start + (torch.randint(n, (tokens,)) if causal else torch.full((tokens,), n + 2))
     scale = dim**-0.5
-    scaled = (q.float() * (scale / math.log(2))).to(type_)
-    found, lse = attend(isa, scaled, keys, values, positions, head=head, group=group, start=start, window=window)
+    scaled = (q.float() * (scale / math.log(2))).to(query_type)
+    found, lse = attend(isa, scaled, *stored, positions, head=head, group=group, start=start, window=window)
 
     places = start + torch.arange(n)
     seen = places <= positions[:, None]

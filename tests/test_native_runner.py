@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.library import instruction_set, instruction_sets
 from gossamer.nn import quantize
 from gossamer.nn.int8_head import quantize_head
+from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer, answers
 
 needs_native = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
@@ -37,14 +39,19 @@ def native(threads: int = 2, **changes: Any) -> Engine:
     return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), **changes)
 
 
-def scores(runner: Any) -> torch.Tensor:
+def finish(engine: Engine) -> dict[str, Any]:
+    """The last output of each request."""
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {output.request_id: output for output in engine.step()}
+    return done
+
+
+def scores(runner: Any, text: Sequence[int] = range(40)) -> torch.Tensor:
     """Log-likelihoods of the tokens of a text."""
     engine = Engine(runner, NumberTokenizer())
-    engine.add_score("score", {"prompt_token_ids": list(range(40))})
-    done: list[Any] = []
-    while engine.has_unfinished_requests():
-        done += engine.step()
-    return torch.tensor(done[0].token_logprobs[1:])
+    engine.add_score("score", {"prompt_token_ids": list(text)})
+    return torch.tensor(finish(engine)["score"].token_logprobs[1:])
 
 
 def compiler() -> str | None:
@@ -113,7 +120,7 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
     """A model of int8 layers alone, whose embedding is in bf16 anyway."""
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     found = {}
-    for kind in ("reference", "float32", "bfloat16"):
+    for kind in ("reference", "float32", "bfloat16", "int8"):
         model = network("qwen3").bfloat16().float()
         quantize(model)
         quantize_head(model)
@@ -122,13 +129,32 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
         )
         assert kind == "reference" or runner.layout.dtype == getattr(torch, kind)
         found[kind] = scores(runner)
-    error = {kind: (found[kind] - found["reference"]).abs().mean() for kind in ("float32", "bfloat16")}
-    assert error["float32"] < 0.002 * found["reference"].std()
-    assert error["float32"] < error["bfloat16"]
+    error = {kind: float((found[kind] - found["reference"]).abs().mean() / found["reference"].std()) for kind in found}
+    assert error["float32"] < 0.002 and error["float32"] < error["bfloat16"] < error["int8"] < 0.05
+
+
+@needs_native
+@pytest.mark.parametrize("sharing", ["off", "storage", "attention"])
+def test_int8_keys_and_values_are_shared_split_and_moved_like_others(sharing: Any) -> None:
+    """What is decoded over a shared prefix, from slots that grow, is as probable as when it is scored on its own."""
+    runner = NativeRunner(network(), max_rows=512, threads=2, kv_dtype="int8")
+    layout, shape = runner.layout, runner.layout.layers[0]
+    assert layout.bytes_per_token == len(layout.layers) * shape.num_kv_heads * 2 * (shape.key_dim + 4)
+    engine = Engine(runner, NumberTokenizer(), sharing=sharing)
+    prompts = [[*range(1, 30), *range(1 + 7 * i % 5, 20)] for i in range(6)] + PROMPTS
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, logprobs=0)
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    decoded = finish(engine)
+    for number, prompt in enumerate(prompts):
+        output = decoded[str(number)].outputs[0]
+        alone = scores(runner, prompt + output.token_ids)[-80:]
+        entries = zip(output.logprobs, output.token_ids, strict=True)
+        assert torch.allclose(torch.tensor([entry[token].logprob for entry, token in entries]), alone, atol=0.05)
 
 
 def test_a_type_of_keys_that_does_not_exist_or_does_not_apply_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="kv_dtype must be 'auto', 'float32', 'bfloat16', got 'int4'"):
+    with pytest.raises(ConfigurationError, match="kv_dtype must be 'auto', 'float32', 'bfloat16', 'int8', got 'int4'"):
         make_runner(network(), "auto", max_rows=64, kv_dtype="int4")  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ConfigurationError, match="that of transformers keeps the model's own type"):
         make_runner(network(), "transformers", max_rows=64, kv_dtype="float32")

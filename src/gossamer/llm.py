@@ -45,8 +45,9 @@ class LLM:
         sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
         runner: ``"native"`` runs Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on the CPU with kernels of its own,
             ``"transformers"`` any supported model on any device; ``"auto"`` takes the first where it can.
-        kv_dtype: of keys and values in the native runner: ``"float32"``, ``"bfloat16"``, or ``"auto"``, which is fp32
-            for a model in fp32 and bf16 for one that is int8 or of a 16-bit type.
+        kv_dtype: of keys and values in the native runner: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"auto"``,
+            which is fp32 for a model in fp32 and bf16 for one that is int8 or of a 16-bit type. Int8 ones have a scale
+            per token and head: half the memory of bf16 ones, at a small cost (docs/how-to/int8.md has figures).
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import torch
+
 from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
@@ -28,7 +30,7 @@ from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
 from gossamer.engine.native_runner import NativeRunner
 from gossamer.engine.runner import TransformersRunner
-from gossamer.engine.runners import RunnerChoice, make_runner
+from gossamer.engine.runners import KVDtype, RunnerChoice, make_runner
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -114,6 +116,7 @@ def bench_decode(
     dtype: str = "auto",
     quantization: GossamerInt8Config | None = None,
     int8_head: bool = False,
+    kv_dtype: KVDtype = "auto",
     memory: int = 16 * 10**9,
     runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
@@ -140,14 +143,15 @@ def bench_decode(
     machine = describe() | {"busy_processes": busy_processes}
     results = []
     max_rows = max(2048, *batches)
-    made, note = make_runner(network, runner, max_rows=max_rows)
+    made, note = make_runner(network, runner, max_rows=max_rows, kv_dtype=kv_dtype)
     native = made if isinstance(made, NativeRunner) else None
     if native is not None:
         sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
     if note:
         progress(f"not native: {note}")
+    # int8 keys and values are multiplied as bf16 ones
     ceilings = Ceilings(
-        made.layout.dtype, int8=any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
+        torch.bfloat16 if made.layout.dtype == torch.int8 else made.layout.dtype, int8=any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
     )
     sizes = Sizes([(b, p) for b in batches for p in prefixes], suffix, new, numbers_per_token(network))
     settings: dict[str, Any] = {"threads": machine["threads"], "dtype": network.dtype, "memory": memory}
@@ -325,7 +329,8 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     # a tied embedding is the head's weight; another one is looked up, not multiplied
     floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
     int8 = [m.weight for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
-    width = engine.runner.layout.dtype.itemsize if result.runner == NativeRunner.name else None
+    runner = engine.runner
+    width = getattr(torch, runner.float_type).itemsize if isinstance(runner, NativeRunner) else None
     linear = _seconds(floating, result.batch, flops, read, width)
     if int8:
         linear += _seconds(int8, result.batch, limits["int8_gops"] * 1e9, read)

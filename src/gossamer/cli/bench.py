@@ -19,6 +19,7 @@ from gossamer.cli.engine_options import (
     Int8Head,
     Int8Outliers,
     Int8Threshold,
+    KVDtypeOption,
     Quantization,
     RunnerOption,
     Threads,
@@ -53,6 +54,7 @@ def decode(
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
     int8_head: Int8Head = False,
+    kv_dtype: KVDtypeOption = "auto",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -96,6 +98,7 @@ def decode(
             dtype=dtype,
             quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
             int8_head=int8_head,
+            kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked there
             memory=parse_bytes(memory),
             busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,

@@ -38,8 +38,8 @@ KVDtypeOption = Annotated[
     str,
     typer.Option(
         "--kv-dtype",
-        help="Number format of keys and values in the native runner: float32, bfloat16 or auto (float32 for a model in "
-        "float32, otherwise bfloat16).",
+        help="Number format of keys and values in the native runner: float32, bfloat16, int8 (half the memory of "
+        "bfloat16) or auto (float32 for a model in float32, otherwise bfloat16).",
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]

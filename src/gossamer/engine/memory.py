@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +15,7 @@ from gossamer.engine.pages import zeros
 from gossamer.errors import ConfigurationError
 
 GROUP_BYTES = 16 << 20  # what moves is copied group by group, so that no second cache is needed
+_SCALE_BYTES = 4
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -45,29 +46,39 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers.
+
+    In int8 a key is as many codes as it has entries, and then what they are multiplied with, in fp32; so is a value.
+    """
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     device: torch.device
 
+    def width(self, dim: int) -> int:
+        """Elements of ``dtype`` in which a key or value of ``dim`` entries is stored."""
+        return dim + (_SCALE_BYTES if self.dtype == torch.int8 else 0)
+
     @property
     def bytes_per_token(self) -> int:
-        return sum(x.num_kv_heads * (x.key_dim + x.value_dim) for x in self.layers) * self.dtype.itemsize
+        return self._elements(self.layers) * self.dtype.itemsize
+
+    def _elements(self, layers: Sequence[LayerShape]) -> int:
+        return sum(x.num_kv_heads * (self.width(x.key_dim) + self.width(x.value_dim)) for x in layers)
 
     def groups(self, *prefix: int, length: int) -> list[range]:
         """Layers whose keys and values share a piece of memory: as few as fill :data:`GROUP_BYTES`."""
         tokens = math.prod(prefix) * length * self.dtype.itemsize
         groups, first, size = [], 0, 0
         for index, layer in enumerate(self.layers):
-            size += tokens * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+            size += tokens * self._elements([layer])
             if size >= GROUP_BYTES or index + 1 == len(self.layers):
                 groups.append(range(first, index + 1))
                 first, size = index + 1, 0
         return groups
 
     def allocate(self, *prefix: int, length: int, layers: range | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Zeros for keys and values per layer, (*prefix, Hkv, length, dim). Padding is masked, but must be finite."""
+        """Zeros for keys and values per layer, (*prefix, Hkv, length, width). Padding is masked, but must be finite."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for group in self.groups(*prefix, length=length) if layers is None else [layers]:
@@ -75,7 +86,7 @@ class KVLayout:
             for index in group:
                 layer = self.layers[index]
                 rows = (*prefix, layer.num_kv_heads, length)
-                shapes += [(*rows, layer.key_dim), (*rows, layer.value_dim)]
+                shapes += [(*rows, self.width(layer.key_dim)), (*rows, self.width(layer.value_dim))]
             tensors = zeros(shapes, self.dtype, self.device)
             keys += tensors[::2]
             values += tensors[1::2]

@@ -43,7 +43,8 @@ class NativeRunner:
             it is empty afterwards.
         max_rows: most tokens of a step.
         threads: of a step; PyTorch's number by default.
-        kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, or ``"auto"`` as above.
+        kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, ``"int8"`` (each with a scale of its own, half the
+            memory of bf16), or ``"auto"`` as above.
 
     Raises:
         UnsupportedModelError: says why the model cannot run natively.
@@ -128,6 +129,7 @@ class NativeRunner:
             kv_heads=shape.num_kv_heads,
             dim=shape.key_dim,
             kv=self.kv_type,
+            width=self.layout.width(shape.key_dim),
             threads=self.threads,
             readers=readers,
             own=own,
@@ -165,7 +167,7 @@ class _Arrays:
         self.positions = plan.positions.numpy().copy()
         self.logit_rows = plan.logit_rows.contiguous()
         self.last_position = int(self.positions.max())
-        self._dim = layout.layers[0].key_dim
+        self._width = layout.width(layout.layers[0].key_dim)
         self._index: dict[Node | Bucket, int] = {}
         self._owners: list[Node | Bucket] = []
         items: list[np.ndarray] = []
@@ -190,10 +192,10 @@ class _Arrays:
             add((target, entry, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
         for chunk in plan.chunks:
             target, entry = self._locate(chunk.target)
-            entry += chunk.offset * self._dim
+            entry += chunk.offset * self._width
             members = _numbers(chunk.rows)
             self.place[members, 0] = target
-            self.place[members, 1] = entry + np.arange(len(members)) * self._dim
+            self.place[members, 1] = entry + np.arange(len(members)) * self._width
             add((target, entry, len(members), chunk.position), members)
         computed = sum(map(len, items))
         for group in plan.groups:
@@ -201,7 +203,7 @@ class _Arrays:
             members, offsets = _numbers(group.rows), group.offsets.numpy()
             entries = group.slots.numpy() * stride
             self.place[members, 0] = target
-            self.place[members, 1] = entries + offsets * self._dim
+            self.place[members, 1] = entries + offsets * self._width
             add((target, entries, offsets + 1, self.positions[members] - offsets), members, each=True)
         self.items = np.concatenate(items)
         self.item_rows = np.concatenate(rows).astype(np.int32)
@@ -223,7 +225,7 @@ class _Arrays:
             self.positions += steps
             self.last_position += steps
             self._growing += steps
-            self.place[:, 1] += steps * self._dim
+            self.place[:, 1] += steps * self._width
         for index, owner in enumerate(self._owners):
             if owner.addresses is None:
                 assert owner.keys is not None and owner.values is not None

@@ -23,6 +23,7 @@ def attention_seconds(
     kv_heads: int,
     dim: int,
     kv: str,
+    width: int,
     threads: int,
     readers: int,
     own: int,
@@ -35,26 +36,28 @@ def attention_seconds(
         isa: instruction set.
         embedding: any table with at least one row: a program begins with one.
         heads, kv_heads, dim, kv: see :class:`~gossamer.native.recorder.Recorder`.
+        width: elements of that type in which a key is stored.
         threads: of a step.
         readers: sequences that decode, one row each.
         own: keys that each of them has for itself, at least 1.
         common: keys that all of them attend to as one segment; 0 for no segment.
         repeats: how many steps are timed.
     """
-    entries = kv_heads * (readers * own + common) * dim
     dtype: torch.dtype = getattr(torch, kv)
+    entries = kv_heads * (readers * own + common) * width
     layers = max(1, min(_LAYERS, _BYTES // (2 * entries * dtype.itemsize)))
     program = _program(isa, embedding, layers, heads, kv_heads, dim, kv, readers)
-    stored = torch.ones(2 * layers, entries, dtype=dtype)  # written: pages of zeros might all be the same one
+    # written, since pages of zeros might all be the same one; four bytes of 60 are a plain scale too, 0.0115
+    stored = torch.full((2 * layers, entries), 60, dtype=dtype)
 
-    first_common = kv_heads * readers * own * dim
+    first_common = kv_heads * readers * own * width
     targets = np.empty((2, 2 * layers + 1), np.int64)  # everybody's own, then the common ones
     targets[:, :-1] = [row.data_ptr() for row in stored]
     targets[1, :-1] += first_common * dtype.itemsize
-    targets[:, -1] = own * dim, common * dim  # entries from one head to the next
+    targets[:, -1] = own * width, common * width  # entries from one head to the next
     rows = np.arange(readers)
     items = np.zeros((readers, 6), np.int64)  # see StepInput in csrc/program.h
-    items[:, 1] = rows * kv_heads * own * dim
+    items[:, 1] = rows * kv_heads * own * width
     items[:, 2], items[:, 3], items[:, 4], items[:, 5] = own, common, rows, 1
     item_rows = rows
     if common:

@@ -42,7 +42,7 @@ class Recorder:
         heads: query heads of each layer.
         kv_heads: key and value heads of each layer.
         dim: entries of a head.
-        kv: type of keys and values, ``"bfloat16"`` or ``"float32"``.
+        kv: type of keys and values, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
         max_rows: most tokens of a step.
     """
 
