@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-peers sanitize lint format docs clean FORCE
+.PHONY: help setup model run test test-slow test-peers sanitize emulate lint format docs clean FORCE
 .PHONY: bench bench-peers bench-linear table-1
 
 help: ## List the targets
@@ -47,6 +47,15 @@ sanitize: setup model ## Run the tests of the native kernels with address and un
 		ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
 		$(IN_VENV) -m pytest -p no:cacheprovider tests/test_native_kernels.py tests/test_native_sampling.py \
 		tests/test_exactness.py -k "native" $(PYTEST_ARGS)
+
+EMULATED := build/emulated
+
+emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has only AVX2
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(EMULATED) -G Ninja -DGOSSAMER_EMULATE=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(EMULATED)
+	GOSSAMER_NATIVE="$$(ls $(EMULATED)/_native*.so)" $(IN_VENV) -m pytest -p no:cacheprovider \
+		tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_runner.py $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .

@@ -43,6 +43,32 @@ GOSSAMER_INLINE void transpose16(I (&v)[16]) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A square of 32-bit words, in place.
+GOSSAMER_INLINE void transpose8(F (&v)[8]) {
+  F t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    v[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    v[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    v[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+#endif
+
 // 32-bit words: (rows, words) with a stride in words -> (words, 32) for up to 32 rows; the others become 0.
 inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t* to) {
   int64_t w = 0;
@@ -55,6 +81,17 @@ inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, 
       transpose16(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) store_int(to + (w + i) * PANEL + half, v[i]);
+    }
+  }
+#elif defined(__AVX2__)
+  for (int64_t part = 0; part < 32 && rows == 32; part += 8) {
+    for (w = 0; w + 8 <= words; w += 8) {
+      F v[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) v[i] = as_float(load_int(from + (part + i) * stride + w));
+      transpose8(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) store_int(to + (w + i) * PANEL + part, as_int(v[i]));
     }
   }
 #endif
@@ -87,8 +124,8 @@ inline void pack_values(const Entry* values, int64_t n, int64_t dim, uint8_t* ou
   }
 }
 
-GOSSAMER_INLINE void store_shares(float* p, F v) { store(p, v); }
-GOSSAMER_INLINE void store_shares(uint16_t* p, F v) { store_bf16(p, v); }
+GOSSAMER_INLINE void store_entries(float* p, F v) { store(p, v); }
+GOSSAMER_INLINE void store_entries(uint16_t* p, F v) { store_bf16(p, v); }
 
 GOSSAMER_INLINE float scalar_exp2(float x) {
   float lane[W];
@@ -127,19 +164,29 @@ inline void quantize(const float* x, int64_t n, uint8_t* out) {
 
 GOSSAMER_INLINE F scale_of(const uint8_t* row, int64_t dim) { return as_float(broadcast(row + dim)); }
 
-// Stored rows -> (count, dim) in bf16; what stands `ahead` bytes further on is fetched meanwhile.
-inline void widen(const uint8_t* rows, int64_t count, int64_t dim, int64_t ahead, uint16_t* out) {
+GOSSAMER_INLINE void put_entry(float* p, float v) { *p = v; }
+GOSSAMER_INLINE void put_entry(uint16_t* p, float v) { *p = bf16_bits(v); }
+
+// Stored rows -> (count, dim) in bf16 or fp32; what stands `ahead` bytes further on is fetched meanwhile.
+template <class Entry>
+inline void widen(const uint8_t* rows, int64_t count, int64_t dim, int64_t ahead, Entry* out) {
   for (int64_t r = 0; r < count; ++r, rows += kv_bytes(Type::int8, dim), out += dim) {
     const F scale = scale_of(rows, dim);
     int64_t i = 0;
     for (; i + W <= dim; i += W) {
       if (i % 64 == 0) __builtin_prefetch(rows + ahead + i);
-      store_bf16(out + i, mul(load_int8(rows + i), scale));
+      store_entries(out + i, mul(load_int8(rows + i), scale));
     }
     float factor;
     std::memcpy(&factor, rows + dim, 4);
-    for (; i < dim; ++i) out[i] = bf16_bits(static_cast<float>(static_cast<int8_t>(rows[i])) * factor);
+    for (; i < dim; ++i) put_entry(out + i, static_cast<float>(static_cast<int8_t>(rows[i])) * factor);
   }
+}
+
+inline void widen_bf16(const uint16_t* from, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(out + i, load_bf16(from + i));
+  for (; i < count; ++i) out[i] = bf16_value(from[i]);
 }
 
 // --- a task ----------------------------------------------------------------------------------------------------------
@@ -182,8 +229,7 @@ struct Workspace {
     last = 0;
     for (int64_t i = 0; i < task.rows; ++i) {
       const int64_t token = task.tokens[i], position = task.position[token] - task.start;
-      const Entry* source = static_cast<const Entry*>(task.q) + token * task.q_stride + task.head * dim;
-      std::memcpy(q + i * task.group * dim, source, task.group * dim * sizeof(Entry));
+      take_queries(task, static_cast<const uint8_t*>(task.q), token * task.q_stride + task.head * dim, q + i * task.group * dim);
       const int64_t stop = position + 1 < task.n ? position + 1 : task.n;
       const int64_t go = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
       for (int64_t g = 0; g < task.group; ++g) {
@@ -204,13 +250,26 @@ struct Workspace {
 
   // (count, dim) of the stored rows.
   const Entry* entries(const AttentionTask& task, const void* rows, int64_t count) const {
-    if constexpr (sizeof(Entry) == 2) {
-      if (task.type == Type::int8) {
-        widen(static_cast<const uint8_t*>(rows), count, dim, 0, plain);
+    if (task.type == Type::int8) {
+      widen(static_cast<const uint8_t*>(rows), count, dim, 0, plain);
+      return plain;
+    }
+    if constexpr (sizeof(Entry) == 4) {
+      if (task.type == Type::bf16) {
+        widen_bf16(static_cast<const uint16_t*>(rows), count * dim, plain);
         return plain;
       }
     }
     return static_cast<const Entry*>(rows);
+  }
+
+  // The queries of a token, which are of query_type.
+  void take_queries(const AttentionTask& task, const uint8_t* all, int64_t first, Entry* to) const {
+    const int64_t count = task.group * dim;
+    if constexpr (sizeof(Entry) == 4) {
+      if (task.type != Type::f32) return widen_bf16(reinterpret_cast<const uint16_t*>(all) + first, count, to);
+    }
+    std::memcpy(to, all + first * sizeof(Entry), count * sizeof(Entry));
   }
 
   // Whether rows [r0, r1) see any of the keys [key, key + count), and whether some of these are hidden from one of them.
@@ -240,7 +299,7 @@ struct Workspace {
     }
     const float before = peak[row], found = reduce_max(highest), now = found > before ? found : before;
     if (!(now > -__builtin_inff())) {  // nothing seen yet
-      for (int64_t i = 0; i < padded; i += W) store_shares(share + i, zero());
+      for (int64_t i = 0; i < padded; i += W) store_entries(share + i, zero());
       return 0;
     }
     constexpr int degree = sizeof(Entry) == 2 ? 4 : 6;
@@ -248,7 +307,7 @@ struct Workspace {
     for (int64_t i = 0; i < padded; i += W) {
       const F v = exp2<degree>(sub(load(s + i), set1(now)));
       sum = add(sum, v);
-      store_shares(share + i, v);
+      store_entries(share + i, v);
     }
     const float fade = before > -__builtin_inff() ? scalar_exp2(before - now) : 0;
     peak[row] = now;
@@ -271,7 +330,8 @@ template <class Dot, class Entry>
 inline void attend_rows(const AttentionTask& task) {
   Workspace<Entry> w(task);
   const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
-  const int64_t parts = task.type == Type::int8 ? 1 : 2;  // a tile fetches as many bytes as half of the packed keys have
+  // a tile fetches half as many bytes as a packed block of keys has
+  const int64_t parts = row_bytes < 2 * stored ? 2 : 1;
   const uint8_t *keys = static_cast<const uint8_t*>(task.keys), *values = static_cast<const uint8_t*>(task.values);
   const int64_t tiles = (w.rows + TILE - 1) / TILE;
   for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
@@ -449,11 +509,12 @@ inline bool attend_if_few(const AttentionTask& task) {
 #endif
 
 inline void attend(const AttentionTask& task) {
+  // without instructions for bf16, a block is converted once to be multiplied in fp32
 #if defined(__AVX512BF16__)
   if (task.type == Type::int8 ? attend_if_few<true>(task) : task.type == Type::bf16 && attend_if_few<false>(task)) return;
+  if (task.type != Type::f32) return attend_rows<Bf16Dot, uint16_t>(task);
 #endif
-  if (task.type == Type::f32) return attend_rows<FloatDot, float>(task);
-  attend_rows<Bf16Dot, uint16_t>(task);
+  attend_rows<FloatDot, float>(task);
 }
 
 // --- around it -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 namespace avx512_vnni { extern const gossamer::Kernels kernels; }
 namespace avx512 { extern const gossamer::Kernels kernels; }
 namespace avx2 { extern const gossamer::Kernels kernels; }
+namespace avx512_emulated { extern const gossamer::Kernels kernels; }
 namespace neon_dot { extern const gossamer::Kernels kernels; }
 namespace portable { extern const gossamer::Kernels kernels; }
 
@@ -17,7 +18,7 @@ namespace portable { extern const gossamer::Kernels kernels; }
 namespace gossamer {
 
 const Kernels* const* available() {
-  static const Kernels* list[5];  // null beyond what is found
+  static const Kernels* list[6];  // null beyond what is found
   static const bool filled = [] {
     int n = 0;
 #if defined(GOSSAMER_X86)
@@ -28,6 +29,9 @@ const Kernels* const* available() {
     if (avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_vnni::kernels;
     if (avx512_here) list[n++] = &avx512::kernels;
     if (avx2_here) list[n++] = &avx2::kernels;
+#if defined(GOSSAMER_EMULATED)
+    if (avx2_here) list[n++] = &avx512_emulated::kernels;
+#endif
 #endif
 #if defined(GOSSAMER_NEON_DOT)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) list[n++] = &neon_dot::kernels;

@@ -114,8 +114,8 @@ constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }
 constexpr int64_t attention_scratch(int64_t dim) {
   const int64_t keys = attention_keys(dim), wide = (dim + 31) / 32 * 32;
   // queries, output, keys, values, scores and probabilities of a tile, running maximum, sum and ends of each row
-  // and int8 keys or values of a block in bf16
-  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS + 2 * keys * dim;
+  // and keys or values of a block in the type in which they are multiplied
+  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS + 4 * keys * dim;
 }
 
 // One token of a row of logits, drawn at random.

@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(GOSSAMER_EMULATE)
+#include "emulated_avx512.h"
+#elif defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -324,6 +326,14 @@ GOSSAMER_INLINE void store_bf16(uint16_t* p, F v) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const I kept = _mm512_or_si512(shift_right(bits, 16), set1_int(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, kept)));
+#elif defined(__AVX2__)
+  const I bits = as_int(v);
+  const I odd = and_int(shift_right(bits, 16), set1_int(1));
+  const F rounded = as_float(shift_right(add_int(add_int(bits, set1_int(0x7fff)), odd), 16));
+  const F kept = as_float(_mm256_or_si256(shift_right(bits, 16), set1_int(0x40)));
+  const I wide = as_int(_mm256_blendv_ps(rounded, kept, _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
 #else
   float lane[W];
   store(lane, v);

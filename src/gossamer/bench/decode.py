@@ -149,10 +149,9 @@ def bench_decode(
         sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
     if note:
         progress(f"not native: {note}")
-    # int8 keys and values are multiplied as bf16 ones
-    ceilings = Ceilings(
-        torch.bfloat16 if made.layout.dtype == torch.int8 else made.layout.dtype, int8=any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
-    )
+    multiplied = torch.bfloat16 if made.layout.dtype == torch.int8 else made.layout.dtype
+    int8 = any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
+    ceilings = Ceilings(multiplied, int8=int8)
     sizes = Sizes([(b, p) for b in batches for p in prefixes], suffix, new, numbers_per_token(network))
     settings: dict[str, Any] = {"threads": machine["threads"], "dtype": network.dtype, "memory": memory}
     with Contest(peers or PeerOptions(()), model, sizes, **settings, progress=progress) as contest:

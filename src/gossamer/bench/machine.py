@@ -38,15 +38,6 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def available_memory() -> int | None:
-    """Bytes that processes can take without others having to give up theirs; ``None`` where Linux does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 class Int8Limits:
     """What an int8 layer cannot exceed, to be measured beside it: reading memory, multiplying codes.
 
@@ -71,10 +62,10 @@ class Int8Limits:
 class Ceilings:
     """What no implementation can exceed, to be measured again and again beside it.
 
-    Three figures: ``gemm_gflops``, GFLOP/s of a large matrix product in ``dtype``; ``read_gb_per_s``, GB/s of reading
-    memory; and with ``int8`` also ``int8_gops``, GOP/s of a large product of codes (where PyTorch has no fast one, the
-    same as ``gemm_gflops``). The products are PyTorch's. What is read stands in large pages, as our weights, keys and
-    values do.
+    Three figures: ``gemm_gflops``, GFLOP/s of a large matrix product in ``dtype``, or in fp32 where the processor has
+    no instruction for bf16; ``read_gb_per_s``, GB/s of reading memory; and with ``int8`` also ``int8_gops``, GOP/s of
+    a large product of codes (where PyTorch has no fast one, the same as ``gemm_gflops``). The products are PyTorch's.
+    What is read stands in large pages, as our weights, keys and values do.
 
     ``best`` holds the best of everything that was measured: whatever else a machine does can only make a measurement
     lower, so the highest one is the closest to what the machine can do.
@@ -83,6 +74,8 @@ class Ceilings:
     def __init__(self, dtype: torch.dtype, *, int8: bool = False) -> None:
         # a few milliseconds for each attempt: the shorter, the more of them nothing disturbs
         rows, inner, columns = 512, 1024, 1024
+        if dtype == torch.bfloat16 and not _multiplies_bf16():
+            dtype = torch.float32
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
         (memory,) = zeros([(1 << 26,)], torch.float32, torch.device("cpu"))  # 256 MB: larger than any cache
         memory.fill_(1.0)  # a page that was never written is not read from memory
@@ -121,6 +114,13 @@ class Ceilings:
             found.setdefault("int8_gops", found["gemm_gflops"])
         self.best = best_of([self.best, found])
         return found
+
+
+def _multiplies_bf16() -> bool:
+    """Whether PyTorch multiplies bf16 with the processor's own instructions; without, it takes a hundred times longer."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return True
 
 
 def best_of(measurements: Sequence[dict[str, float]]) -> dict[str, float]:

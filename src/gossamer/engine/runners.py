@@ -33,8 +33,8 @@ def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int, kv_dtype: 
         network: a model of transformers; the native runner takes its weights over.
         choice: ``"auto"`` is the native one where it can run the model, otherwise that of transformers.
         max_rows: most tokens of a step.
-        kv_dtype: of keys and values; ``"auto"`` is fp32 for a model in fp32, otherwise bf16. ``"int8"`` halves the memory
-            of bf16. The runner of transformers keeps the model's own type.
+        kv_dtype: of keys and values; ``"auto"`` is fp32 for a model in fp32, otherwise bf16. ``"int8"`` halves the
+            memory of bf16. The runner of transformers keeps the model's own type.
 
     Raises:
         ConfigurationError: ``kv_dtype`` or ``choice`` is unknown.

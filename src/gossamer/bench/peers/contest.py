@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from gossamer.bench.machine import available_memory
 from gossamer.bench.peers.process import Peer
 from gossamer.bench.peers.registry import ENVIRONMENTS, HERE, KINDS, PeerKind
 from gossamer.errors import ConfigurationError, GossamerError, PeerError
 from gossamer.models.resolve import resolve_model
+from gossamer.system import available_memory
 
 ALL = "all"
 # OpenMP's threads look out for work for a while before they sleep, up to 0.2 s: the next one waits until they do.
