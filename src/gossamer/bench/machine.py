@@ -117,7 +117,7 @@ class Ceilings:
 
 
 def _multiplies_bf16() -> bool:
-    """Whether PyTorch multiplies bf16 with the processor's own instructions; without, it takes a hundred times longer."""
+    """Whether PyTorch has the processor's own products of bf16; without them it takes a hundred times as long."""
     if platform.machine() in ("x86_64", "AMD64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return True

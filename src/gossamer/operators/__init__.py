@@ -1,0 +1,1 @@
+"""Matrices that are never built: objects with state, and products with them."""

@@ -1,0 +1,140 @@
+"""Gradients of a model at data, one by one: what Fisher matrices are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import ConfigurationError
+
+Parameters = str | Iterable[str]
+
+
+def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name: those whose whole name matches a regular expression, or the names themselves.
+
+    Raises:
+        ConfigurationError: there is none, or no such name.
+
+    >>> list(select_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), r".*weight"))
+    ['0.weight', '1.weight']
+    """
+    every = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if isinstance(params, str):
+        pattern = re.compile(params)
+        chosen = {name: parameter for name, parameter in every.items() if pattern.fullmatch(name)}
+    else:
+        names = list(params)
+        if missing := [name for name in names if name not in every]:
+            raise ConfigurationError(f"the model has no trainable parameter {missing[0]!r}")
+        chosen = {name: every[name] for name in names}
+    if not chosen:
+        raise ConfigurationError(
+            f"no trainable parameter matches {params!r}; the model has {', '.join(every) or 'none'}"
+        )
+    return chosen
+
+
+def gradients_of(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    m: int,
+    *,
+    per_sample: bool = True,
+    fisher: Literal["empirical", "mc"] = "empirical",
+    params: Parameters = ".*",
+) -> Iterator[Tensor]:
+    """Yield ``m`` gradients, (d) fp32 each, of the chosen parameters one after the other, in the order of the model.
+
+    The model is in evaluation mode meanwhile, and keeps the gradients that it has.
+
+    Args:
+        model: any module.
+        loss_fn: the loss of a batch, ``loss_fn(model(inputs), targets)``; a mean over samples, as PyTorch's are. Where
+            batches are mappings, ``loss_fn(model(**batch), batch)``.
+        loader: batches: pairs of inputs and targets, or mappings of tensors. It is gone through again until there
+            are m gradients.
+        per_sample: of single samples, whose mean square is the empirical Fisher matrix; otherwise of whole batches,
+            whose mean square is smaller by about the size of a batch.
+        fisher: ``"empirical"`` takes the targets of the data, ``"mc"`` draws them from the model's own distribution
+            (outputs, or their ``logits``, are logits over the last dimension): the Fisher matrix itself on average.
+        params: a regular expression that whole names match, or names.
+
+    Raises:
+        ConfigurationError: no parameter is chosen, the loader is empty, or a gradient is not finite (its parameter is
+            named).
+    """
+    chosen = select_parameters(model, params)
+    if m < 1:
+        raise ConfigurationError(f"at least one gradient is needed, got m={m}")
+    if fisher not in ("empirical", "mc"):
+        raise ConfigurationError(f"fisher is 'empirical' or 'mc', got {fisher!r}")
+    made = 0
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        while made < m:
+            before = made
+            for batch in loader:
+                if fisher == "mc":
+                    batch = _with_drawn_targets(model, batch)
+                for part in _samples(batch) if per_sample else [batch]:
+                    yield _gradient(model, loss_fn, part, chosen)
+                    made += 1
+                    if made == m:
+                        return
+            if made == before:
+                raise ConfigurationError(f"the loader gave no batch after {made} of {m} gradients")
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _gradient(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, chosen: Mapping[str, nn.Parameter]
+) -> Tensor:
+    with torch.enable_grad():
+        loss = loss_fn(*_outputs(model, batch))
+        parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+    for name, part in zip(chosen, parts, strict=True):
+        if part is not None and not bool(part.isfinite().all()):
+            raise ConfigurationError(f"the gradient of {name} has NaN or infinite entries")
+    zeros = (torch.zeros_like(p) if g is None else g for g, p in zip(parts, chosen.values(), strict=True))
+    return torch.cat([part.reshape(-1).float() for part in zeros])
+
+
+def _outputs(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        return model(**batch), batch
+    inputs, targets = batch
+    return model(inputs), targets
+
+
+def _samples(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for index in range(len(next(iter(batch.values())))):
+            yield {name: part[index : index + 1] for name, part in batch.items()}
+    else:
+        inputs, targets = batch
+        for index in range(len(targets)):
+            yield inputs[index : index + 1], targets[index : index + 1]
+
+
+def _with_drawn_targets(model: nn.Module, batch: Any) -> Any:
+    with torch.no_grad():
+        outputs, _ = _outputs(model, batch)
+    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+    drawn = torch.distributions.Categorical(logits=logits.float()).sample()
+    if not isinstance(batch, Mapping):
+        return batch[0], drawn
+    if "labels" not in batch:
+        raise ConfigurationError("fisher='mc' replaces the 'labels' of a batch, and this one has none")
+    # the label at a position is predicted at the one before it; what was not a target stays none
+    labels = batch["labels"].clone()
+    labels[:, 1:] = torch.where(labels[:, 1:] == -100, -100, drawn[:, :-1])
+    return {**batch, "labels": labels}

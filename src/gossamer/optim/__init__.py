@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from gossamer.optim.mfac import MFAC, MFACPreconditioner
+
+__all__ = ["MFAC", "MFACPreconditioner"]
