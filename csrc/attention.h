@@ -5,69 +5,11 @@
 #pragma once
 
 #include "linear.h"
+#include "transpose.h"
 
 namespace GOSSAMER_NS {
 
 // --- packing ---------------------------------------------------------------------------------------------------------
-
-#if defined(__AVX512F__)
-// A square of 32-bit words, in place.
-GOSSAMER_INLINE void transpose16(I (&v)[16]) {
-  I t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-#endif
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// A square of 32-bit words, in place.
-GOSSAMER_INLINE void transpose8(F (&v)[8]) {
-  F t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    v[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    v[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    v[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    v[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) v[i] = t[i];
-}
-#endif
 
 // 32-bit words: (rows, words) with a stride in words -> (words, 32) for up to 32 rows; the others become 0.
 inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, int64_t words, uint32_t* to) {
@@ -78,7 +20,7 @@ inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, 
       I v[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) v[i] = load_int(from + (half + i) * stride + w);
-      transpose16(v);
+      transpose(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) store_int(to + (w + i) * PANEL + half, v[i]);
     }
@@ -89,7 +31,7 @@ inline void transpose_words(const uint32_t* from, int64_t stride, int64_t rows, 
       F v[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) v[i] = as_float(load_int(from + (part + i) * stride + w));
-      transpose8(v);
+      transpose(v);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) store_int(to + (w + i) * PANEL + part, as_int(v[i]));
     }
@@ -132,11 +74,6 @@ GOSSAMER_INLINE float scalar_exp2(float x) {
   store(lane, exp2(set1(x)));
   return lane[0];
 }
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 
 // --- int8 keys and values --------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see CMakeLists.txt.
 #include "attention.h"
+#include "gradients.h"
 #include "sample.h"
 
 namespace GOSSAMER_NS {
@@ -10,7 +11,7 @@ namespace GOSSAMER_NS {
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
     GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, quantize, merge, scale_row, argmax,
-    sample,
+    sample, dot_rows, combine_rows, gram,
 };
 
 }  // namespace GOSSAMER_NS

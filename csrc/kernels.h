@@ -137,6 +137,15 @@ constexpr int64_t sample_scratch(int64_t vocabulary) {
   return 8 * blocks + 4 * (blocks * SAMPLE_BLOCK + 64);  // a sum of each block, and candidates
 }
 
+// Rows of gradients, (m, d), `stride` entries from row to row.
+struct GradientRows {
+  Type type;               // f32 or bf16
+  const void* data;
+  int64_t m, d, stride;
+};
+
+constexpr int64_t GRAM_COLUMNS = 128;  // that are packed at a time
+
 struct Kernels {
   const char* name;
   // Pack rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`.
@@ -158,6 +167,10 @@ struct Kernels {
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
   int64_t (*argmax)(const float* x, int64_t n);
   int64_t (*sample)(const SampleCall& call);
+  // Over columns [first, last); see gradients.h.
+  void (*dot_rows)(const GradientRows& g, const float* x, int64_t first, int64_t last, double* out);
+  void (*combine_rows)(const GradientRows& g, const float* w, int64_t first, int64_t last, float* out);
+  void (*gram)(const GradientRows& g, int64_t first, int64_t last, double* out, double* scratch);
 };
 
 // Best first; null at the end. Only those that this processor can run.

@@ -36,6 +36,12 @@ typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 #endif
 
+// A number that is known when a generic lambda is compiled.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 GOSSAMER_INLINE F load(const float* p) {

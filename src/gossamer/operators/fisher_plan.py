@@ -76,7 +76,7 @@ def plan_fisher(
     >>> print(plan_fisher(256, 100_000))
     256 gradients of 100,000 numbers, dual: 102.4 MB of gradients, 1.0 MB of factors, 6.6 GFLOP
     >>> print(plan_fisher(1024, 85_000_000, structure="block", block_size=50, streaming=True))
-    1,024 gradients of 85,000,000 numbers, blocks of 50, primal: 0 B of gradients, 34.0 GB of factors, 4,423.5 GFLOP
+    1,024 gradients of 85,000,000 numbers, blocks of 50, primal: 0 B of gradients, 34.0 GB of factors, 4,422.8 GFLOP
     """
     if m < 1 or d < 1:
         raise ConfigurationError(f"a Fisher matrix needs at least one gradient of one number, got m={m}, d={d}")

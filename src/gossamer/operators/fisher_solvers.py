@@ -33,6 +33,10 @@ class Solver(Protocol):
 
     jitter: float
 
+    @property
+    def trace(self) -> float:
+        """Of ``(1/m) sum_i g_i g_i^T``."""
+
     def factor(self, damping: float) -> None:
         """Takes a damping, or another one."""
 
@@ -55,6 +59,10 @@ class FullDual:
         self.jitter = 0.0
         self.gram = store.gram().clone()
         self._whitened: Tensor | None = None
+
+    @property
+    def trace(self) -> float:
+        return float(self.gram.trace()) / len(self.gram)
 
     def factor(self, damping: float) -> None:
         m = len(self.gram)
@@ -149,6 +157,10 @@ class BlockDual:
         for group, rows in self._groups():
             torch.bmm(rows, rows.mT, out=self.gram[group])
 
+    @property
+    def trace(self) -> float:
+        return float(self.gram.diagonal(dim1=1, dim2=2).sum()) / len(self.store)
+
     def _groups(self) -> Iterator[tuple[slice, Tensor]]:
         """Some blocks, and their gradients (blocks, m, size)."""
         for group in self.blocks.groups(8 * len(self.store) * self.blocks.size):
@@ -239,6 +251,11 @@ class Primal:
     def __init__(self, sums: FisherBlocks) -> None:
         self.sums, self.blocks = sums, sums.layout
         self.jitter = 0.0
+
+    @property
+    def trace(self) -> float:
+        sums = self.sums.matrices.diagonal(dim1=1, dim2=2)
+        return float(sums.sum(dtype=torch.float64)) / self.sums.count
 
     @classmethod
     def of(cls, store: GradientStore, size: int) -> Primal:

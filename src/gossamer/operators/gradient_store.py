@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+from gossamer.native.gradients import gram as gram_of
 from gossamer.operators.fisher_plan import check_memory
 
 STORE_TYPES = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES = 4 << 20  # of a chunk of columns in fp64
-_TRIANGLE_ROWS = 64  # of the Gram matrix that are computed at a time; what is below the diagonal is mirrored
 
 Gradient = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -186,12 +186,7 @@ class GradientStore:
         """``G G^T``, (len, len) fp64; only what has changed since the last call is computed. Not a copy."""
         n, gram = self._count, self._gram
         if len(self._stale) == n:
-            gram[:n, :n] = 0
-            for _, chunk in self.chunks():
-                for first in range(0, n, _TRIANGLE_ROWS):
-                    rows = slice(first, min(first + _TRIANGLE_ROWS, n))
-                    gram[rows, first:n].addmm_(chunk[rows], chunk[first:].T)
-            gram[:n, :n] = gram[:n, :n].triu() + gram[:n, :n].triu(1).T
+            gram[:n, :n] = gram_of(self.rows)
         elif self._stale:
             stale = torch.tensor(sorted(self._stale), device=self.device)
             made = torch.zeros(len(stale), n, dtype=torch.float64, device=self.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+from gossamer.native.gradients import combine_rows, dot_rows
 from gossamer.operators.fisher_plan import check_memory
 from gossamer.operators.gradient_store import STORE_TYPES, Gradient, check_finite, named_parts
 
@@ -230,25 +231,3 @@ class SlidingFisher:
         self.gram.copy_(state["gram"])
         self.count, self.damping, self.scale = int(state["count"]), float(state["damping"]), state["scale"]
         self._cholesky = None
-
-
-_CHUNK = 1 << 15  # columns whose products are summed in fp32 before they are added up in fp64
-
-
-def dot_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """``G x`` for rows (n, d) fp32 or bf16 and x (d) -> (n) fp64."""
-    out = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        out += rows[:, columns].float() @ x[columns].float()
-    return out
-
-
-def combine_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """``G^T w`` for rows (n, d) fp32 or bf16 and w (n) fp64 -> (d) fp32."""
-    out = torch.empty(rows.shape[1], device=rows.device)
-    narrow = weights.float()
-    for start in range(0, rows.shape[1], _CHUNK):
-        columns = slice(start, start + _CHUNK)
-        torch.mv(rows[:, columns].float().T, narrow, out=out[columns])
-    return out
