@@ -49,11 +49,15 @@ inline void dot_rows(const GradientRows& g, const float* x, int64_t first, int64
     const int64_t n = last - begin < DOT_COLUMNS ? last - begin : DOT_COLUMNS;
     for (int64_t r = 0; r < g.m; ++r) {
       const Entry* row = static_cast<const Entry*>(g.data) + r * g.stride + begin;
+      const int64_t ahead = r + 1 < g.m ? g.stride : 0;
       F sum[4] = {zero(), zero(), zero(), zero()};
       int64_t i = 0;
       for (; i + 4 * W <= n; i += 4 * W) {
 #pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) sum[u] = fma(entries_of(row + i + u * W), load(x + begin + i + u * W), sum[u]);
+        for (int u = 0; u < 4; ++u) {
+          sum[u] = fma(entries_of(row + i + u * W), load(x + begin + i + u * W), sum[u]);
+          __builtin_prefetch(row + i + u * W + ahead);  // the same columns of the next row: a new page to the processor
+        }
       }
       double total = reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
       for (; i < n; ++i) total += static_cast<double>(entry(row + i)) * x[begin + i];
@@ -73,11 +77,15 @@ inline void combine_rows(const GradientRows& g, const float* w, int64_t first, i
     const auto add_rows = [&](auto count) GOSSAMER_LAMBDA {
       constexpr int rows = decltype(count)::value;
       const Entry* row = static_cast<const Entry*>(g.data) + r * g.stride + begin;
+      const int64_t ahead = r + 2 * rows <= g.m ? rows * g.stride : 0;
       int64_t i = 0;
       for (; i + W <= n; i += W) {
         F sum = load(out + begin + i);
 #pragma GCC unroll 4
-        for (int k = 0; k < rows; ++k) sum = fma(entries_of(row + k * g.stride + i), set1(w[r + k]), sum);
+        for (int k = 0; k < rows; ++k) {
+          sum = fma(entries_of(row + k * g.stride + i), set1(w[r + k]), sum);
+          __builtin_prefetch(row + k * g.stride + i + ahead);
+        }
         store(out + begin + i, sum);
       }
       for (; i < n; ++i)

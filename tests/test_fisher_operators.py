@@ -268,6 +268,29 @@ def test_gradients_are_those_of_single_samples_or_of_batches(per_sample: bool) -
     assert torch.allclose(found, torch.stack(expected), atol=1e-6)
 
 
+def test_gradients_computed_together_are_the_same() -> None:
+    model, loss = classifier(), nn.functional.cross_entropy
+    one = torch.stack(list(gradients_of(model, loss, loader(), 10, params=r".*weight")))
+    together = torch.stack(list(gradients_of(model, loss, loader(), 10, params=r".*weight", vectorize=True)))
+    assert torch.allclose(one, together, atol=1e-6)
+    named = [{"input": x, "y": y} for x, y in loader()]
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input: Tensor, y: Tensor) -> Tensor:
+            return self.inner(input)
+
+    for vectorize in (False, True):
+        found = list(gradients_of(Named(), lambda out, batch: loss(out, batch["y"]), named, 10, vectorize=vectorize))
+        assert torch.allclose(torch.stack(found), torch.stack(list(gradients_of(model, loss, loader(), 10))), atol=1e-6)
+    nn.init.constant_(model[3].bias, math.nan)
+    with pytest.raises(ConfigurationError, match=r"gradient of 0.weight has NaN"):
+        next(gradients_of(model, loss, loader(), 1, vectorize=True))
+
+
 def test_from_model_takes_chosen_parameters_and_streams() -> None:
     model, loss = classifier(), nn.functional.cross_entropy
     weights = InverseFisher.from_model(model, loss, loader(), 12, params=r"3\..*", damping=0.1)

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from gossamer.llm import LLM
     from gossamer.models.int8_quantizer import GossamerInt8Config
     from gossamer.nn import Int8Embedding, Int8Linear, quantize
+    from gossamer.operators.gradient_store import GradientStore
+    from gossamer.operators.inverse_fisher import InverseFisher
+    from gossamer.operators.sliding_fisher import SlidingFisher
     from gossamer.ops.attention import AttentionState, attend, merge_states
+    from gossamer.optim import MFAC, MFACPreconditioner
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
     from gossamer.report.outliers import find_outliers
     from gossamer.sampling_params import BeamSearchParams, SamplingParams
@@ -26,13 +30,18 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "GossamerError": "errors",
     "GossamerInt8Config": "models.int8_quantizer",
+    "GradientStore": "operators.gradient_store",
     "Int8Embedding": "nn",
     "Int8Linear": "nn",
+    "InverseFisher": "operators.inverse_fisher",
     "LLM": "llm",
+    "MFAC": "optim",
+    "MFACPreconditioner": "optim",
     "RequestError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
     "ScoreOutput": "outputs",
+    "SlidingFisher": "operators.sliding_fisher",
     "attend": "ops.attention",
     "find_outliers": "report.outliers",
     "merge_states": "ops.attention",
@@ -41,18 +50,23 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "MFAC",
     "AttentionState",
     "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
     "GossamerError",
     "GossamerInt8Config",
+    "GradientStore",
     "Int8Embedding",
     "Int8Linear",
+    "InverseFisher",
+    "MFACPreconditioner",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "SlidingFisher",
     "attend",
     "find_outliers",
     "merge_states",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer.cli.bench_attention import attention
+from gossamer.cli.bench_fisher import fisher
 from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
@@ -112,6 +113,7 @@ def decode(
 
 bench_app.command()(linear)
 bench_app.command()(attention)
+bench_app.command()(fisher)
 
 
 def _print_table(report: dict[str, Any]) -> None:

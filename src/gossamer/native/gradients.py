@@ -38,14 +38,15 @@ def dot_rows(rows: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def combine_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """``G^T w`` for w (m) -> (d) fp32, summed in fp32.
+def combine_rows(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """``G^T w`` for w (m) -> (d) fp32, summed in fp32; into ``out`` if it is given.
 
     >>> combine_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0], dtype=torch.float64))
     tensor([3., 3., 3.])
     """
     narrow = weights.float().contiguous()
-    out = torch.empty(rows.shape[1], device=rows.device)
+    if out is None:
+        out = torch.empty(rows.shape[1], device=rows.device)
     if (isa := _native(rows)) and (library := core()):
         library.combine_rows(isa, *_address(rows), narrow.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out

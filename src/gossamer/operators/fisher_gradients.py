@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from gossamer.errors import ConfigurationError
 
@@ -48,6 +49,7 @@ def gradients_of(
     per_sample: bool = True,
     fisher: Literal["empirical", "mc"] = "empirical",
     params: Parameters = ".*",
+    vectorize: bool = False,
 ) -> Iterator[Tensor]:
     """Yield ``m`` gradients, (d) fp32 each, of the chosen parameters one after the other, in the order of the model.
 
@@ -64,6 +66,8 @@ def gradients_of(
         fisher: ``"empirical"`` takes the targets of the data, ``"mc"`` draws them from the model's own distribution
             (outputs, or their ``logits``, are logits over the last dimension): the Fisher matrix itself on average.
         params: a regular expression that whole names match, or names.
+        vectorize: compute the gradients of a batch's samples together (``torch.func``), which is faster for small
+            models and takes the memory of as many gradients; for what ``torch.func.vmap`` can transform.
 
     Raises:
         ConfigurationError: no parameter is chosen, the loader is empty, or a gradient is not finite (its parameter is
@@ -83,8 +87,13 @@ def gradients_of(
             for batch in loader:
                 if fisher == "mc":
                     batch = _with_drawn_targets(model, batch)
-                for part in _samples(batch) if per_sample else [batch]:
-                    yield _gradient(model, loss_fn, part, chosen)
+                if per_sample and vectorize:
+                    gradients: Iterable[Tensor] = _gradients_together(model, loss_fn, batch, chosen)
+                else:
+                    parts = _samples(batch) if per_sample else [batch]
+                    gradients = (_gradient(model, loss_fn, part, chosen) for part in parts)
+                for gradient in gradients:
+                    yield gradient
                     made += 1
                     if made == m:
                         return
@@ -108,7 +117,27 @@ def _gradient(
     return torch.cat([part.reshape(-1).float() for part in zeros])
 
 
-def _outputs(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+def _gradients_together(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, chosen: Mapping[str, nn.Parameter]
+) -> Tensor:
+    """(samples, d)."""
+
+    def loss(parameters: dict[str, Tensor], sample: Any) -> Tensor:
+        def run(*inputs: Any, **named: Any) -> Any:
+            return torch.func.functional_call(model, parameters, inputs, named)
+
+        return loss_fn(*_outputs(run, tree_map(lambda part: part[None], sample)))
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
+    found = each({name: parameter.detach() for name, parameter in chosen.items()}, batch)
+    for name, part in found.items():
+        if not bool(part.isfinite().all()):
+            raise ConfigurationError(f"the gradient of {name} has NaN or infinite entries")
+    return torch.cat([part.reshape(len(part), -1).float() for part in found.values()], 1)
+
+
+def _outputs(model: Callable[..., Any], batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         return model(**batch), batch
     inputs, targets = batch

@@ -167,17 +167,20 @@ class InverseFisher:
         params: Parameters = ".*",
         dtype: torch.dtype = torch.float32,
         streaming: bool = False,
+        vectorize: bool = False,
         **settings: Any,
     ) -> InverseFisher:
         """Of the gradients of a model at its data; see :func:`~gossamer.operators.fisher_gradients.gradients_of`.
 
         Args:
-            model, loss_fn, loader, m, per_sample, fisher, params: as there.
+            model, loss_fn, loader, m, per_sample, fisher, params, vectorize: as there.
             dtype: of the stored gradients.
             streaming: sum up blocks of ``block_size`` gradient by gradient, and store none.
             settings: as for :class:`InverseFisher`.
         """
-        gradients = gradients_of(model, loss_fn, loader, m, per_sample=per_sample, fisher=fisher, params=params)
+        gradients = gradients_of(
+            model, loss_fn, loader, m, per_sample=per_sample, fisher=fisher, params=params, vectorize=vectorize
+        )
         first = next(gradients)
         sink: GradientStore | FisherBlocks
         if streaming:

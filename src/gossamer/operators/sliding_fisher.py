@@ -76,6 +76,7 @@ class SlidingFisher:
             check_memory(wanted, f"{window} gradients of {self.d:,} numbers", "take a smaller window, or bfloat16")
         self.rows = torch.zeros(window, self.d, dtype=dtype, device=self.device)
         self.gram = torch.zeros(window, window, dtype=torch.float64, device=self.device)
+        self._rounded = torch.empty(self.d if dtype != torch.float32 else 0, device=self.device)
         self.count = 0  # of gradients ever pushed
         self.jitter = 0.0
         self._weights = torch.empty(0)
@@ -115,10 +116,11 @@ class SlidingFisher:
         for name, part in parts:
             check_finite(part, name)
         slot = self.count % self.window
-        row = self.rows[slot]
-        torch.cat([part.detach().reshape(-1).to(self.device, self.rows.dtype) for _, part in parts], out=row)
+        row, rounded = self.rows[slot], self._rounded
+        for (_, part), own in zip(parts, row.split([part.numel() for _, part in parts]), strict=True):
+            own.copy_(part.detach().reshape(-1))
         self.count += 1
-        products = self._dot(row)
+        products = self._dot(rounded.copy_(row) if row.dtype != torch.float32 else row)
         self.gram[slot, : len(self)] = products
         self.gram[: len(self), slot] = products
         self._cholesky = None
@@ -149,9 +151,14 @@ class SlidingFisher:
         self._solution = self.n * torch.cholesky_solve(wide[:, None], self._factor())[:, 0]
         return self._solution
 
-    def natural_gradient(self, weights: Tensor | None = None) -> list[Tensor]:
-        """``F^-1 G^T w``, fp32, in the shapes of the tensors; of the newest gradient by default. One pass over G."""
-        return self.split(self._combine(self.solve(weights)))
+    def natural_gradient(self, weights: Tensor | None = None, *, out: Tensor | None = None) -> list[Tensor]:
+        """``F^-1 G^T w``, fp32, in the shapes of the tensors; of the newest gradient by default. One pass over G.
+
+        Args:
+            weights: w, (len).
+            out: (d) fp32, which the result is written to and consists of views of; fresh memory costs the system time.
+        """
+        return self.split(combine_rows(self.rows[: len(self)], self.solve(weights), out))
 
     def curvature(self) -> tuple[float, float]:
         """``u^T F u`` and ``|u|`` of the last product ``u = F^-1 G^T w``, in O(m).
@@ -174,7 +181,7 @@ class SlidingFisher:
         if not len(self):
             return wide / self.damping
         inner = torch.cholesky_solve(self._dot(wide)[:, None], self._factor())[:, 0]
-        return (wide - self._combine(inner)) / self.damping
+        return (wide - combine_rows(self.rows[: len(self)], inner)) / self.damping
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(d) -> views in the shapes of the tensors."""
@@ -200,10 +207,6 @@ class SlidingFisher:
     def _dot(self, x: Tensor) -> Tensor:
         """``G x``, (len) fp64."""
         return dot_rows(self.rows[: len(self)], x)
-
-    def _combine(self, weights: Tensor) -> Tensor:
-        """``G^T w``, (d) fp32."""
-        return combine_rows(self.rows[: len(self)], weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if it had never stopped; tensors are not copied."""

@@ -70,13 +70,14 @@ class MFACPreconditioner:
             device=self.params[0].device,
             scale="window" if compat == "paper" else "filled",
         )
+        self._step = torch.empty(self.fisher.d, device=self.fisher.device)  # overwritten by the next one
 
     @torch.no_grad()
     def direction(self, gradients: dict[str, Tensor]) -> list[Tensor]:
-        """Push the gradients (one for each parameter, in order) and return their products, fp32."""
+        """Push the gradients (one for each parameter, in order). Returns their products, fp32, until the next call."""
         self.fisher.push(gradients)
         weights = self.fisher.ema_weights(self.momentum) if self.momentum else None
-        direction = self.fisher.natural_gradient(weights)
+        direction = self.fisher.natural_gradient(weights, out=self._step)
         if self.clip is not None:
             length = math.sqrt(self.fisher.curvature()[0])
             if length > self.clip:
