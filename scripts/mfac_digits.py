@@ -1,10 +1,10 @@
-"""Trains a small network on scikit-learn's digits with SGD, AdamW and M-FAC, and prints who gets how far in how many steps.
+"""Trains a small network on scikit-learn's digits with SGD, AdamW and M-FAC; prints who gets how far in how many steps.
 
     pip install scikit-learn
     .venv/bin/python scripts/mfac_digits.py --seeds 5      (some four minutes)
 
-A network of 64-64-32-10 units, batches of 64, learning rates from a grid of each optimizer (the one with the best mean of
-validation loss over the seeds counts), constant over the run. What is printed: the best validation loss of a run, the
+A network of 64-64-32-10 units, batches of 64, settings from a grid of each optimizer (those with the best mean of
+validation loss over the seeds count), constant over the run. What is printed: the best validation loss of a run, the
 step at which it was reached, the first step at which it is at least as low as AdamW's best of the same seed, and the
 time of a step.
 """
@@ -71,7 +71,7 @@ def train(make: Make, seed: int, steps: int) -> tuple[list[float], float]:
         times.append(time.perf_counter() - start)
         if step % EVERY == 0:
             with torch.no_grad():
-                losses.append(float(loss_fn(model(held_x), held_y)))
+                losses.append(float(loss_fn(model(held_x), held_y).nan_to_num(torch.inf)))
     return losses, statistics.median(times)
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         for label, make in settings:
             found = [train(make, seed, arguments.steps) for seed in range(arguments.seeds)]
             losses = [run for run, _ in found]
-            best = statistics.mean(min(run) if min(run) == min(run) else float("inf") for run in losses)
+            best = statistics.mean(map(min, losses))
             tried.append((best, label, losses, statistics.median(seconds for _, seconds in found)))
         _, label, losses, seconds = min(tried, key=lambda each: each[0])
         runs[name] = label, losses, seconds

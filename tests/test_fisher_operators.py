@@ -389,6 +389,7 @@ def test_bad_pushes_change_nothing() -> None:
     before = copy.deepcopy(fisher.state_dict())
     for bad, message in (
         ([torch.ones(2), torch.tensor([math.nan])], "part 1"),
+        ([torch.full((2,), 1e19), torch.ones(1)], "part 0 of the gradient is longer than 1e"),
         ([torch.ones(2)], "3 numbers is expected, got 2"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -147,9 +147,9 @@ class GradientStore:
             start += part.numel()
         self._stale.add(index)
 
-    def chunks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of G in order: where they are, and (len, columns) of them in fp64, valid until the next ones."""
-        count = self._count if rows is None else rows
+        count = self._count
         width = min(self.d, max(64, _CHUNK_BYTES // (8 * max(count, 1))))
         buffer = torch.empty(count * width, dtype=torch.float64, device=self.device)
         for start in range(0, self.d, width):

@@ -14,6 +14,7 @@ from gossamer.native.gradients import combine_rows, dot_rows
 from gossamer.operators.fisher_plan import check_memory
 from gossamer.operators.gradient_store import STORE_TYPES, Gradient, check_finite, named_parts
 
+_LARGEST = 1e18  # length of a gradient whose products fit into fp32
 _MOST_JITTER = 1e-3  # relative to the mean of the Gram matrix's diagonal
 
 
@@ -107,17 +108,20 @@ class SlidingFisher:
         """Store a gradient, in place of the oldest if the window is full. O(d m). Returns its slot.
 
         Raises:
-            ConfigurationError: a number is not finite (the tensor is named), or a size is wrong; nothing has changed.
+            ConfigurationError: a number is not finite or far too large (the tensor is named), or a size is wrong; nothing
+                has changed.
         """
         parts = named_parts(gradient)
         sizes = [part.numel() for _, part in parts]
-        if sizes != self.sizes and sum(sizes) != self.d:
+        if sum(sizes) != self.d:
             raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {sum(sizes):,}")
         for name, part in parts:
             check_finite(part, name)
+            if not float(part.detach().float().norm()) < _LARGEST:
+                raise ConfigurationError(f"{name} is longer than {_LARGEST:g}, so that its products would overflow")
         slot = self.count % self.window
         row, rounded = self.rows[slot], self._rounded
-        for (_, part), own in zip(parts, row.split([part.numel() for _, part in parts]), strict=True):
+        for (_, part), own in zip(parts, row.split(sizes), strict=True):
             own.copy_(part.detach().reshape(-1))
         self.count += 1
         products = self._dot(rounded.copy_(row) if row.dtype != torch.float32 else row)
