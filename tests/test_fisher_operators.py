@@ -76,8 +76,9 @@ def test_inverse_is_the_dense_one(
     assert inverse.jitter == 0 and inverse.shape == (d, d)
     assert error(inverse @ x, exact @ x) < 1e-6
     inside = rows[0].double()  # a gradient itself: where most of 1 / damping cancels
-    if inside.any():
-        assert error(inverse @ inside, torch.linalg.solve(matrix, inside)) < 1e-6
+    if inside.any():  # neither is the dense solution more exact than fp64 times the condition of F
+        bound = 1e-6 + 1e-15 * float(torch.linalg.cond(matrix))
+        assert error(inverse @ inside, torch.linalg.solve(matrix, inside)) < bound
     assert (inverse.mv(x[:, 0].float()) - (exact @ x[:, 0]).float()).norm() < 1e-6 * (exact @ x[:, 0]).norm()
     assert error(inverse.diag(), exact.diagonal()) < 1e-6
     index = torch.randperm(d, generator=generator)[:5]

@@ -108,8 +108,8 @@ class SlidingFisher:
         """Store a gradient, in place of the oldest if the window is full. O(d m). Returns its slot.
 
         Raises:
-            ConfigurationError: a number is not finite or far too large (the tensor is named), or a size is wrong; nothing
-                has changed.
+            ConfigurationError: a number is not finite or far too large (the tensor is named), or a size is wrong;
+                nothing has changed.
         """
         parts = named_parts(gradient)
         sizes = [part.numel() for _, part in parts]
