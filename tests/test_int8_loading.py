@@ -29,7 +29,7 @@ from gossamer.nn.int8_linear import Decomposition
 from native_checkpoints import save_model
 from references import load_reference
 
-MEMORY_SLACK = 128e6  # bytes of anonymous memory beside the int8 model
+MEMORY_SLACK = 64e6  # bytes of anonymous memory beside the int8 model
 
 # Loads the model given as an argument and prints by how many bytes anonymous memory grew at most, and the model's size.
 LOAD_AND_WATCH = """
