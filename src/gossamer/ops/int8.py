@@ -363,11 +363,17 @@ def _int_mm_is_fast(device: torch.device) -> bool:
 
 
 def _matmul_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Exact for any device: fp32 holds the sum of 1024 products of codes, and int32 adds these."""
+    """Exact for any device: fp32 holds the sum of 1024 products of codes, and int32 adds these.
+
+    b, a weight, is converted piece by piece: a model that is watched while it loads must not need its weights in fp32.
+    """
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    step = piece_rows(min(a.shape[1], _FLOAT_SAFE_K))
     with torch.autocast(a.device.type, enabled=False):  # it would round the sums to 16 bit
-        for left, right in zip(a.split(_FLOAT_SAFE_K, 1), b.split(_FLOAT_SAFE_K, 1), strict=True):
-            out += (left.float() @ right.float().t()).int()
+        for codes, right in zip(a.split(_FLOAT_SAFE_K, 1), b.split(_FLOAT_SAFE_K, 1), strict=True):
+            left = codes.float()
+            for start in range(0, len(b), step):
+                out[:, start : start + step] += (left @ right[start : start + step].float().t()).int()
     return out
 
 
