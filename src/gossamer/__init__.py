@@ -4,10 +4,10 @@ The public names are imported on first use, so that ``import gossamer`` costs no
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from gossamer.errors import GossamerError, RequestError
     from gossamer.llm import LLM
     from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
     from gossamer.report.outliers import find_outliers
     from gossamer.sampling_params import BeamSearchParams, SamplingParams
-
-__version__ = version("gossamer")
 
 _HOMES = {
     "AttentionState": "ops.attention",
@@ -75,6 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looking it up takes longer than everything else here
+        return import_module("importlib.metadata").version("gossamer")
     if name not in _HOMES:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
     return getattr(import_module(f"gossamer.{_HOMES[name]}"), name)

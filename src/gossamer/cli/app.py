@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -41,7 +40,9 @@ app.add_typer(bench_app, name="bench")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"gossamer {version('gossamer')}")
+        import gossamer
+
+        typer.echo(f"gossamer {gossamer.__version__}")
         raise typer.Exit
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ def info(as_json: AsJson = False) -> None:
 
 
 def _collect() -> dict[str, Any]:
+    from importlib.metadata import version
+
     import torch
 
     from gossamer.models.cache import cache_directory

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
+
+import gossamer
 
 MANIFEST = "gossamer.json"
 
@@ -29,7 +30,7 @@ def write_manifest(directory: Path, source: dict[str, Any]) -> None:
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST
     }
-    manifest = {"gossamer_version": importlib.metadata.version("gossamer"), "source": source, "files": files}
+    manifest = {"gossamer_version": gossamer.__version__, "source": source, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
