@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gossamer.cli.engine_options import AsJson, Dtype, Int8Criterion, Int8Outliers, Int8Threshold, Model, Threads
 from gossamer.cli.terminal import notice, stderr
@@ -66,6 +65,15 @@ def compress(
         outlier_store,
         ["lm_head"] if skip is None else [name for name in skip if name],
     )
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

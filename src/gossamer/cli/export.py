@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gossamer.cli.engine_options import AsJson
 from gossamer.cli.terminal import notice, stderr
@@ -36,6 +35,8 @@ def export(
         gossamer export small-int8 --format gguf -o small.gguf
     """
     # Imported here: PyTorch and transformers take seconds.
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     from gossamer.compress.export import export as export_checkpoint
 
     bar = Progress(

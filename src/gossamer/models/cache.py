@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
 from gossamer.errors import DownloadError, GossamerError
 from gossamer.models.manifest import verify
 from gossamer.models.progress import console, say
@@ -95,6 +93,8 @@ def get_or_build(
 
 @contextmanager
 def _lock(key: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
     lock = FileLock(entry_path(f".{key}.lock"))
     try:
         lock.acquire(timeout=0)
