@@ -8,8 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
     from gossamer.engine.stats import EngineStats
@@ -19,6 +17,9 @@ class Progress:
     """``with Progress(10) as progress: ... progress.advance()``"""
 
     def __init__(self, total: int, *, enabled: bool = True) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
