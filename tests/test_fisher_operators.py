@@ -67,8 +67,8 @@ def test_inverse_is_the_dense_one(
     m: int, d: int, kind: str, damping: float, block: int | None, solver: Any, seed: int
 ) -> None:
     rows = gradients(m, d, kind, seed)
-    settings_ = {} if block is None else {"structure": "block", "block_size": block}
-    inverse = InverseFisher(rows, damping, solver=solver, **settings_)  # type: ignore[arg-type]
+    structure: dict[str, Any] = {} if block is None else {"structure": "block", "block_size": block}
+    inverse = InverseFisher(rows, damping, solver=solver, **structure)
     matrix = dense(rows, damping, block)
     exact = torch.linalg.inv(matrix)
     generator = torch.Generator().manual_seed(seed)
@@ -202,15 +202,16 @@ def test_a_store_in_a_file(tmp_path: Path) -> None:
 def test_bad_gradients_change_nothing() -> None:
     store = GradientStore(2, 3)
     store.append({"a": torch.ones(2), "b": torch.ones(1)})
-    for bad, message in (
+    cases: list[tuple[Any, str]] = [
         ({"weight": torch.tensor([1.0, math.nan]), "b": torch.ones(1)}, "gradient of weight has NaN"),
         ([torch.ones(2), torch.tensor([math.inf])], "part 1 of the gradient has NaN"),
         (torch.ones(4), "3 numbers is expected, got 4"),
-    ):
+    ]
+    for bad, message in cases:
         with pytest.raises(ConfigurationError, match=message):
-            store.append(bad)  # type: ignore[arg-type]
+            store.append(bad)
         with pytest.raises(ConfigurationError, match=message):
-            store.replace(0, bad)  # type: ignore[arg-type]
+            store.replace(0, bad)
     assert len(store) == 1 and torch.equal(store.rows, torch.ones(1, 3))
     store.append(torch.full((3,), 3e38))  # whose sum is infinite
     with pytest.raises(ConfigurationError, match="holds 2 gradients already"):
@@ -303,14 +304,15 @@ def test_from_model_takes_chosen_parameters_and_streams() -> None:
         model, loss, loader(), 12, params=r"3\..*", damping=0.1, structure="block", block_size=6, streaming=True
     )
     assert torch.allclose(streamed @ x, InverseFisher(rows, 0.1, structure="block", block_size=6) @ x)
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"params": "nothing"}, "no trainable parameter matches"),
         ({"params": ["4.weight"]}, "no trainable parameter '4.weight'"),
         ({"fisher": "exact"}, "fisher is 'empirical' or 'mc'"),
         ({"streaming": True}, "streaming needs"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(ConfigurationError, match=message):
-            InverseFisher.from_model(model, loss, loader(), 12, damping=0.1, **arguments)  # type: ignore[arg-type]
+            InverseFisher.from_model(model, loss, loader(), 12, damping=0.1, **arguments)
     with pytest.raises(ConfigurationError, match="no batch after 0 of 12"):
         InverseFisher.from_model(model, loss, [], 12, damping=0.1)
     nn.init.constant_(model[3].bias, math.nan)
@@ -399,13 +401,14 @@ def test_bad_pushes_change_nothing() -> None:
         torch.equal(value, before[key]) if isinstance(value, Tensor) else value == before[key]
         for key, value in fisher.state_dict().items()
     )
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"window": 0}, "at least one number"),
         ({"damping": 0.0}, "damping must be"),
         ({"dtype": torch.float16}, "float32 or bfloat16"),
         ({"scale": "all"}, "scale is"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(ConfigurationError, match=message):
-            SlidingFisher([(2,)], **({"window": 2, "damping": 1.0} | arguments))  # type: ignore[arg-type]
+            SlidingFisher([(2,)], **({"window": 2, "damping": 1.0} | arguments))
     fisher.push([torch.zeros(2), torch.zeros(1)])
     assert not any(part.any() for part in fisher.natural_gradient())  # a zero gradient has a zero product

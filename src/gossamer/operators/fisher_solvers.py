@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.gradient_store import GradientStore, check_finite, named_parts
+from gossamer.operators.gradient_store import GradientStore, check_finite
 
 _GROUP_BYTES = 32 << 20  # of the blocks that are worked on at a time, in fp64
 _FIRST_JITTER, _LAST_JITTER = 1e-9, 1e-3  # relative to the mean of the diagonal
@@ -237,8 +237,7 @@ class FisherBlocks:
         rows = gradient.detach().reshape(-1, gradient.shape[-1]) if gradient.dim() else gradient.reshape(1, 1)
         if rows.shape[1] != self.layout.d:
             raise ConfigurationError(f"a gradient of {self.layout.d:,} numbers is expected, got {rows.shape[1]:,}")
-        for name, part in named_parts(gradient):
-            check_finite(part, name)
+        check_finite(rows, "the gradient")
         for group in self.layout.groups(8 * (len(rows) + self.layout.size) * self.layout.size):
             part = self.layout.cut(rows.T, group).to(self.matrices.dtype)
             self.matrices[group].baddbmm_(part, part.mT)

@@ -130,10 +130,6 @@ class GradientStore:
             raise ConfigurationError(f"row {index} is not among the {self._count} that are filled")
         self._fill(index, gradient)
 
-    def touch(self, index: int) -> None:
-        """Row ``index`` was changed in place: its products are computed anew."""
-        self._stale.add(index)
-
     def _fill(self, index: int, gradient: Gradient) -> None:
         parts = named_parts(gradient)
         size = sum(part.numel() for _, part in parts)

@@ -116,8 +116,8 @@ class SlidingFisher:
         if sum(sizes) != self.d:
             raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {sum(sizes):,}")
         for name, part in parts:
-            check_finite(part, name)
             if not float(part.detach().float().norm()) < _LARGEST:
+                check_finite(part, name)
                 raise ConfigurationError(f"{name} is longer than {_LARGEST:g}, so that its products would overflow")
         slot = self.count % self.window
         row, rounded = self.rows[slot], self._rounded
