@@ -52,6 +52,15 @@ class Solver(Protocol):
     def logdet(self) -> float:
         """ln det F."""
 
+    def diagonal_blocks(self, size: int) -> Tensor:
+        """(d / size, size, size) fp64: squares of F^-1 along its diagonal; ``size`` divides d and every block of F."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """(d) -> F x, fp64."""
+
+    def joint(self, w: Tensor, keep: Tensor) -> Tensor:
+        """The cheapest step (d), fp64, that takes w to zero where ``keep`` is false; see InverseFisher."""
+
 
 class FullDual:
     def __init__(self, store: GradientStore) -> None:
@@ -103,6 +112,36 @@ class FullDual:
         of_k = 2 * float(self.cholesky.diagonal().log().sum())
         return d * math.log(self.damping) + of_k - m * math.log(m * self.damping)
 
+    def diagonal_blocks(self, size: int) -> Tensor:
+        out = torch.empty(self.store.d // size, size, size, dtype=torch.float64, device=self.store.device)
+        step = max(size, _GROUP_BYTES // (8 * len(self.gram)) // size * size)
+        for first in range(0, self.store.d, step):
+            columns = torch.arange(first, min(first + step, self.store.d), device=self.store.device)
+            white = self._whiten(self.store.columns(columns))
+            out[first // size : first // size + len(columns) // size] = _gram_blocks(white, size, self.damping)
+        return out
+
+    def product(self, x: Tensor) -> Tensor:
+        along = (self.store @ x.to(torch.float64)[:, None]) / len(self.gram)
+        out = self.damping * x.to(torch.float64)
+        for columns, chunk in self.store.chunks():
+            out[columns] += (chunk.T @ along)[:, 0]
+        return out
+
+    def joint(self, w: Tensor, keep: Tensor) -> Tensor:
+        m = len(self.gram)
+        system = m * self.damping * torch.eye(m, dtype=torch.float64, device=self.store.device)
+        right = system.new_zeros(m, 1)
+        for columns, chunk in self.store.chunks():
+            kept, dropped = chunk * keep[columns], ~keep[columns]
+            system += kept @ kept.T
+            right += chunk @ (w[columns] * dropped).to(torch.float64)[:, None]
+        weights = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+        out = -w.to(torch.float64)
+        for columns, chunk in self.store.chunks():
+            out[columns] = torch.where(keep[columns], (chunk.T @ weights)[:, 0], out[columns])
+        return out
+
     def _whiten(self, columns: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.cholesky, columns, upper=False)
 
@@ -112,6 +151,7 @@ class _Blocks:
 
     def __init__(self, d: int, size: int) -> None:
         self.d, self.size, self.count = d, size, -(-d // size)
+        self.padded = self.count * size
 
     def groups(self, bytes_each: int) -> Iterator[slice]:
         step = max(1, _GROUP_BYTES // bytes_each)
@@ -200,6 +240,37 @@ class BlockDual:
         m = len(self.store)
         of_k = 2 * float(self.cholesky.diagonal(dim1=1, dim2=2).log().sum())
         return self.store.d * math.log(self.damping) + of_k - self.blocks.count * m * math.log(m * self.damping)
+
+    def diagonal_blocks(self, size: int) -> Tensor:
+        out = torch.empty(self.blocks.padded // size, size, size, dtype=torch.float64, device=self.store.device)
+        per_block = self.blocks.size // size
+        for group, rows in self._groups():
+            white = torch.linalg.solve_triangular(self.cholesky[group], rows, upper=False)
+            found = _gram_blocks(white.movedim(0, 1).flatten(1), size, self.damping)
+            out[group.start * per_block : group.stop * per_block] = found
+        return out[: self.store.d // size]
+
+    def product(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, dtype=torch.float64)
+        for group, rows in self._groups():
+            part = self.blocks.cut(x, group)[..., None]
+            found = self.damping * part + rows.mT @ (rows @ part) / len(self.store)
+            self.blocks.paste(found[..., 0], out, group)
+        return out
+
+    def joint(self, w: Tensor, keep: Tensor) -> Tensor:
+        m = len(self.store)
+        out = torch.empty_like(w, dtype=torch.float64)
+        for group, rows in self._groups():
+            part, kept = self.blocks.cut(w, group), self.blocks.cut(keep, group).bool()
+            inside = rows * kept[:, None]
+            system = inside @ inside.mT
+            system.diagonal(dim1=1, dim2=2).add_(m * self.damping)
+            right = rows @ (part * ~kept)[..., None]
+            weights = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+            step = torch.where(kept, (rows.mT @ weights)[..., 0], -part)
+            self.blocks.paste(step, out, group)
+        return out
 
 
 class FisherBlocks:
@@ -295,9 +366,46 @@ class Primal:
         return self.blocks.block(index, inside)
 
     def logdet(self) -> float:
-        padding = self.blocks.count * self.blocks.size - self.blocks.d
+        padding = self.blocks.padded - self.blocks.d
         logarithms = sum(float(cholesky.diagonal(dim1=1, dim2=2).log().sum()) for _, cholesky in self._groups())
         return 2 * logarithms - (padding * math.log(self.damping) if padding else 0.0)
+
+    def diagonal_blocks(self, size: int) -> Tensor:
+        per_block = self.blocks.size // size
+        out = torch.empty(self.blocks.padded // size, size, size, dtype=torch.float64, device=self.cholesky.device)
+        for group, cholesky in self._groups():
+            inverse = torch.cholesky_inverse(cholesky).unflatten(2, (per_block, size)).unflatten(1, (per_block, size))
+            squares = inverse.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # (blocks, per_block, size, size)
+            out[group.start * per_block : group.stop * per_block] = squares.flatten(0, 1)
+        return out[: self.blocks.d // size]
+
+    def product(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x, dtype=torch.float64)
+        for group in self.blocks.groups(8 * self.blocks.size**2):
+            part = self.blocks.cut(x, group)[..., None]
+            sums = self.sums.matrices[group].to(torch.float64) / self.sums.count
+            self.blocks.paste((self.damping * part + sums @ part)[..., 0], out, group)
+        return out
+
+    def joint(self, w: Tensor, keep: Tensor) -> Tensor:
+        out = torch.empty_like(w, dtype=torch.float64)
+        for group in self.blocks.groups(8 * self.blocks.size**2):
+            part, kept = self.blocks.cut(w, group), self.blocks.cut(keep, group).bool()
+            matrix = self.sums.matrices[group].to(torch.float64) / self.sums.count
+            matrix.diagonal(dim1=1, dim2=2).add_(self.damping)
+            right = (matrix @ (part * ~kept)[..., None]) * kept[..., None]
+            system = matrix * (kept[:, None] & kept[..., None])
+            system.diagonal(dim1=1, dim2=2).add_((~kept).to(torch.float64))  # the identity where nothing is kept
+            step = torch.cholesky_solve(right, torch.linalg.cholesky(system))[..., 0]
+            self.blocks.paste(torch.where(kept, step, -part), out, group)
+        return out
+
+
+def _gram_blocks(white: Tensor, size: int, damping: float) -> Tensor:
+    """Squares along the diagonal of ``(I - W^T W) / damping`` for W (m, n): (n / size, size, size)."""
+    cut = white.unflatten(1, (-1, size)).movedim(1, 0)
+    same = torch.eye(size, dtype=white.dtype, device=white.device)
+    return (same - cut.mT @ cut) / damping
 
 
 def _cholesky(sums: Tensor, count: int, damping: float, d: int, *, singular: bool) -> tuple[float, Tensor]:

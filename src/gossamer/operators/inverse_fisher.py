@@ -150,6 +150,48 @@ class InverseFisher:
         """``x^T F^-1 x`` for x (d)."""
         return float(x.detach().to(self.device, torch.float64) @ self.mv(x.detach().double()).to(self.device))
 
+    def diagonal_blocks(self, size: int) -> Tensor:
+        """Squares along the diagonal of ``F^-1``, of ``size`` parameters each: (d / size, size, size) fp64.
+
+        Raises:
+            ConfigurationError: ``size`` does not divide d and the blocks of F.
+        """
+        of_f = self.plan.block_size
+        if size < 1 or self.d % size or (of_f < self.d and of_f % size):
+            raise ConfigurationError(f"squares of {size} do not divide {self.d:,} parameters in blocks of {of_f:,}")
+        return self._solver.diagonal_blocks(size)
+
+    def curvature(self, x: Tensor) -> float:
+        """``x^T F x`` for x (d): of F, not of its inverse. Half of it is the loss that F expects of a step x."""
+        wide = x.detach().to(self.device, torch.float64)
+        return float(wide @ self._solver.product(wide))
+
+    def joint_step(self, weights: Tensor, keep: Tensor) -> Tensor:
+        """The step that prunes some weights and has all others make up for it together, at least cost in F.
+
+        It minimizes ``1/2 s^T F s`` under ``s_i = -w_i`` for each i that is not kept. The other entries solve
+        ``F_KK s_K = F_KQ w_Q``; where F comes from fewer gradients than parameters, that is the m x m system
+        ``s_K = G_K^T (m lambda I + G_K G_K^T)^-1 G_Q w_Q``.
+
+        Args:
+            weights: (d).
+            keep: (d) bool.
+
+        Returns:
+            (d) in the dtype of ``weights``; ``weights + step`` is zero where it is pruned.
+
+        >>> inverse = InverseFisher(torch.tensor([[1.0, 1.0]]), damping=1.0)      # F = [[2, 1], [1, 2]]
+        >>> inverse.joint_step(torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
+        tensor([-1.0000,  0.5000])
+        """
+        if weights.shape != (self.d,) or keep.shape != (self.d,) or keep.dtype != torch.bool:
+            raise ConfigurationError(
+                f"weights and a mask of {self.d:,} entries are expected, got {tuple(weights.shape)} and "
+                f"{tuple(keep.shape)} {keep.dtype}"
+            )
+        step = self._solver.joint(weights.detach().to(self.device), keep.to(self.device))
+        return step.to(weights)
+
     def logdet(self) -> float:
         """``ln det F``: of F, not of its inverse."""
         return self._solver.logdet()

@@ -1,0 +1,120 @@
+"""Lets a model run, and gives what its layers see, or the gradients of its loss, to the statistics of a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import ConfigurationError
+from gossamer.operators.fisher_gradients import gradients_of
+from gossamer.pruning.curvature import Curvature, Statistic
+from gossamer.pruning.masks import trainable
+from gossamer.pruning.targets import Target
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def begin(targets: Mapping[str, Target], curvature: Curvature) -> dict[str, Statistic]:
+    """An empty statistic for each weight."""
+    return {name: curvature.begin(target.shape) for name, target in targets.items()}
+
+
+@contextmanager
+def watching(targets: Mapping[str, Target], statistics: Mapping[str, Statistic]) -> Iterator[None]:
+    """Whenever a layer of a target is called in the body, its statistic takes the rows of its input."""
+
+    def hook(target: Target, statistic: Statistic) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            statistic.add(target.inputs(module, inputs[0].detach()))
+
+        return take
+
+    handles = [
+        module.register_forward_pre_hook(hook(target, statistics[name]))
+        for name, target in targets.items()
+        for module in target.modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in the body; afterwards each module's own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def run_batch(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """A batch through a model: its outputs, and what the loss function takes beside them."""
+    if isinstance(batch, Mapping):
+        return model(**batch), batch
+    inputs, targets = batch
+    return model(inputs), targets
+
+
+def see_inputs(
+    model: nn.Module, targets: Mapping[str, Target], statistics: Mapping[str, Statistic], loader: Iterable[Any]
+) -> int:
+    """Runs the model over all batches for curvatures of inputs; returns how many there were."""
+    count = 0
+    with watching(targets, statistics), evaluating(model), torch.no_grad():
+        for batch in loader:
+            run_batch(model, batch)
+            count += 1
+    if not count:
+        raise ConfigurationError("the loader of calibration data gave no batch")
+    return count
+
+
+def see_gradients(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    statistics: Mapping[str, Statistic],
+    loader: Iterable[Any],
+    loss_fn: LossFn,
+    samples: int,
+    progress: Callable[[int, int], None],
+    *,
+    vectorize: bool = False,
+) -> None:
+    """Gradients of ``samples`` single samples for curvatures of gradients."""
+    with trainable([target.parameter for target in targets.values()]):
+        order = [name for name, parameter in model.named_parameters() if name in targets and parameter.requires_grad]
+        gradients = gradients_of(model, loss_fn, loader, samples, params=order, vectorize=vectorize)
+        for done, gradient in enumerate(gradients, 1):
+            parts = gradient.split([targets[name].parameter.numel() for name in order])
+            for name, part in zip(order, parts, strict=True):
+                target = targets[name]
+                statistics[name].add(target.to_matrix(part.reshape(target.parameter.shape)).reshape(-1))
+            progress(done, samples)
+
+
+def mean_loss(model: nn.Module, loader: Iterable[Any], loss_fn: LossFn) -> float:
+    """Mean over batches."""
+    losses = []
+    with evaluating(model), torch.no_grad():
+        for batch in loader:
+            losses.append(float(loss_fn(*run_batch(model, batch))))
+    return sum(losses) / max(len(losses), 1)
+
+
+def count_samples(loader: Iterable[Any]) -> int:
+    """Samples of all batches."""
+    total = 0
+    for batch in loader:
+        part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[1]
+        total += len(part)
+    return total
