@@ -6,7 +6,7 @@
 Half of the linear layers' weights become zero; the embedding and the output layer stay. The text is Python's language
 reference, each of its paragraphs once: the first three quarters to calibrate with, the rest to measure on. A seed draws
 the calibration sequences, the same for all methods. SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774) is written
-here after the paper, as what the others are compared with: column by column, in blocks of 128, with its damping of 0.01.
+here after the paper, to compare with: column by column, in blocks of 128, with its damping of 0.01.
 """
 
 from __future__ import annotations

@@ -132,9 +132,9 @@ def _gradients_together(
     batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
     found = each({name: parameter.detach() for name, parameter in chosen.items()}, batch)
     for name, part in found.items():
-        if not bool(part.isfinite().all()):
+        if not bool(part.detach().isfinite().all()):
             raise ConfigurationError(f"the gradient of {name} has NaN or infinite entries")
-    return torch.cat([part.reshape(len(part), -1).float() for part in found.values()], 1)
+    return torch.cat([part.detach().reshape(len(part), -1).float() for part in found.values()], 1)
 
 
 def _outputs(model: Callable[..., Any], batch: Any) -> tuple[Any, Any]:

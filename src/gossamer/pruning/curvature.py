@@ -7,7 +7,7 @@ for each weight, which takes rows of inputs (T, K) or gradients (d), and gives a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,11 @@ class Curvature(Protocol):
             whole model for those of gradients.
     """
 
-    source: Source
-    relative_damping: float
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def relative_damping(self) -> float: ...
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         """A statistic for a weight (N, K)."""
@@ -57,8 +60,8 @@ class Curvature(Protocol):
 class Magnitude:
     """F = I: small weights are pruned."""
 
-    source: Source = "nothing"
-    relative_damping: float = 0.0
+    source: ClassVar[Source] = "nothing"
+    relative_damping: ClassVar[float] = 0.0
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Alike(shape)
@@ -75,8 +78,8 @@ class Wanda:
     ``Unstructured("row")``.
     """
 
-    source: Source = "inputs"
-    relative_damping: float = 0.0
+    source: ClassVar[Source] = "inputs"
+    relative_damping: ClassVar[float] = 0.0
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Squares((1, shape[1]), shape)
@@ -94,7 +97,7 @@ class LayerGram:
     """
 
     relative_damping: float = 0.01
-    source: Source = "inputs"
+    source: ClassVar[Source] = "inputs"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Gram(shape[1])
@@ -108,7 +111,7 @@ class DiagFisher:
     """F = diag(mean of g^2), over gradients g of single samples."""
 
     relative_damping: float = 1e-3
-    source: Source = "gradients"
+    source: ClassVar[Source] = "gradients"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Squares(shape, shape)
@@ -127,7 +130,7 @@ class BlockFisher:
 
     block_size: int = 16
     relative_damping: float = 1e-2
-    source: Source = "gradients"
+    source: ClassVar[Source] = "gradients"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Blocks(shape, self.block_size)
@@ -151,7 +154,7 @@ class MFACFisher:
     relative_damping: float = 1e-2
     dtype: torch.dtype = torch.bfloat16
     block_size: int | None = None
-    source: Source = "gradients"
+    source: ClassVar[Source] = "gradients"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Gradients(shape, self.gradients, self.dtype, self.block_size)

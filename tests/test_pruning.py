@@ -1,0 +1,547 @@
+"""The pruner: patterns, quadratic forms, targets of all kinds, masks, and models pruned whole and block by block."""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from gossamer import MFAC
+from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from gossamer.operators.gradient_store import GradientStore
+from gossamer.operators.inverse_fisher import FisherBlocks, InverseFisher
+from gossamer.pruning import (
+    NM,
+    Block,
+    BlockFisher,
+    CubicSchedule,
+    DiagFisher,
+    LayerGram,
+    Magnitude,
+    MFACFisher,
+    Pruner,
+    Reconstruction,
+    Unstructured,
+    Wanda,
+    decoder_blocks,
+    load_masks,
+    save_masks,
+)
+from gossamer.pruning.blocks import BlockRun
+from gossamer.pruning.patterns import parse_pattern, subset_costs
+from gossamer.pruning.quadratic import Diagonal, FisherForm, SharedGram
+from gossamer.pruning.targets import Target, find_targets
+
+CURVATURES = [Magnitude(), Wanda(), LayerGram(), DiagFisher(), BlockFisher(4), MFACFisher(8, dtype=torch.float32)]
+
+
+def dense_fisher(gradients: torch.Tensor, damping: float, block: int) -> torch.Tensor:
+    m, d = gradients.shape
+    full = gradients.double().T @ gradients.double() / m + damping * torch.eye(d, dtype=torch.float64)
+    groups = torch.arange(d) // block
+    return full * (groups[:, None] == groups)
+
+
+def best_step(matrix: torch.Tensor, w: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Minimizes 1/2 s^T F s under s_Q = -w_Q."""
+    step = -w.double()
+    if keep.any():
+        right = matrix[keep][:, ~keep] @ w.double()[~keep]
+        step[keep] = torch.linalg.solve(matrix[keep][:, keep], right)
+    return step
+
+
+def perceptron(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def batches(count: int = 4, size: int = 8, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 16, generator=generator), torch.randint(4, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def language_batches(vocabulary: int = 64, length: int = 12) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(vocabulary, (1, length), generator=generator) for _ in range(4)]
+    return [{"input_ids": part, "labels": part} for part in ids]
+
+
+def language_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    common = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    small = common | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    configs = {
+        "llama": lambda: LlamaConfig(**small, num_key_value_heads=2),
+        "gemma3": lambda: Gemma3TextConfig(**small, num_key_value_heads=2, head_dim=8, sliding_window=4),
+        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4),
+    }
+    return AutoModelForCausalLM.from_config(configs[kind]()).eval()
+
+
+def language_loss(outputs: Any, batch: Any) -> torch.Tensor:
+    return outputs.loss
+
+
+def zeros(model: nn.Module) -> list[float]:
+    return [float((target.read() == 0).float().mean()) for target in find_targets(model).values()]
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class TestInverseFisher:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        m=st.integers(1, 12),
+        groups=st.integers(1, 6),
+        size=st.integers(1, 4),
+        kind=st.sampled_from(["full", "block", "streaming", "one"]),
+        damping=st.sampled_from([1e-3, 1e-1, 10.0]),
+        share=st.floats(0, 1),
+        seed=st.integers(0, 10**6),
+    )
+    def test_joint_step_blocks_and_curvature_equal_the_dense_matrix(
+        self, m: int, groups: int, size: int, kind: str, damping: float, share: float, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        d = groups * size * 2
+        gradients = torch.randn(m, d, generator=generator)
+        block = {"full": d, "block": 2 * size, "streaming": 2 * size, "one": 2 * size}[kind]
+        if kind == "streaming":
+            sums = FisherBlocks(d, block)
+            sums.add(gradients)
+            inverse = InverseFisher(sums, damping)
+        elif kind == "full":
+            inverse = InverseFisher(gradients, damping)
+        else:
+            store = GradientStore.of(gradients)
+            solver = "dual" if kind == "block" else "primal"
+            inverse = InverseFisher(store, damping, structure="block", block_size=block, solver=solver)
+        matrix = dense_fisher(gradients, damping, block)
+        w = torch.randn(d, generator=generator, dtype=torch.float64)
+        keep = torch.rand(d, generator=generator) > share
+        step, wanted = inverse.joint_step(w, keep), best_step(matrix, w, keep)
+        assert torch.allclose(step, wanted, rtol=1e-7, atol=1e-7 * float(w.abs().max()))
+        assert torch.equal((w + step)[~keep], torch.zeros(int((~keep).sum()), dtype=torch.float64))
+        assert inverse.curvature(w) == pytest.approx(float(w @ matrix @ w), rel=1e-9)
+        full = torch.linalg.inv(matrix)
+        cut = torch.stack([full[i : i + size, i : i + size] for i in range(0, d, size)])
+        assert torch.allclose(inverse.diagonal_blocks(size), cut, rtol=1e-6, atol=1e-9 * float(full.abs().max()))
+
+    def test_squares_that_do_not_divide_are_refused(self) -> None:
+        inverse = InverseFisher(torch.randn(3, 10), 1.0)
+        with pytest.raises(ConfigurationError, match="squares of 4 do not divide 10"):
+            inverse.diagonal_blocks(4)
+        with pytest.raises(ConfigurationError, match="a mask of 10 entries"):
+            inverse.joint_step(torch.randn(10), torch.ones(9, dtype=torch.bool))
+
+
+class TestQuadratic:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_shared_gram_gives_each_row_its_least_squares(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+        matrix = x.T @ x / 40 + 0.01 * torch.eye(12, dtype=torch.float64)
+        form, weight = SharedGram(matrix), torch.randn(7, 12, generator=generator)
+        keep = torch.rand(7, 12, generator=generator) > torch.linspace(0, 1, 7)[:, None]  # rows from full to empty
+        found = form.joint(weight, keep)
+        for row in range(7):
+            wanted = weight[row].double() + best_step(matrix, weight[row], keep[row])
+            assert torch.allclose(found[row].double(), wanted, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_joint_costs_least(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        weight, keep = torch.randn(6, 8, generator=generator), torch.rand(6, 8, generator=generator) > 0.5
+        x = torch.randn(30, 8, generator=generator, dtype=torch.float64)
+        forms = [
+            Diagonal(torch.rand(6, 8, generator=generator) + 0.1, (6, 8)),
+            SharedGram(x.T @ x / 30 + 0.01 * torch.eye(8)),
+            FisherForm(InverseFisher(torch.randn(5, 48, generator=generator), 0.01), (6, 8)),
+            FisherForm(
+                InverseFisher(torch.randn(50, 48, generator=generator), 0.01, structure="block", block_size=8), (6, 8)
+            ),
+        ]
+        for form in forms:
+            joint = form.cost(form.joint(weight, keep) - weight)
+            assert joint <= form.cost(form.independent(weight, keep) - weight) * (1 + 1e-5)
+            assert joint <= form.cost(weight * keep - weight) * (1 + 1e-5)
+
+    def test_one_pruned_weight_costs_what_its_saliency_says(self) -> None:
+        """And the joint update is the independent one then."""
+        form = FisherForm(InverseFisher(torch.randn(5, 12), 0.1), (3, 4))
+        weight = torch.randn(3, 4)
+        costs = subset_costs(weight, form.inverse_blocks(1), Unstructured())
+        for row in range(3):
+            for column in range(4):
+                keep = torch.ones(3, 4, dtype=torch.bool)
+                keep[row, column] = False
+                new = form.joint(weight, keep)
+                assert torch.allclose(new, form.independent(weight, keep), atol=1e-5)
+                assert form.cost(new - weight) == pytest.approx(float(costs[row, column, 0]), rel=1e-3)
+
+
+class TestPatterns:
+    @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Block(4), Block(2)])
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_costs_are_the_least_losses(self, pattern: Any, shared: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        gradients = torch.randn(20, 8 if shared else 24, generator=generator)
+        weight = torch.randn(3, 8, generator=generator)
+        if shared:
+            matrix = dense_fisher(gradients, 0.1, 8)
+            form: Any = SharedGram(matrix)
+        else:
+            matrix = dense_fisher(gradients, 0.1, 24)
+            form = FisherForm(InverseFisher(gradients, 0.1), (3, 8))
+        costs = subset_costs(weight, form.inverse_blocks(pattern.size), pattern)
+        for row in range(3):
+            for group in range(8 // pattern.size):
+                for number, subset in enumerate(pattern.subsets.tolist()):
+                    keep = torch.ones(3, 8, dtype=torch.bool)
+                    keep[row, [group * pattern.size + place for place in subset]] = False
+                    if shared:
+                        step = best_step(matrix, weight[row], keep[row])
+                        wanted = float(step @ matrix @ step) / 2
+                    else:
+                        step = best_step(matrix, weight.reshape(-1), keep.reshape(-1))
+                        wanted = float(step @ matrix @ step) / 2
+                    assert float(costs[row, group, number]) == pytest.approx(wanted, rel=1e-4)
+
+    @given(st.integers(1, 6), st.integers(1, 5), st.floats(0.01, 0.99), st.booleans(), st.integers(0, 1000))
+    @settings(max_examples=50, deadline=None)
+    def test_as_many_are_pruned_as_asked_for(
+        self, rows: int, columns: int, sparsity: float, ties: bool, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        costs = {
+            name: torch.randint(3, (rows, columns, 1), generator=generator).float()
+            if ties
+            else torch.rand(rows, columns, 1, generator=generator)
+            for name in "ab"
+        }
+        for scope, competitions in (("global", 1), ("layer", 2), ("row", 2 * rows)):
+            masks = Unstructured(scope).keep(costs, sparsity)  # type: ignore[arg-type]
+            entries = 2 * rows * columns
+            dropped = sum(int((~mask).sum()) for mask in masks.values())
+            assert dropped == competitions * round(entries // competitions * sparsity)
+            if scope == "global" and 0 < dropped < entries:
+                kept = torch.cat([costs[name][..., 0][mask] for name, mask in masks.items()])
+                lost = torch.cat([costs[name][..., 0][~mask] for name, mask in masks.items()])
+                assert lost.max() <= kept.min()
+
+    @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 4)])
+    def test_n_of_every_m_are_kept(self, n: int, m: int) -> None:
+        pattern = NM(n, m)
+        weight = torch.randn(5, 2 * m)
+        costs = subset_costs(weight, torch.eye(m).expand(1, 2, m, m), pattern)
+        keep = pattern.keep({"w": costs}, pattern.sparsity)["w"]
+        assert torch.equal(keep.reshape(5, 2, m).sum(2), torch.full((5, 2), n))
+        largest = weight.abs().reshape(5, 2, m).topk(n, dim=2).indices  # F = I: the largest are kept
+        assert torch.equal(keep.reshape(5, 2, m), torch.zeros(5, 2, m, dtype=torch.bool).scatter(2, largest, True))
+        assert len(pattern.subsets) == len(list(combinations(range(m), n)))
+
+    @pytest.mark.parametrize("text", ["4:2", "0:4", "a:b", "2:4:8", "block", "sparse", "10:40"])
+    def test_names_of_no_pattern_are_refused(self, text: str) -> None:
+        with pytest.raises(ConfigurationError):
+            parse_pattern(text)
+
+    @pytest.mark.parametrize("sparsity", [0, 1, -0.5, 1.5, True, "half", float("nan")])
+    def test_shares_that_are_none_are_refused(self, sparsity: Any) -> None:
+        with pytest.raises(ConfigurationError, match="share of weights"):
+            Pruner(perceptron(), Magnitude()).prune_to(sparsity)
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.Conv2d(4, 2, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+            nn.Conv2d(4, 2, 3, padding="same", padding_mode="circular"),
+            nn.Conv1d(3, 4, 5, stride=2),
+            nn.Conv3d(2, 3, 2),
+            nn.Linear(6, 3),
+            Conv1D(3, 6),
+        ],
+    )
+    def test_a_layer_is_its_matrix(self, layer: Any) -> None:
+        target = next(iter(find_targets(nn.Sequential(layer)).values()))
+        shape = {nn.Conv1d: (2, 3, 11), nn.Conv2d: (2, 0, 8, 9), nn.Conv3d: (2, 2, 4, 4, 4)}.get(type(layer), (2, 5, 6))
+        shape = tuple(layer.in_channels if size == 0 else size for size in shape)
+        x = torch.randn(shape)
+        rows = target.inputs(layer, x)
+        out = layer(x) - (
+            0
+            if layer.bias is None
+            else layer.bias.reshape([-1] + [1] * (x.dim() - 2))
+            if x.dim() != 3 or isinstance(layer, nn.Conv1d)
+            else layer.bias
+        )
+        wanted = out.movedim(1, -1) if "Conv" in type(layer).__name__ and not isinstance(layer, Conv1D) else out
+        assert torch.allclose(rows @ target.read().T, wanted.reshape(-1, target.shape[0]), atol=1e-5)
+        before = target.parameter.detach().clone()
+        target.write(target.read())
+        assert torch.equal(before, target.parameter)
+        assert torch.equal(target.from_matrix(target.to_matrix(before)), before)
+
+    def test_shared_weights_are_one_target_and_tied_embeddings_none(self) -> None:
+        shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        shared[1].weight = shared[0].weight
+        assert [len(target.modules) for target in find_targets(shared).values()] == [2]
+        names = list(find_targets(language_model("gpt2"), exclude=()))
+        assert "lm_head.weight" not in names and "transformer.h.0.attn.c_attn.weight" in names
+
+    def test_nothing_to_prune_is_an_error(self) -> None:
+        with pytest.raises(ConfigurationError, match="has no weight to prune"):
+            find_targets(nn.Sequential(nn.ReLU()))
+
+
+class TestPruner:
+    @pytest.mark.parametrize("curvature", CURVATURES, ids=lambda c: type(c).__name__)
+    @pytest.mark.parametrize("update", ["none", "independent", "joint"])
+    @pytest.mark.parametrize("pattern", [None, NM(2, 4), Block(4)], ids=str)
+    def test_every_combination_prunes_as_many_as_asked(self, curvature: Any, update: Any, pattern: Any) -> None:
+        model = perceptron()
+        pruner = Pruner(model, curvature, pattern, update)
+        report = pruner.prune_to(0.5, batches(), F.cross_entropy)
+        assert report.sparsity == pytest.approx(0.5)
+        assert pruner.sparsity == pytest.approx(0.5)
+        for name, mask in pruner.masks.items():
+            weight = model.get_parameter(name)
+            assert torch.equal(weight != 0, mask)
+            if isinstance(pattern, NM):
+                assert bool((mask.reshape(-1, 4).sum(1) == 2).all())
+        assert report.loss_before is not None and report.loss_after is not None
+        assert "50.00% of" in str(report) and report.to_dict()["sparsity"] == report.sparsity
+
+    def test_a_convolutional_network(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+        data = [(torch.randn(4, 4, 6, 6), torch.randint(4, (4,))) for _ in range(3)]
+        for curvature in CURVATURES:
+            pruned = copy.deepcopy(model)
+            Pruner(pruned, curvature, NM(2, 4)).prune_to(0.5, data, F.cross_entropy)
+            channels = (pruned[0].weight != 0).reshape(8, 1, 4, 9).sum(2)  # of every four input channels, two
+            assert bool((channels == 2).all())
+
+    def test_much_damping_is_magnitude(self) -> None:
+        wanted = Pruner(perceptron(), Magnitude(), Unstructured(), "none")
+        wanted.prune_to(0.6)
+        for curvature in (DiagFisher(1e9), BlockFisher(4, 1e9), MFACFisher(8, 1e9, torch.float32)):
+            model = perceptron()
+            # the damping is relative to each weight's own scale, which must be one for all to compare
+            pruner = Pruner(model, curvature, Unstructured("layer"), "none")
+            pruner.prune_to(0.6, batches(), F.cross_entropy)
+            by_layer = Pruner(perceptron(), Magnitude(), Unstructured("layer"), "none")
+            by_layer.prune_to(0.6)
+            assert same(pruner.masks, by_layer.masks)
+
+    def test_recomputing_prunes_further_and_never_less(self) -> None:
+        model = perceptron()
+        pruner = Pruner(model, MFACFisher(16, dtype=torch.float32), recompute=4)
+        pruner.prune_to(0.5, batches(), F.cross_entropy)
+        first = dict(pruner.masks)
+        pruner.prune_to(0.9, batches(), F.cross_entropy, vectorize=True)
+        assert pruner.sparsity == pytest.approx(0.9, abs=1e-3)
+        assert all(not bool((pruner.masks[name] & ~mask).any()) for name, mask in first.items())
+        with pytest.raises(ConfigurationError, match="would undo some"):
+            pruner.prune_to(0.5, batches(), F.cross_entropy)
+
+    @pytest.mark.parametrize("curvature", [BlockFisher(4), MFACFisher(8, dtype=torch.float32)])
+    def test_groups_that_fit_into_memory_prune_as_all_at_once(self, curvature: Any) -> None:
+        model = perceptron()
+        together, apart = copy.deepcopy(model), copy.deepcopy(model)
+        one = Pruner(together, curvature)
+        one.prune_to(0.5, batches(), F.cross_entropy)
+        largest = max(curvature.bytes(target.shape) for target in one.targets.values())
+        several = Pruner(apart, curvature, memory=largest)
+        several.prune_to(0.5, batches(), F.cross_entropy)
+        assert same(one.masks, several.masks)
+        with pytest.raises(ConfigurationError, match=r"alone, and .* may be used"):
+            Pruner(model, curvature, memory=largest - 1).prune_to(0.5, batches(), F.cross_entropy)
+
+    def test_bad_data_leaves_the_model_as_it_was(self) -> None:
+        model = perceptron()
+        before = state(model)
+        bad = batches()
+        bad[2] = (bad[2][0] * float("nan"), bad[2][1])
+        silent = [(torch.zeros_like(x), y) for x, y in batches()]
+        cases: list[tuple[Any, Any, str]] = [
+            (BlockFisher(4), bad, "gradient of .* has NaN"),
+            (LayerGram(), bad, "NaN"),
+            (LayerGram(), silent, "nothing tells them apart|not positive"),
+            (Wanda(), None, "needs calibration data"),
+            (LayerGram(), [], "gave no batch"),
+        ]
+        for curvature, data, message in cases:
+            only_first = Pruner(model, curvature, params=["0"])
+            with pytest.raises(ConfigurationError, match=message):
+                only_first.prune_to(0.5, data, F.cross_entropy)
+            assert same(before, state(model)) and not only_first.masks
+        with pytest.raises(ConfigurationError, match="needs the loss"):
+            Pruner(model, DiagFisher()).prune_to(0.5, batches())
+        zero = Pruner(model, MFACFisher(4))
+        with pytest.raises(ConfigurationError, match="are zero"):
+            zero.prune_to(0.5, batches(), lambda outputs, targets: 0 * outputs.sum())
+        assert same(before, state(model))
+
+    def test_a_failure_in_a_later_stage_undoes_the_first(self) -> None:
+        model = perceptron()
+        before = state(model)
+        calls = 0
+
+        def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return F.cross_entropy(outputs, targets) * (float("nan") if calls > 60 else 1)
+
+        pruner = Pruner(model, BlockFisher(4), recompute=3)
+        with pytest.raises(ConfigurationError, match="NaN"):
+            pruner.prune_to(0.9, batches(), loss)
+        assert calls > 60 and same(before, state(model)) and not pruner.masks
+
+    def test_rows_that_do_not_divide_are_refused_before_anything(self) -> None:
+        model = nn.Sequential(nn.Linear(10, 4))
+        with pytest.raises(ConfigurationError, match=r"rows of 0.weight have 10 weights.*2:4"):
+            Pruner(model, Magnitude(), NM(2, 4))
+        with pytest.raises(ConfigurationError, match=r"share of 0.5 zero"):
+            Pruner(perceptron(), Magnitude(), NM(2, 4)).prune_to(0.6)
+        with pytest.raises(ConfigurationError, match="update is"):
+            Pruner(perceptron(), Magnitude(), update="all")  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="stages"):
+            Pruner(perceptron(), Magnitude(), recompute=0)
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+            lambda p: torch.optim.AdamW(p, lr=0.01),
+            lambda p: MFAC(p, lr=0.01, window=8, damping=1e-3, momentum=0.9),
+        ],
+    )
+    def test_masks_hold_through_training_with_any_optimizer(self, make: Any) -> None:
+        model = perceptron()
+        pruner = Pruner(model, Magnitude())
+        optimizer = make(model.parameters())
+        for sparsity in CubicSchedule(0.9, 4):
+            pruner.prune_to(sparsity)
+            with pruner.hold(optimizer):
+                for x, y in batches(25):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    for name, mask in pruner.masks.items():
+                        assert not bool((model.get_parameter(name)[~mask] != 0).any())
+        assert pruner.sparsity == pytest.approx(0.9, abs=0.01)
+        assert any(bool((model.get_parameter(name)[mask] != 0).any()) for name, mask in pruner.masks.items())
+
+    def test_saved_masks_come_back(self, tmp_path: Any) -> None:
+        model = perceptron()
+        pruner = Pruner(model, Magnitude())
+        pruner.prune_to(0.7)
+        pruner.save_masks(tmp_path / "masks.safetensors")
+        other = Pruner(perceptron(), Magnitude())
+        other.load_masks(tmp_path / "masks.safetensors")
+        assert same(pruner.masks, other.masks) and same(state(model), state(other.model))
+        assert other.sparsity == pruner.sparsity
+
+    def test_masks_of_something_else_are_refused(self, tmp_path: Any) -> None:
+        save_masks(tmp_path / "m", {"0.weight": torch.ones(3, 3, dtype=torch.bool)})
+        pruner = Pruner(perceptron(), Magnitude())
+        with pytest.raises(ConfigurationError, match=r"the weight needs bool \[32, 16\]"):
+            pruner.load_masks(tmp_path / "m")
+        save_masks(tmp_path / "n", {"7.weight": torch.ones(3, dtype=torch.bool)})
+        with pytest.raises(ConfigurationError, match="no weight that is pruned here"):
+            pruner.load_masks(tmp_path / "n")
+        (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:-1])
+        for path in (tmp_path / "m", tmp_path / "missing"):
+            with pytest.raises(CheckpointError, match="cannot be read"):
+                load_masks(path)
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+    def test_blocks_one_after_the_other_are_the_model(self, kind: str) -> None:
+        model = language_model(kind)
+        data, hidden = language_batches(), []
+        blocks = decoder_blocks(model)
+        run = BlockRun(model, blocks, data)
+        for index in range(len(blocks)):
+            run.hidden = run.outputs(index, run.hidden)
+        norm = getattr(model.base_model, "norm", None) or model.base_model.ln_f
+        with torch.no_grad():
+            hidden = [model.lm_head(norm(part)) for part in run.hidden]
+            wanted = [model(input_ids=batch["input_ids"]).logits for batch in data]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(hidden, wanted, strict=True))
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    @pytest.mark.parametrize("curvature", [LayerGram(), BlockFisher(16)], ids=lambda c: type(c).__name__)
+    def test_reconstruction_brings_blocks_closer_and_leaves_zeros(self, kind: str, curvature: Any) -> None:
+        model = language_model(kind)
+        pruner = Pruner(
+            model, curvature, NM(2, 4), blocks=decoder_blocks(model), reconstruction=Reconstruction(epochs=3, lr=1e-3)
+        )
+        report = pruner.prune_to(0.5, language_batches(), language_loss)
+        assert len(report.reconstruction) == 2
+        assert all(after < before for before, after in report.reconstruction)
+        for name, mask in pruner.masks.items():
+            assert not bool((model.get_parameter(name)[~mask] != 0).any())
+        assert not any(parameter.requires_grad is False for parameter in model.parameters())
+
+    def test_an_interruption_restores_the_whole_model(self) -> None:
+        model = language_model("llama")
+        before = state(model)
+
+        def stop(phase: str, done: int, total: int) -> None:
+            if phase == "blocks":
+                raise KeyboardInterrupt
+
+        pruner = Pruner(
+            model, LayerGram(), Unstructured("row"), blocks=decoder_blocks(model), reconstruction=Reconstruction(1)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            pruner.prune_to(0.5, language_batches(), progress=stop)
+        assert same(before, state(model)) and not pruner.masks
+
+    def test_settings_that_contradict_are_refused(self) -> None:
+        model = language_model("llama")
+        blocks = decoder_blocks(model)
+        with pytest.raises(ConfigurationError, match="one stage"):
+            Pruner(model, LayerGram(), blocks=blocks, recompute=2)
+        with pytest.raises(ConfigurationError, match="one stage"):
+            Pruner(model, LayerGram(), Unstructured("global"), blocks=blocks)
+        with pytest.raises(ConfigurationError, match="pass the model's `blocks`"):
+            Pruner(model, LayerGram(), reconstruction=Reconstruction())
+        with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
+            decoder_blocks(perceptron())
+        uneven = [*language_batches(), *language_batches(length=5)]
+        with pytest.raises(ConfigurationError, match="of one length"):
+            Pruner(model, LayerGram(), blocks=blocks).prune_to(0.5, uneven)
+
+
+def test_a_target_is_its_own_layer() -> None:
+    """The name of a target is that of its parameter."""
+    model = perceptron()
+    for name, target in find_targets(model).items():
+        assert isinstance(target, Target) and model.get_parameter(name) is target.parameter
