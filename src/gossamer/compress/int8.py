@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-
 from gossamer.compress.output import all_or_nothing, check_output, size_of
+from gossamer.compress.writing import dtype_name, write_model
 from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config, listening
 from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import write_manifest
 from gossamer.models.resolve import resolve_model
-from gossamer.models.shards import Progress, ShardWriter, TensorSpec
+from gossamer.models.shards import Progress
 from gossamer.nn.quantize import QuantizationReport
 
 
@@ -88,43 +85,8 @@ def compress_int8(
         network, tokenizer = load_model(source, dtype=dtype, quantization=config)
     report: QuantizationReport = network.hf_quantizer.report
     with all_or_nothing(target) as unfinished:
-        unfinished.mkdir()
-        rest = _write_weights(network, unfinished, on_bytes)
-        network.config.architectures = [type(network).__name__]
-        network.config.save_pretrained(unfinished)
-        if network.can_generate():
-            network.generation_config.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        written = write_model(network, tokenizer, unfinished, on_bytes)
         recipe = {"model": str(model), "int8": network.config.quantization_config.to_dict()}
         write_manifest(unfinished, recipe | {"skipped": report.skipped})
-    return CompressReport(target, size_of(target), size_of(source), (_dtype_name(network), rest), report)
-
-
-def _write_weights(network: PreTrainedModel, directory: Path, on_bytes: Progress) -> int:
-    """Writes the state of a model; returns how many bytes of it are not int8 layers'."""
-    tensors = revert_weight_conversion(network, _without_ties(network))
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    total = sum(spec.nbytes for spec in specs)
-    done = 0
-    with ShardWriter(directory, specs) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-            done += tensor.nbytes
-            on_bytes(done, total)
-    return total - network.hf_quantizer.report.bytes_after
-
-
-def _without_ties(network: PreTrainedModel) -> dict[str, Tensor]:
-    """The state without the second names of tensors; loading ties them again."""
-    seen: set[int] = set()
-    result = {}
-    tied = network.all_tied_weights_keys
-    for name, tensor in sorted(network.state_dict().items(), key=lambda item: item[0] in tied):
-        if tensor.data_ptr() not in seen or name not in tied:
-            result[name] = tensor
-        seen.add(tensor.data_ptr())
-    return result
-
-
-def _dtype_name(network: PreTrainedModel) -> str:
-    return str(network.dtype).removeprefix("torch.")
+    rest = dtype_name(network), written - report.bytes_after
+    return CompressReport(target, size_of(target), size_of(source), rest, report)

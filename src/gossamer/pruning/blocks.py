@@ -23,7 +23,7 @@ class _FirstBlockReachedError(Exception):
     pass
 
 
-def decoder_blocks(model: Any) -> nn.ModuleList:
+def decoder_blocks(model: Any) -> list[nn.Module]:
     """The blocks of a transformers decoder.
 
     Raises:
@@ -33,7 +33,7 @@ def decoder_blocks(model: Any) -> nn.ModuleList:
     for name in ("layers", "h", "blocks"):
         found = getattr(body, name, None)
         if isinstance(found, nn.ModuleList) and len(found):
-            return found
+            return list(found)
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of decoder blocks named layers, h or blocks; pass `blocks`"
     )

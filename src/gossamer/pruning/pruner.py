@@ -33,6 +33,7 @@ from gossamer.pruning.statistics import (
     watching,
 )
 from gossamer.pruning.targets import Target, find_targets
+from gossamer.pruning.unfinished import Unfinished
 from gossamer.system import available_memory, peak_memory
 
 Update = Literal["none", "independent", "joint"]
@@ -127,6 +128,7 @@ class Pruner:
         *,
         samples: int | None = None,
         vectorize: bool = False,
+        unfinished: Unfinished | None = None,
         progress: OnProgress = lambda phase, done, total: None,
     ) -> PruneReport:
         """Prune to a share of zeros. What is zero stays zero: sparsities of later calls are of the same weights.
@@ -139,6 +141,7 @@ class Pruner:
                 after.
             samples: gradients to take; as many as the loader has samples by default.
             vectorize: compute the gradients of a batch together, as there.
+            unfinished: where to keep what is done, and to go on from; for the same model, data and settings.
             progress: called with the phase, how much of it is done, and of how much.
 
         Raises:
@@ -164,11 +167,12 @@ class Pruner:
             see = partial(
                 self._see, batches=batches, loss_fn=loss_fn, samples=samples, vectorize=vectorize, progress=progress
             )
-            if not self._in_blocks:
+            if not self._in_blocks and not self._take_over("whole", unfinished, predicted, report):
                 for stage in geometric(self.sparsity, sparsity, self.recompute):
                     self._stage(stage, see, predicted, report, progress)
+                self._keep("whole", self.targets, [], unfinished, predicted)
             if self.blocks is not None and (self._in_blocks or self.reconstruction):
-                self._walk(sparsity, batches, original, predicted, report, progress)
+                self._walk(sparsity, batches, original, predicted, report, unfinished, progress)
             if loss_fn and batches:
                 with report.timed("measuring"):
                     report.loss_after = mean_loss(self.model, batches, loss_fn)
@@ -317,29 +321,33 @@ class Pruner:
         original: Original,
         predicted: dict[str, float],
         report: PruneReport,
+        unfinished: Unfinished | None,
         progress: OnProgress,
     ) -> None:
         """Prunes and reconstructs each block on what the blocks before it give."""
         assert self.blocks is not None
         run = BlockRun(self.model, self.blocks, batches)
-        # what the dense model has at the same place; the same list as long as nothing was changed
-        reference = run.hidden
+        reference = run.hidden  # what the dense model has at the same place
         names = {id(target.parameter): name for name, target in self.targets.items()}
         for index, block in enumerate(self.blocks):
-            inside = {names[id(p)]: self.targets[names[id(p)]] for p in block.parameters() if id(p) in names}
-            wanted = None
+            found = [names[id(parameter)] for parameter in block.parameters() if id(parameter) in names]
+            inside = {name: self.targets[name] for name in found}
             if self.reconstruction:
                 with report.timed("propagating"), original.in_place(block.parameters()):
                     wanted = run.outputs(index, reference)
-            if self._in_blocks:
-                self._prune_block(run, index, inside, sparsity, predicted, report)
-            if self.reconstruction and wanted is not None:
-                masks = [(self.targets[name].parameter, self.masks[name]) for name in inside]
-                with report.timed("reconstruction"):
-                    errors = reconstruct(
-                        block, partial(run.forward, index), run.hidden, wanted, masks, self.reconstruction
-                    )
-                report.reconstruction.append(errors)
+            part = f"block-{index:03}"
+            if not self._take_over(part, unfinished, predicted, report):
+                if self._in_blocks:
+                    self._prune_block(run, index, inside, sparsity, predicted, report)
+                errors = []
+                if self.reconstruction:
+                    masks = [(target.parameter, self.masks[name]) for name, target in inside.items()]
+                    with report.timed("reconstruction"):
+                        forward = partial(run.forward, index)
+                        errors.append(reconstruct(block, forward, run.hidden, wanted, masks, self.reconstruction))
+                report.reconstruction += errors
+                self._keep(part, inside, errors, unfinished, predicted, block)
+            if self.reconstruction:
                 reference = wanted
             with report.timed("propagating"):
                 run.hidden = run.outputs(index, run.hidden)
@@ -361,7 +369,47 @@ class Pruner:
         with report.timed("pruning"):
             self._prune(inside, forms, sparsity, predicted, lambda *_: None)
 
-    # --- the rest ----------------------------------------------------------------------------------------------------
+    # --- going on, and going back ------------------------------------------------------------------------------------
+
+    def _keep(
+        self,
+        part: str,
+        inside: Mapping[str, Target],
+        errors: list[tuple[float, float]],
+        unfinished: Unfinished | None,
+        predicted: Mapping[str, float],
+        block: nn.Module | None = None,
+    ) -> None:
+        """Saves what was done to some targets, and to all parameters of a block if it was reconstructed."""
+        if unfinished is None:
+            return
+        parameters = {name: target.parameter for name, target in inside.items()}
+        if block is not None and self.reconstruction:
+            known = {id(parameter) for parameter in block.parameters()}
+            parameters |= {name: p for name, p in self.model.named_parameters() if id(p) in known}
+        tensors = {f"value:{name}": parameter.detach() for name, parameter in parameters.items()}
+        tensors |= {f"mask:{name}": self.masks[name] for name in inside}
+        tensors |= {f"cost:{name}": torch.tensor(predicted.get(name, 0.0), dtype=torch.float64) for name in inside}
+        unfinished.save(part, tensors | {"errors": torch.tensor(errors, dtype=torch.float64)})
+
+    @torch.no_grad()
+    def _take_over(
+        self, part: str, unfinished: Unfinished | None, predicted: dict[str, float], report: PruneReport
+    ) -> bool:
+        """Applies what was saved; false if there is nothing."""
+        tensors = None if unfinished is None else unfinished.load(part)
+        if tensors is None:
+            return False
+        for key, value in tensors.items():
+            kind, _, name = key.partition(":")
+            if kind == "value":
+                self.model.get_parameter(name).copy_(value)
+            elif kind == "mask":
+                self.masks[name] = value
+            elif kind == "cost":
+                predicted[name] = float(value)
+        report.reconstruction += [(float(before), float(after)) for before, after in tensors["errors"].reshape(-1, 2)]
+        return True
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Original]:

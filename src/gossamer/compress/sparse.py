@@ -1,0 +1,252 @@
+"""A checkpoint becomes one with pruned weights, and int8 if asked for; interrupted, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.compress.output import all_or_nothing, check_output, size_of
+from gossamer.compress.writing import write_model
+from gossamer.errors import ConfigurationError
+from gossamer.models.int8_quantizer import GossamerInt8Config
+from gossamer.models.load import load_config, load_model
+from gossamer.models.manifest import write_manifest
+from gossamer.models.resolve import resolve_model
+from gossamer.models.shards import Progress
+from gossamer.nn.quantize import QuantizationReport, quantize
+from gossamer.pruning.blocks import decoder_blocks
+from gossamer.pruning.curvature import (
+    BlockFisher,
+    Curvature,
+    DiagFisher,
+    LayerGram,
+    Magnitude,
+    MFACFisher,
+    Wanda,
+)
+from gossamer.pruning.masks import MASKS, save_masks
+from gossamer.pruning.patterns import check_share, parse_pattern
+from gossamer.pruning.pruner import OnProgress, Pruner, Update
+from gossamer.pruning.reconstruction import Reconstruction
+from gossamer.pruning.report import PruneReport
+from gossamer.pruning.unfinished import Unfinished
+from gossamer.report.windows import token_windows
+
+CURVATURES: dict[str, Callable[[], Curvature]] = {
+    "gram": LayerGram,
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "diagonal-fisher": DiagFisher,
+    "block-fisher": BlockFisher,
+    "mfac": MFACFisher,
+}
+
+
+@dataclass(frozen=True)
+class SparsityRecipe:
+    """How a checkpoint is pruned.
+
+    Args:
+        sparsity: share of zeros among the pruned weights' entries.
+        pattern: ``unstructured``, ``2:4``, ``block4`` and the like.
+        curvature: one of ``gram``, ``magnitude``, ``wanda``, ``diagonal-fisher``, ``block-fisher``, ``mfac``.
+        update: ``joint``, ``independent`` or ``none``.
+        reconstruction: times that each block is trained over the calibration data afterwards; 0 for not at all.
+        sequences, length: of the calibration text: how many, and tokens of each.
+        skip: names of modules that are not pruned.
+
+    Raises:
+        ConfigurationError: a setting has no meaning.
+    """
+
+    sparsity: float
+    pattern: str = "unstructured"
+    curvature: str = "gram"
+    update: Update = "joint"
+    reconstruction: int = 4
+    sequences: int = 64
+    length: int = 512
+    skip: tuple[str, ...] = ("lm_head",)
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise ConfigurationError(f"curvature is one of {', '.join(CURVATURES)}; got {self.curvature!r}")
+        if self.sequences < 1 or self.length < 2:
+            raise ConfigurationError(
+                f"calibration takes at least one sequence of two tokens, got {self.sequences} of {self.length}"
+            )
+        if self.reconstruction < 0:
+            raise ConfigurationError(f"reconstruction counts times over the data, got {self.reconstruction}")
+        check_share(self.sparsity)
+        parse_pattern(self.pattern).check_sparsity(self.sparsity)
+
+    def pruner(self, model: Any, memory: int | None) -> Pruner:
+        """The pruner of a language model."""
+        curvature = CURVATURES[self.curvature]()
+        pattern = parse_pattern(self.pattern, "global" if curvature.source == "gradients" else "row")
+        return Pruner(
+            model,
+            curvature,
+            pattern,
+            self.update,
+            exclude=self.skip,
+            blocks=decoder_blocks(model),
+            reconstruction=Reconstruction(self.reconstruction) if self.reconstruction else None,
+            memory=memory,
+        )
+
+
+@dataclass(frozen=True)
+class SparseReport:
+    """What a compression made.
+
+    Attributes:
+        path: the directory.
+        bytes: its size; ``source_bytes`` that of what it was made from.
+        pruning: what was pruned, with predicted and measured losses.
+        quantization: what was quantized, if anything was.
+        resumed: parts that an interrupted run had left.
+    """
+
+    path: Path
+    bytes: int
+    source_bytes: int
+    pruning: PruneReport
+    quantization: QuantizationReport | None
+    resumed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
+            "pruning": self.pruning.to_dict(),
+            "quantization": self.quantization and self.quantization.to_dict(),
+            "resumed": self.resumed,
+        }
+
+
+def compress_sparse(
+    model: str | Path,
+    output: str | Path,
+    recipe: SparsityRecipe,
+    text: str,
+    *,
+    int8: GossamerInt8Config | None = None,
+    dtype: str = "auto",
+    memory: int | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda phase, done, total: None,
+    on_bytes: Progress = lambda done, total: None,
+) -> SparseReport:
+    """Prunes a model, and writes the result as a Hugging Face directory: dense with zeros, or int8.
+
+    The model is pruned in fp32. What is done of it is kept beside the output (``.NAME.unfinished-...``) until the
+    output is complete: the same call after an interruption goes on from there. ``masks.safetensors`` holds the masks,
+    unless the model is int8, and ``gossamer.json`` the recipe and the digest of the calibration tokens.
+
+    Args:
+        model: whatever :func:`gossamer.models.resolve_model` understands.
+        output: the directory to write.
+        recipe: how to prune.
+        text: to calibrate on.
+        int8: how to quantize afterwards; not by default.
+        dtype: of what is not int8: ``auto`` keeps the checkpoint's.
+        memory: bytes that the process may take.
+        overwrite: replace a checkpoint that is there.
+        on_progress: called with the phase, what is done of it, and all of it.
+        on_bytes: called with the bytes that are written and the bytes there will be.
+
+    Raises:
+        ConfigurationError: ``output`` cannot be used, the model is quantized, the text is too short, or memory does not
+            suffice.
+        GossamerError: what loading raises, or ``output`` cannot be written.
+    """
+    target = Path(output).resolve()
+    source = resolve_model(model)
+    check_output(source.resolve(), target, is_file=False, overwrite=overwrite)
+    stored = load_config(source)
+    if quantized := getattr(stored, "quantization_config", None):
+        raise ConfigurationError(
+            f"{source} is quantized already ({quantized.get('quant_method')}); prune the original checkpoint"
+        )
+    network, tokenizer = load_model(source, dtype="float32")
+    wanted = dtype if dtype != "auto" else str(stored.dtype or "float32").removeprefix("torch.")
+    batches = _calibration(tokenizer, text, recipe)
+    pruner = recipe.pruner(network, _for_statistics(network, recipe, memory))
+    data = hashlib.sha256(torch.cat([batch["input_ids"] for batch in batches]).numpy().tobytes()).hexdigest()
+    settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": data}
+    parts = Unfinished(_parts_directory(target, source, settings))
+    resumed = len(parts)
+    loss = None if recipe.curvature == "magnitude" and not recipe.reconstruction else _loss
+    report = pruner.prune_to(recipe.sparsity, batches, loss, unfinished=parts, progress=on_progress)
+    network = network.to(getattr(torch, wanted))
+    network.config.dtype = getattr(torch, wanted)
+    quantization = None
+    if int8 is not None:
+        quantization = quantize(
+            network,
+            int8.threshold,
+            int8.skip,
+            int8.outliers,
+            criterion=int8.criterion,
+            outlier_store=int8.outlier_store,
+        )
+        settings |= {"int8": network.config.quantization_config.to_dict(), "skipped": quantization.skipped}
+    with all_or_nothing(target) as unfinished:
+        write_model(network, tokenizer, unfinished, on_bytes)
+        if int8 is None:
+            save_masks(unfinished / MASKS, pruner.masks)
+        write_manifest(unfinished, settings | {"pruning": report.to_dict()})
+    for leftover in target.parent.glob(f".{target.name}.unfinished-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return SparseReport(target, size_of(target), size_of(source), report, quantization, resumed)
+
+
+def _calibration(tokenizer: Any, text: str, recipe: SparsityRecipe) -> list[dict[str, Tensor]]:
+    windows = token_windows(tokenizer, text, recipe.length)
+    if len(windows) < recipe.sequences:
+        raise ConfigurationError(
+            f"the calibration text holds {len(windows)} sequences of {recipe.length} tokens, and {recipe.sequences} "
+            "are needed: give a longer text, or ask for fewer or shorter sequences"
+        )
+    step = len(windows) / recipe.sequences  # spread over the text
+    chosen = [windows[int(number * step)][None] for number in range(recipe.sequences)]
+    return [{"input_ids": ids, "labels": ids} for ids in chosen]
+
+
+def _loss(outputs: Any, batch: Any) -> Tensor:
+    loss: Tensor = outputs.loss
+    return loss
+
+
+def _for_statistics(network: Any, recipe: SparsityRecipe, memory: int | None) -> int | None:
+    """What of ``memory`` is left for statistics beside the model and the calibration data."""
+    if memory is None:
+        return None
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    width = network.get_input_embeddings().weight.shape[1]
+    states = 4 * width * recipe.sequences * recipe.length * (3 if recipe.reconstruction else 2)
+    left = memory - weights - states
+    if left <= 0:
+        raise ConfigurationError(
+            f"{memory / 1e9:,.2f} GB of memory do not suffice: the model takes {weights / 1e9:,.2f} GB in float32, and "
+            f"the hidden states of {recipe.sequences} sequences of {recipe.length} tokens {states / 1e9:,.2f} GB"
+        )
+    return left
+
+
+def _parts_directory(target: Path, source: Path, settings: dict[str, Any]) -> Path:
+    """Another one for other settings, and for other weights under the same name."""
+    files = sorted((path.name, path.stat().st_size) for path in source.iterdir() if path.is_file())
+    key = hashlib.sha256(json.dumps([settings, str(source), files]).encode()).hexdigest()[:12]
+    return target.parent / f".{target.name}.unfinished-{key}"
