@@ -51,8 +51,8 @@ def compress(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="With --sparsity: a UTF-8 file to calibrate on, of the kind that the model will see; Python's language "
-            "reference by default.",
+            help="With --sparsity: a UTF-8 file to calibrate on, of the kind that the model will see; Python's "
+            "language reference by default.",
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="With --sparsity: calibration sequences.")] = 64,
