@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gossamer.ops.attention import AttentionState, attend, merge_states
     from gossamer.optim import MFAC, MFACPreconditioner
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
+    from gossamer.pruning import Pruner
     from gossamer.report.outliers import find_outliers
     from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -35,6 +36,7 @@ _HOMES = {
     "LLM": "llm",
     "MFAC": "optim",
     "MFACPreconditioner": "optim",
+    "Pruner": "pruning",
     "RequestError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
@@ -60,6 +62,7 @@ __all__ = [
     "Int8Linear",
     "InverseFisher",
     "MFACPreconditioner",
+    "Pruner",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
