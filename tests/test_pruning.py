@@ -165,7 +165,11 @@ class TestQuadratic:
         found = form.joint(weight, keep)
         for row in range(7):
             wanted = weight[row].double() + best_step(matrix, weight[row], keep[row])
-            assert torch.allclose(found[row].double(), wanted, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(found[row].double(), wanted, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found[row] != 0, keep[row])
+        one_by_one = form._one_by_one(weight, keep)
+        assert torch.allclose(found, one_by_one, atol=1e-4)
+        assert form.cost(found - weight) <= form.cost(one_by_one - weight) * (1 + 1e-6)
 
     @pytest.mark.parametrize("seed", range(3))
     def test_joint_costs_least(self, seed: int) -> None:
@@ -184,6 +188,32 @@ class TestQuadratic:
             joint = form.cost(form.joint(weight, keep) - weight)
             assert joint <= form.cost(form.independent(weight, keep) - weight) * (1 + 1e-5)
             assert joint <= form.cost(weight * keep - weight) * (1 + 1e-5)
+
+    def test_rows_that_do_not_converge_are_solved_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gossamer.pruning.quadratic._MOST_STEPS", 1)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(100, 20, generator=generator, dtype=torch.float64) * torch.logspace(-3, 3, 20)
+        matrix = x.T @ x / 100 + 1e-9 * torch.eye(20)
+        form, weight = SharedGram(matrix), torch.randn(5, 20, generator=generator)
+        keep = torch.rand(5, 20, generator=generator) > 0.5
+        found = form.joint(weight, keep)
+        assert torch.allclose(found, form._one_by_one(weight, keep), rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        "pattern", [Unstructured("layer"), Unstructured("row"), NM(2, 4), Block(4, "layer")], ids=str
+    )
+    def test_a_searched_mask_costs_less_than_one_chosen_weight_by_weight(self, pattern: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(300, 32, generator=generator) @ torch.randn(32, 32, generator=generator)  # related inputs
+        matrix = (x.T @ x / 300).double() + 0.1 * torch.eye(32)
+        weight = torch.randn(24, 32, generator=generator)
+        costs = []
+        for rounds in (0, 30):
+            form = SharedGram(matrix, rounds)
+            keep = form.choose(weight, pattern, 0.5)
+            assert float(keep.float().mean()) == 0.5
+            costs.append(form.cost(form.joint(weight, keep) - weight))
+        assert costs[1] < 0.9 * costs[0]
 
     def test_one_pruned_weight_costs_what_its_saliency_says(self) -> None:
         """And the joint update is the independent one then."""

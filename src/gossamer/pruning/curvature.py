@@ -94,13 +94,19 @@ class LayerGram:
 
     The Hessian of optimal brain compression and SparseGPT (Frantar and Alistarh 2022, arXiv 2208.11580; 2023, arXiv
     2301.00774).
+
+    Args:
+        relative_damping: see :class:`Curvature`.
+        rounds: of a search for the mask, where weights compete within their own weight or row (see
+            :mod:`~gossamer.pruning.search`); 0 to take those of least cost for themselves.
     """
 
     relative_damping: float = 0.01
+    rounds: int = 30
     source: ClassVar[Source] = "inputs"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
-        return _Gram(shape[1])
+        return _Gram(shape[1], self.rounds)
 
     def bytes(self, shape: tuple[int, int]) -> int:
         return 8 * shape[1] ** 2
@@ -198,8 +204,8 @@ class _Squares:
 
 
 class _Gram:
-    def __init__(self, columns: int) -> None:
-        self.sums, self.count = torch.zeros(columns, columns, dtype=torch.float64), 0
+    def __init__(self, columns: int, rounds: int) -> None:
+        self.sums, self.count, self.rounds = torch.zeros(columns, columns, dtype=torch.float64), 0, rounds
 
     def add(self, seen: Tensor) -> None:
         rows = seen.detach().float()
@@ -214,7 +220,7 @@ class _Gram:
     def quadratic(self, damping: float) -> Quadratic:
         matrix = self.sums / _seen(self.count)
         matrix.diagonal().add_(damping)
-        return SharedGram(matrix)
+        return SharedGram(matrix, self.rounds)
 
 
 class _Blocks:

@@ -289,11 +289,15 @@ class Pruner:
         predicted: dict[str, float],
         progress: OnProgress,
     ) -> None:
-        costs = {name: self._costs(target, forms[name]) for name, target in group.items()}
-        keep = self.pattern.keep(costs, sparsity)
-        costs.clear()
+        keep = {}
+        if self._competes_globally:
+            costs = {name: self._costs(target, forms[name]) for name, target in group.items()}
+            keep = self.pattern.keep(costs, sparsity)
+            costs.clear()
         for done, (name, target) in enumerate(group.items(), 1):
-            self._apply(target, keep[name], forms[name], predicted)
+            form = forms[name]
+            mask = keep[name] if keep else form.choose(target.read(), self.pattern, sparsity)
+            self._apply(target, mask, form, predicted)
             progress("pruning", done, len(group))
 
     def _costs(self, target: Target, form: Quadratic) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gossamer.errors import ConfigurationError
 from gossamer.operators.inverse_fisher import InverseFisher
+from gossamer.pruning.patterns import Pattern, subset_costs
+from gossamer.pruning.search import search_mask
 
 _GROUP_BYTES = 128 << 20  # of the systems that are solved at a time
 _RESIDUAL = 1e-5  # of conjugate gradients, relative: the cost is then within some 1e-8 of the least one
@@ -29,6 +31,9 @@ class Quadratic(Protocol):
     def inverse_blocks(self, size: int) -> Tensor:
         """Squares along the diagonal of F^-1, of ``size`` weights of a row: (N or 1, K / size, size, size)."""
 
+    def choose(self, weight: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+        """A mask (N, K), True is kept, for a pattern whose weights compete within this one."""
+
     def independent(self, weight: Tensor, keep: Tensor) -> Tensor:
         """The pruned weight if each pruned entry is made up for as if it were the only one (N, K)."""
 
@@ -39,7 +44,15 @@ class Quadratic(Protocol):
         """``1/2 s^T F s`` for a step (N, K)."""
 
 
-class Diagonal:
+class _ByCost:
+    """Chooses what is cheapest for itself."""
+
+    def choose(self: Quadratic, weight: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+        costs = subset_costs(weight, self.inverse_blocks(pattern.size), pattern)
+        return pattern.keep({"": costs}, sparsity)[""]
+
+
+class Diagonal(_ByCost):
     """F is diagonal: there is nothing to make up for.
 
     Args:
@@ -63,11 +76,16 @@ class Diagonal:
         return float((step.square() * self.diagonal).sum(dtype=torch.float64)) / 2
 
 
-class SharedGram:
-    """F is H (K, K) for each row, positive definite; in fp64."""
+class SharedGram(_ByCost):
+    """F is H for each row.
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix.to(torch.float64)
+    Args:
+        matrix: H (K, K), positive definite.
+        rounds: of the search for a mask; without them weights are chosen by their costs.
+    """
+
+    def __init__(self, matrix: Tensor, rounds: int = 0) -> None:
+        self.matrix, self.rounds = matrix.to(torch.float64), rounds
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         if bool(info.any()):
             raise ConfigurationError("the inputs' second moments are not positive definite: use more damping")
@@ -77,6 +95,11 @@ class SharedGram:
         columns = len(self.inverse)
         cut = self.inverse.reshape(columns // size, size, columns // size, size)
         return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)[None]
+
+    def choose(self, weight: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+        if self.rounds:
+            return search_mask(self.matrix, weight, pattern, sparsity, self.rounds)
+        return super().choose(weight, pattern, sparsity)
 
     def independent(self, weight: Tensor, keep: Tensor) -> Tensor:
         lost = weight.to(torch.float64) * ~keep / self.inverse.diagonal()
@@ -146,7 +169,7 @@ class SharedGram:
         return float((wide @ self.matrix * wide).sum()) / 2
 
 
-class FisherForm:
+class FisherForm(_ByCost):
     """F is the damped Fisher matrix of a weight (N, K), its parameters row by row; or blocks of it."""
 
     def __init__(self, inverse: InverseFisher, shape: tuple[int, int]) -> None:
