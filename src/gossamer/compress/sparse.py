@@ -32,9 +32,10 @@ from gossamer.pruning.curvature import (
     MFACFisher,
     Wanda,
 )
+from gossamer.pruning.job import OnProgress
 from gossamer.pruning.masks import MASKS, save_masks
-from gossamer.pruning.patterns import check_share, parse_pattern
-from gossamer.pruning.pruner import OnProgress, Pruner, Update
+from gossamer.pruning.patterns import Scope, check_share, parse_pattern
+from gossamer.pruning.pruner import Pruner, Update
 from gossamer.pruning.reconstruction import Reconstruction
 from gossamer.pruning.report import PruneReport
 from gossamer.pruning.unfinished import Unfinished
@@ -91,7 +92,8 @@ class SparsityRecipe:
     def pruner(self, model: Any, memory: int | None) -> Pruner:
         """The pruner of a language model."""
         curvature = CURVATURES[self.curvature]()
-        pattern = parse_pattern(self.pattern, "global" if curvature.source == "gradients" else "row")
+        scope: Scope = "row" if isinstance(curvature, Wanda) else "layer"  # Wanda's own; the others are better off so
+        pattern = parse_pattern(self.pattern, "global" if curvature.source == "gradients" else scope)
         return Pruner(
             model,
             curvature,

@@ -13,6 +13,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.operators.fisher_gradients import gradients_of
 from gossamer.pruning.curvature import Curvature, Statistic
 from gossamer.pruning.masks import trainable
+from gossamer.pruning.quadratic import Quadratic
 from gossamer.pruning.targets import Target
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -118,3 +119,35 @@ def count_samples(loader: Iterable[Any]) -> int:
         part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[1]
         total += len(part)
     return total
+
+
+class Forms(Mapping[str, Quadratic]):
+    """Quadratic forms of statistics, each made when it is asked for: factors take as much memory as statistics do.
+
+    Args:
+        statistics: by name of the weight.
+        relative_damping: in units of the mean of a form's diagonal.
+
+    Raises:
+        ConfigurationError: nothing but zeros was seen.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistic], relative_damping: float) -> None:
+        scales = {name: statistic.scale for name, statistic in statistics.items()}
+        mean = sum(scales.values()) / max(len(scales), 1)
+        if not mean > 0:
+            raise ConfigurationError(
+                "all inputs or gradients of the weights that are pruned are zero: nothing tells them apart"
+            )
+        self._statistics = statistics
+        # a layer that saw only zeros is damped as the others are
+        self._damping = {name: relative_damping * (scale or mean) for name, scale in scales.items()}
+
+    def __getitem__(self, name: str) -> Quadratic:
+        return self._statistics[name].quadratic(self._damping[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)
