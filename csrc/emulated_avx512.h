@@ -10,6 +10,7 @@
 
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
+#define __AVX512VBMI2__ 1
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
 
@@ -120,6 +121,10 @@ inline __m512i and_si512(__m512i a, __m512i b) {
 inline __m512i or_si512(__m512i a, __m512i b) {
   U32 x(a), y(b);
   return each<U32>([&](int i) { return x.lane[i] | y.lane[i]; });
+}
+inline __m512i xor_si512(__m512i a, __m512i b) {
+  U32 x(a), y(b);
+  return each<U32>([&](int i) { return x.lane[i] ^ y.lane[i]; });
 }
 inline __m512i slli_epi32(__m512i a, int n) {
   U32 x(a);
@@ -266,6 +271,13 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
   return out.vector();
 }
 
+inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
+  U8 x(a), out(set1_epi32(0));
+  for (int i = 0, from = 0; i < 64; ++i)
+    if (mask >> i & 1) out.lane[i] = x.lane[from++];
+  return out.vector();
+}
+
 }  // namespace emulated
 
 // In the place of the compiler's own, which it refuses to use without the instructions.
@@ -307,6 +319,8 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
 #define _mm512_mask_blend_ps emulated::mask_blend_ps
 #undef _mm512_maskz_compress_ps
 #define _mm512_maskz_compress_ps emulated::maskz_compress_ps
+#undef _mm512_maskz_expand_epi8
+#define _mm512_maskz_expand_epi8 emulated::maskz_expand_epi8
 #undef _mm512_max_ps
 #define _mm512_max_ps emulated::max_ps
 #undef _mm512_min_ps
@@ -367,3 +381,5 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
 #define _mm512_unpacklo_epi64 emulated::unpacklo_epi64
 #undef _mm512_unpacklo_ps
 #define _mm512_unpacklo_ps emulated::unpacklo_ps
+#undef _mm512_xor_si512
+#define _mm512_xor_si512 emulated::xor_si512
