@@ -71,8 +71,10 @@ constexpr Places PLACES;
 
 // The next 16 codes.
 GOSSAMER_INLINE __m128i next(Sparse& place) {
-  uint16_t bits;
-  std::memcpy(&bits, place.mask, 2);
+  uint16_t mask;
+  std::memcpy(&mask, place.mask, 2);
+  uint32_t bits = mask;
+  asm("" : "+r"(bits));  // what counts 16 bits leaves the rest of its register, and so waits for what was there
   const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(PLACES.low[place.mask[0]]));
   const __m128i from = _mm_add_epi8(low, _mm_load_si128(reinterpret_cast<const __m128i*>(PLACES.high[place.mask[1]])));
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(place.code));
