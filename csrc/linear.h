@@ -183,6 +183,7 @@ __attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t pane
                                              int64_t used, float* out) {
   const uint16_t* exact = w.store(panel);
   const float* scale = w.scale(panel);
+  const I flip = set1_int(w.sparse() ? SparseDot::excess ^ 128 : 0);  // to code + 128
   alignas(64) uint8_t step[STEP_BYTES];
   for (int64_t u = 0; u < used; ++u, out += PANEL) {
     const int64_t k = columns[u];
@@ -195,7 +196,7 @@ __attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t pane
     const uint8_t* codes = entries ? entries + k / 4 * STEP_BYTES : step;
     const int shift = static_cast<int>(k % 4 * 8);
     for (int i = 0; i < PANEL; i += W) {
-      const I code = and_int(shift_right(load_int(codes + i * 4), shift), set1_int(255));
+      const I code = and_int(shift_right(load_int(codes + i * 4), shift) ^ flip, set1_int(255));
       store(out + i, mul(to_float(sub_int(code, set1_int(128))), load(scale + i)));
     }
   }
@@ -220,23 +221,25 @@ GOSSAMER_INLINE bool sparse_product(const LinearCall& c, int64_t panel, int64_t 
   const PackedWeight& w = *c.weight;
   const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;
   const uint8_t* a = static_cast<const uint8_t*>(c.x->data) + c.first_row * stride;
+  const auto outliers = [&]() GOSSAMER_LAMBDA {
+    if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
+  };
 #if defined(__AVX512VBMI2__)
   if (rows > TILE) return false;
-  tile_of<Int8Dot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr,
-                   [&](int r, I low, I high) GOSSAMER_LAMBDA { finish(0, c.first_row + r, low, high); },
-                   [&]() GOSSAMER_LAMBDA {
-    if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
-  });
+  tile_of<SparseDot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr,
+                     [&](int r, I low, I high) GOSSAMER_LAMBDA { finish(0, c.first_row + r, low, high); }, outliers);
   return true;
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-  if (rows > 1) return false;
-  I sum[4];
-  row_product(sparse_at(w, panel, 0), a, w.steps, sum);
-  if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
-  const I excess = set1_int(128 * c.x->sum[c.first_row]);  // sums of codes + 128 are what is expected
-  for (int pass = 0; pass < PASSES; ++pass)
-    finish(pass, c.first_row, add_int(sum[pass], excess), add_int(sum[PASSES + pass], excess));
-  return true;
+  const auto some = [&]<int ROWS>(Count<ROWS>) GOSSAMER_LAMBDA {
+    I sum[ROWS][4];
+    row_products<ROWS>(sparse_at(w, panel, 0), a, stride, w.steps, sum);
+    outliers();
+    for (int r = 0; r < ROWS; ++r)
+      for (int pass = 0; pass < PASSES; ++pass) finish(pass, c.first_row + r, sum[r][pass], sum[r][PASSES + pass]);
+  };
+  if (rows == 1) some(Count<1>());
+  if (rows == 2) some(Count<2>());
+  return rows <= 2;
 #else
   return false;
 #endif
@@ -266,7 +269,7 @@ inline void multiply(const LinearCall& c) {
       const int low = pass * W, high = 16 + pass * W;
       F y0, y1;
       if constexpr (coded) {
-        const I excess = set1_int(128 * x.sum[m]);
+        const I excess = set1_int((w.sparse() ? SparseDot::excess : 128) * x.sum[m]);
         const float* scale = w.scale(panel);
         y0 = mul(mul(to_float(sub_int(sum0, excess)), load(scale + low)), set1(x.scale[m]));
         y1 = mul(mul(to_float(sub_int(sum1, excess)), load(scale + high)), set1(x.scale[m]));
@@ -301,18 +304,27 @@ inline void multiply(const LinearCall& c) {
       }
     }
     bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
+    const auto outliers = [&]() GOSSAMER_LAMBDA {
+      if (!expanded) expand(w, panel, data, c.used, used, c.scratch);
+      expanded = true;
+    };
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
       const bool fetch = tiles > 1 && t < (w.sparse() ? 1 : 2) && next;
       for (int pass = 0; pass < PASSES; ++pass) {
         const uint8_t* ahead = fetch && pass == 0 ? next + t * w.steps * 64 : nullptr;
-        tile_of<Dot>(static_cast<int>(m1 - m0), data + pass * W * 4, a + m0 * a_bytes, a_bytes, w.steps, ahead,
-                     [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1)
-                         GOSSAMER_LAMBDA { finish(pass, m0 + r, sum0, sum1); },
-                     [&]() GOSSAMER_LAMBDA {
-          if (!expanded) expand(w, panel, data, c.used, used, c.scratch);
-          expanded = true;
-        });
+        const auto done = [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
+          finish(pass, m0 + r, sum0, sum1);
+        };
+        const int height = static_cast<int>(m1 - m0);
+        const uint8_t *columns = data + pass * W * 4, *first = a + m0 * a_bytes;
+        if constexpr (coded) {
+          if (w.sparse() && SparseDot::excess != 128) {
+            tile_of<SparseDot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
+            continue;
+          }
+        }
+        tile_of<Dot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
       }
     }
   }

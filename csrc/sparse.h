@@ -10,6 +10,22 @@ namespace GOSSAMER_NS {
 
 using namespace gossamer;
 
+// How expanded codes are multiplied, and what is added to each of them.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct SparseDot : Int8Dot {
+  static constexpr int excess = 0;
+  // |w| sign(w) a, in sums of two: 2 * 128 * 127 is below 2^15.
+  static GOSSAMER_INLINE I dot(I sum, I weight, I activation) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(activation, weight));
+    return add_int(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+#else
+struct SparseDot : Int8Dot {
+  static constexpr int excess = 128;
+};
+#endif
+
 // A place in a sparse panel: the mask of the codes that come next, and the next that is not zero. Codes are signed.
 struct Sparse {
   const uint8_t* mask;
@@ -84,24 +100,25 @@ GOSSAMER_INLINE __m128i next(Sparse& place) {
 }
 
 inline void inflate(Sparse place, int64_t steps, uint8_t* out) {
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(SparseDot::excess));
   for (int64_t i = 0; i < 8 * steps; ++i, out += 16)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(next(place), _mm_set1_epi8(-128)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(next(place), flip));
 }
 
 #if !defined(__AVX512F__)
-// The dot products of one row with the 32 columns of a panel, 8 in each sum. Finding the places is most of the work, so
-// the panel is walked once, unlike in a tile. |w| sign(w) a are products of 16 bits: 2 * 128 * 127 is below 2^15.
-GOSSAMER_INLINE void row_product(Sparse panel, const uint8_t* a, int64_t steps, I (&sum)[4]) {
-  const I ones = _mm256_set1_epi16(1);
-  for (I& each : sum) each = zero_int();
+// The dot products of a few rows with the 32 columns of a panel, 8 in each sum. Finding the places is most of the work,
+// so the panel is walked once, unlike in a tile.
+template <int ROWS>
+GOSSAMER_INLINE void row_products(Sparse panel, const uint8_t* a, int64_t a_bytes, int64_t steps, I (&sum)[ROWS][4]) {
+  for (I(&row)[4] : sum)
+    for (I& each : row) each = SparseDot::start();
   for (int64_t k = 0; k < steps; ++k) {
-    const I x = broadcast(a + k * 4);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m128i first = next(panel);
       const I codes = _mm256_inserti128_si256(_mm256_castsi128_si256(first), next(panel), 1);
-      const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
-      sum[i] = add_int(sum[i], _mm256_madd_epi16(pairs, ones));
+#pragma GCC unroll 2
+      for (int r = 0; r < ROWS; ++r) sum[r][i] = SparseDot::dot(sum[r][i], codes, broadcast(a + r * a_bytes + k * 4));
     }
   }
 }

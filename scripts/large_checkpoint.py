@@ -132,7 +132,10 @@ def main() -> None:
         shape = shape | {"num_hidden_layers": arguments.layers}
     if arguments.write:
         arguments.write.mkdir(parents=True)  # not into a directory that is there: it may hold a model
-        print(f"{write_checkpoint(arguments.write, shape, arguments.sparsity) / 1e9:.2f} billion parameters", file=sys.stderr)
+        print(
+            f"{write_checkpoint(arguments.write, shape, arguments.sparsity) / 1e9:.2f} billion parameters",
+            file=sys.stderr,
+        )
         return
     with tempfile.TemporaryDirectory() as directory:
         parameters = write_checkpoint(Path(directory), shape, arguments.sparsity)

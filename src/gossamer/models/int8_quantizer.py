@@ -118,7 +118,15 @@ class GossamerInt8Quantizer(HfQuantizer):
 
     quantization_config: GossamerInt8Config
     serialized_names = {  # noqa: RUF012
-        "weight": ["weight", "scale", "outlier_columns", "outlier_weight", "weight_codes", "weight_mask", "weight_shape"]
+        "weight": [
+            "weight",
+            "scale",
+            "outlier_columns",
+            "outlier_weight",
+            "weight_codes",
+            "weight_mask",
+            "weight_shape",
+        ]
     }
 
     def __init__(self, quantization_config: GossamerInt8Config, **kwargs: Any) -> None:
@@ -243,9 +251,7 @@ class GossamerInt8Quantizer(HfQuantizer):
                 continue
             layer = layers[name]
             layer.keep_columns(columns[name], self.sources[name]())
-            self.report.layers[place] = describe(
-                name, layer, _element_size(layer_report), layer_report.relative_error
-            )
+            self.report.layers[place] = describe(name, layer, _element_size(layer_report), layer_report.relative_error)
             _return_free_memory()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -109,7 +109,7 @@ def _check_store(layer: Any) -> None:
         return
     if store is None:
         raise UnsupportedModelError("a layer has numbers of outlier columns, but not their weights")
-    outputs, inputs = layer.weight.shape
+    outputs, inputs = layer.out_features, layer.in_features
     fits = columns.dtype == torch.int64 and columns.dim() == 1
     fits = fits and (not len(columns) or 0 <= int(columns.min()) <= int(columns.max()) < inputs)
     fits = fits and store.shape == (outputs, len(columns))
@@ -144,10 +144,10 @@ def pack_linear(
     first = layers[0]
     type_ = "int8" if isinstance(first, (Int8Linear, Int8TiedHead)) else float_type
     sparse = sparse and type_ == "int8"
-    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]
+    outputs, inputs = sum(layer.out_features for layer in layers), first.in_features
     columns = getattr(first, "outlier_columns", None)
     parts = len(layers) if gated else 1
-    padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs
+    padded = parts * -(-first.out_features // 16) * 16 if gated else outputs
     biased = any(layer.bias is not None for layer in layers)
     stored = 0 if columns is None else len(columns)
     stored_type = _name(first.outlier_weight) if stored else "float16"
@@ -156,7 +156,7 @@ def pack_linear(
     handle = library.Weight(isa, type_, padded, inputs, biased, stored, stored_type, sparse)
     row = 0
     for place, layer in enumerate(layers):
-        count = layer.weight.shape[0]
+        count = layer.out_features
         where = (count, 0, place, parts) if gated else (count, row, 0, 1)
         _pack_rows(handle, layer, where)
         row += count

@@ -105,7 +105,9 @@ class SparseInt8Linear(Int8Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
         """The codes (N, K) int8, in new memory."""
-        return unpack_codes(self.weight_codes, self.weight_mask, self.in_features)
+        codes = unpack_codes(self.weight_codes, self.weight_mask, self.in_features)
+        codes._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers fills it with random numbers
+        return codes
 
     def check(self, name: str) -> None:
         """Whether mask, shape and codes agree, as far as a checkpoint called the layer ``name``.
