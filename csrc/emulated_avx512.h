@@ -271,7 +271,8 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
   return out.vector();
 }
 
-inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
+// Not inlined: tiles would hold it dozens of times, and compile for minutes.
+__attribute__((noinline)) inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
   U8 x(a), out(set1_epi32(0));
   for (int i = 0, from = 0; i < 64; ++i)
     if (mask >> i & 1) out.lane[i] = x.lane[from++];

@@ -51,7 +51,8 @@ class LLM:
             per token and head: half the memory of bf16 ones, at a small cost (docs/how-to/int8.md has figures).
         sparse_weights: of int8 layers that are stored without their zeros, because they were pruned: ``"auto"`` packs
             each shape with or without them as it is faster on this machine, which takes half a second to measure;
-            ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same.
+            ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster may
+            depend on how many sequences decode together, so ``max_num_seqs`` counts.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
@@ -124,7 +125,12 @@ class LLM:
         eos = eos_token_ids(network, self.tokenizer)
         max_rows = max(max_num_batched_tokens, max_num_seqs)
         made, self.runner_note = make_runner(
-            network, runner, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=sparse_weights
+            network,
+            runner,
+            max_rows=max_rows,
+            kv_dtype=kv_dtype,
+            sparse_weights=sparse_weights,
+            max_seqs=max_num_seqs,
         )
         self.sparse_weights: dict[str, Any] | None = getattr(made, "sparse_weights", None)
         self.engine = Engine(

@@ -160,7 +160,9 @@ def bench_decode(
     for choice in dict.fromkeys(sparse_weights):  # a runner takes the weights over: each has a model of its own
         network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
         way = cast(SparseWeights, choice)
-        made, note = make_runner(network, runner, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=way)
+        made, note = make_runner(
+            network, runner, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=way, max_seqs=max(batches)
+        )
         if note:
             progress(f"not native: {note}")
         if not isinstance(made, NativeRunner):

@@ -72,6 +72,7 @@ def chat(
         dtype=dtype,
         memory=memory,
         max_model_len=max_model_len,
+        max_num_seqs=1,
         runner=runner,
         kv_dtype=kv_dtype,
         sparse_weights=sparse_weights,

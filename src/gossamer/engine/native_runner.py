@@ -48,6 +48,7 @@ class NativeRunner:
             memory of bf16), or ``"auto"`` as above.
         sparse_weights: of pruned int8 layers: ``"on"`` packs them without their zeros, ``"off"`` with them, ``"auto"``
             as it is faster here by measurement. The results are the same.
+        max_seqs: most sequences that decode together, which this measurement asks for; ``max_rows`` by default.
 
     Attributes:
         sparse_weights: what was chosen, and what was measured for it; see :meth:`SparsePacker.summary`.
@@ -66,6 +67,7 @@ class NativeRunner:
         threads: int | None = None,
         kv_dtype: str = "auto",
         sparse_weights: SparseWeights = "auto",
+        max_seqs: int | None = None,
     ) -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
@@ -87,7 +89,7 @@ class NativeRunner:
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
-        pack = SparsePacker(isa, float_type, self.threads, sparse_weights)
+        pack = SparsePacker(isa, float_type, self.threads, sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention)
         self.sparse_weights = pack.summary()
         recorder = Recorder(

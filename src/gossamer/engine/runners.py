@@ -35,6 +35,7 @@ def make_runner(
     max_rows: int,
     kv_dtype: KVDtype = "auto",
     sparse_weights: SparseWeights = "auto",
+    max_seqs: int | None = None,
 ) -> tuple[Runner, str]:
     """A runner, and why it is not the native one: an empty string if it is, or was not wanted.
 
@@ -47,6 +48,7 @@ def make_runner(
         sparse_weights: see :class:`~gossamer.engine.native_runner.NativeRunner`. The runner of transformers expands
             layers that are stored without their zeros once, unless this is ``"on"``: then in every step, in less
             memory.
+        max_seqs: most sequences that decode together.
 
     Raises:
         ConfigurationError: ``kv_dtype``, ``sparse_weights`` or ``choice`` is unknown.
@@ -58,7 +60,10 @@ def make_runner(
     reason = "" if choice == "transformers" else why_not_native(network)
     if choice == "native" or (choice == "auto" and not reason):
         try:
-            return NativeRunner(network, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=sparse_weights), ""
+            native = NativeRunner(
+                network, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=sparse_weights, max_seqs=max_seqs
+            )
+            return native, ""
         except UnsupportedModelError as error:
             if choice == "native":
                 raise

@@ -1,8 +1,9 @@
 """Whether a pruned int8 weight is multiplied faster without its zeros: measured on this machine, for each shape.
 
 One row is what a step of a single sequence multiplies: its time is that of reading the weight, of which there is less
-without zeros. Many rows are multiplied after each panel was expanded, which takes time and saves little. So both are
-measured, on copies of the weight that do not fit into the processor's caches together, as those of a model do not.
+without zeros. More rows are multiplied after each panel was expanded, which takes time and saves little; with a few of
+them it is the largest part. So one row, a few and many are measured, on copies of the weight that do not fit into the
+processor's caches together, as those of a model do not.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from gossamer.nn.sparse_int8_linear import SparseInt8Linear
 
 SparseWeights = Literal["auto", "on", "off"]
 
+FEW_ROWS = 9  # more than one register tile has, on any instruction set: expanding costs the most there
 MANY_ROWS = 64
 GAIN = 1.02  # of one row, at least, for a weight to be stored without its zeros
-LOSS = 1.03  # of many rows, at most
+LOSS = 1.03  # of more rows, at most
 _SMALL = 256 << 10  # bytes of a dense weight below which the call takes as long as the product
 _COPIES_BYTES = 48 << 20  # of dense copies; with the sparse ones beside them more than most caches hold
 _GROUP_BYTES = 8 << 20  # timed at a time: so short that other programs leave some of the times alone
@@ -38,19 +40,21 @@ class SparseTiming:
     Attributes:
         outputs, inputs: N and K of the packed weight.
         nonzeros: share of its codes.
-        one_row, many_rows: with one row, and with :data:`MANY_ROWS`.
+        one_row, few_rows, many_rows: with one row, with :data:`FEW_ROWS` or as many as there can be sequences, and with
+            :data:`MANY_ROWS`.
     """
 
     outputs: int
     inputs: int
     nonzeros: float
     one_row: float
+    few_rows: float
     many_rows: float
 
     @property
     def faster(self) -> bool:
         """Whether the zeros are worth leaving out."""
-        return self.one_row >= GAIN and self.many_rows * LOSS >= 1
+        return self.one_row >= GAIN and min(self.few_rows, self.many_rows) * LOSS >= 1
 
 
 # What was measured in this process.
@@ -65,6 +69,7 @@ class SparsePacker:
         float_type: of layers that are not int8.
         threads: of a step.
         choice: ``"auto"`` measures each shape, ``"on"`` leaves the zeros of all sparse layers out, ``"off"`` of none.
+        max_seqs: most sequences that decode together.
 
     Attributes:
         timings: what was measured, for each shape of the model.
@@ -74,8 +79,11 @@ class SparsePacker:
         ConfigurationError: an unknown choice.
     """
 
-    def __init__(self, isa: str, float_type: str, threads: int, choice: SparseWeights = "auto") -> None:
+    def __init__(
+        self, isa: str, float_type: str, threads: int, choice: SparseWeights = "auto", max_seqs: int = MANY_ROWS
+    ) -> None:
         check_sparse_weights(choice)
+        self.few = max(1, min(FEW_ROWS, max_seqs))
         self.isa, self.float_type, self.threads, self.choice = isa, float_type, threads, choice
         self.timings: dict[tuple[Any, ...], SparseTiming] = {}
         self.sparse = self.dense = 0
@@ -91,9 +99,9 @@ class SparsePacker:
         return pack(sparse=sparse)
 
     def _timing(self, pack: _Pack) -> SparseTiming:
-        key = (self.isa, self.threads, *pack.shape)
+        key = (self.isa, self.threads, self.few, *pack.shape)
         if key not in _measured:
-            _measured[key] = _measure(pack, self.threads)
+            _measured[key] = _measure(pack, self.threads, self.few)
         self.timings[key] = _measured[key]
         return _measured[key]
 
@@ -109,6 +117,7 @@ class SparsePacker:
                     "inputs": t.inputs,
                     "nonzeros": t.nonzeros,
                     "one_row": round(t.one_row, 3),
+                    "few_rows": round(t.few_rows, 3),
                     "many_rows": round(t.many_rows, 3),
                 }
                 for t in self.timings.values()
@@ -150,7 +159,7 @@ class _Pack:
         return pack_linear(self.layers, self.isa, self.float_type, gated=self.gated, sparse=sparse)
 
 
-def _measure(pack: _Pack, threads: int) -> SparseTiming:
+def _measure(pack: _Pack, threads: int, few: int) -> SparseTiming:
     outputs, inputs, *_, nonzeros = pack.shape
     weights = pack(sparse=False), pack(sparse=True)
     per_group = max(1, _GROUP_BYTES // weights[0].handle.bytes)
@@ -172,8 +181,9 @@ def _measure(pack: _Pack, threads: int) -> SparseTiming:
         return float(dense / sparse)
 
     one = ratio(1, copies, _ROUNDS)
+    some = one if few == 1 else ratio(few, copies[:2], _MANY_ROUNDS)
     many = ratio(MANY_ROWS, [[handles[:1] for handles in group] for group in copies[:1]], _MANY_ROUNDS)
-    return SparseTiming(outputs, inputs, nonzeros, one, many)
+    return SparseTiming(outputs, inputs, nonzeros, one, some, many)
 
 
 def _multiply(
