@@ -14,6 +14,9 @@
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
 
+// Tiles would hold these dozens of times each, and compile for minutes.
+#define APART __attribute__((noinline))
+
 namespace emulated {
 
 // The lanes of a vector, and back.
@@ -152,7 +155,7 @@ inline __m512i madd_epi16(__m512i a, __m512i b) {
   I16 x(a), y(b);
   return each<I32>([&](int i) { return x.lane[2 * i] * y.lane[2 * i] + x.lane[2 * i + 1] * y.lane[2 * i + 1]; });
 }
-inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+APART inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   I32 s(sum);
   U8 x(a);
   I8 y(b);
@@ -163,7 +166,7 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   });
 }
 // the odd products first, each step rounded
-inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+APART inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   F32 s(sum);
   Lanes<uint16_t, __m512bh> x(a), y(b);
   return each<F32>([&](int i) {
@@ -271,8 +274,7 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
   return out.vector();
 }
 
-// Not inlined: tiles would hold it dozens of times, and compile for minutes.
-__attribute__((noinline)) inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
+APART inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
   U8 x(a), out(set1_epi32(0));
   for (int i = 0, from = 0; i < 64; ++i)
     if (mask >> i & 1) out.lane[i] = x.lane[from++];

@@ -318,8 +318,8 @@ inline void multiply(const LinearCall& c) {
         };
         const int height = static_cast<int>(m1 - m0);
         const uint8_t *columns = data + pass * W * 4, *first = a + m0 * a_bytes;
-        if constexpr (coded) {
-          if (w.sparse() && SparseDot::excess != 128) {
+        if constexpr (coded && SparseDot::excess != 128) {
+          if (w.sparse()) {
             tile_of<SparseDot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
             continue;
           }
