@@ -95,8 +95,8 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weight>(m, "Weight")
       .def("__init__", [](Weight* self, const std::string& isa, const std::string& type, int64_t n, int64_t k, bool bias,
-                          int64_t stored, const std::string& stored_type) {
-        new (self) Weight(kernels_of(isa), type_of(type), n, k, bias, stored, type_of(stored_type));
+                          int64_t stored, const std::string& stored_type, bool for_now) {
+        new (self) Weight(kernels_of(isa), type_of(type), n, k, bias, stored, type_of(stored_type), for_now);
       })
       .def("pack", [](Weight& self, int64_t source, const std::string& type, int64_t rows, int64_t first, int64_t part,
                       int64_t parts, int64_t scale) {
@@ -117,6 +117,8 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release release;
         self.multiply(at<const float>(x), rows, at<float>(y), rule, whole, threads);
       })
+      .def("drop_zeros", &Weight::drop_zeros, nb::call_guard<nb::gil_scoped_release>())
+      .def("copy", &Weight::copy, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("bytes", &Weight::bytes);
 
   // One task of attention, on this thread.

@@ -1,6 +1,7 @@
 // Which of the compiled instruction sets this processor can run.
 #include "kernels.h"
 
+namespace avx512_vbmi2 { extern const gossamer::Kernels kernels; }
 namespace avx512_vnni { extern const gossamer::Kernels kernels; }
 namespace avx512 { extern const gossamer::Kernels kernels; }
 namespace avx2 { extern const gossamer::Kernels kernels; }
@@ -18,7 +19,7 @@ namespace portable { extern const gossamer::Kernels kernels; }
 namespace gossamer {
 
 const Kernels* const* available() {
-  static const Kernels* list[6];  // null beyond what is found
+  static const Kernels* list[7];  // null beyond what is found
   static const bool filled = [] {
     int n = 0;
 #if defined(GOSSAMER_X86)
@@ -26,7 +27,9 @@ const Kernels* const* available() {
     const bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) list[n++] = &avx512_vnni::kernels;
+    const bool vnni_here = avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (vnni_here && __builtin_cpu_supports("avx512vbmi2")) list[n++] = &avx512_vbmi2::kernels;
+    if (vnni_here) list[n++] = &avx512_vnni::kernels;
     if (avx512_here) list[n++] = &avx512::kernels;
     if (avx2_here) list[n++] = &avx2::kernels;
 #if defined(GOSSAMER_EMULATED)

@@ -10,8 +10,12 @@
 
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
+#define __AVX512VBMI2__ 1
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
+
+// Tiles would hold these dozens of times each, and compile for minutes.
+#define APART __attribute__((noinline))
 
 namespace emulated {
 
@@ -121,6 +125,10 @@ inline __m512i or_si512(__m512i a, __m512i b) {
   U32 x(a), y(b);
   return each<U32>([&](int i) { return x.lane[i] | y.lane[i]; });
 }
+inline __m512i xor_si512(__m512i a, __m512i b) {
+  U32 x(a), y(b);
+  return each<U32>([&](int i) { return x.lane[i] ^ y.lane[i]; });
+}
 inline __m512i slli_epi32(__m512i a, int n) {
   U32 x(a);
   return each<U32>([&](int i) { return n > 31 ? 0 : x.lane[i] << n; });
@@ -147,7 +155,7 @@ inline __m512i madd_epi16(__m512i a, __m512i b) {
   I16 x(a), y(b);
   return each<I32>([&](int i) { return x.lane[2 * i] * y.lane[2 * i] + x.lane[2 * i + 1] * y.lane[2 * i + 1]; });
 }
-inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+APART inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   I32 s(sum);
   U8 x(a);
   I8 y(b);
@@ -158,7 +166,7 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   });
 }
 // the odd products first, each step rounded
-inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+APART inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   F32 s(sum);
   Lanes<uint16_t, __m512bh> x(a), y(b);
   return each<F32>([&](int i) {
@@ -266,6 +274,13 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
   return out.vector();
 }
 
+APART inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
+  U8 x(a), out(set1_epi32(0));
+  for (int i = 0, from = 0; i < 64; ++i)
+    if (mask >> i & 1) out.lane[i] = x.lane[from++];
+  return out.vector();
+}
+
 }  // namespace emulated
 
 // In the place of the compiler's own, which it refuses to use without the instructions.
@@ -307,6 +322,8 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
 #define _mm512_mask_blend_ps emulated::mask_blend_ps
 #undef _mm512_maskz_compress_ps
 #define _mm512_maskz_compress_ps emulated::maskz_compress_ps
+#undef _mm512_maskz_expand_epi8
+#define _mm512_maskz_expand_epi8 emulated::maskz_expand_epi8
 #undef _mm512_max_ps
 #define _mm512_max_ps emulated::max_ps
 #undef _mm512_min_ps
@@ -367,3 +384,5 @@ inline __m512 maskz_compress_ps(uint16_t mask, __m512 a) {
 #define _mm512_unpacklo_epi64 emulated::unpacklo_epi64
 #undef _mm512_unpacklo_ps
 #define _mm512_unpacklo_ps emulated::unpacklo_ps
+#undef _mm512_xor_si512
+#define _mm512_xor_si512 emulated::xor_si512

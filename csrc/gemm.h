@@ -15,10 +15,13 @@ struct Nothing {
   GOSSAMER_INLINE void operator()() const {}
 };
 
+// What stands at a place of a panel.
+GOSSAMER_INLINE I entries(const uint8_t* panel, int64_t at) { return load_int(panel + at); }
+
 // The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then `between` once, and
 // done(row, low, high). `ahead`, unless null, is memory to fetch meanwhile, a line per step.
-template <class Dot, int ROWS, class Done, class Between = Nothing>
-GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
+template <class Dot, int ROWS, class Panel, class Done, class Between = Nothing>
+GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
                           Done&& done, Between&& between = {}) {
   using gossamer::STEP_BYTES;
   // One or two rows leave the multipliers waiting for their own results; several sums take turns.
@@ -32,7 +35,7 @@ GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_byte
   for (; k + SUMS <= steps; k += SUMS) {
 #pragma GCC unroll 8
     for (int u = 0; u < SUMS; ++u) {
-      const I low = load_int(panel + (k + u) * STEP_BYTES), high = load_int(panel + (k + u) * STEP_BYTES + 64);
+      const I low = entries(panel, (k + u) * STEP_BYTES), high = entries(panel, (k + u) * STEP_BYTES + 64);
       if (ahead) __builtin_prefetch(ahead + (k + u) * 64, 0, 2);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
@@ -43,7 +46,7 @@ GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_byte
     }
   }
   for (; k < steps; ++k) {
-    const I low = load_int(panel + k * STEP_BYTES), high = load_int(panel + k * STEP_BYTES + 64);
+    const I low = entries(panel, k * STEP_BYTES), high = entries(panel, k * STEP_BYTES + 64);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const I x = broadcast(a + r * a_bytes + k * 4);
@@ -65,8 +68,8 @@ GOSSAMER_INLINE void tile(const uint8_t* panel, const uint8_t* a, int64_t a_byte
 }
 
 // tile<> for `rows` of at most TILE.
-template <class Dot, class Done, class Between = Nothing>
-GOSSAMER_INLINE void tile_of(int rows, const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
+template <class Dot, class Panel, class Done, class Between = Nothing>
+GOSSAMER_INLINE void tile_of(int rows, Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
                              const uint8_t* ahead, Done&& done, Between&& between = {}) {
   switch (rows) {
     case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, done, between);

@@ -9,6 +9,9 @@ namespace gossamer {
 
 constexpr int PANEL = 32;       // columns of a packed panel
 constexpr int STEP_BYTES = 128; // of a panel per step: four bytes of each column
+constexpr int MASK_BYTES = STEP_BYTES / 8;  // of a sparse panel per step: a bit for each of these bytes
+constexpr int RANK_STEPS = 32;  // steps after which a sparse panel says how many codes came before
+constexpr int READ_AHEAD = 64;  // bytes behind the last code that may be read
 constexpr int ROW_BLOCK = 256;  // rows that a packed weight is multiplied with at a time
 
 enum class Type : int { int8 = 0, bf16 = 1, f32 = 2, fp16 = 3 };
@@ -28,20 +31,31 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
 // A weight (N, K), packed: panels of 32 outputs. A panel is one run of memory, so that reading it is reading ahead:
 // its entries, [K / step][32][step], and for int8, which is stored as code + 128, the outlier store (S, 32) in 16 bit
 // and the scales (32).
+//
+// A sparse panel, of int8 only, has in the place of its entries the mask of those that are not zero, in the same order
+// (bit i of a byte is entry i of eight), and how many codes come before each 32 steps; behind the scales these codes.
 struct PackedWeight {
   Type type;
   int64_t n, k;                // as the layer has them
   int64_t panels, steps;       // rounded up; what was added is zero
   int64_t stored;              // S, columns of the outlier store
   Type stored_type;            // bf16 or fp16
-  int64_t stride;              // bytes from panel to panel
+  int64_t stride;              // bytes from panel to panel, for what is not sparse
+  int64_t* start;              // (panels + 1): where in the data each sparse panel begins; null for what is not sparse
   uint8_t* data;               // panels * stride bytes
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 
-  uint8_t* panel(int64_t index) const { return data + index * stride; }
-  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + steps * STEP_BYTES); }
-  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + steps * STEP_BYTES + stored * PANEL * 2); }
+  bool sparse() const { return start; }
+  int64_t blocks() const { return (steps + RANK_STEPS - 1) / RANK_STEPS; }
+  int64_t entry_bytes() const { return sparse() ? steps * MASK_BYTES + blocks() * 4 : steps * STEP_BYTES; }
+  int64_t fixed_bytes() const { return entry_bytes() + PANEL * (2 * stored + 4); }  // of an int8 panel, but for sparse codes
+
+  uint8_t* panel(int64_t index) const { return data + (start ? start[index] : index * stride); }
+  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes()); }
+  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes() + stored * PANEL * 2); }
+  int32_t* rank(int64_t index) const { return reinterpret_cast<int32_t*>(panel(index) + steps * MASK_BYTES); }
+  uint8_t* codes(int64_t index) const { return panel(index) + fixed_bytes(); }
 };
 
 // Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.
@@ -82,6 +96,7 @@ struct LinearCall {
   float* scratch;          // of the thread: (K, 32) floats
   int32_t* index;          // of the thread: (K), all -1, and left so
   int32_t* used;           // of the thread: (K)
+  uint8_t* entries;        // of the thread: a panel's, for a sparse weight
 };
 
 // Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.

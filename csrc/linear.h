@@ -1,7 +1,7 @@
 // Linear layers: weights are packed once, rows are made ready once per layer, and panels are multiplied.
 #pragma once
 
-#include "gemm.h"
+#include "sparse.h"
 
 namespace GOSSAMER_NS {
 
@@ -177,11 +177,14 @@ GOSSAMER_INLINE F activate(F x, Activation gate) {
   return mul(x, sigmoid(u));
 }
 
-// Weights of the `used` columns of a panel, as numbers: (used, 32).
-__attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t panel, const int32_t* columns, int64_t used, float* out) {
-  const uint8_t* data = w.panel(panel);
+// Weights of the `used` columns of a panel, as numbers: (used, 32). `entries` are the panel's, or null for those of a
+// sparse one that are not at hand.
+__attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t panel, const uint8_t* entries, const int32_t* columns,
+                                             int64_t used, float* out) {
   const uint16_t* exact = w.store(panel);
   const float* scale = w.scale(panel);
+  const I flip = set1_int(w.sparse() ? SparseDot::excess ^ 128 : 0);  // to code + 128
+  alignas(64) uint8_t step[STEP_BYTES];
   for (int64_t u = 0; u < used; ++u, out += PANEL) {
     const int64_t k = columns[u];
     if (w.place && w.place[k] >= 0) {
@@ -189,9 +192,11 @@ __attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t pane
       for (int i = 0; i < PANEL; i += W) store(out + i, w.stored_type == Type::fp16 ? load_fp16(half + i) : load_bf16(half + i));
       continue;
     }
+    if (!entries) inflate(sparse_at(w, panel, k / 4), 1, step);
+    const uint8_t* codes = entries ? entries + k / 4 * STEP_BYTES : step;
     const int shift = static_cast<int>(k % 4 * 8);
     for (int i = 0; i < PANEL; i += W) {
-      const I code = and_int(shift_right(load_int(data + k / 4 * STEP_BYTES + i * 4), shift), set1_int(255));
+      const I code = and_int(shift_right(load_int(codes + i * 4), shift) ^ flip, set1_int(255));
       store(out + i, mul(to_float(sub_int(code, set1_int(128))), load(scale + i)));
     }
   }
@@ -207,6 +212,37 @@ GOSSAMER_INLINE void put(const LinearCall& c, int64_t row, int64_t column, F val
   float lane[W];
   store(lane, value);
   for (int64_t i = 0; column + i < c.y_columns; ++i) y[i] = c.add ? y[i] + lane[i] : lane[i];
+}
+
+// The products of a few rows with a sparse panel whose entries never leave the registers; false where that is not the
+// faster way. finish(pass, row, low, high) is given the sums.
+template <class Finish>
+GOSSAMER_INLINE bool sparse_product(const LinearCall& c, int64_t panel, int64_t used, Finish&& finish) {
+  const PackedWeight& w = *c.weight;
+  const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;
+  const uint8_t* a = static_cast<const uint8_t*>(c.x->data) + c.first_row * stride;
+  const auto outliers = [&]() GOSSAMER_LAMBDA {
+    if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
+  };
+#if defined(__AVX512VBMI2__)
+  if (rows > TILE) return false;
+  tile_of<SparseDot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr,
+                     [&](int r, I low, I high) GOSSAMER_LAMBDA { finish(0, c.first_row + r, low, high); }, outliers);
+  return true;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const auto some = [&]<int ROWS>(Count<ROWS>) GOSSAMER_LAMBDA {
+    I sum[ROWS][4];
+    row_products<ROWS>(sparse_at(w, panel, 0), a, stride, w.steps, sum);
+    outliers();
+    for (int r = 0; r < ROWS; ++r)
+      for (int pass = 0; pass < PASSES; ++pass) finish(pass, c.first_row + r, sum[r][pass], sum[r][PASSES + pass]);
+  };
+  if (rows == 1) some(Count<1>());
+  if (rows == 2) some(Count<2>());
+  return rows <= 2;
+#else
+  return false;
+#endif
 }
 
 template <class Dot>
@@ -229,47 +265,66 @@ inline void multiply(const LinearCall& c) {
   const int64_t a_bytes = x.stride * bytes_of(x.type);
   const uint8_t* a = static_cast<const uint8_t*>(x.data);
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
+    const auto finish = [&](int pass, int64_t m, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
+      const int low = pass * W, high = 16 + pass * W;
+      F y0, y1;
+      if constexpr (coded) {
+        const I excess = set1_int((w.sparse() ? SparseDot::excess : 128) * x.sum[m]);
+        const float* scale = w.scale(panel);
+        y0 = mul(mul(to_float(sub_int(sum0, excess)), load(scale + low)), set1(x.scale[m]));
+        y1 = mul(mul(to_float(sub_int(sum1, excess)), load(scale + high)), set1(x.scale[m]));
+        for (int32_t j = 0; j < x.outliers[m]; ++j) {
+          const float* exact = c.scratch + c.index[x.columns[m * x.k + j]] * PANEL;
+          const F value = set1(x.values[m * x.k + j]);
+          y0 = fma(value, load(exact + low), y0);
+          y1 = fma(value, load(exact + high), y1);
+        }
+      } else {
+        y0 = sum0;
+        y1 = sum1;
+      }
+      if (w.bias) {
+        y0 = add(y0, load(w.bias + panel * PANEL + low));
+        y1 = add(y1, load(w.bias + panel * PANEL + high));
+      }
+      if (c.gate == Activation::none) {
+        put(c, m, panel * PANEL + low, y0);
+        put(c, m, panel * PANEL + high, y1);
+      } else {
+        put(c, m, panel * 16 + low, mul(activate(y0, c.gate), y1));
+      }
+    };
     const uint8_t* data = w.panel(panel);
+    const uint8_t* next = panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
+    if constexpr (coded) {
+      if (w.sparse()) {
+        if (sparse_product(c, panel, used, finish)) continue;
+        inflate(sparse_at(w, panel, 0), w.steps, c.entries);
+        data = c.entries;
+      }
+    }
     bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
+    const auto outliers = [&]() GOSSAMER_LAMBDA {
+      if (!expanded) expand(w, panel, data, c.used, used, c.scratch);
+      expanded = true;
+    };
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
-      const bool fetch = tiles > 1 && t < 2 && panel + 1 < c.last_panel;
+      const bool fetch = tiles > 1 && t < (w.sparse() ? 1 : 2) && next;
       for (int pass = 0; pass < PASSES; ++pass) {
-        const uint8_t* ahead = fetch && pass == 0 ? data + w.stride + t * w.steps * 64 : nullptr;
-        const int low = pass * W, high = 16 + pass * W;
-        tile_of<Dot>(static_cast<int>(m1 - m0), data + low * 4, a + m0 * a_bytes, a_bytes, w.steps, ahead,
-                     [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
-          const int64_t m = m0 + r;
-          F y0, y1;
-          if constexpr (coded) {
-            const I excess = set1_int(128 * x.sum[m]);
-            const float* scale = w.scale(panel);
-            y0 = mul(mul(to_float(sub_int(sum0, excess)), load(scale + low)), set1(x.scale[m]));
-            y1 = mul(mul(to_float(sub_int(sum1, excess)), load(scale + high)), set1(x.scale[m]));
-            for (int32_t j = 0; j < x.outliers[m]; ++j) {
-              const float* exact = c.scratch + c.index[x.columns[m * x.k + j]] * PANEL;
-              const F value = set1(x.values[m * x.k + j]);
-              y0 = fma(value, load(exact + low), y0);
-              y1 = fma(value, load(exact + high), y1);
-            }
-          } else {
-            y0 = sum0;
-            y1 = sum1;
+        const uint8_t* ahead = fetch && pass == 0 ? next + t * w.steps * 64 : nullptr;
+        const auto done = [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
+          finish(pass, m0 + r, sum0, sum1);
+        };
+        const int height = static_cast<int>(m1 - m0);
+        const uint8_t *columns = data + pass * W * 4, *first = a + m0 * a_bytes;
+        if constexpr (coded && SparseDot::excess != 128) {
+          if (w.sparse()) {
+            tile_of<SparseDot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
+            continue;
           }
-          if (w.bias) {
-            y0 = add(y0, load(w.bias + panel * PANEL + low));
-            y1 = add(y1, load(w.bias + panel * PANEL + high));
-          }
-          if (c.gate == Activation::none) {
-            put(c, m, panel * PANEL + low, y0);
-            put(c, m, panel * PANEL + high, y1);
-          } else {
-            put(c, m, panel * 16 + low, mul(activate(y0, c.gate), y1));
-          }
-        }, [&]() GOSSAMER_LAMBDA {
-          if (!expanded) expand(w, panel, c.used, used, c.scratch);
-          expanded = true;
-        });
+        }
+        tile_of<Dot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
       }
     }
   }

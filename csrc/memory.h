@@ -63,13 +63,14 @@ class Memory {
 class SharedMemory {
  public:
   SharedMemory() = default;
-  explicit SharedMemory(size_t bytes) : bytes_(bytes) {
+  // `alone`: a mapping of its own, whose memory is free as soon as this is gone.
+  explicit SharedMemory(size_t bytes, bool alone = false) : bytes_(bytes) {
     constexpr size_t chunk = size_t{32} << 20;
     static std::mutex mutex;
     static std::shared_ptr<Memory> open;
     static size_t used = 0;
     const size_t rounded = (bytes + 127) / 128 * 128;
-    if (rounded > chunk / 2) {
+    if (alone || rounded > chunk / 2) {
       owner_ = std::make_shared<Memory>(rounded);
       data_ = owner_->as<uint8_t>();
       return;

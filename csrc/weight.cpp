@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
 
 namespace gossamer {
 
-Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type)
+Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type,
+               bool for_now)
     : kernels_(kernels) {
   PackedWeight& w = packed_;
   w.type = type;
@@ -18,7 +22,7 @@ Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has
   const int64_t codes = w.steps * STEP_BYTES;
   w.stride = codes + (type == Type::int8 ? PANEL * (2 * stored + 4) : 0);
   const int64_t data = w.panels * w.stride, place = stored ? round_up(k * 4, 64) : 0;
-  memory_ = SharedMemory(data + place + (has_bias ? w.panels * PANEL * 4 : 0));
+  memory_ = SharedMemory(data + place + (has_bias ? w.panels * PANEL * 4 : 0), for_now);
   w.data = memory_.data();
   if (stored) w.place = reinterpret_cast<int32_t*>(w.data + data);
   if (has_bias) w.bias = reinterpret_cast<float*>(w.data + data + place);
@@ -47,6 +51,65 @@ void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t ro
     const int64_t n = packed_row(first + r, part, parts);
     for (int64_t s = 0; s < w.stored; ++s) w.store(n / PANEL)[s * PANEL + n % PANEL] = store[r * w.stored + s];
   }
+}
+
+void Weight::drop_zeros() {
+  const PackedWeight dense = packed_;
+  if (dense.type != Type::int8 || dense.sparse()) throw std::logic_error("only an int8 weight with its zeros can drop them");
+  const int64_t entries = dense.steps * STEP_BYTES, store_bytes = dense.stride - entries;
+  std::vector<int64_t> start(dense.panels + 1);
+  PackedWeight sparse = dense;
+  sparse.start = start.data();
+  for (int64_t p = 0; p < dense.panels; ++p) {
+    const int64_t codes = entries - std::count(dense.panel(p), dense.panel(p) + entries, 128);
+    start[p + 1] = round_up(start[p] + sparse.fixed_bytes() + codes, 16);
+  }
+  const int64_t data = round_up(start.back() + READ_AHEAD, 64), place = dense.place ? round_up(dense.k * 4, 64) : 0;
+  const int64_t starts = round_up((dense.panels + 1) * 8, 64), bias = dense.bias ? dense.panels * PANEL * 4 : 0;
+  SharedMemory memory(data + place + starts + bias);
+  sparse.data = memory.data();
+  sparse.start = reinterpret_cast<int64_t*>(sparse.data + data + place);
+  std::copy(start.begin(), start.end(), sparse.start);
+  if (dense.place) {
+    sparse.place = reinterpret_cast<int32_t*>(sparse.data + data);
+    std::copy(dense.place, dense.place + dense.k, sparse.place);
+  }
+  if (dense.bias) {
+    sparse.bias = reinterpret_cast<float*>(sparse.data + data + place + starts);
+    std::copy(dense.bias, dense.bias + dense.panels * PANEL, sparse.bias);
+  }
+  for (int64_t p = 0; p < dense.panels; ++p) {
+    const uint8_t* from = dense.panel(p);
+    uint8_t *mask = sparse.panel(p), *code = sparse.codes(p);
+    std::memcpy(sparse.store(p), dense.store(p), store_bytes);
+    for (int64_t k = 0; k < dense.steps; ++k, from += STEP_BYTES, mask += MASK_BYTES) {
+      if (k % RANK_STEPS == 0) sparse.rank(p)[k / RANK_STEPS] = static_cast<int32_t>(code - sparse.codes(p));
+      for (int i = 0; i < STEP_BYTES; ++i) {
+        const bool set = from[i] != 128;
+        mask[i / 8] = static_cast<uint8_t>(mask[i / 8] | set << i % 8);
+        if (set) *code++ = from[i] ^ 0x80;
+      }
+    }
+  }
+  packed_ = sparse;
+  memory_ = std::move(memory);
+}
+
+Weight::Weight(const Weight& from, SharedMemory memory) : kernels_(from.kernels_), packed_(from.packed_), memory_(std::move(memory)) {
+  const auto moved = [&](auto*& pointer) {
+    if (!pointer) return;
+    const int64_t at = reinterpret_cast<uint8_t*>(pointer) - from.memory_.data();
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory_.data() + at);
+  };
+  moved(packed_.data);
+  moved(packed_.start);
+  moved(packed_.place);
+  moved(packed_.bias);
+  std::memcpy(memory_.data(), from.memory_.data(), memory_.bytes());
+}
+
+std::shared_ptr<Weight> Weight::copy() const {
+  return std::make_shared<Weight>(*this, SharedMemory(memory_.bytes(), true));
 }
 
 void Weight::multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads) {

@@ -14,7 +14,9 @@ namespace gossamer {
 // A packed weight and the memory it lives in.
 class Weight {
  public:
-  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type);
+  // `for_now`: it will soon be gone, or lose its zeros.
+  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type, bool for_now);
+  Weight(const Weight& from, SharedMemory memory);  // a copy that stands there
   PackedWeight& packed() { return packed_; }
   const Kernels& kernels() const { return kernels_; }
   int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
@@ -24,6 +26,11 @@ class Weight {
   void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
   // `columns` (stored), and `store` (rows, stored) of their weights.
   void set_store(const int64_t* columns, const uint16_t* store, int64_t rows, int64_t first, int64_t part, int64_t parts);
+
+  // Makes an int8 weight sparse, once it is packed.
+  void drop_zeros();
+  // The same weight in memory of its own, for now.
+  std::shared_ptr<Weight> copy() const;
 
   // y (rows, n) fp32 = x W^T + b, for x (rows, k) fp32, outside of a program.
   void multiply(const float* x, int64_t rows, float* y, const Decomposition& rule, bool whole_columns, int threads);

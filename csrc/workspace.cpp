@@ -6,7 +6,7 @@ namespace gossamer {
 
 Thread::Thread(int index, int64_t largest_k, int64_t attention_bytes) : index(index) {
   const int64_t k = round_up(largest_k, 64);
-  memory = Memory(k * PANEL * 4 + k * 4 * 4 + 256 + k + attention_bytes);
+  memory = Memory(k * PANEL * 4 + k * 4 * 4 + 256 + k + k * PANEL + attention_bytes);
   uint8_t* p = memory.as<uint8_t>();
   const auto take = [&](int64_t bytes) {
     uint8_t* here = p;
@@ -19,6 +19,7 @@ Thread::Thread(int index, int64_t largest_k, int64_t attention_bytes) : index(in
   row = reinterpret_cast<float*>(take(k * 4 + 256));
   merged = reinterpret_cast<float*>(take(k * 4));
   mask = take(k);
+  entries = take(k * PANEL);
   attention = take(attention_bytes);
   std::fill(index_of, index_of + k, -1);
 }
@@ -64,6 +65,7 @@ void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Pha
   call.scratch = thread.scratch;
   call.index = thread.index_of;
   call.used = thread.used;
+  call.entries = thread.entries;
   phase.run(blocks * pieces, 1, [&](int64_t piece, int64_t) {
     const int64_t block = piece / pieces, panel = piece % pieces * grain;
     call.first_row = count * block / blocks;

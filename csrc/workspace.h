@@ -24,6 +24,7 @@ struct Thread {
   float* row;          // (largest k + 16)
   float* merged;       // (largest k)
   uint8_t* mask;       // (largest k)
+  uint8_t* entries;    // (largest k, 32): of a panel
   const void* marks = nullptr;  // the phase that the mask belongs to
   uint8_t* attention;
   std::vector<const float*> outs, states;

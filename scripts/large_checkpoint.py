@@ -9,13 +9,15 @@ process had at any time (RssAnon; pages of mapped files are not counted, since t
 
 With ``--write`` the checkpoint is written to a directory that stays, and nothing else happens. What a model of this
 size takes to decode can be measured on it, for that does not depend on the weights: ``gossamer bench decode --model
-DIRECTORY``. ``--shape 1b`` is the shape of Llama 3.2 1B (2.5 GB).
+DIRECTORY``. ``--shape 1b`` is the shape of Llama 3.2 1B (2.5 GB). With ``--sparsity 0.5`` half of the weights of every
+linear layer are zero, as after pruning by magnitude.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -38,8 +40,9 @@ SHAPES = {
 }
 
 
-def write_checkpoint(directory: Path, shape: dict[str, int]) -> int:
+def write_checkpoint(directory: Path, shape: dict[str, int], sparsity: float = 0.0) -> int:
     """Random weights, a block of rows at a time; returns the number of parameters."""
+    smallest = math.sqrt(2) * float(torch.erfinv(torch.tensor(sparsity)))  # that many normal numbers are below it
     config = LlamaConfig(
         **shape,
         vocab_size=128256,
@@ -61,6 +64,8 @@ def write_checkpoint(directory: Path, shape: dict[str, int]) -> int:
             for start in range(0, shape[0], BLOCK_ROWS):
                 rows = (min(BLOCK_ROWS, shape[0] - start), *shape[1:])
                 block = torch.ones(rows) if len(shape) == 1 else torch.randn(rows, generator=generator) * 0.02
+                if name.endswith("_proj.weight"):
+                    block[block.abs() < smallest * 0.02] = 0
                 writer.write(name, block.bfloat16())
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
@@ -115,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="3b", help="of Llama 3.2 1B or 3B")
     parser.add_argument("--layers", type=int, help="as many as the shape has by default")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the linear layers' weights that are zero")
     parser.add_argument("--write", type=Path, metavar="DIRECTORY", help="only write the checkpoint, and keep it")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -126,10 +132,13 @@ def main() -> None:
         shape = shape | {"num_hidden_layers": arguments.layers}
     if arguments.write:
         arguments.write.mkdir(parents=True)  # not into a directory that is there: it may hold a model
-        print(f"{write_checkpoint(arguments.write, shape) / 1e9:.2f} billion parameters", file=sys.stderr)
+        print(
+            f"{write_checkpoint(arguments.write, shape, arguments.sparsity) / 1e9:.2f} billion parameters",
+            file=sys.stderr,
+        )
         return
     with tempfile.TemporaryDirectory() as directory:
-        parameters = write_checkpoint(Path(directory), shape)
+        parameters = write_checkpoint(Path(directory), shape, arguments.sparsity)
         shards = len(list(Path(directory).glob("*.safetensors")))
         print(f"{parameters / 1e9:.2f} billion parameters in {shards} shards", file=sys.stderr)
         command = [sys.executable, __file__, "--load", directory]

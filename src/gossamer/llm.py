@@ -19,6 +19,7 @@ from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSampl
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
+from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.ops.int8 import Criterion, Outliers
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
@@ -48,6 +49,10 @@ class LLM:
         kv_dtype: of keys and values in the native runner: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"auto"``,
             which is fp32 for a model in fp32 and bf16 for one that is int8 or of a 16-bit type. Int8 ones have a scale
             per token and head: half the memory of bf16 ones, at a small cost (docs/how-to/int8.md has figures).
+        sparse_weights: of int8 layers that are stored without their zeros, because they were pruned: ``"auto"`` packs
+            each shape with or without them as it is faster on this machine, which takes half a second to measure;
+            ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster may
+            depend on how many sequences decode together, so ``max_num_seqs`` counts.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
@@ -59,6 +64,8 @@ class LLM:
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory, or GGUF file, the model was loaded from.
         runner_note: why the native runner is not used, if it might have been; otherwise empty.
+        sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
+            ``None`` if the native runner is not used.
         quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
@@ -86,6 +93,7 @@ class LLM:
         sharing: SharingMode = "attention",
         runner: RunnerChoice = "auto",
         kv_dtype: KVDtype = "auto",
+        sparse_weights: SparseWeights = "auto",
         memory: str | int = "4GB",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -98,6 +106,7 @@ class LLM:
         int8 = GossamerInt8Config(int8_threshold, int8_criterion, int8_outliers) if quantization else None
         check_runner(runner)
         check_kv_dtype(kv_dtype, runner)
+        check_sparse_weights(sparse_weights)
         budget = parse_bytes(memory)
         check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
@@ -115,7 +124,15 @@ class LLM:
         )
         eos = eos_token_ids(network, self.tokenizer)
         max_rows = max(max_num_batched_tokens, max_num_seqs)
-        made, self.runner_note = make_runner(network, runner, max_rows=max_rows, kv_dtype=kv_dtype)
+        made, self.runner_note = make_runner(
+            network,
+            runner,
+            max_rows=max_rows,
+            kv_dtype=kv_dtype,
+            sparse_weights=sparse_weights,
+            max_seqs=max_num_seqs,
+        )
+        self.sparse_weights: dict[str, Any] | None = getattr(made, "sparse_weights", None)
         self.engine = Engine(
             made,
             self.tokenizer,

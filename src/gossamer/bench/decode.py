@@ -14,6 +14,7 @@ above the median step then means that every measurement of a ceiling was disturb
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
-from gossamer.nn import Int8Linear, Int8TiedHead
+from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
+from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
 from gossamer.sampling_params import SamplingParams
 
 BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
@@ -68,6 +70,10 @@ class DecodeResult:
         ceilings: what ``floor_ms`` was computed with: the best that was measured in turn with the steps of this
             combination. ``gemm_gflops``, ``read_gb_per_s``, and ``int8_gops`` for a model with int8 layers.
         error: why there is no result.
+        sparse_weights: how int8 layers that are stored without their zeros are packed; of the native runner.
+        weight_bytes: of the packed weights; of the native runner.
+        over_dense: median, over the steps, of the time with ``sparse_weights="off"`` over the time of the step beside
+            it.
     """
 
     sharing: str
@@ -91,6 +97,9 @@ class DecodeResult:
     prefix_tokens_per_s: float | None = None
     floor_share: float | None = None
     ceilings: dict[str, float] | None = None
+    sparse_weights: str | None = None
+    weight_bytes: int | None = None
+    over_dense: float | None = None
 
 
 @dataclass
@@ -117,6 +126,7 @@ def bench_decode(
     quantization: GossamerInt8Config | None = None,
     int8_head: bool = False,
     kv_dtype: KVDtype = "auto",
+    sparse_weights: tuple[str, ...] = ("auto",),
     memory: int = 16 * 10**9,
     runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
@@ -126,6 +136,8 @@ def bench_decode(
     """Measure every combination. Returns ``{"machine": {...}, "results": [...]}``, see :class:`DecodeResult`.
 
     With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
+
+    With several ``sparse_weights``, the model is packed in each of these ways, and each decodes in turn.
 
     With ``busy_processes``, so many other processes use a core each while the contestants decode.
 
@@ -139,16 +151,26 @@ def bench_decode(
         raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
     path = resolve_model(model, for_int8=quantization is not None)
-    network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
+    for choice in sparse_weights:
+        check_sparse_weights(choice)
     machine = describe() | {"busy_processes": busy_processes}
     results = []
     max_rows = max(2048, *batches)
-    made, note = make_runner(network, runner, max_rows=max_rows, kv_dtype=kv_dtype)
-    native = made if isinstance(made, NativeRunner) else None
-    if native is not None:
+    natives: list[NativeRunner | None] = []
+    for choice in dict.fromkeys(sparse_weights):  # a runner takes the weights over: each has a model of its own
+        network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
+        way = cast(SparseWeights, choice)
+        made, note = make_runner(
+            network, runner, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=way, max_seqs=max(batches)
+        )
+        if note:
+            progress(f"not native: {note}")
+        if not isinstance(made, NativeRunner):
+            natives = [None]
+            break
+        natives.append(made)
+    if None not in natives:
         sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
-    if note:
-        progress(f"not native: {note}")
     multiplied = torch.bfloat16 if made.layout.dtype == torch.int8 else made.layout.dtype
     int8 = any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
     ceilings = Ceilings(multiplied, int8=int8)
@@ -159,7 +181,7 @@ def bench_decode(
             for prefix in prefixes:
                 prompts = windows(tokenizer, prefix, suffix, batch)
                 contestants = []
-                for mode in sharing:
+                for mode, native in itertools.product(sharing, natives):
                     progress(f"{batch} x {prefix} tokens, {mode}: prefill")
                     contestants.append(_prepare(mode, native, network, tokenizer, prompts, prefix, new, memory))
                 if peers:
@@ -169,9 +191,8 @@ def bench_decode(
                 progress(f"{batch} x {prefix} tokens: decoding in turn")
                 with busy(busy_processes):
                     limits = _race(contestants, contest, ceilings)
-                unshared = next((c.steps for c in contestants if c.result.sharing == "off"), [])
                 for contestant in contestants:
-                    _evaluate(contestant, network, limits, unshared)
+                    _evaluate(contestant, network, limits, contestants)
                     results.append(asdict(contestant.result))
                 for name, figures in contest.results(prefix).items():
                     results.append(asdict(DecodeResult(PEER, name, batch, prefix, suffix, new, **figures)))
@@ -197,6 +218,8 @@ def _prepare(
     sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
     engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
+    if native is not None:
+        result.sparse_weights, result.weight_bytes = native.sparse_weights["choice"], native.weight_bytes
     contestant = _Contestant(result, engine)
     if mode == "off":
         needed = len(prompts) * (len(prompts[0]) + new) * runner.layout.bytes_per_token * 9 // 8
@@ -294,15 +317,19 @@ def _steps_left(contestant: _Contestant) -> int:
     return steps
 
 
-def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], unshared: list[float]) -> None:
+def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], others: list[_Contestant]) -> None:
     result, engine = contestant.result, contestant.engine
     if result.error is not None:
         return
     steps = contestant.steps[WARM_UP_STEPS:]
     result.step_ms = statistics.median(steps) * 1e3
     result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
-    if unshared:
-        result.speedup = statistics.median(off / own for off, own in zip(unshared, contestant.steps, strict=True))
+    for other in others:
+        same = other.result.sharing == result.sharing, other.result.sparse_weights == result.sparse_weights
+        if other.result.sharing == "off" and same[1]:
+            result.speedup = _median_ratio(other, contestant)
+        if other.result.sparse_weights == "off" and same[0] and not same[1]:
+            result.over_dense = _median_ratio(other, contestant)
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
@@ -317,6 +344,11 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], u
     result.floor_share = result.floor_ms / result.step_ms
 
 
+def _median_ratio(other: _Contestant, own: _Contestant) -> float:
+    pairs = list(zip(other.steps, own.steps, strict=False))[WARM_UP_STEPS:]
+    return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
 def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[str, float]) -> float:
     """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
 
@@ -327,12 +359,15 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
     # a tied embedding is the head's weight; another one is looked up, not multiplied
     floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
-    int8 = [m.weight for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
+    int8 = [m for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
     runner = engine.runner
+    sparse = isinstance(runner, NativeRunner) and runner.sparse_weights["sparse"] > 0
     width = getattr(torch, runner.float_type).itemsize if isinstance(runner, NativeRunner) else None
     linear = _seconds(floating, result.batch, flops, read, width)
     if int8:
-        linear += _seconds(int8, result.batch, limits["int8_gops"] * 1e9, read)
+        operations = 2 * result.batch * sum(m.in_features * m.out_features for m in int8)
+        size = sum(_code_bytes(m, sparse) for m in int8)
+        linear += max(operations / (limits["int8_gops"] * 1e9), size / read)
     layout = engine.runner.layout
     # the middle of the measured steps
     own = result.suffix + result.new // 2
@@ -346,3 +381,10 @@ def _seconds(weights: list[Any], batch: int, flops: float, read: float, width: i
     """To multiply these weights with ``batch`` rows, or to read them (``width`` bytes each), whichever takes longer."""
     size = sum(w.numel() * (width or w.itemsize) for w in weights)
     return max(2 * batch * sum(w.numel() for w in weights) / flops, size / read)
+
+
+def _code_bytes(layer: Any, sparse: bool) -> int:
+    """Of a layer's codes, as they are read at least."""
+    if sparse and isinstance(layer, SparseInt8Linear):
+        return int(layer.weight_codes.nbytes + layer.weight_mask.nbytes)
+    return int(layer.in_features * layer.out_features)

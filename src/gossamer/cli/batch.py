@@ -25,6 +25,7 @@ from gossamer.cli.engine_options import (
     Quantization,
     RunnerOption,
     Sharing,
+    SparseWeightsOption,
     Threads,
     int8_options,
     load_llm,
@@ -48,6 +49,7 @@ def batch(
     dtype: Dtype = "auto",
     runner: RunnerOption = "auto",
     kv_dtype: KVDtypeOption = "auto",
+    sparse_weights: SparseWeightsOption = "auto",
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
@@ -97,6 +99,7 @@ def batch(
         max_model_len=max_model_len,
         runner=runner,
         kv_dtype=kv_dtype,
+        sparse_weights=sparse_weights,
         int8_head=int8_head,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:

@@ -56,6 +56,14 @@ def decode(
     int8_outliers: Int8Outliers = "token",
     int8_head: Int8Head = False,
     kv_dtype: KVDtypeOption = "auto",
+    sparse_weights: Annotated[
+        str,
+        typer.Option(
+            "--sparse-weights",
+            help="As for `gossamer batch`; several, such as off,on, decode in turn, to see what leaving the zeros of a "
+            "pruned int8 model out gains.",
+        ),
+    ] = "auto",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -100,6 +108,7 @@ def decode(
             quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
             int8_head=int8_head,
             kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked there
+            sparse_weights=tuple(choice.strip() for choice in sparse_weights.split(",")),
             memory=parse_bytes(memory),
             busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
@@ -123,7 +132,7 @@ def _print_table(report: dict[str, Any]) -> None:
     machine = report["machine"]
     console = Console()
     # a narrow terminal may wrap the table; columns cut short help nobody
-    console.width = max(console.width, 116 if "peers" in report else 104)
+    console.width = max(console.width, 126)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     if machine["busy_processes"]:
         console.print(f"{machine['busy_processes']} other processes use a core each")
@@ -147,6 +156,10 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
     if "peers" in report:
         table.add_column("prefix\ntok/s", justify="right", no_wrap=True)
+    ways = {row["sparse_weights"] for row in report["results"]} - {None}
+    if len(ways) > 1:
+        for name in ("sparse\nweights", "weights\nMB", "over\ndense"):
+            table.add_column(name, justify="right", no_wrap=True)
     for row in report["results"]:
         contestant = row["runner"] if row["sharing"] == "peer" else row["sharing"]
         cells = [str(row["batch"]), str(row["prefix"]), contestant]
@@ -164,5 +177,11 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["sampling_ms"], "{:.2f}"),
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
             *([optional(row["prefix_tokens_per_s"], "{:,.0f}")] if "peers" in report else []),
+            *(_way_cells(row) if len(ways) > 1 else []),
         )
     console.print(table)
+
+
+def _way_cells(row: dict[str, Any]) -> list[str]:
+    megabytes = row["weight_bytes"] and row["weight_bytes"] / 1e6
+    return [row["sparse_weights"] or "", optional(megabytes, "{:,.1f}"), optional(row["over_dense"], "{:.2f}x")]

@@ -59,6 +59,15 @@ Int8Outliers = Annotated[
 Int8Head = Annotated[
     bool, typer.Option("--int8-head", help="Make the output layer int8 too; LLM.int8() leaves it as it is.")
 ]
+SparseWeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--sparse-weights",
+        help="How the native runner keeps int8 layers that are stored without their zeros: on (without, in less "
+        "memory), off (with them) or auto (as this machine multiplies each shape faster; half a second of measuring). "
+        "The results are the same.",
+    ),
+]
 Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")

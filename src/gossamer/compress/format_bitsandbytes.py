@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from gossamer.compress.native import NativeCheckpoint
-from gossamer.compress.safetensors_export import Entry, entry, translate, unquantized, write_directory
+from gossamer.compress.safetensors_export import Entry, entry, stored, translate, unquantized, write_directory
 from gossamer.compress.skeleton import Skeleton, build_skeleton
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.bitsandbytes_int8 import PAPER_THRESHOLD, QUANT_METHOD, ROW_FORMAT
@@ -46,7 +46,7 @@ def export_bitsandbytes(source: NativeCheckpoint, output: Path, progress: Progre
 
 def _quantized(source: NativeCheckpoint, path: str) -> list[Entry]:
     return [
-        entry(f"{path}.weight", source.tensor(f"{path}.weight")),
+        stored(source, f"{path}.weight"),
         entry(f"{path}.SCB", source.scale(path) * 127),
         entry(f"{path}.weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8)),
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from gossamer.compress.native import NativeCheckpoint
-from gossamer.compress.safetensors_export import Entry, entry, translate, unquantized, write_directory
+from gossamer.compress.safetensors_export import Entry, entry, stored, translate, unquantized, write_directory
 from gossamer.compress.skeleton import Skeleton, build_skeleton
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.compressed_tensors_int8 import FORMAT, QUANT_METHOD
@@ -58,7 +58,7 @@ def _refuse_joined_weights(source: NativeCheckpoint, skeleton: Skeleton) -> None
 
 def _quantized(source: NativeCheckpoint, path: str) -> list[Entry]:
     return [
-        entry(f"{path}.weight", source.tensor(f"{path}.weight")),
+        stored(source, f"{path}.weight"),
         entry(f"{path}.weight_scale", source.scale(path)[:, None]),
     ]
 

@@ -2,7 +2,7 @@
 
 Beside each int8 ``P.weight`` [N, K] stands ``P.scale`` float32 [N]: a weight is about ``weight * scale[:, None]``. A
 static outlier store may stand there too: ``P.outlier_columns`` int64 [S] and ``P.outlier_weight`` [N, S] hold columns
-in 16 bit, to be used instead of their codes.
+in 16 bit, to be used instead of their codes. Weights that are stored without their zeros are given back with them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gossamer.errors import CheckpointError, ConfigurationError, ModelNotFoundError
 from gossamer.models.checkpoint import check_directory
-from gossamer.models.int8_layout import check_scale, int8_layers
+from gossamer.models.int8_layout import check_scale, dense_specs, int8_layers
 from gossamer.models.int8_quantizer import QUANT_METHOD
 from gossamer.models.load import load_config
 from gossamer.models.shard_reader import ShardReader
+from gossamer.nn.sparse_int8_linear import unpack_codes
 
 LAYER_TENSORS = ("weight", "scale", "outlier_columns", "outlier_weight")
 _BLOCK_BYTES = 4 << 20  # small enough for the caches
@@ -63,6 +64,7 @@ class NativeCheckpoint(ShardReader):
         check_directory(directory)
         super().__init__(directory)
         try:
+            self.specs = dense_specs(self.specs, super().tensor)
             self.layers = frozenset(int8_layers(self.specs, "scale", strict=False))
             for path in self.layers:
                 self._check_outliers(path)
@@ -84,6 +86,14 @@ class NativeCheckpoint(ShardReader):
         indices = self.tensor(f"{path}.outlier_columns")
         if indices.dtype != torch.int64 or bool(((indices < 0) | (indices >= inner)).any()):
             raise CheckpointError(f"{path}.outlier_columns holds something else than columns of the {inner} there are")
+
+    def tensor(self, name: str) -> Tensor:
+        """See :class:`ShardReader`; a weight that is stored without its zeros is expanded into new memory."""
+        path, _, last = name.rpartition(".")
+        if last != "weight" or f"{path}.weight_codes" not in self._files:
+            return super().tensor(name)
+        codes, mask = super().tensor(f"{path}.weight_codes"), super().tensor(f"{path}.weight_mask")
+        return unpack_codes(codes, mask, self.specs[name].shape[1])
 
     def has_outlier_store(self, path: str) -> bool:
         """Whether a layer keeps columns in 16 bit."""

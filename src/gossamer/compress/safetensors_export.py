@@ -34,6 +34,11 @@ def entry(name: str, tensor: Tensor) -> Entry:
     return Entry(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), lambda: iter((tensor,)))
 
 
+def stored(source: NativeCheckpoint, name: str) -> Entry:
+    """A tensor of the checkpoint, which is read when its turn comes: it may have to be expanded."""
+    return Entry(source.specs[name], lambda: iter((source.tensor(name),)))
+
+
 def translate(
     source: NativeCheckpoint,
     skeleton: Skeleton,

@@ -18,6 +18,7 @@ from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.library import instruction_set
 from gossamer.native.recorder import Recorder, rotary_tables
+from gossamer.native.sparse_timing import SparsePacker, SparseWeights
 from gossamer.nn import Int8Linear
 
 _FIRST_POSITIONS = 1024  # rows of a rotary table at first; it doubles when positions go beyond
@@ -45,6 +46,12 @@ class NativeRunner:
         threads: of a step; PyTorch's number by default.
         kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, ``"int8"`` (each with a scale of its own, half the
             memory of bf16), or ``"auto"`` as above.
+        sparse_weights: of pruned int8 layers: ``"on"`` packs them without their zeros, ``"off"`` with them, ``"auto"``
+            as it is faster here by measurement. The results are the same.
+        max_seqs: most sequences that decode together, which this measurement asks for; ``max_rows`` by default.
+
+    Attributes:
+        sparse_weights: what was chosen, and what was measured for it; see :meth:`SparsePacker.summary`.
 
     Raises:
         UnsupportedModelError: says why the model cannot run natively.
@@ -52,7 +59,16 @@ class NativeRunner:
 
     name = "native"
 
-    def __init__(self, network: Any, *, max_rows: int, threads: int | None = None, kv_dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        network: Any,
+        *,
+        max_rows: int,
+        threads: int | None = None,
+        kv_dtype: str = "auto",
+        sparse_weights: SparseWeights = "auto",
+        max_seqs: int | None = None,
+    ) -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
         isa = instruction_set()
@@ -73,7 +89,9 @@ class NativeRunner:
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
-        self.decoder = pack_decoder(network, isa, float_type, attention)
+        pack = SparsePacker(isa, float_type, self.threads, sparse_weights, max_seqs or max_rows)
+        self.decoder = pack_decoder(network, pack, attention)
+        self.sparse_weights = pack.summary()
         recorder = Recorder(
             isa,
             layers=len(self.layout.layers),

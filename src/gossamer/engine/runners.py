@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 from gossamer.engine.native_runner import NativeRunner, why_not_native
 from gossamer.engine.runner import Runner, TransformersRunner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
+from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
+from gossamer.nn.sparse_int8_linear import dense
 
 RunnerChoice = Literal["auto", "native", "transformers"]
 KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -26,7 +28,15 @@ def check_kv_dtype(kv_dtype: str, runner: str) -> None:
         raise ConfigurationError("kv_dtype is for the native runner; that of transformers keeps the model's own type")
 
 
-def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int, kv_dtype: KVDtype = "auto") -> tuple[Runner, str]:
+def make_runner(
+    network: Any,
+    choice: RunnerChoice,
+    *,
+    max_rows: int,
+    kv_dtype: KVDtype = "auto",
+    sparse_weights: SparseWeights = "auto",
+    max_seqs: int | None = None,
+) -> tuple[Runner, str]:
     """A runner, and why it is not the native one: an empty string if it is, or was not wanted.
 
     Args:
@@ -35,21 +45,29 @@ def make_runner(network: Any, choice: RunnerChoice, *, max_rows: int, kv_dtype: 
         max_rows: most tokens of a step.
         kv_dtype: of keys and values; ``"auto"`` is fp32 for a model in fp32, otherwise bf16. ``"int8"`` halves the
             memory of bf16. The runner of transformers keeps the model's own type.
+        sparse_weights: see :class:`~gossamer.engine.native_runner.NativeRunner`. The runner of transformers expands
+            layers that are stored without their zeros once, unless this is ``"on"``: then in every step, in less
+            memory.
+        max_seqs: most sequences that decode together.
 
     Raises:
-        ConfigurationError: ``kv_dtype`` or ``choice`` is unknown.
+        ConfigurationError: ``kv_dtype``, ``sparse_weights`` or ``choice`` is unknown.
         UnsupportedModelError: the native runner was asked for, and cannot run the model.
     """
     check_runner(choice)
     check_kv_dtype(kv_dtype, choice)
-    if choice == "transformers":
-        return TransformersRunner(network), ""
-    reason = why_not_native(network)
-    if reason and choice == "auto":
-        return TransformersRunner(network), reason
-    try:
-        return NativeRunner(network, max_rows=max_rows, kv_dtype=kv_dtype), ""
-    except UnsupportedModelError as error:
-        if choice == "native":
-            raise
-        return TransformersRunner(network), str(error)
+    check_sparse_weights(sparse_weights)
+    reason = "" if choice == "transformers" else why_not_native(network)
+    if choice == "native" or (choice == "auto" and not reason):
+        try:
+            native = NativeRunner(
+                network, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=sparse_weights, max_seqs=max_seqs
+            )
+            return native, ""
+        except UnsupportedModelError as error:
+            if choice == "native":
+                raise
+            reason = str(error)
+    if sparse_weights != "on":
+        dense(network)
+    return TransformersRunner(network), reason

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import CheckpointError
 from gossamer.models.shards import TensorSpec
+from gossamer.nn.sparse_int8_linear import SPARSE_TENSORS, check_codes
 
 
 def int8_layers(
@@ -69,3 +70,50 @@ def check_scale(name: str, scale: Tensor) -> None:
     """
     if not bool(((scale >= 0) & scale.isfinite()).all()):
         raise CheckpointError(f"{name} holds a negative or non-finite scale; the checkpoint is damaged")
+
+
+def sparse_layers(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The modules whose int8 weight is stored without its zeros, each with all of its tensors.
+
+    Such a module ``P`` has ``P.weight_codes`` int8 [nonzeros], ``P.weight_mask`` uint8 [N, ceil(K / 8)] and
+    ``P.weight_shape`` int64 [2] in the place of ``P.weight``; see :mod:`gossamer.nn.sparse_int8_linear`.
+
+    Raises:
+        CheckpointError: names the tensor that is missing, one too many, or of the wrong kind.
+    """
+    wanted = {"weight_codes": (torch.int8, 1), "weight_mask": (torch.uint8, 2), "weight_shape": (torch.int64, 1)}
+    paths = dict.fromkeys(
+        spec.name.rpartition(".")[0] for spec in specs.values() if spec.name.rpartition(".")[2] in SPARSE_TENSORS
+    )
+    for path in paths:
+        if f"{path}.weight" in specs:
+            raise CheckpointError(f"{path} has both {path}.weight and a weight without its zeros; one must go")
+        for last, (dtype, dimensions) in wanted.items():
+            found = specs.get(f"{path}.{last}")
+            if found is None or found.dtype != dtype or len(found.shape) != dimensions:
+                what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise CheckpointError(
+                    f"{path}.{last} is {what}; a weight without its zeros needs it as {dtype} of {dimensions} "
+                    "dimensions. The checkpoint is damaged; copy or make it again."
+                )
+    return list(paths)
+
+
+def dense_specs(specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]) -> dict[str, TensorSpec]:
+    """The same tensors as if every int8 weight were stored with its zeros; ``read`` gives a tensor.
+
+    Raises:
+        CheckpointError: the tensors of a sparse weight do not agree.
+    """
+    sparse = set(sparse_layers(specs))
+    result: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        path, _, last = name.rpartition(".")
+        if path not in sparse or last not in SPARSE_TENSORS:
+            result[name] = spec
+        elif last == "weight_codes":
+            mask, shape = read(f"{path}.weight_mask"), read(f"{path}.weight_shape")
+            check_codes(path, read(name), mask, shape)
+            outputs, inputs = shape.tolist()
+            result[f"{path}.weight"] = TensorSpec(f"{path}.weight", torch.int8, (outputs, inputs))
+    return result

@@ -22,7 +22,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gossamer.errors import GossamerError
+from gossamer.errors import CheckpointError, GossamerError
+from gossamer.models.int8_layout import sparse_layers
+from gossamer.models.shards import DTYPE_NAMES, TensorSpec
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition, Int8Linear
 from gossamer.nn.int8_weight import Int8Weight, Rows, is_conv1d, linear_weight, quantize_weight
@@ -30,6 +32,7 @@ from gossamer.nn.outlier_store import find_outlier_columns, random_reading, stor
 from gossamer.nn.quantize import (
     OUTLIER_STORE,
     SKIP,
+    LayerReport,
     QuantizationReport,
     check_store,
     describe,
@@ -37,9 +40,11 @@ from gossamer.nn.quantize import (
     refuse_quantized,
     tied_head,
 )
+from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_if_smaller
 from gossamer.ops.int8 import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
@@ -112,7 +117,17 @@ class GossamerInt8Quantizer(HfQuantizer):
     """
 
     quantization_config: GossamerInt8Config
-    serialized_names = {"weight": ["weight", "scale", "outlier_columns", "outlier_weight"]}  # noqa: RUF012
+    serialized_names = {  # noqa: RUF012
+        "weight": [
+            "weight",
+            "scale",
+            "outlier_columns",
+            "outlier_weight",
+            "weight_codes",
+            "weight_mask",
+            "weight_shape",
+        ]
+    }
 
     def __init__(self, quantization_config: GossamerInt8Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -150,6 +165,7 @@ class GossamerInt8Quantizer(HfQuantizer):
         refuse_quantized(model)
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)
+        stored = self._sparse_shapes() if self.pre_quantized else {}
         for name, layer in list(model.named_modules()):
             weight = linear_weight(layer)
             if weight is None or name in self.report.skipped:
@@ -160,18 +176,31 @@ class GossamerInt8Quantizer(HfQuantizer):
             outputs, inputs = weight.shape
             # a model that is quantized while it loads gets its outlier stores afterwards
             columns = store_size(inputs, self.quantization_config.outlier_store) if self.pre_quantized else 0
-            new = Int8Linear(
-                inputs,
-                outputs,
-                layer.bias is not None,
-                decomposition=self.quantization_config.decomposition(),
-                num_outlier_columns=columns,
-                device="meta",
-                dtype=weight.dtype,
-            )
+            settings: dict[str, Any] = {
+                "decomposition": self.quantization_config.decomposition(),
+                "num_outlier_columns": columns,
+                "device": "meta",
+                "dtype": weight.dtype,
+            }
+            biased = layer.bias is not None
+            if sparse := _stored(stored, name, model.base_model_prefix):
+                nonzeros = _check_sparse(name, sparse, outputs, inputs)
+                model.set_submodule(name, SparseInt8Linear(inputs, outputs, biased, nonzeros=nonzeros, **settings))
+                continue
             if is_conv1d(layer):
                 self.conv1d.add(name)
-            model.set_submodule(name, new)
+            model.set_submodule(name, Int8Linear(inputs, outputs, biased, **settings))
+
+    def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
+        """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
+        specs: dict[str, TensorSpec] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no dictionary
+                    entry = file.get_slice(name)
+                    dtype = _DTYPES.get(entry.get_dtype(), torch.float32)
+                    specs[name] = TensorSpec(name, dtype, tuple(entry.get_shape()))
+        return {path: (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"]) for path in sparse_layers(specs)}
 
     def _share_store(self, model: PreTrainedModel, head: str) -> None:
         embedding = Int8Embedding.like(model.get_input_embeddings(), device="meta")
@@ -185,10 +214,26 @@ class GossamerInt8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.faults:
             raise self.faults[0]
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            for name, layer in model.named_modules():
+                if isinstance(layer, SparseInt8Linear):
+                    layer.check(name)
+        else:
             self._fill_outlier_stores(model)
+            self._drop_zeros(model)
         self.sources.clear()
         return model
+
+    def _drop_zeros(self, model: PreTrainedModel) -> None:
+        """Layers with many zeros are stored without them."""
+        for place, report in enumerate(self.report.layers):
+            layer = model.get_submodule(report.name)
+            if not isinstance(layer, Int8Linear) or (sparse := sparse_if_smaller(layer)) is layer:
+                continue
+            model.set_submodule(report.name, sparse)
+            self.report.layers[place] = describe(report.name, sparse, _element_size(report), report.relative_error)
+            del layer
+            _return_free_memory()
 
     def _fill_outlier_stores(self, model: PreTrainedModel) -> None:
         """Find the columns by watching the int8 model, and take their weights from where these were read."""
@@ -206,9 +251,7 @@ class GossamerInt8Quantizer(HfQuantizer):
                 continue
             layer = layers[name]
             layer.keep_columns(columns[name], self.sources[name]())
-            self.report.layers[place] = describe(
-                name, layer, layer_report.bytes_before // layer.weight.numel(), layer_report.relative_error
-            )
+            self.report.layers[place] = describe(name, layer, _element_size(layer_report), layer_report.relative_error)
             _return_free_memory()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -216,6 +259,39 @@ class GossamerInt8Quantizer(HfQuantizer):
             if isinstance(layer, Int8Linear):
                 model.set_submodule(name, layer.dequantize(dtype or torch.float32))
         return model
+
+
+def _element_size(report: LayerReport) -> int:
+    return report.bytes_before // (report.in_features * report.out_features)
+
+
+def _stored(
+    stored: dict[str, tuple[TensorSpec, TensorSpec]], name: str, prefix: str
+) -> tuple[TensorSpec, TensorSpec] | None:
+    """What is stored of a module, whether model and checkpoint have the output layer or only the body."""
+    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((stored[each] for each in names if each in stored), None)
+
+
+def _check_sparse(name: str, specs: tuple[TensorSpec, TensorSpec], outputs: int, inputs: int) -> int:
+    """How many codes are not zero.
+
+    Raises:
+        CheckpointError: the mask is not that of a weight (outputs, inputs), or there are more codes than weights.
+    """
+    codes, mask = specs
+    expected = (outputs, mask_bytes(inputs))
+    if mask.shape != expected:
+        raise CheckpointError(
+            f"{mask.name} is {list(mask.shape)}; the model's {name} of {[outputs, inputs]} needs {list(expected)}. "
+            "The checkpoint is of another model, or damaged."
+        )
+    if codes.shape[0] > outputs * inputs:
+        raise CheckpointError(
+            f"{codes.name} holds {codes.shape[0]} codes; {name} has {outputs * inputs} weights. "
+            "The checkpoint is damaged; copy or make it again."
+        )
+    return codes.shape[0]
 
 
 class _QuantizeWhileLoading(ConversionOps):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.native.recorder import Recorder
-from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding, pack_linear
+from gossamer.native.sparse_timing import SparsePacker
+from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding
 from gossamer.nn import Int8TiedHead
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -94,13 +95,12 @@ def unsupported(config: Any) -> str:
     return ""
 
 
-def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[float, int | None]]) -> Decoder:
+def pack_decoder(network: Any, pack: SparsePacker, attention: list[tuple[float, int | None]]) -> Decoder:
     """Pack a model of transformers. Its layers lose their tensors on the way, so that nothing is held twice.
 
     Args:
         network: a causal language model whose configuration is supported.
-        isa: instruction set.
-        float_type: of weights that are not int8.
+        pack: packs its linear layers.
         attention: scale and window of each layer.
 
     Raises:
@@ -115,9 +115,9 @@ def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[
         _check_layer(block)
     layers = []
     for index, block in enumerate(body.layers):
-        layers.append(_pack_layer(block, isa, float_type, *attention[index], table_of[kinds[index]], gate))
+        layers.append(_pack_layer(block, pack, *attention[index], table_of[kinds[index]], gate))
         block.to("meta")
-    embedding = pack_embedding(body.embed_tokens, isa, float_type)
+    embedding = pack_embedding(body.embed_tokens, pack.isa, pack.float_type)
     factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
@@ -126,7 +126,7 @@ def pack_decoder(network: Any, isa: str, float_type: str, attention: list[tuple[
     elif tied and head.bias is None:
         packed_head = embedding
     else:
-        packed_head = pack_linear([head], isa, float_type)
+        packed_head = pack([head])
     norm = _norm(body.norm)
     assert norm is not None
     network.to("meta")
@@ -142,9 +142,7 @@ def _check_layer(block: Any) -> None:
     _norm(block.input_layernorm)
 
 
-def _pack_layer(
-    block: Any, isa: str, float_type: str, scale: float, window: int | None, table: int, gate: str
-) -> Layer:
+def _pack_layer(block: Any, pack: SparsePacker, scale: float, window: int | None, table: int, gate: str) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     gemma = hasattr(block, "pre_feedforward_layernorm")
     before_attention = _norm(block.input_layernorm)
@@ -152,18 +150,18 @@ def _pack_layer(
     assert before_attention is not None and before_mlp is not None
     return Layer(
         before_attention=before_attention,
-        qkv=pack_linear([attention.q_proj, attention.k_proj, attention.v_proj], isa, float_type),
+        qkv=pack([attention.q_proj, attention.k_proj, attention.v_proj]),
         query_norm=_norm(getattr(attention, "q_norm", None)),
         key_norm=_norm(getattr(attention, "k_norm", None)),
         scale=scale,
         window=window,
         table=table,
-        output=pack_linear([attention.o_proj], isa, float_type),
+        output=pack([attention.o_proj]),
         after_attention=_norm(block.post_attention_layernorm) if gemma else None,
         before_mlp=before_mlp,
-        gate_up=pack_linear([mlp.gate_proj, mlp.up_proj], isa, float_type, gated=True),
+        gate_up=pack([mlp.gate_proj, mlp.up_proj], gated=True),
         gate=gate,
-        down=pack_linear([mlp.down_proj], isa, float_type),
+        down=pack([mlp.down_proj]),
         after_mlp=_norm(block.post_feedforward_layernorm) if gemma else None,
     )
 

@@ -109,7 +109,7 @@ def _check_store(layer: Any) -> None:
         return
     if store is None:
         raise UnsupportedModelError("a layer has numbers of outlier columns, but not their weights")
-    outputs, inputs = layer.weight.shape
+    outputs, inputs = layer.out_features, layer.in_features
     fits = columns.dtype == torch.int64 and columns.dim() == 1
     fits = fits and (not len(columns) or 0 <= int(columns.min()) <= int(columns.max()) < inputs)
     fits = fits and store.shape == (outputs, len(columns))
@@ -125,7 +125,9 @@ def decomposition_of(layer: Any) -> Decomposition | None:
     return None if isinstance(layer, Int8TiedHead) and rule.outliers == "static" else rule
 
 
-def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool = False) -> PackedLinear:
+def pack_linear(
+    layers: Sequence[Any], isa: str, float_type: str, *, gated: bool = False, sparse: bool = False
+) -> PackedLinear:
     """Pack layers with the same input as one weight, their outputs one after the other, or in turns if ``gated``.
 
     Args:
@@ -133,6 +135,7 @@ def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool
         isa: instruction set.
         float_type: of layers that are not int8: ``"bfloat16"`` or ``"float32"``.
         gated: two layers of the same size, the gate first.
+        sparse: store int8 codes without those that are zero. The products are the same, to the bit.
 
     Raises:
         UnsupportedModelError: the layers cannot be one weight.
@@ -140,22 +143,25 @@ def pack_linear(layers: Sequence[Any], isa: str, float_type: str, *, gated: bool
     check_linear(layers)
     first = layers[0]
     type_ = "int8" if isinstance(first, (Int8Linear, Int8TiedHead)) else float_type
-    outputs, inputs = sum(layer.weight.shape[0] for layer in layers), first.weight.shape[1]
+    sparse = sparse and type_ == "int8"
+    outputs, inputs = sum(layer.out_features for layer in layers), first.in_features
     columns = getattr(first, "outlier_columns", None)
     parts = len(layers) if gated else 1
-    padded = parts * -(-layers[0].weight.shape[0] // 16) * 16 if gated else outputs
+    padded = parts * -(-first.out_features // 16) * 16 if gated else outputs
     biased = any(layer.bias is not None for layer in layers)
     stored = 0 if columns is None else len(columns)
     stored_type = _name(first.outlier_weight) if stored else "float16"
     library = core()
     assert library is not None
-    handle = library.Weight(isa, type_, padded, inputs, biased, stored, stored_type)
+    handle = library.Weight(isa, type_, padded, inputs, biased, stored, stored_type, sparse)
     row = 0
     for place, layer in enumerate(layers):
-        count = layer.weight.shape[0]
+        count = layer.out_features
         where = (count, 0, place, parts) if gated else (count, row, 0, 1)
         _pack_rows(handle, layer, where)
         row += count
+    if sparse:
+        handle.drop_zeros()
     decomposition = decomposition_of(first)
     mask = None
     if decomposition is not None and decomposition.outliers == "static" and columns is not None:
@@ -172,7 +178,7 @@ def pack_embedding(embedding: Any, isa: str, float_type: str) -> PackedLinear:
     library = core()
     assert library is not None
     rows, inputs = weight.shape
-    handle = library.Weight(isa, type_, rows, inputs, False, 0, "float16")
+    handle = library.Weight(isa, type_, rows, inputs, False, 0, "float16", False)
     _pack(handle, weight, scale, (rows, 0, 0, 1))
     return PackedLinear(handle, type_, rows, inputs)
 

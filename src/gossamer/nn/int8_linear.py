@@ -77,7 +77,7 @@ class Int8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.decomposition = decomposition or Decomposition()
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self._register_codes(device)
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("outlier_columns", None)
@@ -86,6 +86,15 @@ class Int8Linear(nn.Module):
             self.outlier_columns = torch.arange(num_outlier_columns, device=device)
             half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
             self.outlier_weight = torch.zeros(out_features, num_outlier_columns, device=device, dtype=half)
+
+    def _register_codes(self, device: torch.device | str | None) -> None:
+        codes = torch.zeros(self.out_features, self.in_features, dtype=torch.int8, device=device)
+        self.register_buffer("weight", codes)
+
+    def _take_rest(self, other: Int8Linear) -> None:
+        """Share everything but the codes."""
+        self.scale, self.bias = other.scale, other.bias
+        self.outlier_columns, self.outlier_weight = other.outlier_columns, other.outlier_weight
 
     @classmethod
     def from_linear(
@@ -136,8 +145,8 @@ class Int8Linear(nn.Module):
         step = piece_rows(self.in_features)
         pieces = [source[start : start + step][:, columns] for start in range(0, self.out_features, step)]
         exact = torch.cat(pieces) if pieces else torch.zeros(0, len(columns))
-        self.outlier_columns = columns.to(self.weight.device)
-        self.outlier_weight = (exact if exact.dtype.itemsize == 2 else in_16_bit(exact)).to(self.weight.device)
+        self.outlier_columns = columns.to(self.scale.device)
+        self.outlier_weight = (exact if exact.dtype.itemsize == 2 else in_16_bit(exact)).to(self.scale.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""
@@ -157,12 +166,13 @@ class Int8Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """An ``nn.Linear`` with the weight that the codes stand for, and exact columns where they are kept."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
+        codes = self.weight
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=codes.device)
         step = piece_rows(self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
             exact = None if self.outlier_weight is None else self.outlier_weight[part]
-            weight[part] = dequantize_rows(self.weight[part], self.scale[part], self.outlier_columns, exact)
+            weight[part] = dequantize_rows(codes[part], self.scale[part], self.outlier_columns, exact)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)

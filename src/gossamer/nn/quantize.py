@@ -14,6 +14,7 @@ from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead, unsupported_
 from gossamer.nn.int8_linear import Decomposition, Int8Linear, is_int8
 from gossamer.nn.int8_weight import linear_weight, quantize_weight
 from gossamer.nn.outlier_store import find_outlier_columns, random_reading
+from gossamer.nn.sparse_int8_linear import SparseInt8Linear, sparse_if_smaller
 from gossamer.ops.int8 import Criterion, Outliers
 
 SKIP = ("lm_head",)
@@ -30,6 +31,7 @@ class LayerReport:
         bytes_before, bytes_after: of its weight, with scales and outlier store.
         relative_error: of the int8 weight, Frobenius norm of the error over that of the weight.
         outlier_columns: columns whose weights are kept in 16 bit as well.
+        saved_bytes: what leaving its zeros out saves; 0 for a layer that keeps them.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerReport:
     bytes_after: int
     relative_error: float
     outlier_columns: int = 0
+    saved_bytes: int = 0
 
 
 @dataclass
@@ -67,6 +70,13 @@ class QuantizationReport:
             f"{len(self.layers)} layers in int8: {self.bytes_before / 1e6:,.1f} MB became "
             f"{self.bytes_after / 1e6:,.1f} MB"
         ]
+        sparse = [layer for layer in self.layers if layer.saved_bytes]
+        if sparse:
+            after = sum(layer.bytes_after for layer in sparse)
+            lines.append(
+                f"{len(sparse)} of them stored without their zeros: {after / 1e6:,.1f} MB in place of "
+                f"{(after + sum(layer.saved_bytes for layer in sparse)) / 1e6:,.1f} MB"
+            )
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
@@ -87,6 +97,9 @@ def quantize(
     run: Callable[[], object] | None = None,
 ) -> QuantizationReport:
     """Replace the linear layers of a model by :class:`Int8Linear`, in place.
+
+    A layer of which enough weights are zero, because it was pruned, becomes a
+    :class:`~gossamer.nn.sparse_int8_linear.SparseInt8Linear`: the same codes in less memory.
 
     Attention, norms and activations stay as they are. If the output layer is tied to the embedding and not skipped,
     both become int8 and share one store.
@@ -165,6 +178,7 @@ def _int8_modules(
         int8 = Int8Linear.from_weight(
             quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
         )
+        int8 = sparse_if_smaller(int8)
         replacements[layer] = int8.train(layer.training)
         report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
     return replacements
@@ -172,16 +186,24 @@ def _int8_modules(
 
 def describe(name: str, module: Int8Linear | Int8Embedding, element_size: int, relative_error: float) -> LayerReport:
     """The line of the report for a module whose weight had entries of ``element_size`` bytes."""
-    columns, exact = getattr(module, "outlier_columns", None), getattr(module, "outlier_weight", None)
-    outputs, inputs = module.weight.shape
+    columns = getattr(module, "outlier_columns", None)
+    if isinstance(module, Int8Embedding):
+        outputs, inputs = module.num_embeddings, module.embedding_dim
+    else:
+        outputs, inputs = module.out_features, module.in_features
+    bytes_after = sum(buffer.nbytes for buffer in module.buffers(recurse=False))
+    saved = 0
+    if isinstance(module, SparseInt8Linear):
+        saved = outputs * inputs - module.weight_codes.nbytes - module.weight_mask.nbytes - module.weight_shape.nbytes
     return LayerReport(
         name,
         inputs,
         outputs,
-        module.weight.numel() * element_size,
-        sum(tensor.nbytes for tensor in (module.weight, module.scale, columns, exact) if tensor is not None),
+        outputs * inputs * element_size,
+        bytes_after,
         relative_error,
         0 if columns is None else len(columns),
+        saved,
     )
 
 
