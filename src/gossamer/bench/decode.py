@@ -324,12 +324,14 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
     steps = contestant.steps[WARM_UP_STEPS:]
     result.step_ms = statistics.median(steps) * 1e3
     result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
-    for other in others:
-        same = other.result.sharing == result.sharing, other.result.sparse_weights == result.sparse_weights
-        if other.result.sharing == "off" and same[1]:
-            result.speedup = _median_ratio(other, contestant)
-        if other.result.sparse_weights == "off" and same[0] and not same[1]:
-            result.over_dense = _median_ratio(other, contestant)
+    for other in (each for each in others if each.steps):
+        same_sharing = other.result.sharing == result.sharing
+        same_weights = other.result.sparse_weights == result.sparse_weights
+        ratio = statistics.median(theirs / own for theirs, own in zip(other.steps, contestant.steps, strict=True))
+        if other.result.sharing == "off" and same_weights:
+            result.speedup = ratio
+        if other.result.sparse_weights == "off" and same_sharing and not same_weights:
+            result.over_dense = ratio
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
@@ -342,11 +344,6 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
     result.ceilings = limits
     result.floor_ms = _floor_ms(result, engine, network, limits)
     result.floor_share = result.floor_ms / result.step_ms
-
-
-def _median_ratio(other: _Contestant, own: _Contestant) -> float:
-    pairs = list(zip(other.steps, own.steps, strict=False))[WARM_UP_STEPS:]
-    return statistics.median(theirs / mine for theirs, mine in pairs)
 
 
 def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[str, float]) -> float:

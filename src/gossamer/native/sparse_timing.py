@@ -8,6 +8,7 @@ processor's caches together, as those of a model do not.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ GAIN = 1.02  # of one row, at least, for a weight to be stored without its zeros
 LOSS = 1.03  # of more rows, at most
 _SMALL = 256 << 10  # bytes of a dense weight below which the call takes as long as the product
 _COPIES_BYTES = 48 << 20  # of dense copies; with the sparse ones beside them more than most caches hold
-_GROUP_BYTES = 8 << 20  # timed at a time: so short that other programs leave some of the times alone
+_GROUP_BYTES = 4 << 20  # timed at a time: so short that other programs leave some of the times alone
+_BUDGET = 0.1  # seconds for each number of rows, but for one group: on a busy machine a product may take 10 ms
 _ROUNDS = 5
 _MANY_ROUNDS = 3
 
@@ -172,12 +174,14 @@ def _measure(pack: _Pack, threads: int, few: int) -> SparseTiming:
     def ratio(count: int, groups: list[list[list[Any]]], rounds: int) -> float:
         """Of the sums of the shortest times of each group."""
         best = torch.full((2, len(groups)), torch.inf, dtype=torch.float64)
-        for _ in range(rounds):
-            for number, group in enumerate(groups):
-                for form, handles in enumerate(group):
-                    run = _multiply(handles, weights[form].outlier_rule(), x, y, count, threads)
-                    best[form, number] = min(float(best[form, number]), _seconds(run))
-        dense, sparse = best.sum(1).tolist()
+        enough = time.perf_counter() + _BUDGET
+        for number, group in itertools.chain.from_iterable([enumerate(groups)] * rounds):
+            if time.perf_counter() > enough and best[:, 0].isfinite().all():
+                break
+            for form, handles in enumerate(group):
+                run = _multiply(handles, weights[form].outlier_rule(), x, y, count, threads)
+                best[form, number] = min(float(best[form, number]), _seconds(run))
+        dense, sparse = best[:, best.isfinite().all(0)].sum(1).tolist()
         return float(dense / sparse)
 
     one = ratio(1, copies, _ROUNDS)
