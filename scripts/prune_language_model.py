@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=4, help="of reconstruction")
+    parser.add_argument("--epochs", type=int, default=2, help="of reconstruction")
     parser.add_argument("--windows", type=int, default=16, help=f"of {WINDOW} tokens that are measured")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each run too")
     arguments = parser.parse_args()

@@ -72,7 +72,7 @@ class SparsityRecipe:
     pattern: str = "unstructured"
     curvature: str = "gram"
     update: Update = "joint"
-    reconstruction: int = 4
+    reconstruction: int = 2
     sequences: int = 64
     length: int = 512
     skip: tuple[str, ...] = ("lm_head",)

@@ -26,9 +26,9 @@ class Reconstruction:
         batch: calibration batches per step.
     """
 
-    epochs: int = 4
-    lr: float = 2e-4
-    batch: int = 4
+    epochs: int = 2
+    lr: float = 5e-4
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.lr <= 0 or self.batch < 1:
