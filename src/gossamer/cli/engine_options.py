@@ -64,7 +64,8 @@ SparseWeightsOption = Annotated[
     typer.Option(
         "--sparse-weights",
         help="How the native runner keeps int8 layers that are stored without their zeros: on (without, in less "
-        "memory), off (with them) or auto (as this machine multiplies each shape faster; half a second of measuring). "
+        "memory), off (with them) or auto (as this machine multiplies each shape faster; up to half a second of "
+        "measuring for each). "
         "The results are the same.",
     ),
 ]
