@@ -51,8 +51,8 @@ class LLM:
             per token and head: half the memory of bf16 ones, at a small cost (docs/how-to/int8.md has figures).
         sparse_weights: of int8 layers that are stored without their zeros, because they were pruned: ``"auto"`` packs
             each shape with or without them as it is faster on this machine, which takes up to half a second each to
-            measure; ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster may
-            depend on how many sequences decode together, so ``max_num_seqs`` counts.
+            measure; ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster
+            may depend on how many sequences decode together, so ``max_num_seqs`` counts.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
