@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -140,6 +140,18 @@ compress_sparse(sys.argv[1], sys.argv[2], recipe, reference_text()[:20_000], on_
         report = compress_sparse(source, tmp_path / "out", SparsityRecipe(0.4, **FAST), TEXT)
         assert report.resumed == 0 and report.pruning.sparsity == pytest.approx(0.4, abs=0.01)
 
+    def test_other_weights_under_the_same_name_do_not_go_on(self, source: Path, tmp_path: Path) -> None:
+        def stop(phase: str, done: int, total: int) -> None:
+            if phase == "blocks":
+                raise KeyboardInterrupt
+
+        other = save_model("llama", tmp_path / "source")
+        with pytest.raises(KeyboardInterrupt):
+            compress_sparse(other, tmp_path / "out", SparsityRecipe(0.5, **FAST), TEXT, on_progress=stop)
+        weights = load_file(other / "model.safetensors")
+        save_file({name: -weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+        assert compress_sparse(other, tmp_path / "out", SparsityRecipe(0.5, **FAST), TEXT).resumed == 0
+
     def test_a_damaged_part_is_done_again(self, source: Path, tmp_path: Path) -> None:
         def stop(phase: str, done: int, total: int) -> None:
             if phase == "blocks":
@@ -147,7 +159,7 @@ compress_sparse(sys.argv[1], sys.argv[2], recipe, reference_text()[:20_000], on_
 
         with pytest.raises(KeyboardInterrupt):
             compress_sparse(source, tmp_path / "out", SparsityRecipe(0.5, **FAST), TEXT, on_progress=stop)
-        part = next(tmp_path.glob(".out.unfinished-*/block-000.safetensors"))
+        part = next(tmp_path.glob(".out.unfinished-*/block-000-0.5.safetensors"))
         part.write_bytes(part.read_bytes()[:100])
         compress_sparse(source, tmp_path / "out", SparsityRecipe(0.5, **FAST), TEXT)
         compress_sparse(source, tmp_path / "other", SparsityRecipe(0.5, **FAST), TEXT)
@@ -183,6 +195,8 @@ class TestBadInput:
             compress_sparse(odd, tmp_path / "out", SparsityRecipe(0.5, "2:4", **FAST), TEXT)
         with pytest.raises(GossamerError, match="must not lie in one another"):
             compress_sparse(source, source / "out", recipe, TEXT)
+        with pytest.raises(ConfigurationError, match="dtype is 'bf16'"):
+            compress_sparse(source, tmp_path / "out", recipe, TEXT, dtype="bf16")
         compress_sparse(source, tmp_path / "out", recipe, TEXT, int8=GossamerInt8Config())
         with pytest.raises(ConfigurationError, match="quantized already"):
             compress_sparse(tmp_path / "out", tmp_path / "again", recipe, TEXT)
@@ -198,6 +212,18 @@ class TestCommand:
         done = CliRunner().invoke(app, [*arguments, "--int8"], catch_exceptions=False)
         report = json.loads(done.stdout)
         assert report["pruning"]["sparsity"] == pytest.approx(0.5, abs=0.01) and report["quantization"]["layers"]
+
+    def test_a_skipped_block_stays_dense(self, source: Path, tmp_path: Path) -> None:
+        recipe = SparsityRecipe(0.5, **FAST, skip=("lm_head", "model.layers.0"))
+        compress_sparse(source, tmp_path / "out", recipe, TEXT)
+        shares = {name: float((w == 0).float().mean()) for name, w in pruned_weights(tmp_path / "out").items()}
+        assert all(share < 0.01 for name, share in shares.items() if ".0." in name)
+        assert all(share == pytest.approx(0.5, abs=0.01) for name, share in shares.items() if ".1." in name)
+
+    def test_options_of_pruning_alone_are_refused(self, source: Path, tmp_path: Path) -> None:
+        arguments = ["compress", str(source), "-o", str(tmp_path / "out"), "--int8", "--pattern", "2:4"]
+        with pytest.raises(ConfigurationError, match="are for pruning"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
 
     def test_nothing_to_do_is_said(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"--sparsity 0.5 makes half"):

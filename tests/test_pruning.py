@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
@@ -460,6 +461,32 @@ class TestPruner:
         with pytest.raises(ConfigurationError, match="stages"):
             Pruner(perceptron(), Magnitude(), recompute=0)
 
+    def test_a_layer_on_its_own_and_one_that_is_not_called(self) -> None:
+        layer = nn.Linear(16, 4)
+        assert list(Pruner(layer, Magnitude()).targets) == ["weight"]
+        Pruner(layer, DiagFisher()).prune_to(0.5, batches(), F.cross_entropy)
+        assert float((layer.weight == 0).float().mean()) == 0.5
+        model = perceptron()
+        model.unused = nn.Linear(4, 4)  # type: ignore[assignment]
+        model.forward = lambda x: nn.Sequential(*list(model.children())[:5])(x)  # type: ignore[assignment]
+        with pytest.raises(ConfigurationError, match=r"unused.weight was not used"):
+            Pruner(model, LayerGram()).prune_to(0.5, batches())
+
+    def test_what_is_pruned_stays_so_under_another_curvature(self) -> None:
+        model = perceptron()
+        first = Pruner(model, Magnitude(), Unstructured("global"), params=["0"])
+        first.prune_to(0.8)
+        second = Pruner(model, LayerGram(), Unstructured("row"), params=["0"])
+        second.masks = dict(first.masks)
+        second.prune_to(0.85, batches())
+        assert not bool((second.masks["0.weight"] & ~first.masks["0.weight"]).any())
+
+    def test_no_file_is_left_behind(self, tmp_path: Any) -> None:
+        Pruner(perceptron(), LayerGram(), scratch=tmp_path).prune_to(0.5, batches())
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ConfigurationError, match="cannot keep a copy"):
+            Pruner(perceptron(), Magnitude(), scratch=tmp_path / "missing").prune_to(0.5)
+
 
 class TestMasks:
     @pytest.mark.parametrize(
@@ -504,6 +531,10 @@ class TestMasks:
         save_masks(tmp_path / "n", {"7.weight": torch.ones(3, dtype=torch.bool)})
         with pytest.raises(ConfigurationError, match="no weight that is pruned here"):
             pruner.load_masks(tmp_path / "n")
+        few = {"weight": torch.zeros(1, dtype=torch.uint8)}
+        save_file(few, tmp_path / "few", {"format": "gossamer-masks", "weight": "1000,1000"})
+        with pytest.raises(CheckpointError, match="no bit for each"):
+            load_masks(tmp_path / "few")
         (tmp_path / "m").write_bytes((tmp_path / "m").read_bytes()[:-1])
         for path in (tmp_path / "m", tmp_path / "missing"):
             with pytest.raises(CheckpointError, match="cannot be read"):
@@ -530,7 +561,7 @@ class TestBlocks:
     def test_reconstruction_brings_blocks_closer_and_leaves_zeros(self, kind: str, curvature: Any) -> None:
         model = language_model(kind)
         pruner = Pruner(
-            model, curvature, NM(2, 4), blocks=decoder_blocks(model), reconstruction=Reconstruction(epochs=3, lr=1e-3)
+            model, curvature, NM(2, 4), blocks=decoder_blocks(model), reconstruction=Reconstruction(epochs=3, lr=2e-4)
         )
         report = pruner.prune_to(0.5, language_batches(), language_loss)
         assert len(report.reconstruction) == 2
@@ -538,6 +569,16 @@ class TestBlocks:
         for name, mask in pruner.masks.items():
             assert not bool((model.get_parameter(name)[~mask] != 0).any())
         assert not any(parameter.requires_grad is False for parameter in model.parameters())
+
+    def test_a_model_with_eager_attention_is_run_causally(self) -> None:
+        results = []
+        for attention in ("sdpa", "eager"):
+            model = language_model("llama")
+            model.set_attn_implementation(attention)
+            Pruner(model, LayerGram(), NM(2, 4), blocks=decoder_blocks(model)).prune_to(0.5, language_batches())
+            assert model.config._attn_implementation == attention
+            results.append(state(model))
+        assert same(*results)
 
     def test_an_interruption_restores_the_whole_model(self) -> None:
         model = language_model("llama")
@@ -563,6 +604,17 @@ class TestBlocks:
             Pruner(model, LayerGram(), Unstructured("global"), blocks=blocks)
         with pytest.raises(ConfigurationError, match="pass the model's `blocks`"):
             Pruner(model, LayerGram(), reconstruction=Reconstruction())
+        with pytest.raises(ConfigurationError, match="lies in none of the blocks"):
+            Pruner(model, LayerGram(), blocks=blocks[:1])
+        with pytest.raises(ConfigurationError, match="do not divide blocks of 6"):
+            Pruner(model, BlockFisher(6), NM(2, 4))
+        with pytest.raises(ConfigurationError, match="in one stage"):
+            Pruner(model, BlockFisher(), NM(2, 4), recompute=2)
+        half = language_model("llama").bfloat16()
+        with pytest.raises(ConfigurationError, match="trained in float32"):
+            Pruner(half, LayerGram(), NM(2, 4), blocks=decoder_blocks(half), reconstruction=Reconstruction()).prune_to(
+                0.5, language_batches()
+            )
         with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
             decoder_blocks(perceptron())
         uneven = [*language_batches(), *language_batches(length=5)]

@@ -126,6 +126,8 @@ def compress(
             skipped,
         )
     if sparsity is None:
+        if text is not None or memory is not None or pattern != "unstructured":
+            raise ConfigurationError("--text, --memory and --pattern are for pruning: say how much with --sparsity")
         assert config is not None
         _quantize(model, output, config, dtype, overwrite, as_json)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -16,8 +17,9 @@ from torch import Tensor
 from gossamer.compress.output import all_or_nothing, check_output, size_of
 from gossamer.compress.writing import write_model
 from gossamer.errors import ConfigurationError
+from gossamer.models.checkpoint import stored_dtype
 from gossamer.models.int8_quantizer import GossamerInt8Config
-from gossamer.models.load import load_config, load_model
+from gossamer.models.load import DTYPES, load_config, load_model
 from gossamer.models.manifest import write_manifest
 from gossamer.models.resolve import resolve_model
 from gossamer.models.shards import Progress
@@ -49,6 +51,8 @@ CURVATURES: dict[str, Callable[[], Curvature]] = {
     "block-fisher": BlockFisher,
     "mfac": MFACFisher,
 }
+
+_PARTS_FORMAT = 1  # of what an interrupted run leaves; those of another one are not taken
 
 
 @dataclass(frozen=True)
@@ -89,20 +93,22 @@ class SparsityRecipe:
         check_share(self.sparsity)
         parse_pattern(self.pattern).check_sparsity(self.sparsity)
 
-    def pruner(self, model: Any, memory: int | None) -> Pruner:
+    def pruner(self, model: Any, memory: int | None, scratch: Path) -> Pruner:
         """The pruner of a language model."""
         curvature = CURVATURES[self.curvature]()
         scope: Scope = "row" if isinstance(curvature, Wanda) else "layer"  # Wanda's own; the others are better off so
         pattern = parse_pattern(self.pattern, "global" if curvature.source == "gradients" else scope)
+        in_blocks = curvature.source == "inputs" or self.reconstruction > 0
         return Pruner(
             model,
             curvature,
             pattern,
             self.update,
             exclude=self.skip,
-            blocks=decoder_blocks(model),
+            blocks=decoder_blocks(model) if in_blocks else None,
             reconstruction=Reconstruction(self.reconstruction) if self.reconstruction else None,
             memory=memory,
+            scratch=scratch,
         )
 
 
@@ -173,6 +179,8 @@ def compress_sparse(
             suffice.
         GossamerError: what loading raises, or ``output`` cannot be written.
     """
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     target = Path(output).resolve()
     source = resolve_model(model)
     check_output(source.resolve(), target, is_file=False, overwrite=overwrite)
@@ -182,17 +190,14 @@ def compress_sparse(
             f"{source} is quantized already ({quantized.get('quant_method')}); prune the original checkpoint"
         )
     network, tokenizer = load_model(source, dtype="float32")
-    wanted = dtype if dtype != "auto" else str(stored.dtype or "float32").removeprefix("torch.")
+    wanted = dtype if dtype != "auto" else str(stored.dtype or stored_dtype(source)).removeprefix("torch.")
     batches = _calibration(tokenizer, text, recipe)
-    pruner = recipe.pruner(network, _for_statistics(network, recipe, memory))
+    pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), target.parent)
     data = hashlib.sha256(torch.cat([batch["input_ids"] for batch in batches]).numpy().tobytes()).hexdigest()
     settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": data}
     parts = Unfinished(_parts_directory(target, source, settings))
-    resumed = len(parts)
     loss = None if recipe.curvature == "magnitude" and not recipe.reconstruction else _loss
     report = pruner.prune_to(recipe.sparsity, batches, loss, unfinished=parts, progress=on_progress)
-    network = network.to(getattr(torch, wanted))
-    network.config.dtype = getattr(torch, wanted)
     quantization = None
     if int8 is not None:
         quantization = quantize(
@@ -204,14 +209,16 @@ def compress_sparse(
             outlier_store=int8.outlier_store,
         )
         settings |= {"int8": network.config.quantization_config.to_dict(), "skipped": quantization.skipped}
+    network = network.to(getattr(torch, wanted))
+    network.config.dtype = getattr(torch, wanted)
     with all_or_nothing(target) as unfinished:
         write_model(network, tokenizer, unfinished, on_bytes)
         if int8 is None:
             save_masks(unfinished / MASKS, pruner.masks)
         write_manifest(unfinished, settings | {"pruning": report.to_dict()})
-    for leftover in target.parent.glob(f".{target.name}.unfinished-*"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.unfinished-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    return SparseReport(target, size_of(target), size_of(source), report, quantization, resumed)
+    return SparseReport(target, size_of(target), size_of(source), report, quantization, parts.taken)
 
 
 def _calibration(tokenizer: Any, text: str, recipe: SparsityRecipe) -> list[dict[str, Tensor]]:
@@ -249,6 +256,7 @@ def _for_statistics(network: Any, recipe: SparsityRecipe, memory: int | None) ->
 
 def _parts_directory(target: Path, source: Path, settings: dict[str, Any]) -> Path:
     """Another one for other settings, and for other weights under the same name."""
-    files = sorted((path.name, path.stat().st_size) for path in source.iterdir() if path.is_file())
-    key = hashlib.sha256(json.dumps([settings, str(source), files]).encode()).hexdigest()[:12]
+    stats = {path.name: path.stat() for path in sorted(source.iterdir()) if path.is_file()}
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    key = hashlib.sha256(json.dumps([_PARTS_FORMAT, settings, str(source), files]).encode()).hexdigest()[:12]
     return target.parent / f".{target.name}.unfinished-{key}"

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
-from gossamer.nn.outlier_store import own_attention
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_position")
 
@@ -30,10 +29,11 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
         UnsupportedModelError: there is no list of them.
     """
     body = getattr(model, "base_model", model)
-    for name in ("layers", "h", "blocks"):
-        found = getattr(body, name, None)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return list(found)
+    for holder in (body, getattr(body, "decoder", None)):
+        for name in ("layers", "h", "blocks"):
+            found = getattr(holder, name, None)
+            if isinstance(found, nn.ModuleList) and len(found):
+                return list(found)
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of decoder blocks named layers, h or blocks; pass `blocks`"
     )
@@ -63,7 +63,7 @@ class BlockRun:
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.hidden: list[Tensor] = []
         self.blocks = blocks
-        with torch.no_grad(), own_attention(model):
+        with torch.no_grad():
             for number, batch in enumerate(batches):
                 self._start(model, batch["input_ids"], whole=number == 0)
         if len(self._calls) != len(blocks):

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigurationError
 from gossamer.operators.gradient_store import GradientStore, check_finite
 from gossamer.operators.inverse_fisher import FisherBlocks, InverseFisher
 from gossamer.pruning.quadratic import Diagonal, FisherForm, Quadratic, SharedGram
@@ -27,6 +26,10 @@ class Statistic(Protocol):
         """Rows of the layer's input (T, K), or a gradient (d)."""
 
     @property
+    def count(self) -> int:
+        """Rows or gradients so far."""
+
+    @property
     def scale(self) -> float:
         """Mean of F's diagonal before damping: what a relative damping is relative to."""
 
@@ -39,8 +42,9 @@ class Curvature(Protocol):
 
     Attributes:
         source: what its statistics take.
-        relative_damping: damping, in units of the mean of F's diagonal: of one layer for curvatures of inputs, of the
-            whole model for those of gradients.
+        relative_damping: damping, in units of the mean of F's diagonal, weight by weight.
+        block_size: F couples that many consecutive weights at most; ``None`` for all.
+        most_samples: gradients that it can use; ``None`` for any number.
     """
 
     @property
@@ -49,6 +53,12 @@ class Curvature(Protocol):
     @property
     def relative_damping(self) -> float: ...
 
+    @property
+    def block_size(self) -> int | None: ...
+
+    @property
+    def most_samples(self) -> int | None: ...
+
     def begin(self, shape: tuple[int, int]) -> Statistic:
         """A statistic for a weight (N, K)."""
 
@@ -56,8 +66,15 @@ class Curvature(Protocol):
         """Memory of the statistic."""
 
 
+class _AnyBlocks:
+    """What most curvatures have in common."""
+
+    block_size: ClassVar[int | None] = None
+    most_samples: ClassVar[int | None] = None
+
+
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(_AnyBlocks):
     """F = I: small weights are pruned."""
 
     source: ClassVar[Source] = "nothing"
@@ -71,7 +88,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Wanda:
+class Wanda(_AnyBlocks):
     """F = diag(mean of x^2): weights by magnitude times the size of their input (Sun et al. 2023, arXiv 2306.11695).
 
     Their scores ``|w_ij| |x_j|`` rank as the costs ``1/2 w_ij^2 E[x_j^2]`` do. The paper compares within rows:
@@ -89,7 +106,7 @@ class Wanda:
 
 
 @dataclass(frozen=True)
-class LayerGram:
+class LayerGram(_AnyBlocks):
     """F = X^T X / T for each row: the squared error of a layer's output.
 
     The Hessian of optimal brain compression and SparseGPT (Frantar and Alistarh 2022, arXiv 2208.11580; 2023, arXiv
@@ -109,11 +126,11 @@ class LayerGram:
         return _Gram(shape[1], self.rounds)
 
     def bytes(self, shape: tuple[int, int]) -> int:
-        return 8 * shape[1] ** 2
+        return 6 * 8 * shape[1] ** 2  # with its inverse, its eigenvectors, and copies in fp32
 
 
 @dataclass(frozen=True)
-class DiagFisher:
+class DiagFisher(_AnyBlocks):
     """F = diag(mean of g^2), over gradients g of single samples."""
 
     relative_damping: float = 1e-3
@@ -137,6 +154,7 @@ class BlockFisher:
     block_size: int = 16
     relative_damping: float = 1e-2
     source: ClassVar[Source] = "gradients"
+    most_samples: ClassVar[int | None] = None
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Blocks(shape, self.block_size)
@@ -162,6 +180,10 @@ class MFACFisher:
     block_size: int | None = None
     source: ClassVar[Source] = "gradients"
 
+    @property
+    def most_samples(self) -> int:
+        return self.gradients
+
     def begin(self, shape: tuple[int, int]) -> Statistic:
         return _Gradients(shape, self.gradients, self.dtype, self.block_size)
 
@@ -170,7 +192,7 @@ class MFACFisher:
 
 
 class _Alike:
-    scale = 1.0
+    scale, count = 1.0, 1
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
@@ -196,10 +218,10 @@ class _Squares:
 
     @property
     def scale(self) -> float:
-        return float(self.sums.mean()) / _seen(self.count)
+        return float(self.sums.mean()) / self.count
 
     def quadratic(self, damping: float) -> Quadratic:
-        mean = (self.sums / _seen(self.count) + damping).float()
+        mean = (self.sums / self.count + damping).float()
         return Diagonal(mean.clamp_min(torch.finfo(torch.float32).tiny), self.shape)
 
 
@@ -215,10 +237,10 @@ class _Gram:
 
     @property
     def scale(self) -> float:
-        return float(self.sums.diagonal().mean()) / _seen(self.count)
+        return float(self.sums.diagonal().mean()) / self.count
 
     def quadratic(self, damping: float) -> Quadratic:
-        matrix = self.sums / _seen(self.count)
+        matrix = self.sums / self.count
         matrix.diagonal().add_(damping)
         return SharedGram(matrix, self.rounds)
 
@@ -231,9 +253,13 @@ class _Blocks:
         self.blocks.add(seen)
 
     @property
+    def count(self) -> int:
+        return self.blocks.count
+
+    @property
     def scale(self) -> float:
         diagonal = self.blocks.matrices.diagonal(dim1=1, dim2=2)
-        return float(diagonal.sum(dtype=torch.float64)) / self.blocks.layout.d / _seen(self.blocks.count)
+        return float(diagonal.sum(dtype=torch.float64)) / self.blocks.layout.d / self.blocks.count
 
     def quadratic(self, damping: float) -> Quadratic:
         return FisherForm(InverseFisher(self.blocks, damping), self.shape)
@@ -249,19 +275,17 @@ class _Gradients:
             self.store.append(seen)
 
     @property
+    def count(self) -> int:
+        return len(self.store)
+
+    @property
     def scale(self) -> float:
         rows = self.store.rows
         total = sum(float(row.float().square().sum(dtype=torch.float64)) for row in rows)
-        return total / self.store.d / _seen(len(rows))
+        return total / self.store.d / len(rows)
 
     def quadratic(self, damping: float) -> Quadratic:
         size = self.block_size
         if size is None:
             return FisherForm(InverseFisher(self.store, damping), self.shape)
         return FisherForm(InverseFisher(self.store, damping, structure="block", block_size=size), self.shape)
-
-
-def _seen(count: int) -> int:
-    if not count:
-        raise ConfigurationError("a layer was not called with the calibration data, so that nothing is known of it")
-    return count

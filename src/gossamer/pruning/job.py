@@ -63,7 +63,7 @@ class Job:
             if kind == "value":
                 model.get_parameter(name).copy_(value)
             elif kind == "mask":
-                masks[name] = value
+                masks[name] = value.to(model.get_parameter(name).device)
             elif kind == "cost":
                 self.predicted[name] = float(value)
         self.report.reconstruction = [(float(a), float(b)) for a, b in tensors["errors"].reshape(-1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Hold:
     """Keeps pruned weights at zero while an optimizer trains; :meth:`release` ends it. Also a context manager.
 
     Before a step, gradients are zero where weights are pruned, so that no optimizer learns from them; after it, the
-    weights and what the optimizer remembers of them (momentum, second moments) are.
+    weights and what the optimizer remembers of them in tensors of their shape (momentum, second moments) are.
 
     Args:
         masks: parameters and their masks, bool of the parameter's shape; True is kept.
@@ -113,7 +114,13 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{path} holds no masks")
             for name in file.keys():  # noqa: SIM118  it is no dictionary
                 shape = [int(part) for part in metadata[name].split(",") if part]
-                bits = np.unpackbits(file.get_tensor(name).numpy(), bitorder="little", count=int(np.prod(shape)))
+                packed, count = file.get_tensor(name), math.prod(shape)
+                if packed.dtype != torch.uint8 or min(shape, default=0) < 0 or packed.numel() != -(-count // 8):
+                    raise CheckpointError(
+                        f"the mask of {name} in {path} is {packed.dtype} {list(packed.shape)}, which is no bit "
+                        f"for each of {shape}; the file is damaged"
+                    )
+                bits = np.unpackbits(packed.numpy(), bitorder="little", count=count)
                 masks[name] = torch.from_numpy(bits.astype(np.bool_)).reshape(shape)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"the masks in {path} cannot be read: {error}") from error

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from gossamer.errors import ConfigurationError
 
 
 class Original:
     """A copy of parameters, to go back to; a context manager that does so if its body fails.
 
     Args:
-        parameters: whose values are copied to a file, from which the system pages them in when they are looked at.
+        parameters: whose values are copied to files, from which the system pages them in when they are looked at.
+        directory: for these files, which have no names and are gone with the process; the system's by default.
+
+    Raises:
+        ConfigurationError: they cannot be written.
 
     >>> weight = nn.Parameter(torch.ones(2))
     >>> try:
@@ -26,16 +34,13 @@ class Original:
     tensor([1., 1.])
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="gossamer-original-")
+    def __init__(self, parameters: Iterable[nn.Parameter], directory: Path | None = None) -> None:
         self._values: dict[int, tuple[nn.Parameter, Tensor]] = {}
         for parameter in parameters:
-            if id(parameter) in self._values or not parameter.numel():
-                continue
-            file = f"{self._directory.name}/{len(self._values)}"
-            copy = torch.from_file(file, shared=True, size=parameter.numel(), dtype=parameter.dtype)
-            copy.view(parameter.shape).copy_(parameter.detach())
-            self._values[id(parameter)] = parameter, copy.view(parameter.shape)
+            if id(parameter) not in self._values and parameter.numel():
+                copy = _mapped(parameter.shape, parameter.dtype, directory)
+                copy.copy_(parameter.detach())
+                self._values[id(parameter)] = parameter, copy
 
     def __enter__(self) -> Original:
         return self
@@ -46,7 +51,6 @@ class Original:
                 for parameter, copy in self._values.values():
                     parameter.copy_(copy)
         self._values.clear()
-        self._directory.cleanup()
 
     @contextmanager
     def in_place(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -61,3 +65,21 @@ class Original:
             finally:
                 for (parameter, _), value in zip(swapped, now, strict=True):
                     parameter.copy_(value)
+
+
+def _mapped(shape: torch.Size, dtype: torch.dtype, directory: Path | None) -> Tensor:
+    """A tensor in a file that is deleted already, of which the mapping is all that is left."""
+    where = directory or tempfile.gettempdir()
+    try:
+        handle, name = tempfile.mkstemp(prefix="gossamer-original-", dir=directory)
+    except OSError as error:
+        raise ConfigurationError(f"cannot keep a copy of the weights in {where}: {error.strerror}") from error
+    try:
+        if hasattr(os, "posix_fallocate"):  # a mapped file for which there is no space would end the process
+            os.posix_fallocate(handle, 0, shape.numel() * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    except OSError as error:
+        raise ConfigurationError(f"there is no space in {where} for a copy of the weights: {error.strerror}") from error
+    finally:
+        os.close(handle)
+        os.unlink(name)

@@ -78,6 +78,10 @@ class Block:
                 f"a block has at least one weight, and competes in 'global', 'layer' or 'row'; got {self}"
             )
 
+    def __str__(self) -> str:
+        kind = "unstructured" if self.size == 1 else f"blocks of {self.size}"
+        return f"{kind}, each {'model' if self.scope == 'global' else self.scope} for itself"
+
     @property
     def subsets(self) -> Tensor:
         return torch.arange(self.size)[None]
@@ -140,6 +144,9 @@ class NM:
                 f"N:M keeps N of every M weights, 0 < N < M, with at most {MAX_SUBSETS} ways to choose; "
                 f"got {self.n}:{self.m}"
             )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
 
     @property
     def size(self) -> int:
@@ -217,19 +224,28 @@ def subset_costs(weight: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
     if q == 1:
         diagonal = inverse.diagonal(dim1=2, dim2=3)
         return (groups.square() / (2 * diagonal))[:, :, subsets[:, 0]].float()
-    blocks = inverse[:, :, subsets[:, :, None], subsets[:, None, :]]  # (., K / size, C, q, q)
-    if len(blocks) == 1:
-        precision = torch.linalg.inv(blocks.double())[0].to(groups.dtype)
-        chosen = groups[:, :, subsets]
-        return torch.einsum("ngcq,gcqr,ngcr->ngc", chosen, precision, chosen).float() / 2
     costs = torch.empty(*groups.shape[:2], count, device=weight.device)
-    step = max(1, _PIECE // max(1, blocks[0].numel()))
+    shared = None
+    if len(inverse) == 1:
+        shared = torch.linalg.inv(inverse[0][:, subsets[:, :, None], subsets[:, None, :]].double())
+    step = max(1, _PIECE // (groups.shape[1] * count * q * q))
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
-        chosen = groups[rows][:, :, subsets, None].double()
-        solved = torch.linalg.solve(blocks[rows].double(), chosen)
-        costs[rows] = (chosen * solved).sum((-1, -2)).float() / 2
+        chosen = groups[rows][:, :, subsets].double()
+        if shared is None:
+            blocks = inverse[rows][:, :, subsets[:, :, None], subsets[:, None, :]].double()
+            made_up = torch.linalg.solve(blocks, chosen[..., None])[..., 0]
+        else:
+            made_up = (shared @ chosen[..., None])[..., 0]
+        costs[rows] = (chosen * made_up).sum(-1).float() / 2
     return costs
+
+
+def alike_costs(weight: Tensor, pattern: Pattern) -> Tensor:
+    """:func:`subset_costs` for F = I: half the squares of a subset, summed up."""
+    member = torch.zeros(len(pattern.subsets), pattern.size, device=weight.device)
+    member.scatter_(1, pattern.subsets.to(weight.device), 0.5)
+    return weight.reshape(len(weight), -1, pattern.size).square() @ member.T
 
 
 def _keep_most_costly(costs: Tensor, sparsity: float) -> Tensor:

@@ -16,7 +16,7 @@ from gossamer.pruning.curvature import Curvature
 from gossamer.pruning.job import Job, OnProgress
 from gossamer.pruning.masks import Hold, check_masks, load_masks, save_masks
 from gossamer.pruning.original import Original
-from gossamer.pruning.patterns import Block, Pattern, Unstructured, subset_costs
+from gossamer.pruning.patterns import NM, Block, Pattern, Unstructured, subset_costs
 from gossamer.pruning.quadratic import Quadratic
 from gossamer.pruning.reconstruction import Reconstruction
 from gossamer.pruning.report import PrunedLayer, PruneReport
@@ -55,6 +55,8 @@ class Pruner:
         reconstruction: train each block afterwards.
         memory: bytes for statistics; a share of what is available by default. What does not fit at once is done in
             groups of weights, each with gradients of its own.
+        scratch: a directory for a copy of the weights while they are pruned, so that memory holds one; the system's
+            directory for temporary files by default.
 
     Attributes:
         targets: what is pruned, by name of the parameter.
@@ -86,16 +88,19 @@ class Pruner:
         blocks: Sequence[nn.Module] | None = None,
         reconstruction: Reconstruction | None = None,
         memory: int | None = None,
+        scratch: Path | None = None,
     ) -> None:
         if update not in ("none", "independent", "joint"):
             raise ConfigurationError(f"update is 'none', 'independent' or 'joint', got {update!r}")
         if recompute < 1:
             raise ConfigurationError(f"recompute counts stages, at least 1, got {recompute}")
+        if recompute > 1 and isinstance(pattern, NM):
+            raise ConfigurationError(f"{pattern} is reached in one stage: recompute=1")
         if reconstruction and blocks is None:
             raise ConfigurationError("a reconstruction goes block by block: pass the model's `blocks`")
         self.model, self.curvature, self.update, self.recompute = model, curvature, update, recompute
         self.pattern = pattern or Unstructured("global" if curvature.source == "gradients" else "layer")
-        self.blocks, self.reconstruction, self.memory = blocks, reconstruction, memory
+        self.blocks, self.reconstruction, self.memory, self.scratch = blocks, reconstruction, memory, scratch
         if self.in_blocks and (recompute > 1 or self.competes_globally):
             raise ConfigurationError(
                 "blocks that are pruned one after the other do it in one stage, and their weights cannot compete with "
@@ -104,7 +109,15 @@ class Pruner:
         self.targets = find_targets(model, params, exclude)
         for name, target in self.targets.items():
             self.pattern.check(name, target.shape[1])
+        if (coupled := curvature.block_size) and coupled % self.pattern.size:
+            raise ConfigurationError(
+                f"{self.pattern} takes {self.pattern.size} weights together, which do not divide blocks of {coupled} "
+                "of the Fisher matrix: choose another block_size"
+            )
+        if self.in_blocks:
+            self._check_blocks()
         self.masks: dict[str, Tensor] = {}
+        self._reached = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -123,12 +136,12 @@ class Pruner:
         unfinished: Unfinished | None = None,
         progress: OnProgress = lambda phase, done, total: None,
     ) -> PruneReport:
-        """Prune to a share of zeros. What is zero stays zero: sparsities of later calls are of the same weights.
+        """Prune to a share of zeros. What is pruned stays so: sparsities of later calls are of the same weights.
 
         Args:
             sparsity: between 0 and 1; for N:M, what it makes.
-            loader: calibration data, as for :func:`~gossamer.operators.fisher_gradients.gradients_of`; ``Magnitude``
-                needs none.
+            loader: calibration data, as for :func:`~gossamer.operators.fisher_gradients.gradients_of`, of which all is
+                used and kept in memory meanwhile; ``Magnitude`` needs none.
             loss_fn: of a batch, as there. Curvatures of gradients need it; with it the loss is measured before and
                 after.
             samples: gradients to take; as many as the loader has samples by default.
@@ -141,9 +154,9 @@ class Pruner:
                 zero. The model and the masks are then as they were.
         """
         self.pattern.check_sparsity(sparsity)
-        if self.masks and sparsity < self.sparsity - 1e-9:
+        if sparsity < self._reached:
             raise ConfigurationError(
-                f"{self.sparsity:.1%} is pruned already; pruning to {sparsity:.1%} would undo some"
+                f"{self._reached:.1%} is pruned already; pruning to {sparsity:.1%} would undo some"
             )
         if self.curvature.source != "nothing" and loader is None:
             raise ConfigurationError(f"{self.curvature} needs calibration data: pass a loader")
@@ -159,6 +172,7 @@ class Pruner:
             if self.blocks is not None and (self.in_blocks or self.reconstruction):
                 prune_blocks(self, job, original)
             report.loss_after = self._loss(job)
+        self._reached = sparsity
         for name, target in self.targets.items():
             share = float((target.read() == 0).float().mean(dtype=torch.float64))
             report.layers.append(PrunedLayer(name, target.shape, share, job.predicted.get(name, 0.0)))
@@ -182,10 +196,12 @@ class Pruner:
         """
         masks = load_masks(path)
         check_masks(masks, {name: target.parameter.shape for name, target in self.targets.items()})
-        self.masks = masks
         with torch.no_grad():
             for name, mask in masks.items():
-                self.targets[name].parameter.mul_(mask)
+                parameter = self.targets[name].parameter
+                self.masks[name] = mask.to(parameter.device)
+                parameter.mul_(self.masks[name])
+        self._reached = self.sparsity
 
     @property
     def in_blocks(self) -> bool:
@@ -218,6 +234,8 @@ class Pruner:
     def apply(self, target: Target, keep: Tensor, form: Quadratic | None, job: Job) -> None:
         """Prunes a target by a mask (N, K), and updates what is kept."""
         weight = target.read()
+        if target.name in self.masks:
+            keep = keep & target.to_matrix(self.masks[target.name]).cpu()
         if form is None or self.update == "none":
             new = weight * keep
         else:
@@ -227,7 +245,15 @@ class Pruner:
         if form is not None:
             job.predicted[target.name] = job.predicted.get(target.name, 0.0) + form.cost(new - weight)
         target.write(new)
-        self.masks[target.name] = target.from_matrix(keep).contiguous()
+        self.masks[target.name] = target.from_matrix(keep).contiguous().to(target.parameter.device)
+
+    def _check_blocks(self) -> None:
+        inside = {id(parameter) for block in self.blocks or () for parameter in block.parameters()}
+        if outside := [name for name, target in self.targets.items() if id(target.parameter) not in inside]:
+            raise ConfigurationError(
+                f"{outside[0]} lies in none of the blocks, and {self.curvature} sees the inputs of theirs only: "
+                "exclude it, or pass all blocks"
+            )
 
     def _loss(self, job: Job) -> float | None:
         if job.loss_fn is None or not job.batches:
@@ -243,7 +269,7 @@ class Pruner:
         if self.reconstruction and self.blocks is not None:
             changed += [parameter for block in self.blocks for parameter in block.parameters()]
         try:
-            with Original(changed) as original:
+            with Original(changed, self.scratch) as original:
                 yield original
         except BaseException:
             self.masks = masks

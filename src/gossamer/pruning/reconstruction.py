@@ -54,27 +54,35 @@ def reconstruct(
 
     Returns:
         Mean squared error before and after, relative to the mean square of the targets.
+
+    Raises:
+        ConfigurationError: the block is in another type than float32, in which steps this small would be lost.
     """
+    if lower := {str(p.dtype).removeprefix("torch.") for p in block.parameters()} - {"float32"}:
+        raise ConfigurationError(f"a block is trained in float32, and this one is {lower.pop()}: load the model so")
     power = sum(float(target.square().mean()) for target in targets) / len(targets)
     power = max(power, torch.finfo(torch.float32).tiny)
     before = _error(forward, inputs, targets) / power
     parameters = list(block.parameters())
+    gradients = [parameter.grad for parameter in parameters]
     backup = [parameter.detach().clone() for parameter in parameters]
     steps = settings.epochs * -(-len(inputs) // settings.batch)
     optimizer = torch.optim.Adam(parameters, lr=settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
-    with trainable(parameters), torch.enable_grad(), Hold(masks, optimizer):
-        for _ in range(settings.epochs):
-            for chosen in torch.randperm(len(inputs), generator=generator).split(settings.batch):
-                optimizer.zero_grad()
-                for number in chosen.tolist():
-                    error = (forward(inputs[number]) - targets[number]).square().mean()
-                    (error / (power * len(chosen))).backward()
-                optimizer.step()
-                schedule.step()
-    for parameter in parameters:
-        parameter.grad = None
+    try:
+        with trainable(parameters), torch.enable_grad(), Hold(masks, optimizer):
+            for _ in range(settings.epochs):
+                for chosen in torch.randperm(len(inputs), generator=generator).split(settings.batch):
+                    optimizer.zero_grad()
+                    for number in chosen.tolist():
+                        error = (forward(inputs[number]) - targets[number]).square().mean()
+                        (error / (power * len(chosen))).backward()
+                    optimizer.step()
+                    schedule.step()
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
     after = _error(forward, inputs, targets) / power
     if not after < before:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.pruning.patterns import Pattern, subset_costs
+from gossamer.pruning.patterns import Pattern, alike_costs
 
 _FIRST_PENALTY = 0.1
 _LAST_PENALTY = 6.0
@@ -27,7 +27,7 @@ def search_mask(matrix: Tensor, weight: Tensor, pattern: Pattern, sparsity: floa
 
     Args:
         matrix: H (K, K) fp64, positive definite.
-        weight: W (N, K). What is zero in it stays so.
+        weight: W (N, K). Its zeros are the first to be pruned.
         pattern: whose weights compete within W.
         sparsity: share of zeros.
         rounds: of the search; thirty get most of what can be had.
@@ -37,7 +37,6 @@ def search_mask(matrix: Tensor, weight: Tensor, pattern: Pattern, sparsity: floa
     eigenvalues, basis = values.clamp_min(0).float(), vectors.float()
     start = weight.float() / scale.float()
     wanted = (start @ basis) * eigenvalues  # W H, in the basis
-    alike = torch.eye(pattern.size, device=weight.device).expand(1, weight.shape[1] // pattern.size, -1, -1)
     inside, multipliers = start, torch.zeros_like(start)
     keep = torch.ones_like(start, dtype=torch.bool)
     for number in range(rounds):
@@ -45,7 +44,7 @@ def search_mask(matrix: Tensor, weight: Tensor, pattern: Pattern, sparsity: floa
         right = wanted + (penalty * inside - multipliers) @ basis
         free = (right / (eigenvalues + penalty)) @ basis.T
         shifted = (free + multipliers / penalty) * (weight != 0)
-        keep = pattern.keep({"": subset_costs(shifted, alike, pattern)}, sparsity)[""]
+        keep = pattern.keep({"": alike_costs(shifted, pattern)}, sparsity)[""]
         inside = shifted * keep
         multipliers += penalty * (free - inside)
     return keep

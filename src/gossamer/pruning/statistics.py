@@ -15,8 +15,44 @@ from gossamer.pruning.curvature import Curvature, Statistic
 from gossamer.pruning.masks import trainable
 from gossamer.pruning.quadratic import Quadratic
 from gossamer.pruning.targets import Target
+from gossamer.system import available_memory
 
 LossFn = Callable[[Any, Any], Tensor]
+
+
+_SHARE_OF_MEMORY = 0.6  # of what is available, for statistics
+
+
+def groups_in_memory(
+    targets: Mapping[str, Target], curvature: Curvature, memory: int | None
+) -> list[dict[str, Target]]:
+    """Targets whose statistics fit into memory together.
+
+    Args:
+        targets: by name.
+        curvature: says what each takes.
+        memory: bytes; a share of what is available by default.
+
+    Raises:
+        ConfigurationError: one of them alone does not fit.
+    """
+    available = available_memory()
+    budget = memory or (int(available * _SHARE_OF_MEMORY) if available else None)
+    groups: list[dict[str, Target]] = [{}]
+    used = 0
+    for name, target in targets.items():
+        size = curvature.bytes(target.shape)
+        if budget is not None and size > budget:
+            raise ConfigurationError(
+                f"{curvature} takes {size / 1e9:,.2f} GB for {name} {list(target.shape)} alone, and "
+                f"{budget / 1e9:,.2f} GB may be used: smaller blocks, fewer gradients, or more memory"
+            )
+        if budget is not None and used + size > budget:
+            groups.append({})
+            used = 0
+        groups[-1][name] = target
+        used += size
+    return groups
 
 
 def begin(targets: Mapping[str, Target], curvature: Curvature) -> dict[str, Statistic]:
@@ -30,7 +66,7 @@ def watching(targets: Mapping[str, Target], statistics: Mapping[str, Statistic])
 
     def hook(target: Target, statistic: Statistic) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            statistic.add(target.inputs(module, inputs[0].detach()))
+            statistic.add(target.inputs(module, inputs[0].detach()).cpu())
 
         return take
 
@@ -99,7 +135,7 @@ def see_gradients(
             parts = gradient.split([targets[name].parameter.numel() for name in order])
             for name, part in zip(order, parts, strict=True):
                 target = targets[name]
-                statistics[name].add(target.to_matrix(part.reshape(target.parameter.shape)).reshape(-1))
+                statistics[name].add(target.to_matrix(part.reshape(target.parameter.shape)).reshape(-1).cpu())
             progress(done, samples)
 
 
@@ -129,10 +165,15 @@ class Forms(Mapping[str, Quadratic]):
         relative_damping: in units of the mean of a form's diagonal.
 
     Raises:
-        ConfigurationError: nothing but zeros was seen.
+        ConfigurationError: a weight was not used, or nothing but zeros was seen.
     """
 
     def __init__(self, statistics: Mapping[str, Statistic], relative_damping: float) -> None:
+        if unseen := [name for name, statistic in statistics.items() if not statistic.count]:
+            raise ConfigurationError(
+                f"{unseen[0]} was not used with the calibration data, so that nothing is known of it: exclude it, or "
+                "give other data"
+            )
         scales = {name: statistic.scale for name, statistic in statistics.items()}
         mean = sum(scales.values()) / max(len(scales), 1)
         if not mean > 0:

@@ -40,8 +40,8 @@ class Target:
         return outputs, inputs
 
     def read(self) -> Tensor:
-        """(N, K) fp32, a copy."""
-        return self.to_matrix(self.parameter.detach()).to(torch.float32, copy=True)
+        """(N, K) fp32, a copy on the CPU, where pruning is computed whatever the model's device is."""
+        return self.to_matrix(self.parameter.detach()).to("cpu", torch.float32, copy=True)
 
     def write(self, matrix: Tensor) -> None:
         """Replaces the weight by (N, K)."""
@@ -90,7 +90,8 @@ def find_targets(model: nn.Module, params: Sequence[str] = (".*",), exclude: Seq
     >>> list(find_targets(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"]))
     ['0.weight']
     """
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    users: dict[int, list[nn.Module]] = {}
     kept: set[int] = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -98,15 +99,14 @@ def find_targets(model: nn.Module, params: Sequence[str] = (".*",), exclude: Seq
             continue
         known = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(module)
         if known and matches(name, params) and not matches(name, exclude):
-            users.setdefault(id(weight), []).append((name, module))
+            users.setdefault(id(weight), []).append(module)
         else:
             kept.add(id(weight))
     targets = {}
-    for key, found in users.items():
-        name, module = found[0]
-        shared: Any = module.weight
-        if key not in kept and shared.is_floating_point():
-            targets[f"{name}.weight"] = Target(f"{name}.weight", shared, tuple(each for _, each in found))
+    for key, modules in users.items():
+        shared: Any = modules[0].weight
+        if key not in kept and shared.is_floating_point() and shared.numel():
+            targets[names[key]] = Target(names[key], shared, tuple(modules))
     if not targets:
         raise ConfigurationError(
             f"{type(model).__name__} has no weight to prune: no linear layer or convolution with floating-point "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from gossamer.nn.outlier_store import own_attention
 from gossamer.pruning.blocks import BlockRun
 from gossamer.pruning.job import Job
 from gossamer.pruning.original import Original
 from gossamer.pruning.reconstruction import reconstruct
-from gossamer.pruning.statistics import Forms, begin, watching
+from gossamer.pruning.statistics import Forms, begin, groups_in_memory, watching
 from gossamer.pruning.targets import Target
 
 if TYPE_CHECKING:
@@ -28,20 +30,25 @@ def prune_blocks(pruner: Pruner, job: Job, original: Original) -> None:
             is trained to give.
     """
     assert pruner.blocks is not None
-    run = BlockRun(pruner.model, pruner.blocks, job.batches)
+    with own_attention(pruner.model):  # the masks that blocks are called with are made for it
+        _walk(pruner, job, original, pruner.blocks)
+
+
+def _walk(pruner: Pruner, job: Job, original: Original, blocks: Sequence[nn.Module]) -> None:
+    run = BlockRun(pruner.model, blocks, job.batches)
     reference = run.hidden  # what the dense model has at the same place
-    for index, block in enumerate(pruner.blocks):
+    for index, block in enumerate(blocks):
         wanted = None
         if pruner.reconstruction:
             with job.report.timed("propagating"), original.in_place(block.parameters()):
                 wanted = reference = run.outputs(index, reference)
-        part = f"block-{index:03}"
+        part = f"block-{index:03}-{job.sparsity}"
         if not job.take_over(part, pruner.model, pruner.masks):
             changed = _prune_block(pruner, job, run, index, wanted)
             job.keep_part(part, changed, {name: pruner.masks[name] for name in changed if name in pruner.masks})
         with job.report.timed("propagating"):
             run.hidden = run.outputs(index, run.hidden)
-        job.progress("blocks", index + 1, len(pruner.blocks))
+        job.progress("blocks", index + 1, len(blocks))
 
 
 def _prune_block(
@@ -51,7 +58,7 @@ def _prune_block(
     block = run.blocks[index]
     own = {id(parameter) for parameter in block.parameters()}
     inside = {name: target for name, target in pruner.targets.items() if id(target.parameter) in own}
-    if pruner.in_blocks:
+    if pruner.in_blocks and inside:
         _prune_on_inputs(pruner, job, run, index, inside)
     if pruner.reconstruction is None or wanted is None:
         return {name: target.parameter for name, target in inside.items()}
@@ -63,8 +70,9 @@ def _prune_block(
 
 
 def _prune_on_inputs(pruner: Pruner, job: Job, run: BlockRun, index: int, inside: dict[str, Target]) -> None:
-    statistics = begin(inside, pruner.curvature)
-    with job.report.timed("statistics"), watching(inside, statistics):
-        run.outputs(index, run.hidden)
-    with job.report.timed("pruning"):
-        pruner.prune_together(inside, Forms(statistics, pruner.curvature.relative_damping), job)
+    for group in groups_in_memory(inside, pruner.curvature, pruner.memory):
+        statistics = begin(group, pruner.curvature)
+        with job.report.timed("statistics"), watching(group, statistics):
+            run.outputs(index, run.hidden)
+        with job.report.timed("pruning"):
+            pruner.prune_together(group, Forms(statistics, pruner.curvature.relative_damping), job)
