@@ -8,8 +8,8 @@ trained to the end, pruned in one shot without any training afterwards, and test
 curvatures see the same 300 training images; gradients are of single images. What is printed is the mean of the seeds.
 
 Then the same networks are pruned gradually, ten times by M-FAC's joint update along a cubic schedule, and trained for
-fifty steps after each with the masks held, by three optimizers, each with the learning rate of a small grid that is best on the test images themselves: what
-is compared is what each can reach.
+fifty steps after each with the masks held, by three optimizers, each with the learning rate of a small grid that is
+best on the test images themselves: what is compared is what each can reach.
 """
 
 from __future__ import annotations
