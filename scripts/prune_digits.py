@@ -36,6 +36,7 @@ from gossamer.pruning import (
     Unstructured,
 )
 from gossamer.pruning.curvature import Curvature
+from gossamer.pruning.pruner import Update
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 SAMPLES = 300
@@ -64,9 +65,9 @@ def convolutional() -> nn.Module:
 def methods() -> list[tuple[str, Callable[[nn.Module], Pruner]]]:
     """Name, and what makes the pruner."""
 
-    def of(curvature: Curvature, update: str, recompute: int) -> Callable[[nn.Module], Pruner]:
+    def of(curvature: Curvature, update: Update, recompute: int) -> Callable[[nn.Module], Pruner]:
         pattern = Unstructured("layer" if isinstance(curvature, LayerGram) else "global")
-        return lambda model: Pruner(model, curvature, pattern, update, recompute=recompute)  # type: ignore[arg-type]
+        return lambda model: Pruner(model, curvature, pattern, update, recompute=recompute)
 
     return [
         ("magnitude", of(Magnitude(), "none", 1)),

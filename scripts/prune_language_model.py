@@ -103,7 +103,11 @@ def prune_with_sparsegpt(model: Any, batches: list[dict[str, Tensor]], pattern: 
 def methods(model: Any, pattern: str, epochs: int) -> dict[str, Callable[[], Pruner]]:
     """By name, what makes the pruner; every one of them gets the same sequences."""
     blocks = decoder_blocks(model)
-    everywhere, layer, row = (parse_pattern(pattern, scope) for scope in ("global", "layer", "row"))  # type: ignore[arg-type]
+    everywhere, layer, row = (
+        parse_pattern(pattern, "global"),
+        parse_pattern(pattern, "layer"),
+        parse_pattern(pattern, "row"),
+    )
     train = Reconstruction(epochs)
     return {
         "magnitude": lambda: Pruner(model, Magnitude(), layer, "none"),

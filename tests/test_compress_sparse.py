@@ -182,7 +182,7 @@ class TestBadInput:
     )
     def test_recipes_without_a_meaning(self, changes: dict[str, object], message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
-            SparsityRecipe(**changes)  # type: ignore[arg-type]
+            SparsityRecipe(**changes)  # type: ignore[arg-type]  # wrong on purpose
 
     def test_what_cannot_be_done_says_so_in_numbers(self, source: Path, tmp_path: Path) -> None:
         recipe = SparsityRecipe(0.5, **FAST)

@@ -360,7 +360,7 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     found, sizes = [], []
     for way in ("on", "off"):
-        runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]
+        runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
         packed = runner.sparse_weights
         assert packed["sparse" if way == "on" else "dense"] == 8 and packed["choice"] == way
         found.append(answers(Engine(runner, NumberTokenizer()), PROMPTS, 12))
@@ -371,19 +371,19 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
 def test_transformers_multiplies_layers_that_have_their_zeros() -> None:
     for way, kind in (("auto", Int8Linear), ("on", SparseInt8Linear)):
         network = pruned_network()
-        make_runner(network, "transformers", max_rows=64, sparse_weights=way)  # type: ignore[arg-type]
+        make_runner(network, "transformers", max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
         assert kinds(network) == {kind}
 
 
 def test_llm_reads_a_sparse_checkpoint(checkpoints: tuple[Path, Path]) -> None:
     outputs = []
     for path, way, runner in ((0, "on", "auto"), (0, "auto", "auto"), (1, "auto", "auto"), (0, "auto", "transformers")):
-        llm = LLM(checkpoints[path], sparse_weights=way, runner=runner)  # type: ignore[arg-type]
+        llm = LLM(checkpoints[path], sparse_weights=way, runner=runner)  # type: ignore[arg-type]  # a literal
         output = llm.generate("The speed of", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
         outputs.append(output.outputs[0].token_ids)
     assert outputs[0] == outputs[1] == outputs[2]
     with pytest.raises(ConfigurationError, match="sparse_weights must be 'auto', 'on', 'off', got 'yes'"):
-        LLM(checkpoints[0], sparse_weights="yes")  # type: ignore[arg-type]
+        LLM(checkpoints[0], sparse_weights="yes")  # type: ignore[arg-type]  # wrong on purpose
 
 
 @needs_native

@@ -7,17 +7,17 @@ from pathlib import Path
 
 def available_memory() -> int | None:
     """Bytes that processes can take without others having to give up theirs; ``None`` where Linux does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return _bytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def peak_memory() -> int | None:
     """Most bytes of this process that have been in memory at any time; ``None`` where Linux does not tell."""
+    return _bytes(Path("/proc/self/status"), "VmHWM:")
+
+
+def _bytes(file: Path, field: str) -> int | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)

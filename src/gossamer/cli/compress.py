@@ -121,7 +121,7 @@ def compress(
         config = GossamerInt8Config(
             int8_threshold,
             int8_criterion,  # type: ignore[arg-type]  # checked by the configuration
-            None if int8_outliers == "none" else int8_outliers,  # type: ignore[arg-type]
+            None if int8_outliers == "none" else int8_outliers,  # type: ignore[arg-type]  # likewise
             outlier_store,
             skipped,
         )

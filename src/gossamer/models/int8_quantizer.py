@@ -117,7 +117,7 @@ class GossamerInt8Quantizer(HfQuantizer):
     """
 
     quantization_config: GossamerInt8Config
-    serialized_names = {  # noqa: RUF012
+    serialized_names = {  # noqa: RUF012  as the base class has it
         "weight": [
             "weight",
             "scale",

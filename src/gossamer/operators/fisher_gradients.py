@@ -108,7 +108,7 @@ def _gradient(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: Any, chosen: Mapping[str, nn.Parameter]
 ) -> Tensor:
     with torch.enable_grad():
-        loss = loss_fn(*_outputs(model, batch))
+        loss = loss_fn(*run_batch(model, batch))
         parts = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
     for name, part in zip(chosen, parts, strict=True):
         if part is not None and not bool(part.isfinite().all()):
@@ -126,7 +126,7 @@ def _gradients_together(
         def run(*inputs: Any, **named: Any) -> Any:
             return torch.func.functional_call(model, parameters, inputs, named)
 
-        return loss_fn(*_outputs(run, tree_map(lambda part: part[None], sample)))
+        return loss_fn(*run_batch(run, tree_map(lambda part: part[None], sample)))
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
     batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
@@ -137,7 +137,8 @@ def _gradients_together(
     return torch.cat([part.detach().reshape(len(part), -1).float() for part in found.values()], 1)
 
 
-def _outputs(model: Callable[..., Any], batch: Any) -> tuple[Any, Any]:
+def run_batch(model: Callable[..., Any], batch: Any) -> tuple[Any, Any]:
+    """A batch through a model: its outputs, and what the loss function takes beside them."""
     if isinstance(batch, Mapping):
         return model(**batch), batch
     inputs, targets = batch
@@ -156,7 +157,7 @@ def _samples(batch: Any) -> Iterator[Any]:
 
 def _with_drawn_targets(model: nn.Module, batch: Any) -> Any:
     with torch.no_grad():
-        outputs, _ = _outputs(model, batch)
+        outputs, _ = run_batch(model, batch)
     logits = outputs if isinstance(outputs, Tensor) else outputs.logits
     drawn = torch.distributions.Categorical(logits=logits.float()).sample()
     if not isinstance(batch, Mapping):

@@ -20,7 +20,7 @@ from gossamer.pruning.patterns import Pattern, subset_costs
 from gossamer.pruning.search import search_mask
 
 _GROUP_BYTES = 128 << 20  # of the systems that are solved at a time
-_RESIDUAL = 1e-5  # of conjugate gradients, relative: the cost is then within some 1e-8 of the least one
+_RESIDUAL = 1e-5  # of conjugate gradients, relative
 _MOST_STEPS = 100
 _DRIFT = 4  # a true residual may be so many times the one that is carried along
 
@@ -109,7 +109,7 @@ class SharedGram(_ByCost):
         """Row by row ``H_KK x_K = (H w)_K``: least squares of the layer's output on the columns that are kept.
 
         All rows together by conjugate gradients, as products of whole matrices; the inverse that is there, restricted
-        to the columns that are kept, makes some twenty steps of it enough. Rows that do not get there are solved one by
+        to the columns that are kept, is the preconditioner. Rows that do not get there are solved one by
         one.
         """
         out, residual = self._conjugate_gradients(weight, keep)

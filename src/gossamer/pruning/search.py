@@ -30,7 +30,7 @@ def search_mask(matrix: Tensor, weight: Tensor, pattern: Pattern, sparsity: floa
         weight: W (N, K). Its zeros are the first to be pruned.
         pattern: whose weights compete within W.
         sparsity: share of zeros.
-        rounds: of the search; thirty get most of what can be had.
+        rounds: of the search.
     """
     scale = matrix.diagonal().rsqrt()
     values, vectors = torch.linalg.eigh(matrix * scale * scale[:, None])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.fisher_gradients import gradients_of
+from gossamer.operators.fisher_gradients import gradients_of, run_batch
 from gossamer.pruning.curvature import Curvature, Statistic
 from gossamer.pruning.masks import trainable
 from gossamer.pruning.quadratic import Quadratic
@@ -92,14 +92,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def run_batch(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """A batch through a model: its outputs, and what the loss function takes beside them."""
-    if isinstance(batch, Mapping):
-        return model(**batch), batch
-    inputs, targets = batch
-    return model(inputs), targets
 
 
 def see_inputs(
