@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "gaussian_products.h"
 #include "gradient_products.h"
 #include "program.h"
 #include "threads.h"
@@ -170,6 +171,38 @@ NB_MODULE(_native, m) {
     const Kernels& kernels = kernels_of(isa);
     nb::gil_scoped_release release;
     gram(kernels, g, at<double>(out), threads);
+  });
+
+  // Matrices of exponentials; see gossamer.native.gaussian. Addresses are of what csrc/gaussian_products.h describes.
+  nb::class_<GaussianQueries>(m, "GaussianQueries")
+      .def("__init__", [](GaussianQueries* self, int64_t rows, int64_t d, int64_t q, int64_t row, bool differences, int64_t tiles,
+                          int64_t start) {
+        new (self) GaussianQueries{rows, d, at<const float>(q), at<const float>(row), differences, tiles, at<const int64_t>(start)};
+      });
+  nb::class_<GaussianKeys>(m, "GaussianKeys")
+      .def("__init__", [](GaussianKeys* self, int64_t panels, int64_t padded) {
+        new (self) GaussianKeys{at<const float>(panels), padded};
+      });
+  nb::class_<GaussianSample>(m, "GaussianSample")
+      .def("__init__", [](GaussianSample* self, const GaussianKeys& keys, int64_t x, int64_t share, int64_t square, int64_t block,
+                          int64_t blocks, int64_t near, int64_t count, int64_t rate) {
+        new (self) GaussianSample{keys, at<const float>(x), at<const float>(share), at<const float>(square), at<const int32_t>(block),
+                                  blocks, at<const uint8_t>(near), at<const int64_t>(count), at<const double>(rate)};
+      });
+  m.def("gaussian_products", [](const std::string& isa, const GaussianQueries& queries, const GaussianKeys& keys, int64_t x,
+                                int64_t columns, int64_t range_start, int64_t range, std::optional<GaussianSample> sample, int64_t y,
+                                int64_t v, int threads) {
+    const Kernels& kernels = kernels_of(isa);
+    nb::gil_scoped_release release;
+    gaussian_products(kernels, queries, keys, at<const float>(x), columns, at<const int64_t>(range_start), at<const int64_t>(range),
+                      sample ? &*sample : nullptr, at<double>(y), at<double>(v), threads);
+  });
+  m.def("gaussian_sums", [](const std::string& isa, const GaussianQueries& queries, const GaussianKeys& keys, int64_t counted,
+                            int64_t blocks, int64_t start, int64_t sums, int64_t squares, int threads) {
+    const Kernels& kernels = kernels_of(isa);
+    nb::gil_scoped_release release;
+    gaussian_sums(kernels, queries, keys, at<const float>(counted), blocks, at<const int64_t>(start), at<double>(sums),
+                  at<double>(squares), threads);
   });
 
   nb::class_<Program>(m, "Program")

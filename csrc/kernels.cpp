@@ -1,5 +1,6 @@
 // Compiled once per instruction set; see CMakeLists.txt.
 #include "attention.h"
+#include "gaussian.h"
 #include "gradients.h"
 #include "sample.h"
 
@@ -11,7 +12,7 @@ namespace GOSSAMER_NS {
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
     GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, quantize, merge, scale_row, argmax,
-    sample, dot_rows, combine_rows, gram,
+    sample, dot_rows, combine_rows, gram, gaussian,
 };
 
 }  // namespace GOSSAMER_NS

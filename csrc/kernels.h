@@ -161,6 +161,30 @@ struct GradientRows {
 
 constexpr int64_t GRAM_COLUMNS = 128;  // that are packed at a time
 
+// Some rows of K, 2^(-|q_i - k_j|^2) or 2^(row_i + q_i . k_j), times x, over a range of panels of keys.
+struct GaussianCall {
+  int64_t rows, d;         // rows: at most GAUSSIAN_ROWS
+  const float* q;          // (rows, d)
+  const float* row;        // (rows); not read with differences
+  bool differences;
+  bool ready;              // whether the scratch holds these rows already, from the call before
+  const float* panels;     // (panels, d, PANEL)
+  int64_t first, last;     // of the panels
+  const float* x;          // (columns, keys), `x_stride` between columns
+  int64_t columns, x_stride;
+  const float* w;          // (keys), or null
+  double* y;               // (rows, columns) += K x
+  int64_t y_stride;
+  double* v;               // (rows) += K^2 w, entries squared
+  int64_t v_stride;
+  float* scratch;          // of the thread: gaussian_scratch(d) floats
+};
+
+constexpr int64_t GAUSSIAN_ROWS = 48;
+constexpr int64_t GAUSSIAN_KEYS = 512;                   // whose entries are there at a time
+constexpr int64_t GAUSSIAN_STRIDE = GAUSSIAN_KEYS + 16;  // not a power of two, which would keep rows from the same cache
+constexpr int64_t gaussian_scratch(int64_t d) { return GAUSSIAN_ROWS * (d + 1 + GAUSSIAN_STRIDE) + 6 * GAUSSIAN_KEYS; }
+
 struct Kernels {
   const char* name;
   // Pack rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`.
@@ -186,6 +210,7 @@ struct Kernels {
   void (*dot_rows)(const GradientRows& g, const float* x, int64_t first, int64_t last, double* out);
   void (*combine_rows)(const GradientRows& g, const float* w, int64_t first, int64_t last, float* out);
   void (*gram)(const GradientRows& g, int64_t first, int64_t last, double* out, double* scratch);
+  void (*gaussian)(const GaussianCall& call);
 };
 
 // Best first; null at the end. Only those that this processor can run.

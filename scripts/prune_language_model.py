@@ -1,7 +1,7 @@
 """Prunes a language model in one shot, by every curvature, and prints perplexities of text that none of them saw.
 
-    .venv/bin/python scripts/prune_language_model.py --pattern unstructured --seeds 3
-    .venv/bin/python scripts/prune_language_model.py --pattern 2:4 --seeds 3 --methods sparsegpt gram-reconstructed
+    .venv/bin/python scripts/prune_language_model.py --pattern unstructured
+    .venv/bin/python scripts/prune_language_model.py --pattern 2:4 --seeds 0 1 --methods sparsegpt gram-reconstructed
 
 Half of the linear layers' weights become zero; the embedding and the output layer stay. The text is Python's language
 reference, each of its paragraphs once: the first three quarters to calibrate with, the rest to measure on. A seed draws
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--pattern", default="unstructured", help="unstructured, 2:4, block4 ...")
     parser.add_argument("--methods", nargs="*", help="some of the methods; all by default")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration sequences")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=2, help="of reconstruction")
@@ -151,7 +151,7 @@ def main() -> None:
     known = methods(model, arguments.pattern, arguments.epochs)
     for name in arguments.methods or ["sparsegpt", *known]:
         found, seconds = [], []
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             model.load_state_dict(dense)
             batches = sequences(calibrate, arguments.sequences, arguments.length, seed)
             start = time.perf_counter()

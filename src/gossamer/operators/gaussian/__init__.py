@@ -1,0 +1,1 @@
+"""Products with a Gaussian kernel matrix in sub-quadratic time, with an error that is measured."""

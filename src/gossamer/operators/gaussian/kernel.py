@@ -1,0 +1,182 @@
+"""The Gaussian kernel matrix as an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+from gossamer.operators.gaussian.approximate import approximate
+from gossamer.operators.gaussian.index import KernelIndex
+from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
+from gossamer.ops.gaussian import UNIT, Keys, Queries, products
+
+Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
+
+FEWEST_ENTRIES = 1 << 25  # of K; below, an index does not pay
+_PIECE_BYTES = 256 << 20  # of scaled queries at a time
+
+
+class GaussianKernel:
+    r"""``K_ij = exp(-|q_i - k_j|^2 / 2 sigma^2)`` without its n_q n_k entries.
+
+    ``K @ x`` is exact, at two operations per dimension and entry. :meth:`matvec` returns y with
+    ``|K x - y| <= eps |x|`` for any x, signed ones too, and takes fewer than n_q n_k entries where most of them are
+    small; where they are not, it is exact. The problem and its measure of error are those of Indyk, Kapralov, Sheth and
+    Wagner (2025, arXiv 2507.23539). So is the division of labour: pairs of near points are multiplied exactly, which a
+    space partition finds, and the rest is sampled. The estimator, the plan and the certificate are Gossamer's own:
+    ``docs/how-to/kernel.md`` says what is whose.
+
+    Args:
+        queries: (n_q, d), any floating dtype; 16-bit ones are computed with in fp32.
+        keys: (n_k, d) of the same dtype. The same tensor as the queries saves a part of the index.
+        bandwidth: sigma, in the units of the points; above 0.
+        backend: how near points are found, :mod:`gossamer.operators.gaussian.partition`; ``exact`` never approximates.
+        seed: of everything that is drawn. The same seed and the same calls give the same numbers.
+
+    Raises:
+        ConfigurationError: shapes, dtypes or bandwidth do not fit, or a number is not finite.
+
+    >>> points = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    >>> kernel = GaussianKernel(points, points, bandwidth=1.0)
+    >>> x = torch.ones(1000)
+    >>> (kernel @ x).shape
+    torch.Size([1000])
+    >>> y, report = kernel.matvec(x, eps=0.1)
+    >>> report.mode, report.error  # so few points are multiplied exactly
+    ('exact', 0.0)
+    """
+
+    def __init__(
+        self, queries: Tensor, keys: Tensor, bandwidth: float, backend: Backend = "ivf", seed: int = 0
+    ) -> None:
+        if backend not in get_args(Backend):
+            raise ConfigurationError(f"backend {backend!r} is not one of: {', '.join(get_args(Backend))}")
+        if not (math.isfinite(bandwidth) and bandwidth > 0):
+            raise ConfigurationError(f"the bandwidth is a finite number above 0, got {bandwidth}")
+        _check_points(queries, "queries")
+        _check_points(keys, "keys")
+        if queries.shape[1] != keys.shape[1]:
+            raise ConfigurationError(f"queries have {queries.shape[1]} dimensions, keys {keys.shape[1]}")
+        if queries.device != keys.device:
+            raise ConfigurationError(f"queries are on {queries.device}, keys on {keys.device}")
+        self.bandwidth, self.backend, self.seed = float(bandwidth), backend, seed
+        self.shape = (len(queries), len(keys))
+        self.dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+        self._centre = keys.to(torch.float64).mean(0)  # small numbers keep more digits of what differs
+        self._raw, self._same = queries, queries is keys
+        self._points = self._scaled(keys)
+        self._keys = Keys.pack(self._points)
+        self._index: KernelIndex | None = None
+
+    @property
+    def index(self) -> KernelIndex | None:
+        """What :meth:`matvec` needs to know of K; built when it is first used."""
+        return self._index
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """``K x`` for x (n_k) or (n_k, r), exact; of the dtype of x, summed in fp64."""
+        columns = self._columns(x)
+        return self._shaped(self._exact(columns), x)
+
+    def matvec(
+        self, x: Tensor, eps: float, confidence: Confidence = "default", seed: int | None = None
+    ) -> KernelProduct:
+        """y with ``|K x - y| <= eps |x|`` (Frobenius norms for several right-hand sides), and a report.
+
+        Args:
+            x: (n_k) or (n_k, r), signed.
+            eps: in units of ``|x|``; 0 or less is exact.
+            confidence: ``default`` accepts y if the error of this very draw, measured on rows that are computed exactly
+                too, is below eps with 99 % of certainty. ``chi2`` and ``chebyshev`` ask that much of the expected error
+                that a draw stays below eps in 99 % of the cases even if all of it goes in one direction, and whatever
+                its distribution is: 6.6 and 100 times the sample, for sums of squares.
+            seed: of this product, in the place of the kernel's. Products that depend on each other (power iteration, a
+                solver) want a different one each.
+
+        Raises:
+            ConfigurationError: x has a wrong shape or a number that is not finite; eps is not a number.
+        """
+        columns = self._columns(x)
+        if math.isnan(eps):
+            raise ConfigurationError("eps is not a number")
+        if confidence not in get_args(Confidence):
+            raise ConfigurationError(f"confidence {confidence!r} is not one of: {', '.join(get_args(Confidence))}")
+        report = ProductReport(eps, confidence=confidence)
+        size = float(columns.double().square().sum())
+        entries = self.shape[0] * self.shape[1]
+        if eps >= math.sqrt(entries) and size > 0:  # |K| <= |K|_F <= sqrt(n_q n_k)
+            report.mode, report.reason = "zero", "eps is above |K|: y = 0 satisfies it for any points"
+            report.error = report.bound = math.sqrt(entries)
+            return KernelProduct(self._shaped(torch.zeros(self.shape[0], columns.shape[1]), x), report)
+        y = None
+        if eps <= 0:
+            report.reason = "eps is 0"
+        elif size == 0:
+            report.reason = "x is 0"
+        elif self.backend == "exact":
+            report.reason = "the backend is exact"
+        elif self._raw.device.type != "cpu":
+            report.reason = "approximate products run on CPUs only"
+        elif entries < FEWEST_ENTRIES:
+            report.reason = "so few entries are multiplied faster than looked into"
+        else:
+            with report.timed("index"):
+                report.entries += 0 if self._index else self.build_index().entries / entries
+            draws = torch.Generator().manual_seed(self.seed if seed is None else seed)
+            y = approximate(self.build_index(), columns, report, draws)
+        if y is None:
+            report.mode, report.error, report.bound = "exact", 0.0, 0.0
+            report.entries += 1.0
+            with report.timed("exact"):
+                y = self._exact(columns)
+        report.norm = math.sqrt(float(y.square().sum()) / size) if size else 0.0
+        if report.mode == "sampled" and report.norm + report.bound <= eps:
+            report.reason = "y = 0 would satisfy this eps"
+        return KernelProduct(self._shaped(y, x), report)
+
+    def build_index(self) -> KernelIndex:
+        """The index, now rather than with the first product."""
+        if self._index is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            backend = "ivf" if self.backend == "exact" else self.backend
+            queries = Queries.together(self._points if self._same else self._scaled(self._raw))
+            self._index = KernelIndex.build(backend, queries, self._points, self._same, generator)
+        return self._index
+
+    def _scaled(self, points: Tensor) -> Tensor:
+        return ((points.to(torch.float64) - self._centre) * (UNIT / self.bandwidth)).to(self.dtype)
+
+    def _exact(self, columns: Tensor) -> Tensor:
+        x = self._keys.spread(columns)
+        step = max(1, _PIECE_BYTES // (8 * self._raw.shape[1]))
+        parts = [self._points] if self._same else (self._scaled(part) for part in self._raw.split(step))
+        ranges = self._keys.everything(1)
+        return torch.cat([products(Queries.together(part), self._keys, x, ranges)[0] for part in parts])
+
+    def _columns(self, x: Tensor) -> Tensor:
+        if x.dim() not in (1, 2) or len(x) != self.shape[1] or not x.is_floating_point():
+            wanted = f"({self.shape[1]}) or ({self.shape[1]}, r) floating-point numbers"
+            raise ConfigurationError(f"x is {wanted}, got {tuple(x.shape)} of {x.dtype}")
+        if not bool(torch.isfinite(x).all()):
+            where = (~torch.isfinite(x)).nonzero()[0].tolist()
+            raise ConfigurationError(f"x has a number that is not finite, at {where}")
+        return x if x.dim() == 2 else x[:, None]
+
+    def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        return (y if x.dim() == 2 else y[:, 0]).to(dtype)
+
+
+def _check_points(points: Tensor, name: str) -> None:
+    if points.dim() != 2 or 0 in points.shape or not points.is_floating_point():
+        wanted = "(n, d) floating-point numbers, n and d at least 1"
+        raise ConfigurationError(f"{name} are {wanted}, got {tuple(points.shape)} of {points.dtype}")
+    for first, part in enumerate(points.split(1 << 16)):
+        if not bool(torch.isfinite(part).all()):
+            row, column = (~torch.isfinite(part)).nonzero()[0].tolist()
+            at = f"row {(first << 16) + row}, column {column}"
+            raise ConfigurationError(f"the {name} have a number that is not finite, at {at}")

@@ -1,0 +1,72 @@
+"""What is told of a product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Mode = Literal["exact", "sampled", "zero"]
+Confidence = Literal["default", "chi2", "chebyshev"]
+
+
+@dataclass
+class ProductReport:
+    """How a product was computed, and how far it may be off.
+
+    Attributes:
+        eps: what was asked for, in units of ``|x|``.
+        mode: ``exact``; ``sampled``; or ``zero``, where y = 0 satisfies eps for every matrix of this size.
+        reason: why it is exact, or why the answer means little.
+        error: estimate of ``|Kx - y| / |x|``, of this draw; 0 where y is exact.
+        bound: what the error is below, as sure as ``confidence`` says.
+        confidence: which of the rules accepted the product.
+        norm: ``|y| / |x|``. Where eps is above it, y = 0 would have done.
+        entries: of K that were evaluated, over n_q n_k; the index's too where it was built for this product.
+        near: of these, multiplied exactly because the points are near.
+        drawn: keys that a query draws from, on average.
+        sum_per_query: sum of all entries of K over n_q, where it was estimated.
+        rounds: how often the sample had to grow, or rows to be repaired.
+        seconds: by phase.
+    """
+
+    eps: float
+    mode: Mode = "exact"
+    reason: str = ""
+    error: float = 0.0
+    bound: float = 0.0
+    confidence: Confidence = "default"
+    norm: float = 0.0
+    entries: float = 0.0
+    near: float = 0.0
+    drawn: float = 0.0
+    sum_per_query: float | None = None
+    rounds: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time of what is inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class KernelProduct:
+    """Unpacks into y, shaped as x is, and the report."""
+
+    y: Tensor
+    report: ProductReport
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.y, self.report))
