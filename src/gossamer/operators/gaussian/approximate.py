@@ -21,17 +21,20 @@ _MOST_KNOWN = 1 / 24  # of all rows, before more of them are asked for
 _MOST_ROUNDS = 8
 _LEAST_STEP, _MOST_STEP = 1.25, 3.0  # that the planned squared error is divided by in a round
 _QUANTILE = 2.33  # of the normal distribution: 99 %, one-sided
-_REPAIRED = 0.01  # of the rows at most, that are computed exactly because their error is far above the others'
+_REPAIRED = 0.005  # of the rows at most, that are computed exactly because they are conspicuous:
+_CONSPICUOUS = 8.0  # times what is planned for a row on average
 _GROWTH = 1.2  # of a tile's sample at least, for it to be drawn anew
 
 # The expected squared error as a share of eps^2 |x|^2: what a plan aims at, and what those rules that speak of the
 # expectation, and not of the draw at hand, ask of its estimate. 1 / 6.63 is the 99 % quantile of chi squared with one
 # degree of freedom, 1 / 100 is Chebyshev's inequality for a probability of 1 %.
-_PLANNED = {"default": 1 / 1.6, "chi2": 1 / (1.2 * 6.63), "chebyshev": 1 / (1.2 * 100)}
+PLANNED = {"default": 1 / 1.6, "chi2": 1 / (1.2 * 6.63), "chebyshev": 1 / (1.2 * 100)}
 _EXPECTED = {"default": None, "chi2": 1 / 6.63, "chebyshev": 1 / 100}
 
 
-def approximate(index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator) -> Tensor | None:
+def approximate(
+    index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator
+) -> Tensor | None:
     """y (n_q, r) fp64, or ``None`` if the exact product costs no more.
 
     Args:
@@ -44,15 +47,13 @@ def approximate(index: KernelIndex, columns: Tensor, report: ProductReport, gene
 
 
 class _Product:
-    def __init__(
-        self, index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator
-    ) -> None:
+    def __init__(self, index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator) -> None:
         self.index, self.report, self.generator = index, report, generator
         self.x = index.keys.spread(columns)
         self.square = index.keys.spread(columns.double().square().sum(1, keepdim=True))[0].double()
         self.allowed = report.eps**2 * float(columns.double().square().sum())
         self._batch = min(max(_FEWEST_CHECKED, round(_CHECKED * len(index.order))), _MOST_CHECKED)
-        self._planned = self.allowed * _PLANNED[report.confidence]
+        self._planned = self.allowed * PLANNED[report.confidence]
         self.rows, self.columns = len(index.order), len(columns)
         self.certificate = Certificate(self.rows, len(self.x))
         self.uniform = torch.rand(index.keys.padded, generator=generator, dtype=torch.float64)
@@ -75,16 +76,17 @@ class _Product:
             ranges = near_ranges(plan.near, self.index.keys)
             y, variance = products(self.index.queries, self.index.keys, self.x, ranges, sample)
         self._count(plan)
+        with report.timed("repair"):
+            self._repair_rows(y, variance)
         with report.timed("check"):
             self._compute(self.certificate.draw(variance, self._batch, self.generator))
             accepted = self._accepted(y[self.certificate.rows], float(variance.sum()))
         with report.timed("repair"):
             while not accepted and report.rounds < _MOST_ROUNDS:
                 report.rounds += 1
-                if not self._repair_rows(y, variance):
-                    plan = self._repair_tiles(plan, y, variance)
-                    if plan is None:
-                        return None
+                plan = self._repair_tiles(plan, y, variance)
+                if plan is None:
+                    return None
                 accepted = self._accepted(y[self.certificate.rows], float(variance.sum()))
         if not accepted:
             report.reason = "the error did not come below eps"
@@ -127,8 +129,10 @@ class _Product:
         self._compute(self.certificate.draw(weight, self._batch, self.generator))
         while True:
             found, variance = self._some(plan, sample, self.certificate.rows)
-            at = torch.searchsorted(self.certificate.rows, self.certificate.drawn)
-            expected = float((variance[at] / self.certificate.expected[self.certificate.drawn]).sum())
+            stands_for = self._stands_for()
+            repaired = self._conspicuous(variance, stands_for)
+            found[repaired], variance[repaired] = self.certificate.exact[repaired], 0.0
+            expected = float(variance @ stands_for)
             if self._accepted(found, expected):
                 return plan, sample
             if self._uncertain:  # rather than a larger sample, more rows that tell
@@ -166,19 +170,26 @@ class _Product:
         self.report.bound = self._upper(y, expected) ** 0.5 / unit
         return self.report.bound <= self.report.eps
 
-    def _repair_rows(self, y: Tensor, variance: Tensor) -> bool:
-        """Computes rows exactly, those with the largest expected errors, if a few of them bring the rest below the plan."""
+    def _stands_for(self) -> Tensor:
+        """How many rows each known one stands for: 1 / E_i for each time it was drawn."""
+        known, drawn = self.certificate.rows, self.certificate.drawn
+        times = torch.bincount(torch.searchsorted(known, drawn), minlength=len(known))
+        return times / self.certificate.expected[known]
+
+    def _conspicuous(self, variance: Tensor, stands_for: Tensor) -> Tensor:
+        """Which of some rows have expected errors far above what is planned, as many as may be computed exactly."""
         order = variance.argsort(descending=True)
-        left = variance.sum() - variance[order].cumsum(0)
-        count = int((left > self._planned).sum()) + 1
-        if count > _REPAIRED * self.rows:
-            return False
-        rows = order[:count].sort().values
+        among = stands_for[order].cumsum(0) <= max(1.0, _REPAIRED * self.rows)
+        return order[among & (variance[order] > _CONSPICUOUS * self._planned / self.rows)].sort().values
+
+    def _repair_rows(self, y: Tensor, variance: Tensor) -> None:
+        """Computes conspicuous rows exactly: points that are in the wrong group, or near to everything."""
+        rows = self._conspicuous(variance, torch.ones_like(variance))
         part = self.index.queries.take(rows)
-        exact, _ = products(part, self.index.keys, self.x, self.index.keys.everything(1))
-        y[rows], variance[rows] = exact, 0.0
-        self.report.entries += count / self.rows
-        return True
+        if len(rows):
+            y[rows], _ = products(part, self.index.keys, self.x, self.index.keys.everything(1))
+            variance[rows] = 0.0
+        self.report.entries += len(rows) / self.rows
 
     def _repair_tiles(self, plan: Plan, y: Tensor, variance: Tensor) -> Plan | None:
         """Draws more keys for the tiles whose rows have large expected errors; ``None`` if that costs too much."""

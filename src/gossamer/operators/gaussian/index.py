@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.operators.gaussian.partition import PARTITIONS, Partition
 from gossamer.ops.gaussian import Keys, Queries, sums
 
-_WIDER = 0.3  # how much the square of the kernel is widened when the mean of a group stands for its points
+_WIDER = 0.5  # how much the square of the kernel is widened when the mean of a group stands for its points
 _GROUP = 32  # points of a group at least
 
 
@@ -45,7 +45,9 @@ class KernelIndex:
     entries: int
 
     @classmethod
-    def build(cls, backend: str, queries: Queries, points: Tensor, same: bool, generator: torch.Generator) -> KernelIndex:
+    def build(
+        cls, backend: str, queries: Queries, points: Tensor, same: bool, generator: torch.Generator
+    ) -> KernelIndex:
         """Of keys ``points`` (n_k, d), which are the queries too if ``same``."""
         divide = PARTITIONS[backend]
         of_keys = divide(points, _group_size(len(points)), generator)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.gaussian.approximate import approximate
+from gossamer.operators.gaussian.approximate import PLANNED, approximate
 from gossamer.operators.gaussian.index import KernelIndex
+from gossamer.operators.gaussian.pilot import Pilot
 from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
 from gossamer.ops.gaussian import UNIT, Keys, Queries, products
 
 Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
 
-FEWEST_ENTRIES = 1 << 25  # of K; below, an index does not pay
+FEWEST_ENTRIES = 1 << 27  # of K; below, an index does not pay
+_PROMISING = 0.5  # of the entries of K: where a few rows promise more than this, no index is built
 _PIECE_BYTES = 256 << 20  # of scaled queries at a time
 
 
@@ -71,6 +73,7 @@ class GaussianKernel:
         self._points = self._scaled(keys)
         self._keys = Keys.pack(self._points)
         self._index: KernelIndex | None = None
+        self._pilot: Pilot | None = None
 
     @property
     def index(self) -> KernelIndex | None:
@@ -121,8 +124,10 @@ class GaussianKernel:
             report.reason = "the backend is exact"
         elif self._raw.device.type != "cpu":
             report.reason = "approximate products run on CPUs only"
-        elif entries < FEWEST_ENTRIES:
+        elif self._index is None and entries < FEWEST_ENTRIES:
             report.reason = "so few entries are multiplied faster than looked into"
+        elif self._index is None and not self._promising(columns, size, eps, confidence, report):
+            report.reason = "too much of K is spread over too many entries for this eps"
         else:
             with report.timed("index"):
                 report.entries += 0 if self._index else self.build_index().entries / entries
@@ -138,8 +143,19 @@ class GaussianKernel:
             report.reason = "y = 0 would satisfy this eps"
         return KernelProduct(self._shaped(y, x), report)
 
+    def _promising(
+        self, columns: Tensor, size: float, eps: float, confidence: Confidence, report: ProductReport
+    ) -> bool:
+        with report.timed("pilot"):
+            if self._pilot is None:
+                queries = self._points if self._same else self._scaled(self._raw)
+                self._pilot = Pilot(queries, self._points, torch.Generator().manual_seed(self.seed))
+            norms = columns.double().square().sum(1).sqrt()
+            concentration = float(norms.sum()) ** 2 / (len(norms) * size)
+            return self._pilot.share(concentration, eps**2 * PLANNED[confidence]) < _PROMISING
+
     def build_index(self) -> KernelIndex:
-        """The index, now rather than with the first product."""
+        """The index, now rather than with the first product; with it, small matrices are approximated too."""
         if self._index is None:
             generator = torch.Generator().manual_seed(self.seed)
             backend = "ivf" if self.backend == "exact" else self.backend

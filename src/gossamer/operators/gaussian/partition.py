@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PIECE_BYTES = 32 << 20
+_PIECE_BYTES = 4 << 20  # of distances, so that they are still in a cache when they are compared
 _LLOYD_ROUNDS = 4
 _POINTS_PER_CENTRE = 32  # that k-means looks at
 _SIGN_BITS = 16
@@ -43,8 +43,11 @@ def ivf(points: Tensor, size: int, generator: torch.Generator) -> Partition:
     groups = []
     for members in _k_means(points, math.isqrt(max(1, len(points) // size)), generator):
         inner = _k_means(points[members], max(1, len(members) // size), generator)
-        groups += [members[part] for group in inner for part in group.split(4 * size)]
-    return Partition(torch.cat(groups), torch.tensor([len(group) for group in groups]))
+        groups += [members[group] for group in inner]
+    rough = Partition(torch.cat(groups), torch.tensor([len(group) for group in groups]))
+    # What the first division cut in two finds together among all centres.
+    found = [part for group in _members(_nearest(points, rough.means(points))) for part in group.split(4 * size)]
+    return Partition(torch.cat(found), torch.tensor([len(group) for group in found]))
 
 
 def sortlsh(points: Tensor, size: int, generator: torch.Generator) -> Partition:
@@ -78,7 +81,10 @@ def _k_means(points: Tensor, count: int, generator: torch.Generator) -> list[Ten
         members = torch.bincount(labels, minlength=count).to(seen.dtype)
         moved = torch.zeros_like(centres).index_add_(0, labels, seen)
         centres = torch.where(members[:, None] > 0, moved / members.clamp_min(1)[:, None], centres)
-    labels = _nearest(points, centres)
+    return _members(_nearest(points, centres))
+
+
+def _members(labels: Tensor) -> list[Tensor]:
     sizes = torch.bincount(labels).tolist()
     return [group for group in labels.argsort(stable=True).split(sizes) if len(group)]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from gossamer.operators.gaussian.index import KernelIndex
 from gossamer.ops.gaussian import PANEL, Keys, Queries, Sample
 
-_LEVELS = 48  # of pairs by what they are worth, two for each halving
+_LEVELS = 96  # of pairs by what they are worth, two for each halving
 _EVEN = 0.5  # of the probabilities, and of the rates, that does not depend on noisy estimates
 _FEWEST = 64  # keys that a tile draws, about
 
@@ -61,7 +61,9 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
 
     worth = index.promise * (amount / padded).float()  # of a pair, per entry that it takes
     top = float(worth.max()) or 1.0
-    level = torch.log2(worth / top).mul_(-2).clamp_(0, _LEVELS).long()  # 0 is best; the last one holds what is worth nothing
+    level = (
+        torch.log2(worth / top).mul_(-2).clamp_(0, _LEVELS).long()
+    )  # 0 is best; the last one holds what is worth nothing
     cell = level * len(columns) + torch.arange(len(columns))
     by_level = [torch.zeros(_LEVELS + 1, len(columns), dtype=torch.float64) for _ in range(3)]
     each = (index.measured, index.promise * columns.float(), torch.ones_like(index.promise))
@@ -70,22 +72,19 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
         total.view(-1).index_add_(0, cell.view(-1), weighed.view(-1))
     measured, promised, taken = by_level
 
-    best: tuple[float, int, Tensor, float] | None = None
-    for first_far in range(_LEVELS + 2):
-        left, shape = measured[first_far:].sum(0), promised[first_far:].sum(0)
-        unit = float(left.sum() / shape.sum()) if float(shape.sum()) > 0 else 0.0
-        spread = _spread(unit * shape / columns, columns)
-        rate = float((left / columns) @ (amount / spread)) / budget
-        drawn = rows.sum() * min(float(columns.sum()), max(rate * float(amount @ spread), _FEWEST))
-        cost = float(taken[:first_far].sum(0) @ padded) + float(drawn)
-        if best is None or cost < best[0]:
-            best = cost, first_far, spread, unit
-    assert best is not None
-    _, first_far, spread, unit = best
+    # What is left to the sample if the levels from l on are far, for all l together.
+    left, shape = (_from_each_on(total) for total in (measured, promised))
+    unit = left.sum(1) / shape.sum(1).clamp_min(1e-300)
+    spread = _spread(unit[:, None] * shape / columns, columns)
+    rates = (left / columns * (amount / spread)).sum(1) / budget
+    drawn = (rates * (spread @ amount)).clamp(_FEWEST, float(columns.sum())) * rows.sum()
+    near_entries = (taken.sum(0) - _from_each_on(taken)) @ padded
+    first_far = int((near_entries + drawn).argmin())
+    spread = spread[first_far]
 
     near = level < first_far
     per_share = (amount / spread / columns).float()
-    weight = (torch.where(near, 0, index.promise) * columns.float() @ per_share).double() * unit
+    weight = (torch.where(near, 0, index.promise) * columns.float() @ per_share).double() * unit[first_far]
     weight = _EVEN * weight + (1 - _EVEN) * (weight @ rows) / rows.sum()
     left_over = (torch.where(near, 0, index.measured) @ per_share).double()
     rate = weight.sqrt()
@@ -93,15 +92,21 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
         rate = rate * float(rows @ (left_over / rate)) / budget
     rate = rate.clamp_min(_FEWEST / float(amount @ spread))
     share = root * spread[index.block_of]
-    column = measured[first_far:].sum(0) / columns
+    column = left[first_far] / columns
     rate = rate * _with_certainty(square * column[index.block_of], share, float(rate @ rows / rows.sum()), budget)
-    return Plan(near, share.float(), rate, weight, round(float(taken[:first_far].sum(0) @ padded)))
+    return Plan(near, share.float(), rate, weight, round(float(near_entries[first_far])))
+
+
+def _from_each_on(by_level: Tensor) -> Tensor:
+    """Sums over the levels from each one on, and from behind the last one: (levels + 1, blocks)."""
+    return torch.cat([by_level.flip(0).cumsum(0).flip(0), torch.zeros_like(by_level[:1])])
 
 
 def _spread(column: Tensor, sizes: Tensor) -> Tensor:
-    """sqrt(C_j) of each block, half of C even; 1 where nothing is left."""
-    even = (column @ sizes) / sizes.sum()
-    return (_EVEN * column + (1 - _EVEN) * even).sqrt() if float(even) > 0 else torch.ones_like(column)
+    """sqrt(C_j) of each block (levels, blocks), half of C even; 1 where nothing is left."""
+    even = column @ sizes / sizes.sum()
+    mixed = (_EVEN * column + (1 - _EVEN) * even[:, None]).sqrt()
+    return torch.where(even[:, None] > 0, mixed, 1.0)
 
 
 def expected_draws(plan: Plan, rows: Tensor) -> float:
@@ -150,7 +155,9 @@ def near_ranges(near: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
     return starts, torch.stack([keys.starts[first], keys.starts[last]], 1)
 
 
-def some_rows(plan: Plan, index: KernelIndex, sample: Sample, rows: Tensor) -> tuple[Queries, tuple[Tensor, Tensor], Sample]:
+def some_rows(
+    plan: Plan, index: KernelIndex, sample: Sample, rows: Tensor
+) -> tuple[Queries, tuple[Tensor, Tensor], Sample]:
     """What :func:`gossamer.ops.gaussian.products` takes for some rows (places, ascending) of the queries."""
     tiles, sizes = index.tile_of[rows].unique_consecutive(return_counts=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
