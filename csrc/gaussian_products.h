@@ -50,6 +50,7 @@ void over_tiles(const GaussianQueries& queries, int threads, const Work& work) {
       pieces.push_back({tile, r, std::min<int64_t>(r + GAUSSIAN_ROWS, queries.start[tile + 1])});
   Phase phase;
   run_parallel(threads, [&](int) {
+    const WithoutDenormals now;
     std::vector<float> scratch(gaussian_scratch(queries.d));
     phase.run(static_cast<int64_t>(pieces.size()), 1, [&](int64_t at, int64_t) {
       work(pieces[at].tile, pieces[at].first, pieces[at].last, scratch.data());

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from gossamer.llm import LLM
     from gossamer.models.int8_quantizer import GossamerInt8Config
     from gossamer.nn import Int8Embedding, Int8Linear, quantize
+    from gossamer.operators.gaussian.attention import KernelAttention
+    from gossamer.operators.gaussian.kernel import GaussianKernel
     from gossamer.operators.gradient_store import GradientStore
     from gossamer.operators.inverse_fisher import InverseFisher
     from gossamer.operators.sliding_fisher import SlidingFisher
@@ -27,12 +29,14 @@ _HOMES = {
     "BeamSearchOutput": "outputs",
     "BeamSearchParams": "sampling_params",
     "CompletionOutput": "outputs",
+    "GaussianKernel": "operators.gaussian.kernel",
     "GossamerError": "errors",
     "GossamerInt8Config": "models.int8_quantizer",
     "GradientStore": "operators.gradient_store",
     "Int8Embedding": "nn",
     "Int8Linear": "nn",
     "InverseFisher": "operators.inverse_fisher",
+    "KernelAttention": "operators.gaussian.attention",
     "LLM": "llm",
     "MFAC": "optim",
     "MFACPreconditioner": "optim",
@@ -55,12 +59,14 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
+    "GaussianKernel",
     "GossamerError",
     "GossamerInt8Config",
     "GradientStore",
     "Int8Embedding",
     "Int8Linear",
     "InverseFisher",
+    "KernelAttention",
     "MFACPreconditioner",
     "Pruner",
     "RequestError",

@@ -1,15 +1,15 @@
 """Products with a matrix of exponentials that is never stored.
 
-    K_ij = 2^(-|q_i - k_j|^2)          of points q (n_q, d), k (n_k, d): Gaussian, for points divided by sqrt(2 / log2 e) sigma
-    K_ij = 2^(row_i + q_i . k_j)       of scores: attention, with row_i = -log2 of what a row is divided by
+    K_ij = 2^(-|q_i - k_j|^2)          Gaussian, of points (n, d) times UNIT / sigma
+    K_ij = 2^(row_i + q_i . k_j)       attention, with row_i = -log2 of what a row is divided by
 
 :func:`products` multiplies ranges of keys with every tile of queries exactly, and the rest by a sample:
 
     y_i = sum_{j near} K_ij x_j  +  sum_{j drawn, not near} K_ij x_j / p_j
 
-which is unbiased whatever is near, with the variance ``sum_{j not near} K_ij^2 x_j^2 (1 - p_j) / p_j``; the same draw gives
-an unbiased estimate of it. On CPUs in fp32 the native kernel does it, tile by tile; elsewhere PyTorch, which this file
-writes out and which is the reference. Sums end in fp64.
+which is unbiased whatever is near, with the variance ``sum_{j not near} K_ij^2 x_j^2 (1 - p_j) / p_j``, of which the
+same draw gives an unbiased estimate. On CPUs in fp32 the native kernel does it, tile by tile; elsewhere PyTorch, which
+this file writes out and which is the reference. Sums end in fp64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Queries:
 
     def tiles(self) -> Iterator[slice]:
         bounds = self.starts.tolist()
-        return (slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False))
+        return (slice(first, last) for first, last in pairwise(bounds))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from gossamer.operators.gaussian.report import ProductReport
 from gossamer.ops.gaussian import Sample, products
 
 _WORTH_IT = 0.8  # of the entries of K: a plan that takes more is not followed
-_FEWEST_CHECKED = 128  # rows before the product, and as many after it
+_FEWEST_CHECKED = 256  # rows before the product, and as many after it
 _CHECKED = 1 / 96  # of all rows, as many as this if it is more
 _MOST_CHECKED = 1024
 _MOST_KNOWN = 1 / 24  # of all rows, before more of them are asked for
@@ -32,30 +33,49 @@ PLANNED = {"default": 1 / 1.6, "chi2": 1 / (1.2 * 6.63), "chebyshev": 1 / (1.2 *
 _EXPECTED = {"default": None, "chi2": 1 / 6.63, "chebyshev": 1 / 100}
 
 
+# What is wanted of rows of K x (rows, r) and of their expected squared errors (rows): those of the result.
+Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def approximate(
-    index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator
+    index: KernelIndex,
+    columns: Tensor,
+    unit: float,
+    report: ProductReport,
+    generator: torch.Generator,
+    finish: Finish = lambda y, variance: (y, variance),
 ) -> Tensor | None:
-    """y (n_q, r) fp64, or ``None`` if the exact product costs no more.
+    """The result (n_q, ...) fp64 with an error of at most ``eps * unit``, or ``None`` if the exact one costs no more.
 
     Args:
         index: of the matrix.
         columns: x (n_k, r), not all of them 0.
+        unit: of eps: ``|x|`` for a product.
         report: with eps and the confidence; it is filled in.
         generator: of all draws.
+        finish: makes the result of the product; the product itself by default.
     """
-    return _Product(index, columns, report, generator).run()
+    return _Product(index, columns, unit, report, generator, finish).run()
 
 
 class _Product:
-    def __init__(self, index: KernelIndex, columns: Tensor, report: ProductReport, generator: torch.Generator) -> None:
-        self.index, self.report, self.generator = index, report, generator
+    def __init__(
+        self,
+        index: KernelIndex,
+        columns: Tensor,
+        unit: float,
+        report: ProductReport,
+        generator: torch.Generator,
+        finish: Finish,
+    ) -> None:
+        self.index, self.report, self.generator, self.finish, self.unit = index, report, generator, finish, unit
         self.x = index.keys.spread(columns)
         self.square = index.keys.spread(columns.double().square().sum(1, keepdim=True))[0].double()
-        self.allowed = report.eps**2 * float(columns.double().square().sum())
+        self.allowed = (report.eps * unit) ** 2
         self._batch = min(max(_FEWEST_CHECKED, round(_CHECKED * len(index.order))), _MOST_CHECKED)
         self._planned = self.allowed * PLANNED[report.confidence]
         self.rows, self.columns = len(index.order), len(columns)
-        self.certificate = Certificate(self.rows, len(self.x))
+        self.certificate = Certificate(self.rows)
         self.uniform = torch.rand(index.keys.padded, generator=generator, dtype=torch.float64)
         report.sum_per_query = index.total / self.rows
 
@@ -74,7 +94,7 @@ class _Product:
             plan, sample = settled
         with report.timed("product"):
             ranges = near_ranges(plan.near, self.index.keys)
-            y, variance = products(self.index.queries, self.index.keys, self.x, ranges, sample)
+            y, variance = self.finish(*products(self.index.queries, self.index.keys, self.x, ranges, sample))
         self._count(plan)
         with report.timed("repair"):
             self._repair_rows(y, variance)
@@ -107,15 +127,17 @@ class _Product:
 
     def _compute(self, rows: Tensor) -> None:
         """Makes rows (places) known to the certificate."""
-        part = self.index.queries.take(rows)
-        exact, _ = products(part, self.index.keys, self.x, self.index.keys.everything(1))
-        self.certificate.add(rows, exact)
+        self.certificate.add(rows, self._exact(rows))
+
+    def _exact(self, rows: Tensor) -> Tensor:
         self.report.entries += len(rows) / self.rows
+        part, keys = self.index.queries.take(rows), self.index.keys
+        return self.finish(*products(part, keys, self.x, keys.everything(1)))[0]
 
     def _some(self, plan: Plan, sample: Sample, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Estimates of some rows (places, ascending), and their expected squared errors."""
         queries, ranges, part = some_rows(plan, self.index, sample, rows)
-        return products(queries, self.index.keys, self.x, ranges, part)
+        return self.finish(*products(queries, self.index.keys, self.x, ranges, part))
 
     def _settle(self, plan: Plan, weight: Tensor) -> tuple[Plan, Sample] | None:
         """Lets the sample grow until rows that are known come out well; ``None`` where that costs too much.
@@ -165,9 +187,8 @@ class _Product:
     def _accepted(self, y: Tensor, expected: float) -> bool:
         """Whether known rows of y, and the expected squared error, are good enough; it is written into the report."""
         error, _ = self.certificate.squared_error(y)
-        unit = (self.allowed / self.report.eps**2) ** 0.5
-        self.report.error = error**0.5 / unit
-        self.report.bound = self._upper(y, expected) ** 0.5 / unit
+        self.report.error = error**0.5 / self.unit
+        self.report.bound = self._upper(y, expected) ** 0.5 / self.unit
         return self.report.bound <= self.report.eps
 
     def _stands_for(self) -> Tensor:
@@ -185,11 +206,8 @@ class _Product:
     def _repair_rows(self, y: Tensor, variance: Tensor) -> None:
         """Computes conspicuous rows exactly: points that are in the wrong group, or near to everything."""
         rows = self._conspicuous(variance, torch.ones_like(variance))
-        part = self.index.queries.take(rows)
         if len(rows):
-            y[rows], _ = products(part, self.index.keys, self.x, self.index.keys.everything(1))
-            variance[rows] = 0.0
-        self.report.entries += len(rows) / self.rows
+            y[rows], variance[rows] = self._exact(rows), 0.0
 
     def _repair_tiles(self, plan: Plan, y: Tensor, variance: Tensor) -> Plan | None:
         """Draws more keys for the tiles whose rows have large expected errors; ``None`` if that costs too much."""

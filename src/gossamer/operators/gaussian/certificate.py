@@ -1,10 +1,10 @@
 """Measures the error of a product on rows that are computed exactly too.
 
 Rows are drawn, row i ``E_i`` times on average, and the sum over draws of ``|e_i|^2 / E_i`` estimates ``|Kx - y|^2``
-without bias, whatever the estimates that the plan was made by were worth. Rows that are known in the end are put into y;
-of what that leaves, ``exp(-E_i) |e_i|^2 / E_i`` is an estimate, since a row is not drawn with probability exp(-E_i).
-Its standard error is known from the same numbers. This is statistical: an error that sits in a few rows that nothing points to can be missed, with the probability that the
-standard error stands for when many rows share it, and more often when one of n does not.
+without bias, whatever the estimates that the plan was made by were worth. Rows that are known in the end are put into
+y; of what that leaves, ``exp(-E_i) |e_i|^2 / E_i`` is an estimate, since exp(-E_i) is how likely a row was not drawn.
+The standard error is known from the same numbers. This is statistical: an error that sits in very few rows that
+nothing points to can be missed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ class Certificate:
 
     Args:
         n: rows there are.
-        columns: right-hand sides.
     """
 
     n: int
-    columns: int
     rows: Tensor = field(init=False)
     exact: Tensor = field(init=False)
     drawn: Tensor = field(init=False)
@@ -33,12 +31,12 @@ class Certificate:
 
     def __post_init__(self) -> None:
         self.rows = torch.empty(0, dtype=torch.int64)
-        self.exact = torch.empty(0, self.columns, dtype=torch.float64)
+        self.exact = torch.empty(0, 0, dtype=torch.float64)
         self.drawn = torch.empty(0, dtype=torch.int64)
         self.expected = torch.zeros(self.n, dtype=torch.float64)
 
     def draw(self, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` draws of rows, half of them by ``weight`` (n), half evenly; returns those that are new, ascending."""
+        """``count`` draws of rows, half by ``weight`` (n), half evenly; returns those that are new, ascending."""
         even = torch.full_like(weight, 1 / self.n)
         total = float(weight.sum())
         probability = even if total <= 0 else 0.5 * weight / total + 0.5 * even
@@ -51,12 +49,13 @@ class Certificate:
         return fresh[~torch.isin(fresh, self.rows)]
 
     def add(self, rows: Tensor, exact: Tensor) -> None:
-        """Rows that are now known, and their exact products (rows, columns)."""
-        rows, order = torch.cat([self.rows, rows]).sort()
-        self.rows, self.exact = rows, torch.cat([self.exact, exact])[order]
+        """Rows that are now known, and their exact results (rows, columns)."""
+        known = torch.cat([self.exact, exact]) if len(self.rows) else exact
+        self.rows, order = torch.cat([self.rows, rows]).sort()
+        self.exact = known[order]
 
     def squared_error(self, y: Tensor) -> tuple[float, float]:
-        """Estimate of ``|Kx - y|^2``, once the known rows of y (rows, columns) are put right, and its standard error."""
+        """Estimate of ``|Kx - y|^2`` with the known rows of y (rows, columns) put right, and its standard error."""
         error = (y - self.exact).square().sum(1)
         expected = self.expected[self.drawn]
         terms = error[torch.searchsorted(self.rows, self.drawn)] * (-expected).exp() / expected

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gossamer.operators.gaussian.partition import PARTITIONS, Partition
-from gossamer.ops.gaussian import Keys, Queries, sums
+from gossamer.ops.gaussian import Keys, Queries, products, sums
 
 _WIDER = 0.5  # how much the square of the kernel is widened when the mean of a group stands for its points
 _GROUP = 32  # points of a group at least
+_SUMMED = 32  # one of so many blocks is summed up for each row of scores, to know what to scale it with
 
 
 @dataclass(frozen=True)
 class KernelIndex:
     """Queries in tiles, keys in blocks, and estimates of K^2 between them.
 
-    ``promise`` tells which pairs of a tile and a block are worth it, from the means of the groups; ``measured`` tells how
-    much that leaves, from a row of each tile. They share no noise: what was chosen by one estimate looks better in
+    ``promise`` tells which pairs of a tile and a block are worth it, from the means of the groups; ``measured`` tells
+    how much that leaves, from a row of each tile. They share no noise: what was chosen by an estimate looks better in
     it than it is.
 
     Args:
@@ -56,12 +57,24 @@ class KernelIndex:
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), of_queries.sizes.cumsum(0)])
         sorted_queries = queries.take(of_queries.order, starts)
 
-        near_tiles = _seen_from(of_queries.means(queries.points), points, of_keys)
-        near_blocks = near_tiles if same else _seen_from(of_keys.means(points), queries.points, of_queries)
+        if sorted_queries.row is None:
+            near_tiles = _distances_seen_from(of_queries.means(queries.points), points, of_keys)
+            near_blocks = (
+                near_tiles if same else _distances_seen_from(of_keys.means(points), queries.points, of_queries)
+            )
+            promise = near_tiles + near_blocks.T
+        else:
+            promise = _scores_between(sorted_queries, of_queries, points, of_keys)
+            near_sums = _sums_of_best(sorted_queries, keys, promise).clamp_min(1).log2()
+            sorted_queries = replace(sorted_queries, row=sorted_queries.row - near_sums.to(points.dtype))
+            of_tile = torch.segment_reduce(near_sums, "mean", lengths=of_queries.sizes)
+            promise = (promise * torch.exp2(-2 * of_tile).float()[:, None]).clamp_max(1)  # as all entries are
         tiles = len(of_queries.sizes)
         within = torch.rand(tiles, generator=generator, dtype=torch.float64)
         rows = starts[:-1] + (within * of_queries.sizes).long()
         added, squares = sums(sorted_queries.take(rows), keys)
+        if sorted_queries.row is not None:  # in the end they are divided by what they add up to
+            squares = squares / added.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).square()
         means = tiles * len(points) + (0 if same else len(of_keys.sizes) * len(queries.points))
         return cls(
             sorted_queries,
@@ -69,7 +82,7 @@ class KernelIndex:
             keys,
             of_queries.sizes,
             of_keys.sizes,
-            near_tiles + near_blocks.T,
+            promise,
             squares.float(),
             float(added.sum(1) @ of_queries.sizes.double()),
             tiles * len(points) + means,
@@ -96,8 +109,33 @@ def _group_size(n: int) -> int:
     return max(_GROUP, round(math.sqrt(n) / 6))
 
 
-def _seen_from(means: Tensor, points: Tensor, partition: Partition) -> Tensor:
+def _distances_seen_from(means: Tensor, points: Tensor, partition: Partition) -> Tensor:
     """Mean of the widened K^2 over each group of points, seen from each of the means: (means, groups) fp32."""
     scale = math.sqrt(2 / (1 + _WIDER))
     packed = Keys.pack(points * scale, partition.sizes, partition.order)
     return (sums(Queries.together(means * scale), packed)[0] / partition.sizes).float()
+
+
+def _scores_between(queries: Queries, of_queries: Partition, points: Tensor, of_keys: Partition) -> Tensor:
+    """The same of exponentials of scores, (tiles, blocks), where the mean of a group stands for it on either side.
+
+    What a row adds becomes a coordinate whose key is 1, so that the means of queries have it too.
+    """
+    assert queries.row is not None
+    asked = torch.cat([queries.points, queries.row[:, None]], 1)
+    asking = Partition(torch.arange(len(asked)), of_queries.sizes)
+    known = torch.cat([points, points.new_ones(len(points), 1)], 1)
+    promise = torch.zeros(len(of_queries.sizes), len(of_keys.sizes))
+    for means, others, partition in ((asking.means(asked), known, of_keys), (of_keys.means(known), asked, asking)):
+        packed = Keys.pack(others, partition.sizes, partition.order)
+        seen = (sums(Queries.together(means, means.new_zeros(len(means))), packed)[1] / partition.sizes).float()
+        promise += seen if partition is of_keys else seen.T
+    return promise.clamp_max(torch.finfo(torch.float32).max / 2)
+
+
+def _sums_of_best(queries: Queries, keys: Keys, promise: Tensor) -> Tensor:
+    """Sums (n_q) over the most promising blocks of each tile: at most those over all keys, and often most of them."""
+    count = min(promise.shape[1], 1 + promise.shape[1] // _SUMMED)
+    best = promise.topk(count, dim=1).indices.flatten()
+    ranges = torch.arange(len(promise) + 1) * count, torch.stack([keys.starts[best], keys.starts[best + 1]], 1)
+    return products(queries, keys, keys.counted[None], ranges)[0][:, 0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from gossamer.operators.gaussian.index import KernelIndex
 from gossamer.operators.gaussian.pilot import Pilot
 from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
 from gossamer.ops.gaussian import UNIT, Keys, Queries, products
+
+if TYPE_CHECKING:
+    from gossamer.operators.gaussian.assumption import AssumptionReport
 
 Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
 
@@ -132,7 +136,7 @@ class GaussianKernel:
             with report.timed("index"):
                 report.entries += 0 if self._index else self.build_index().entries / entries
             draws = torch.Generator().manual_seed(self.seed if seed is None else seed)
-            y = approximate(self.build_index(), columns, report, draws)
+            y = approximate(self.build_index(), columns, math.sqrt(size), report, draws)
         if y is None:
             report.mode, report.error, report.bound = "exact", 0.0, 0.0
             report.entries += 1.0
@@ -162,6 +166,12 @@ class GaussianKernel:
             queries = Queries.together(self._points if self._same else self._scaled(self._raw))
             self._index = KernelIndex.build(backend, queries, self._points, self._same, generator)
         return self._index
+
+    def assumption(self, prefixes: int | Sequence[int] = 8, pilot: int | None = None) -> AssumptionReport:
+        """How sparse K is in the paper's sense; :func:`~gossamer.operators.gaussian.assumption.measure_assumption`."""
+        from gossamer.operators.gaussian.assumption import measure_assumption
+
+        return measure_assumption(self, prefixes, pilot)
 
     def _scaled(self, points: Tensor) -> Tensor:
         return ((points.to(torch.float64) - self._centre) * (UNIT / self.bandwidth)).to(self.dtype)

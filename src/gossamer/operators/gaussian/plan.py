@@ -4,16 +4,17 @@ With ``p_j`` the probability that a tile of queries draws key j, the squared err
 
     V = sum over rows i, keys j that are not near i, of  K_ij^2 x_j^2 (1 / p_j - 1).
 
-For a given cost the best ``p_j`` are proportional to ``|x_j| sqrt(C_j)``, C_j being the squares of column j that are left
-to the sample, and the best rates of tiles to the square root of what a row of theirs adds to V. Multiplying a pair of
-groups exactly costs its size and saves its share of V, so pairs are taken by the mean of their squares; from which value
-on, the cheapest of some plans tells. What the index promises gives the shape of all this, what it has measured the scale,
-so that the noise of a few rows does not make a plan look good. It is a guess all the same:
+For a given cost the best ``p_j`` are proportional to ``|x_j| sqrt(C_j)``, C_j being the squares of column j that are
+left to the sample, and the best rates of tiles to the square root of what a row of theirs adds to V. Multiplying a pair
+of groups exactly costs its size and saves its share of V, so pairs are taken by the mean of their squares; from which
+value on, the cheapest of some plans tells. What the index promises gives the shape of all this, what it has measured
+the scale, so that the noise of a few rows does not make a plan look good. It is a guess all the same:
 :mod:`gossamer.operators.gaussian.certificate` measures.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 from gossamer.operators.gaussian.index import KernelIndex
 from gossamer.ops.gaussian import PANEL, Keys, Queries, Sample
 
-_LEVELS = 96  # of pairs by what they are worth, two for each halving
+_LEVELS = 96  # of pairs by what they are worth
+_RANKED = 1 << 16  # pairs that tell where the levels end
 _EVEN = 0.5  # of the probabilities, and of the rates, that does not depend on noisy estimates
 _FEWEST = 64  # keys that a tile draws, about
 
@@ -59,13 +61,11 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
     padded = (index.keys.starts[1:] - index.keys.starts[:-1]).double() * PANEL
     amount = index.per_block(root)  # sum of |x_j|
 
-    worth = index.promise * (amount / padded).float()  # of a pair, per entry that it takes
-    top = float(worth.max()) or 1.0
-    level = (
-        torch.log2(worth / top).mul_(-2).clamp_(0, _LEVELS).long()
-    )  # 0 is best; the last one holds what is worth nothing
+    level, levels = _levels(
+        index.promise * (amount / amount.max() / padded).float()
+    )  # by worth per entry that it takes
     cell = level * len(columns) + torch.arange(len(columns))
-    by_level = [torch.zeros(_LEVELS + 1, len(columns), dtype=torch.float64) for _ in range(3)]
+    by_level = [torch.zeros(levels, len(columns), dtype=torch.float64) for _ in range(3)]
     each = (index.measured, index.promise * columns.float(), torch.ones_like(index.promise))
     for total, values in zip(by_level, each, strict=True):
         weighed = (values * rows.float()[:, None]).double()
@@ -95,6 +95,17 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
     column = left[first_far] / columns
     rate = rate * _with_certainty(square * column[index.block_of], share, float(rate @ rows / rows.sum()), budget)
     return Plan(near, share.float(), rate, weight, round(float(near_entries[first_far])))
+
+
+def _levels(worth: Tensor) -> tuple[Tensor, int]:
+    """The level of each pair, 0 is best, and how many there are: finer where they are better."""
+    flat = worth.flatten()
+    some = flat
+    if len(flat) > _RANKED:
+        some = flat[torch.randint(len(flat), (_RANKED,), generator=torch.Generator().manual_seed(0))]
+    ranks = torch.logspace(0, math.log10(len(some)), _LEVELS, dtype=torch.float64).long().clamp_max(len(some)) - 1
+    ends = some.sort(descending=True).values[ranks].unique()  # ascending
+    return torch.bucketize(-worth, -ends.flip(0)), len(ends) + 1
 
 
 def _from_each_on(by_level: Tensor) -> Tensor:
