@@ -10,6 +10,7 @@ import typer
 
 from gossamer.cli.bench_attention import attention
 from gossamer.cli.bench_fisher import fisher
+from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
@@ -123,6 +124,7 @@ def decode(
 bench_app.command()(linear)
 bench_app.command()(attention)
 bench_app.command()(fisher)
+bench_app.command()(kernel)
 
 
 def _print_table(report: dict[str, Any]) -> None:
