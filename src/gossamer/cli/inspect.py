@@ -1,4 +1,7 @@
-"""``gossamer inspect``: a model's outlier features, what it loses without them, and its memory under each scheme."""
+"""``gossamer inspect``: a model's outlier features, what it loses without them, and its memory under each scheme.
+
+With ``--attention`` it is :mod:`gossamer.cli.inspect_attention` instead.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import typer
 
 from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
 from gossamer.cli.eval import Text, Window, cut_windows, describe_text, load, read
+from gossamer.cli.inspect_attention import inspect_attention
 from gossamer.cli.terminal import notice
 from gossamer.progress import Progress
 
@@ -35,6 +39,10 @@ def inspect(
     ablation: Annotated[
         bool, typer.Option("--ablation/--no-ablation", help="Measure the model without its features.")
     ] = True,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Show how sparse attention is, of each head, instead of outliers.")
+    ] = False,
+    length: Annotated[int, typer.Option(min=2, help="With --attention: tokens of the text.")] = 512,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -44,11 +52,17 @@ def inspect(
     An outlier is a value of at least --magnitude in the input of a linear layer. A feature is a dimension with outliers
     in at least --layers of the layers and --tokens of the positions, as in the LLM.int8() paper. Its features are then
     set to zero, and as many random dimensions for comparison.
+
+    With --attention, what is shown instead is whether the attention of each head is sparse enough for fast kernel
+    products, on the first --length tokens of the text. That works with encoders such as BERT, too.
     """
     if html is not None:
         from gossamer.report.html import check_writable
 
         check_writable(html)
+    if attention:
+        inspect_attention(model, text, length, html, dtype, threads, as_json)
+        return
     content = read(text)
     network, tokenizer = load(model, dtype, threads)
     cut = cut_windows(tokenizer, content, window, windows)

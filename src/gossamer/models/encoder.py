@@ -1,0 +1,70 @@
+"""Loads encoders, such as BERT, which the engine does not run but reports can look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.models.checkpoint import check_directory, check_weights
+from gossamer.models.load import DTYPES, load_config
+from gossamer.models.quiet import quiet_transformers
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model that reads a text in both directions.
+
+    >>> from transformers import BertConfig, LlamaConfig
+    >>> is_encoder(BertConfig()), is_encoder(BertConfig(is_decoder=True)), is_encoder(LlamaConfig())
+    (True, False, False)
+    """
+    generates = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not generates
+
+
+def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An encoder without a head, in evaluation mode, and its tokenizer; no remote code, no pickle, no network.
+
+    Args:
+        path: a checkpoint directory.
+        dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
+
+    Raises:
+        ConfigurationError: ``dtype`` is not one of the four.
+        CheckpointError: a file is missing, damaged, or lacks tensors of the model.
+    """
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    config = load_config(path)
+    check_directory(path)
+    check_weights(path)
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
+        try:
+            model, info = AutoModel.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
+            raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
+    # transformers fills these with random numbers; a pooling layer, which many checkpoints lack, comes last of all.
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+        raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")
+    return model.eval().requires_grad_(False), tokenizer
