@@ -1,12 +1,12 @@
 """Checks the contract of approximate kernel products: |Kx - y| <= eps |x|, and what the report says of the error.
 
     .venv/bin/python scripts/kernel_contract.py --seeds 200
-    .venv/bin/python scripts/kernel_contract.py --families smollm2 minilm --minilm DIR
+    .venv/bin/python scripts/kernel_contract.py --families manifold --confidence chebyshev --backend lsh
 
 Every run draws points, x and everything else anew, and compares with the product in fp64. A table tells for each family
 and eps: in how many runs the error was at most eps, the largest error over eps, how many products were sampled and not
-exact, and how far the reported error was from the true one where that exceeded eps / 4. ``--minilm`` names a directory with
-a BERT-type model (Hugging Face format).
+exact, and how far the reported error was from the true one where that exceeded eps / 4. For the attention of real heads
+there is ``scripts/kernel_attention.py``.
 """
 
 from __future__ import annotations
