@@ -71,7 +71,8 @@ def main() -> None:
     found = heads_of(model, ids, list(range(0, step * arguments.heads, step)))
     print(f"{ids.shape[1]} tokens, eps = {arguments.eps:g}, {torch.get_num_threads()} threads, seconds")
     print(
-        f"{'layer':>5}{'head':>5}{'flash':>8}{'first':>8}{'again':>8}{'flash / again':>15}{'error':>8}{'said':>7}{'of K':>7}  how"
+        f"{'layer':>5}{'head':>5}{'flash':>8}{'first':>8}{'again':>8}{'flash / again':>15}"
+        f"{'error':>8}{'said':>7}{'of K':>7}  how"
     )
     faster, kept = [], 0
     for (layer, head), (q, k, v) in found.items():

@@ -10,8 +10,8 @@ import typer
 
 from gossamer.cli.bench_attention import attention
 from gossamer.cli.bench_fisher import fisher
-from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_format import numbers, optional
+from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
 from gossamer.cli.engine_options import (

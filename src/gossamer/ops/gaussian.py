@@ -165,7 +165,7 @@ def products(
     device = queries.points.device
     y = torch.zeros(len(queries.points), len(x), dtype=torch.float64, device=device)
     variance = torch.zeros(len(y), dtype=torch.float64, device=device)
-    if (isa := _native(queries)) and (library := core()):
+    if (isa := native(queries.points)) and (library := core()):
         held = _Addresses()
         library.gaussian_products(
             isa,
@@ -207,7 +207,7 @@ def sums(queries: Queries, keys: Keys) -> tuple[Tensor, Tensor]:
     shape = (len(queries.points), blocks)
     total = torch.zeros(shape, dtype=torch.float64, device=queries.points.device)
     squares = torch.zeros_like(total)
-    if (isa := _native(queries)) and (library := core()):
+    if (isa := native(queries.points)) and (library := core()):
         held = _Addresses()
         library.gaussian_sums(
             isa,
@@ -258,8 +258,9 @@ def _weights(sample: Sample, tile: int) -> tuple[Tensor, Tensor]:
     return z, sample.square[drawn] * (1 - probability) / probability.square() * used
 
 
-def _native(queries: Queries) -> str | None:
-    fits = queries.points.device.type == "cpu" and queries.points.dtype == torch.float32 and queries.points.numel() > 0
+def native(points: Tensor) -> str | None:
+    """The instruction set whose kernel multiplies these points, if there is one."""
+    fits = points.device.type == "cpu" and points.dtype == torch.float32 and points.numel() > 0
     return instruction_set() if fits else None
 
 

@@ -14,7 +14,7 @@ from gossamer.operators.gaussian.approximate import PLANNED, approximate
 from gossamer.operators.gaussian.index import KernelIndex
 from gossamer.operators.gaussian.pilot import Pilot
 from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
-from gossamer.ops.gaussian import UNIT, Keys, Queries, products
+from gossamer.ops.gaussian import UNIT, Keys, Queries, native, products
 
 if TYPE_CHECKING:
     from gossamer.operators.gaussian.assumption import AssumptionReport
@@ -128,6 +128,8 @@ class GaussianKernel:
             report.reason = "the backend is exact"
         elif self._raw.device.type != "cpu":
             report.reason = "approximate products run on CPUs only"
+        elif self._index is None and native(self._points) is None:
+            report.reason = "approximate products are fast with native kernels only, in fp32"
         elif self._index is None and entries < FEWEST_ENTRIES:
             report.reason = "so few entries are multiplied faster than looked into"
         elif self._index is None and not self._promising(columns, size, eps, confidence, report):

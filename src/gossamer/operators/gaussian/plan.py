@@ -61,9 +61,8 @@ def make_plan(index: KernelIndex, square: Tensor, budget: float) -> Plan:
     padded = (index.keys.starts[1:] - index.keys.starts[:-1]).double() * PANEL
     amount = index.per_block(root)  # sum of |x_j|
 
-    level, levels = _levels(
-        index.promise * (amount / amount.max() / padded).float()
-    )  # by worth per entry that it takes
+    worth = index.promise * (amount / amount.max() / padded).float()  # of a pair, per entry that it takes
+    level, levels = _levels(worth)
     cell = level * len(columns) + torch.arange(len(columns))
     by_level = [torch.zeros(levels, len(columns), dtype=torch.float64) for _ in range(3)]
     each = (index.measured, index.promise * columns.float(), torch.ones_like(index.promise))
