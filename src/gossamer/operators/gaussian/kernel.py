@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.operators.gaussian.approximate import PLANNED, approximate
 from gossamer.operators.gaussian.index import KernelIndex
-from gossamer.operators.gaussian.pilot import Pilot
+from gossamer.operators.gaussian.pilot import PILOT_ROWS, Pilot
 from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
 from gossamer.ops.gaussian import UNIT, Keys, Queries, native, products
 
@@ -23,7 +23,7 @@ Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
 
 FEWEST_ENTRIES = 1 << 27  # of K; below, an index does not pay
 _PROMISING = 0.5  # of the entries of K: where a few rows promise more than this, no index is built
-_PIECE_BYTES = 256 << 20  # of scaled queries at a time
+_PIECE_BYTES = 64 << 20  # of scaled queries at a time
 
 
 class GaussianKernel:
@@ -154,8 +154,8 @@ class GaussianKernel:
     ) -> bool:
         with report.timed("pilot"):
             if self._pilot is None:
-                queries = self._points if self._same else self._scaled(self._raw)
-                self._pilot = Pilot(queries, self._points, torch.Generator().manual_seed(self.seed))
+                rows = torch.randint(self.shape[0], (PILOT_ROWS,), generator=torch.Generator().manual_seed(self.seed))
+                self._pilot = Pilot(self._scaled(self._raw[rows]), self._points)
             norms = columns.double().square().sum(1).sqrt()
             concentration = float(norms.sum()) ** 2 / (len(norms) * size)
             return self._pilot.share(concentration, eps**2 * PLANNED[confidence]) < _PROMISING

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gossamer.ops.gaussian import Queries, entries
 
-_ROWS = 16
+PILOT_ROWS = 16  # that are looked at
 _FRACTIONS = 48  # of the entries of a row that might be near
 _GROUPS_PER_POINT = 6.0  # a division into groups has so many times the near entries that there are
 _INDEX = 32.0  # entries per query and sqrt(n_k) that building an index takes, about
@@ -17,14 +17,12 @@ class Pilot:
     """How the squares of K's rows are distributed, of a sample of rows.
 
     Args:
-        points: queries (n_q, d), scaled.
+        queries: some of them (rows, d), drawn at random, scaled.
         keys: (n_k, d), scaled.
-        generator: which rows.
     """
 
-    def __init__(self, points: Tensor, keys: Tensor, generator: torch.Generator) -> None:
-        rows = torch.randint(len(points), (_ROWS,), generator=generator)
-        squares = entries(Queries.together(points[rows]), keys).square().double()
+    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+        squares = entries(Queries.together(queries), keys).square().double()
         ordered = squares.sort(dim=1, descending=True).values.mean(0)
         left = ordered.sum() - ordered.cumsum(0)
         self.count = len(keys)
