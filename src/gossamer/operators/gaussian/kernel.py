@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
 
-FEWEST_ENTRIES = 1 << 27  # of K; below, an index does not pay
+FEWEST_ENTRIES = 1 << 28  # of K; below, an index does not pay
 _PROMISING = 0.5  # of the entries of K: where a few rows promise more than this, no index is built
+_MOST_IN_FP32 = 1e17
 _PIECE_BYTES = 64 << 20  # of scaled queries at a time
 
 
@@ -42,6 +43,8 @@ class GaussianKernel:
         bandwidth: sigma, in the units of the points; above 0.
         backend: how near points are found, :mod:`gossamer.operators.gaussian.partition`; ``exact`` never approximates.
         seed: of everything that is drawn. The same seed and the same calls give the same numbers.
+
+    No gradients flow through it.
 
     Raises:
         ConfigurationError: shapes, dtypes or bandwidth do not fit, or a number is not finite.
@@ -72,9 +75,15 @@ class GaussianKernel:
         self.bandwidth, self.backend, self.seed = float(bandwidth), backend, seed
         self.shape = (len(queries), len(keys))
         self.dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+        self._wide = self.dtype  # what is computed in
         self._centre = keys.to(torch.float64).mean(0)  # small numbers keep more digits of what differs
         self._raw, self._same = queries, queries is keys
         self._points = self._scaled(keys)
+        if float(self._points.abs().max()) > _MOST_IN_FP32:  # whose squares are not
+            self._wide = torch.float64
+            self._points = self._scaled(keys)
+        if not bool(torch.isfinite(self._points).all()):
+            raise ConfigurationError(f"the bandwidth {bandwidth:g} is too small for points so far apart")
         self._keys = Keys.pack(self._points)
         self._index: KernelIndex | None = None
         self._pilot: Pilot | None = None
@@ -86,8 +95,8 @@ class GaussianKernel:
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """``K x`` for x (n_k) or (n_k, r), exact; of the dtype of x, summed in fp64."""
-        columns = self._columns(x)
-        return self._shaped(self._exact(columns), x)
+        columns, unit = self._columns(x)
+        return self._shaped(unit * self._exact(columns), x)
 
     def matvec(
         self, x: Tensor, eps: float, confidence: Confidence = "default", seed: int | None = None
@@ -98,16 +107,16 @@ class GaussianKernel:
             x: (n_k) or (n_k, r), signed.
             eps: in units of ``|x|``; 0 or less is exact.
             confidence: ``default`` accepts y if the error of this very draw, measured on rows that are computed exactly
-                too, is below eps with 99 % of certainty. ``chi2`` and ``chebyshev`` ask that much of the expected error
-                that a draw stays below eps in 99 % of the cases even if all of it goes in one direction, and whatever
-                its distribution is: 6.6 and 100 times the sample, for sums of squares.
+                too, is below eps by at least 2.33 standard errors of that measurement. ``chi2`` and ``chebyshev`` ask
+                that much of the expected error that a draw stays below eps in 99 % of the cases even if all of it goes
+                in one direction, and whatever its distribution is: up to 6.6 and 100 times the sample.
             seed: of this product, in the place of the kernel's. Products that depend on each other (power iteration, a
                 solver) want a different one each.
 
         Raises:
             ConfigurationError: x has a wrong shape or a number that is not finite; eps is not a number.
         """
-        columns = self._columns(x)
+        columns, unit = self._columns(x)
         if math.isnan(eps):
             raise ConfigurationError("eps is not a number")
         if confidence not in get_args(Confidence):
@@ -147,7 +156,7 @@ class GaussianKernel:
         report.norm = math.sqrt(float(y.square().sum()) / size) if size else 0.0
         if report.mode == "sampled" and report.norm + report.bound <= eps:
             report.reason = "y = 0 would satisfy this eps"
-        return KernelProduct(self._shaped(y, x), report)
+        return KernelProduct(self._shaped(unit * y, x), report)
 
     def _promising(
         self, columns: Tensor, size: float, eps: float, confidence: Confidence, report: ProductReport
@@ -176,7 +185,7 @@ class GaussianKernel:
         return measure_assumption(self, prefixes, pilot)
 
     def _scaled(self, points: Tensor) -> Tensor:
-        return ((points.to(torch.float64) - self._centre) * (UNIT / self.bandwidth)).to(self.dtype)
+        return ((points.to(torch.float64) - self._centre) * (UNIT / self.bandwidth)).to(self._wide)
 
     def _exact(self, columns: Tensor) -> Tensor:
         x = self._keys.spread(columns)
@@ -185,14 +194,17 @@ class GaussianKernel:
         ranges = self._keys.everything(1)
         return torch.cat([products(Queries.together(part), self._keys, x, ranges)[0] for part in parts])
 
-    def _columns(self, x: Tensor) -> Tensor:
+    def _columns(self, x: Tensor) -> tuple[Tensor, float]:
+        """x (n_k, r) in units of its largest entry, so that squares neither vanish nor overflow, and that unit."""
         if x.dim() not in (1, 2) or len(x) != self.shape[1] or not x.is_floating_point():
             wanted = f"({self.shape[1]}) or ({self.shape[1]}, r) floating-point numbers"
             raise ConfigurationError(f"x is {wanted}, got {tuple(x.shape)} of {x.dtype}")
         if not bool(torch.isfinite(x).all()):
             where = (~torch.isfinite(x)).nonzero()[0].tolist()
             raise ConfigurationError(f"x has a number that is not finite, at {where}")
-        return x if x.dim() == 2 else x[:, None]
+        columns = (x if x.dim() == 2 else x[:, None]).detach().double()
+        unit = float(columns.abs().max()) or 1.0
+        return columns / unit, unit
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.dtype)

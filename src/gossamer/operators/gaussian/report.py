@@ -23,7 +23,8 @@ class ProductReport:
         mode: ``exact``; ``sampled``; or ``zero``, where y = 0 satisfies eps for every matrix of this size.
         reason: why it is exact, or why the answer means little.
         error: estimate of ``|Kx - y| / |x|``, of this draw; 0 where y is exact.
-        bound: what the error is below, as sure as ``confidence`` says.
+        bound: the error and 2.33 of its standard errors, which was held against eps: 99 % of certainty where many rows
+            share the error, as they do near eps. An error far below eps may be a few large misses, and above this.
         confidence: which of the rules accepted the product.
         norm: ``|y| / |x|``. Where eps is above it, y = 0 would have done.
         entries: of K that were evaluated, over n_q n_k; the index's too where it was built for this product.
