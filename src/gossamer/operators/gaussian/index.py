@@ -106,7 +106,7 @@ class KernelIndex:
 
 def _group_size(n: int) -> int:
     """So that a row of each group costs n^1.5 in all, once there are enough points."""
-    return max(_GROUP, round(math.sqrt(n) / 6))
+    return max(_GROUP, round(math.sqrt(n) / 8))
 
 
 def _distances_seen_from(means: Tensor, points: Tensor, partition: Partition) -> Tensor:
