@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from gossamer.models.encoder import load_encoder
 from gossamer.operators.gaussian.assumption import attention_points
 from gossamer.report.attention_page import render
 from gossamer.report.attention_sparsity import measure_attention, text_tokens
+from html_page import Page
 from sparsity_references import check, dense
 
 # --- heads -----------------------------------------------------------------------------------------------------------
@@ -93,32 +93,6 @@ def test_bad_texts_and_models() -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Checks that elements are closed, and keeps links."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.links += [str(value) for name, value in attributes if name in ("src", "href", "srcset", "data")]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def invoke(*arguments: object) -> Any:

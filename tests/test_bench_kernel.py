@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -34,6 +35,6 @@ def test_the_table_names_what_was_measured() -> None:
 @pytest.mark.parametrize(
     "change", [{"families": ["cubes"]}, {"sizes": [0]}, {"eps": 0.0}, {"repeats": 0}, {"sizes": [10], "d": 0}]
 )
-def test_bad_settings(change: dict[str, object]) -> None:
+def test_bad_settings(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
-        bench_kernel(**{"families": ["clustered"], "sizes": [100], **change})  # type: ignore[arg-type]
+        bench_kernel(**{"families": ["clustered"], "sizes": [100], **change})

@@ -70,9 +70,8 @@ def test_help_is_fast():
         assert run_main("--help").returncode == 0
         return time.perf_counter() - started
 
-    # The best of three: the claim is about the command, not about what else the machine does. Importing PyTorch or
-    # transformers, which it must not, takes seconds.
-    assert min(seconds() for _ in range(3)) < 1.0
+    # The best of some: the claim is about the command, not about what else the machine does.
+    assert any(seconds() < 0.5 for _ in range(10))
 
 
 @pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -192,10 +194,10 @@ def test_a_report_can_be_written() -> None:
         ({"backend": "tree"}, "not one of: ivf"),
     ],
 )
-def test_bad_points(change: dict[str, object], message: str) -> None:
-    good = {"queries": torch.ones(3, 4), "keys": torch.ones(2, 4), "bandwidth": 1.0}
+def test_bad_points(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"queries": torch.ones(3, 4), "keys": torch.ones(2, 4), "bandwidth": 1.0}
     with pytest.raises(ConfigurationError, match=message):
-        GaussianKernel(**{**good, **change})  # type: ignore[arg-type]
+        GaussianKernel(**{**good, **change})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections import defaultdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from gossamer.report.ablation import ablate, passes
 from gossamer.report.outliers import CONTRACTION, RESIDUAL, FeatureGroup, OutlierReport
 from gossamer.report.quality import evaluate
 from gossamer.report.windows import token_windows
+from html_page import Page
 
 LAYERS, WIDTH, TOKENS = 8, 32, 64
 
@@ -397,32 +397,6 @@ def test_memory_counts_every_parameter_once(name: str) -> None:
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Checks that elements are closed, and keeps links."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(page)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.links += [str(value) for name, value in attributes if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_page_is_whole_by_itself_and_shows_every_input() -> None:

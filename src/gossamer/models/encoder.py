@@ -8,7 +8,6 @@ import torch
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,7 +15,7 @@ from transformers import (
 
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.models.checkpoint import check_directory, check_weights
-from gossamer.models.load import DTYPES, load_config
+from gossamer.models.load import DTYPES, load_config, load_tokenizer
 from gossamer.models.quiet import quiet_transformers
 
 
@@ -48,10 +47,7 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
     check_directory(path)
     check_weights(path)
     with quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
+        tokenizer = load_tokenizer(path)
         try:
             model, info = AutoModel.from_pretrained(
                 path,

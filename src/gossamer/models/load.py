@@ -72,7 +72,7 @@ def load_model(
     check_supported(config)
     with quiet_transformers():
         if path.is_dir():
-            tokenizer = _load_tokenizer(path)
+            tokenizer = load_tokenizer(path)
         options: dict[str, Any] = {}
         if path.is_dir() and (foreign := foreign_format(config)):
             options = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
@@ -128,7 +128,8 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         raise CheckpointError(f"{file} has a value that {model_type} does not accept: {error}") from error
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory; no remote code, no network."""
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from gossamer.timing import timed
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,9 @@ class PruneReport:
     peak_bytes: int | None = None
     reconstruction: list[tuple[float, float]] = field(default_factory=list)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Adds what the body takes to the seconds of a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return timed(self.seconds, phase)
 
     @property
     def sparsity(self) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
+
+from gossamer.timing import timed
 
 Mode = Literal["exact", "sampled", "zero"]
 Confidence = Literal["default", "chi2", "chebyshev"]
@@ -52,14 +53,9 @@ class ProductReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Adds the time of what is inside to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return timed(self.seconds, phase)
 
 
 @dataclass(frozen=True)
