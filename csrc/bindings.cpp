@@ -232,10 +232,11 @@ NB_MODULE(_native, m) {
       .def("argmax", &Program::argmax)
       .def("step", [](Program& self, int64_t rows, int64_t tokens, int64_t positions, int64_t place, int64_t target, int64_t items,
                       int64_t item, int64_t item_rows, int64_t logit_rows, int64_t logit_row, int64_t tables, int64_t logits,
-                      int64_t best, int threads) {
+                      int64_t best, int64_t within, int64_t summaries, int64_t summary, int64_t check, int64_t report, int threads) {
         StepInput input{rows, logit_rows, items, at<const int64_t>(tokens), at<const int64_t>(positions),
                         at<const int64_t>(place), at<const int64_t>(target), at<const int64_t>(item), at<const int32_t>(item_rows),
-                        at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best)};
+                        at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best),
+                        at<const int64_t>(within), summaries, at<const int64_t>(summary), check, at<double>(report)};
         nb::gil_scoped_release release;
         self.step(input, threads);
       })

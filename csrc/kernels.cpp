@@ -1,5 +1,5 @@
 // Compiled once per instruction set; see CMakeLists.txt.
-#include "attention.h"
+#include "attention_within.h"
 #include "gaussian.h"
 #include "gradients.h"
 #include "sample.h"
@@ -11,7 +11,7 @@ namespace GOSSAMER_NS {
 
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
-    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, rotate, convert, quantize, merge, scale_row, argmax,
+    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, attend_within, rotate, convert, quantize, merge, scale_row, argmax,
     sample, dot_rows, combine_rows, gram, gaussian,
 };
 

@@ -124,6 +124,23 @@ struct AttentionTask {
   const void* next_values; // many of them as it has itself; or null
 };
 
+// What stands for keys of one head that a row need not attend to; see attention_within.h.
+struct KeyMeans {
+  const void* keys;     // (blocks) rows of kv_bytes(type, D): of each BLOCK_KEYS keys the mean
+  const void* values;   // the same of the values
+  const float* spread;  // (blocks, padded to a multiple of 32 with -1e30): mean square of what a block's keys are off their
+                        // mean, per dimension
+  int64_t blocks;       // whole ones; keys beyond are attended to always
+  float threshold;      // root mean square share of attention above which a block is attended to
+  float gain;           // log2 of what the weights of means are multiplied with
+  float* scratch;       // of the thread: means_scratch(...) bytes
+  int64_t check;        // which of the task's tokens, modulo their number, is attended to exactly as well; -1: none
+  double* report;       // (MEANS_REPORT) what is added up over tasks: pairs of rows and keys that were computed, and all;
+                        // over the rows checked |out - exact|^2, (lse - exact)^2, 1, and the share of the keys that means
+                        // stand for: exact, and computed
+};
+constexpr int64_t BLOCK_KEYS = 32, MEANS_REPORT = 7;
+
 constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted
 constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }  // keys of a block
 constexpr int64_t attention_scratch(int64_t dim) {
@@ -131,6 +148,10 @@ constexpr int64_t attention_scratch(int64_t dim) {
   // queries, output, keys, values, scores and probabilities of a tile, running maximum, sum and ends of each row
   // and keys or values of a block in the type in which they are multiplied
   return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS + 4 * keys * dim;
+}
+constexpr int64_t means_scratch(int64_t dim, int64_t blocks) {
+  const int64_t padded = (blocks + 31) / 32 * 32;
+  return 4 * (ATTENTION_ROWS + 2) * padded + ATTENTION_ROWS * padded + 4 * ATTENTION_ROWS * (dim + 2);
 }
 
 // One token of a row of logits, drawn at random.
@@ -195,6 +216,7 @@ struct Kernels {
   float (*square_sum)(const float* x, int64_t k);
   void (*linear)(const LinearCall& call);
   void (*attend)(const AttentionTask& task);
+  void (*attend_within)(const AttentionTask& task, const KeyMeans& means);
   // x (D) -> rotated by cos and sin (D / 2), halves paired; scaled; stored as `type`.
   void (*rotate)(const float* x, const float* cosine, const float* sine, int64_t dim, int64_t rotated, float scale, void* out,
                  Type type);

@@ -248,6 +248,20 @@ struct Attend final : Op {
         task.start = item[3] + t.first_key;
         task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;
         task.state = program.partial_state.as<float>() + (t.partial * s.heads + task.head) * 2;
+        if (step.has_means(t.item, window)) {
+          const int64_t* summary = step.summary + 5 * step.within[t.item];
+          const int64_t at = layer * s.kv_heads + t.head, blocks = summary[4];
+          const float* control = reinterpret_cast<const float*>(summary[3]) + 2 * at;
+          if (control[0] > 0) {
+            const KeyMeans means{reinterpret_cast<const uint8_t*>(summary[0]) + at * blocks * row_bytes,
+                                 reinterpret_cast<const uint8_t*>(summary[1]) + at * blocks * row_bytes,
+                                 reinterpret_cast<const float*>(summary[2]) + at * round_up(blocks, PANEL), blocks,
+                                 control[0], control[1], program.means_scratch_of(thread), step.check,
+                                 program.report_of(layer, i)};
+            program.kernels.attend_within(task, means);
+            continue;
+          }
+        }
         program.kernels.attend(task);
       }
     });

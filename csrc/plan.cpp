@@ -11,6 +11,7 @@ namespace gossamer {
 namespace {
 
 constexpr int64_t KEYS_OF_A_TASK = 512;  // at least, where the keys of a few rows are split among threads
+constexpr int64_t CHEAPER_BY = 4;        // a task within a tolerance, about
 
 }  // namespace
 
@@ -49,14 +50,15 @@ void Program::plan(const StepInput& step, int64_t window, int threads) {
   std::vector<std::pair<int64_t, int64_t>> parts;  // (row, partial result)
   int64_t cost = 0;
   for (const Tile& t : tiles) {
-    const int64_t range = std::max(KEYS_OF_A_TASK, round_up(share / (t.rows * group), 256));
+    const bool whole = step.has_means(t.item, window);  // a row's shares are of all keys of the item
+    const int64_t range = whole ? t.end - t.begin : std::max(KEYS_OF_A_TASK, round_up(share / (t.rows * group), 256));
     const int64_t pieces = (t.end - t.begin + range - 1) / range;
     for (int64_t p = 0; p < pieces; ++p) {
       const int64_t first = t.begin + (t.end - t.begin) * p / pieces / 32 * 32;
       const int64_t last = p + 1 == pieces ? t.end : t.begin + (t.end - t.begin) * (p + 1) / pieces / 32 * 32;
       for (int64_t h = 0; h < shape.kv_heads; ++h) {
         tasks.all.push_back({t.item, t.first, t.rows, h, first, last - first, tasks.partials});
-        cost += t.rows * group * (last - first);
+        cost += t.rows * group * (last - first) / (whole ? CHEAPER_BY : 1);
         if (cost >= enough) {
           tasks.groups.push_back(static_cast<int64_t>(tasks.all.size()));
           cost = 0;
@@ -79,6 +81,29 @@ void Program::plan(const StepInput& step, int64_t window, int threads) {
   const size_t out = tasks.partials * shape.heads * shape.dim * sizeof(float), state = tasks.partials * shape.heads * 2 * sizeof(float);
   if (partial_out.bytes() < out) partial_out = Memory(out + out / 4);
   if (partial_state.bytes() < state) partial_state = Memory(state + state / 4);
+}
+
+void Program::make_room(const StepInput& step, int threads) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < step.summaries; ++s) most = std::max(most, means_scratch(shape.dim, step.summary[5 * s + 4]));
+  means_.resize(std::max<size_t>(means_.size(), threads));
+  for (Memory& memory : means_)
+    if (memory.bytes() < static_cast<size_t>(most)) memory = Memory(most);
+  const auto full = tasks_.find(0);
+  reports_.assign(step.summaries && full != tasks_.end() ? shape.layers * full->second.all.size() * MEANS_REPORT : 0, 0.0);
+}
+
+// In the order of the tasks, whichever thread did them: the sums are always the same.
+void Program::report(const StepInput& step) const {
+  if (reports_.empty()) return;
+  const std::vector<Task>& tasks = tasks_.at(0).all;
+  for (int64_t layer = 0; layer < shape.layers; ++layer)
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      if (!step.has_means(tasks[t].item, 0)) continue;
+      const double* from = reports_.data() + (layer * tasks.size() + t) * MEANS_REPORT;
+      double* to = step.report + ((step.within[tasks[t].item] * shape.layers + layer) * shape.kv_heads + tasks[t].head) * MEANS_REPORT;
+      for (int64_t i = 0; i < MEANS_REPORT; ++i) to[i] += from[i];
+    }
 }
 
 }  // namespace gossamer

@@ -86,6 +86,7 @@ void Program::step(const StepInput& input, int threads) {
   while (static_cast<int>(threads_.size()) < threads)
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
   for (auto& [window, tasks] : tasks_) plan(input, window, threads);
+  make_room(input, threads);
   for (auto& op : ops_) op->phase.reset();
   for (Thread& thread : threads_) {
     thread.count = threads;
@@ -99,6 +100,7 @@ void Program::step(const StepInput& input, int threads) {
       if (index == 0) times_[i + 1] = Clock::now();
     }
   });
+  report(input);
 }
 
 std::map<std::string, double> Program::profile() const {

@@ -29,6 +29,15 @@ struct StepInput {
   const int64_t* tables;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
   float* logits;              // (logit_rows, vocabulary)
   int64_t* best;              // (logit_rows), or null: the index of the largest logit
+  // Attention within a tolerance; see attention_within.h.
+  const int64_t* within;      // (items): which means stand for keys of the item, or -1; or null
+  int64_t summaries = 0;      // of how many sources there are means
+  const int64_t* summary;     // (summaries, 5): keys and values (layers, kv_heads, blocks, D), spread (layers, kv_heads,
+                              // padded blocks), threshold and gain (layers, kv_heads, 2); number of blocks
+  int64_t check = -1;         // which token of each task is checked; -1: none
+  double* report;             // (summaries, layers, kv_heads, MEANS_REPORT), added to
+
+  bool has_means(int64_t item_index, int64_t window) const { return within && within[item_index] >= 0 && !window; }
 };
 
 struct Shape {
@@ -87,6 +96,10 @@ class Program {
   };
   const Tasks& tasks(int64_t window) const { return tasks_.at(window); }
   const std::vector<Thread>& threads() const { return threads_; }
+  double* report_of(int64_t layer, int64_t task) {
+    return reports_.data() + (layer * static_cast<int64_t>(tasks_.at(0).all.size()) + task) * MEANS_REPORT;
+  }
+  float* means_scratch_of(const Thread& thread) const { return means_[thread.index].as<float>(); }
 
   const Kernels& kernels;
   const Shape shape;
@@ -101,11 +114,15 @@ class Program {
   using Clock = std::chrono::steady_clock;
 
   void plan(const StepInput& step, int64_t window, int threads);
+  void make_room(const StepInput& step, int threads);
+  void report(const StepInput& step) const;
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::shared_ptr<Weight>> weights_;
   std::map<int64_t, Tasks> tasks_;  // by window
   std::vector<Thread> threads_;
+  std::vector<Memory> means_;     // of each thread
+  std::vector<double> reports_;   // of each task with means, layer by layer
   int64_t largest_k_ = 0, last_window_ = 0, vocabulary_ = 0;
   std::vector<Clock::time_point> times_;  // of the last step: its start, then the end of each op
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;

@@ -12,6 +12,7 @@ from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine, SharingMode, check_options
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
+from gossamer.engine.prefix_means import PrefixTolerance, check_prefix_eps
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.runners import KVDtype, RunnerChoice, check_kv_dtype, check_runner, make_runner
 from gossamer.engine.stats import EngineStats
@@ -53,6 +54,10 @@ class LLM:
             each shape with or without them as it is faster on this machine, which takes up to half a second each to
             measure; ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster
             may depend on how many sequences decode together, so ``max_num_seqs`` counts.
+        prefix_eps: attend to long shared prefixes (1,024 tokens or more) within this tolerance, and faster, in the
+            native runner; 0, the default, is exact. The error of a head's attention to the prefix, relative to how much
+            its values vary, is measured in some of the steps and kept near or below it (:meth:`stats` tells);
+            docs/how-to/prefix-eps.md has figures. 0.05 is a good first value.
         memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
         max_model_len: longest prompt plus output in tokens; the model's limit by default.
         max_num_seqs: sequences that are computed at the same time.
@@ -66,6 +71,7 @@ class LLM:
         runner_note: why the native runner is not used, if it might have been; otherwise empty.
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
+        prefix_tolerance: what keeps attention to long shared prefixes within ``prefix_eps``, or ``None``.
         quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
@@ -94,6 +100,7 @@ class LLM:
         runner: RunnerChoice = "auto",
         kv_dtype: KVDtype = "auto",
         sparse_weights: SparseWeights = "auto",
+        prefix_eps: float = 0.0,
         memory: str | int = "4GB",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -107,6 +114,7 @@ class LLM:
         check_runner(runner)
         check_kv_dtype(kv_dtype, runner)
         check_sparse_weights(sparse_weights)
+        check_prefix_eps(prefix_eps, runner, kv_dtype)
         budget = parse_bytes(memory)
         check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
         self.model_name = str(model)
@@ -131,8 +139,10 @@ class LLM:
             kv_dtype=kv_dtype,
             sparse_weights=sparse_weights,
             max_seqs=max_num_seqs,
+            prefix_eps=prefix_eps,
         )
         self.sparse_weights: dict[str, Any] | None = getattr(made, "sparse_weights", None)
+        self.prefix_tolerance: PrefixTolerance | None = getattr(made, "tolerance", None)
         self.engine = Engine(
             made,
             self.tokenizer,
@@ -311,6 +321,8 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """What was computed and what was saved since this object was made."""
+        if self.prefix_tolerance is not None:
+            self.engine.stats.prefix_tolerance = self.prefix_tolerance.summary()
         return self.engine.stats
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:

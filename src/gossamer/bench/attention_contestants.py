@@ -115,7 +115,7 @@ class Native(Contestant):
         self._out = torch.empty(batch, width)
         self._arguments = (
             batch, tokens.ctypes.data, positions, place, target, 1, item, item_rows, batch, tokens.ctypes.data, tables,
-            self._out.data_ptr(), 0, torch.get_num_threads(),
+            self._out.data_ptr(), 0, *EXACT, torch.get_num_threads(),
         )  # fmt: skip
         self._alive = problem, arrays, own, rotary
         self._shape = problem.query.shape

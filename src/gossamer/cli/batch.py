@@ -22,6 +22,7 @@ from gossamer.cli.engine_options import (
     MaxNumSeqs,
     Memory,
     Model,
+    PrefixEps,
     Quantization,
     RunnerOption,
     Sharing,
@@ -50,6 +51,7 @@ def batch(
     runner: RunnerOption = "auto",
     kv_dtype: KVDtypeOption = "auto",
     sparse_weights: SparseWeightsOption = "auto",
+    prefix_eps: PrefixEps = 0.0,
     quantization: Quantization = None,
     int8_threshold: Int8Threshold = 6.0,
     int8_criterion: Int8Criterion = "relative",
@@ -100,6 +102,7 @@ def batch(
         runner=runner,
         kv_dtype=kv_dtype,
         sparse_weights=sparse_weights,
+        prefix_eps=prefix_eps,
         int8_head=int8_head,
         **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
     ) as llm:

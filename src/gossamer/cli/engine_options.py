@@ -69,6 +69,16 @@ SparseWeightsOption = Annotated[
         "The results are the same.",
     ),
 ]
+PrefixEps = Annotated[
+    float,
+    typer.Option(
+        "--prefix-eps",
+        min=0.0,
+        max=0.99,
+        help="Attend to long shared prefixes within this tolerance, and faster; native runner only. The error is "
+        "measured and kept near or below it. 0 is exact; 0.05 is a good first value.",
+    ),
+]
 Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import Rows, StepPlan
+from gossamer.engine.prefix_means import REPORT, NodeMeans, PrefixTolerance
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.slots import Bucket, Slot
 from gossamer.engine.tree import Node
@@ -17,7 +18,7 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.library import instruction_set
-from gossamer.native.recorder import Recorder, rotary_tables
+from gossamer.native.recorder import EXACT, Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker, SparseWeights
 from gossamer.nn import Int8Linear
 
@@ -49,6 +50,8 @@ class NativeRunner:
         sparse_weights: of pruned int8 layers: ``"on"`` packs them without their zeros, ``"off"`` with them, ``"auto"``
             as it is faster here by measurement. The results are the same.
         max_seqs: most sequences that decode together, which this measurement asks for; ``max_rows`` by default.
+        prefix_eps: tolerance of attention to long shared prefixes; 0 is exact. See
+            :mod:`gossamer.engine.prefix_means`.
 
     Attributes:
         sparse_weights: what was chosen, and what was measured for it; see :meth:`SparsePacker.summary`.
@@ -68,6 +71,7 @@ class NativeRunner:
         kv_dtype: str = "auto",
         sparse_weights: SparseWeights = "auto",
         max_seqs: int | None = None,
+        prefix_eps: float = 0.0,
     ) -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
@@ -103,6 +107,8 @@ class NativeRunner:
         )
         record(recorder, self.decoder)
         self._program = recorder.native
+        self.tolerance = PrefixTolerance(prefix_eps) if prefix_eps else None
+        self._within = _Within(None)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
         self._arrays: _Arrays | None = None  # of the last plan, which the next one may go on from
@@ -133,9 +139,22 @@ class NativeRunner:
             self._results = self._logits[:wanted], self._largest[:wanted]
             self._addresses = self._logits.data_ptr(), self._largest.ctypes.data
         arrays.catch_up()
-        self._program.step(*arrays.addresses, self._rotary(arrays.last_position + 1), *self._addresses, self.threads)
+        within = self._within_of(plan, arrays)
+        self._program.step(
+            *arrays.addresses, self._rotary(arrays.last_position + 1), *self._addresses, *within.addresses, self.threads
+        )
+        within.learn()
         logits, self.largest = self._results
         return logits
+
+    def _within_of(self, plan: StepPlan, arrays: _Arrays) -> _Within:
+        """What the step attends to within the tolerance."""
+        if self.tolerance is not None:
+            nodes = self.tolerance.within(plan)
+            if any(nodes):
+                self.tolerance.steps += 1
+                return _Within(nodes, self.tolerance, arrays)
+        return self._within
 
     def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
         """See :class:`~gossamer.engine.runner.Runner`. A program of nothing but attention is made for it."""
@@ -163,6 +182,37 @@ class NativeRunner:
             self._table_addresses = np.array(addresses, np.int64)
             self._table_address = self._table_addresses.ctypes.data
         return self._table_address
+
+
+class _Within:
+    """Attention within a tolerance as the program reads it; see ``StepInput`` in csrc/program.h."""
+
+    def __init__(
+        self,
+        nodes: list[Node | None] | None,
+        tolerance: PrefixTolerance | None = None,
+        arrays: _Arrays | None = None,
+    ) -> None:
+        self.means: list[NodeMeans] = []
+        self.addresses = EXACT
+        if nodes is None or tolerance is None or arrays is None:
+            return
+        self._item = np.full(len(arrays.items), -1, np.int64)
+        for item, node in zip(arrays.segment_items, nodes, strict=True):
+            if node is not None:
+                self._item[item] = len(self.means)
+                self.means.append(tolerance.means_of(node))
+        self._summary = np.array([means.address for means in self.means], np.int64)
+        self._report = np.zeros((len(self.means), *self.means[0].control.shape[:2], REPORT))
+        check = tolerance.steps if any(means.checked for means in self.means) else -1
+        self.addresses = (
+            self._item.ctypes.data, len(self.means), self._summary.ctypes.data, check, self._report.ctypes.data
+        )  # fmt: skip
+
+    def learn(self) -> None:
+        """From what the step reported."""
+        for means, report in zip(self.means, getattr(self, "_report", ()), strict=True):
+            means.learn(report)
 
 
 class _Arrays:
@@ -205,7 +255,9 @@ class _Arrays:
             rows.append(members)
             filled += len(members)
 
+        self.segment_items: list[int] = []  # the first item of each
         for segment in plan.segments:
+            self.segment_items.append(sum(map(len, items)))
             target, entry = self._locate(segment.source)
             add((target, entry, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
         for chunk in plan.chunks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from gossamer.engine.native_runner import NativeRunner, why_not_native
+from gossamer.engine.prefix_means import check_prefix_eps
 from gossamer.engine.runner import Runner, TransformersRunner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
@@ -36,6 +37,7 @@ def make_runner(
     kv_dtype: KVDtype = "auto",
     sparse_weights: SparseWeights = "auto",
     max_seqs: int | None = None,
+    prefix_eps: float = 0.0,
 ) -> tuple[Runner, str]:
     """A runner, and why it is not the native one: an empty string if it is, or was not wanted.
 
@@ -49,25 +51,35 @@ def make_runner(
             layers that are stored without their zeros once, unless this is ``"on"``: then in every step, in less
             memory.
         max_seqs: most sequences that decode together.
+        prefix_eps: tolerance of the native runner's attention to long shared prefixes; 0 is exact.
 
     Raises:
         ConfigurationError: ``kv_dtype``, ``sparse_weights`` or ``choice`` is unknown.
-        UnsupportedModelError: the native runner was asked for, and cannot run the model.
+        UnsupportedModelError: the native runner was asked for, or is needed for ``prefix_eps``, and cannot run the
+            model.
     """
     check_runner(choice)
     check_kv_dtype(kv_dtype, choice)
     check_sparse_weights(sparse_weights)
+    check_prefix_eps(prefix_eps, choice, kv_dtype)
     reason = "" if choice == "transformers" else why_not_native(network)
     if choice == "native" or (choice == "auto" and not reason):
         try:
             native = NativeRunner(
-                network, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=sparse_weights, max_seqs=max_seqs
+                network,
+                max_rows=max_rows,
+                kv_dtype=kv_dtype,
+                sparse_weights=sparse_weights,
+                max_seqs=max_seqs,
+                prefix_eps=prefix_eps,
             )
             return native, ""
         except UnsupportedModelError as error:
             if choice == "native":
                 raise
             reason = str(error)
+    if prefix_eps:
+        raise UnsupportedModelError(f"prefix_eps needs the native runner, which cannot run this model: {reason}")
     if sparse_weights != "on":
         dense(network)
     return TransformersRunner(network), reason

@@ -30,6 +30,8 @@ class EngineStats:
         kv_bytes, kv_bytes_peak: bytes of keys and values held after the last step; at most.
         forward_seconds, sampling_seconds, overhead_seconds: time in the model's forward pass; in choosing tokens
             from its logits; in everything else of the steps.
+        prefix_tolerance: what attention within a tolerance did; see
+            :meth:`~gossamer.engine.prefix_means.PrefixTolerance.summary`. ``None`` if all of it is exact.
     """
 
     prompt_tokens: int = 0
@@ -52,6 +54,7 @@ class EngineStats:
     forward_seconds: float = 0.0
     sampling_seconds: float = 0.0
     overhead_seconds: float = 0.0
+    prefix_tolerance: dict[str, Any] | None = None
 
     def count_prompt(self, sequence: Sequence, path: list[Node]) -> None:
         """A sequence starts below ``path``: what of its prompt did others compute?"""

@@ -35,7 +35,8 @@ class Node:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
         owner: who computed it (any hashable), for the statistics of tokens saved.
-        addresses: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets it.
+        addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
+            them.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Node:
         "computed",
         "keys",
         "last_used",
+        "means",
         "owner",
         "parent",
         "pins",
@@ -71,6 +73,7 @@ class Node:
         """These are its keys and values now."""
         self.keys, self.values = keys, values
         self.addresses: Any = None
+        self.means: Any = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gossamer.native.recorder import Recorder
+from gossamer.native.recorder import EXACT, Recorder
 from gossamer.native.weights import PackedLinear
 
 _LAYERS = 8  # each with keys and values of its own: between two visits to a layer, a step reads all of the others
@@ -72,7 +72,7 @@ def attention_seconds(
     for _ in range(1 + repeats):
         program.step(
             readers, *(array.ctypes.data for array in arrays), len(items), items.ctypes.data, item_rows.ctypes.data,
-            0, nothing, nothing, nothing, nothing, threads,
+            0, nothing, nothing, nothing, nothing, *EXACT, threads,
         )  # fmt: skip
         profile = program.profile()
         times.append((profile["attention"] + profile["merge"]) / layers)

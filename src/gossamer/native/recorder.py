@@ -33,6 +33,10 @@ class Rows:
 ATTENTION = -1  # as a buffer: the merged result of the last attention
 
 
+# what a step is told of attention within a tolerance where there is none; see StepInput in csrc/program.h
+EXACT = (0, 0, 0, -1, 0)
+
+
 class Recorder:
     """See the module's documentation.
 

@@ -1,0 +1,193 @@
+"""Attention to long shared prefixes within a tolerance: what stands for their keys, and how it is kept within it.
+
+The keys of a node are taken in blocks of 32. Rows that are multiplied together attend to the blocks that seem to matter
+to them, and to the mean key and value of each of the others (csrc/attention_within.h). What seems to matter is said by
+a threshold, one for each layer and head of each node, which follows what is measured: in some of the steps some tokens
+are attended to exactly as well. With s the root mean square of what a head's values are off their mean, the error of a
+row is
+
+    sqrt(|out - exact|^2 / s^2 + (lse - exact lse)^2)
+
+in its attention to the node, before this is merged with its attention to other keys. The threshold aims at a root mean
+square over rows somewhat below the tolerance. A head that needs most of its blocks is attended to exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gossamer.engine.plan import StepPlan
+from gossamer.engine.tree import Node
+from gossamer.errors import ConfigurationError
+
+BLOCK = 32  # keys of a block
+LEAST_KEYS = 1024  # of a node: there is not much to save with fewer
+LEAST_ROWS = 2  # that attend to it: a single one is kept waiting by memory, and reads most of it
+_PANEL = 32
+_FIRST, _EVERY = 16, 4  # steps at first that are checked, and one of how many later
+_MEMORY = 0.8  # of what was measured before, at each check
+_AIM = 0.7  # of the tolerance
+_EXACT_FROM = 0.6  # share of the keys that a head needs, from which exact attention is not slower
+REPORT = 7  # figures of a head and step
+
+
+def check_prefix_eps(eps: float, runner: str, kv_dtype: str) -> None:
+    """Raises :class:`~gossamer.errors.ConfigurationError` for a tolerance that has no meaning, or nobody to keep it."""
+    if not 0 <= eps < 1:
+        raise ConfigurationError(f"prefix_eps must be at least 0, which is exact, and less than 1, got {eps!r}")
+    if eps and runner == "transformers":
+        raise ConfigurationError("prefix_eps is for the native runner; that of transformers attends exactly")
+    if eps and kv_dtype == "int8":
+        raise ConfigurationError("prefix_eps needs keys and values in bfloat16 or float32, not in int8")
+
+
+class NodeMeans:
+    """Means of the blocks of a node's keys and values, and what is known of the error they cause.
+
+    Attributes:
+        address: of (keys, values, spread, control, blocks), int64 (5), as the native program reads them.
+        control: (layers, Hkv, 2) fp32: threshold, 0 for exact; and log2 of what the weights of means are multiplied by.
+        num_bytes: of all of it.
+    """
+
+    def __init__(self, node: Node, eps: float) -> None:
+        assert node.keys is not None and node.values is not None
+        self.eps = eps
+        blocks = len(node) // BLOCK
+        with torch.inference_mode():
+            keys, spreads = zip(*(_means(layer[:, : blocks * BLOCK]) for layer in node.keys), strict=True)
+            values = [_means(layer[:, : blocks * BLOCK])[0] for layer in node.values]
+            self._keys, self._values = torch.stack(keys).contiguous(), torch.stack(values).contiguous()
+            padding = -blocks % _PANEL
+            self._spread = pad(torch.stack(spreads), (0, padding), value=-1e30).contiguous()
+            variance = [layer.float().var(1, unbiased=False).sum(-1) for layer in node.values]
+        self._variance = torch.stack(variance).double().clamp_min(1e-30).numpy()  # s^2: (layers, Hkv)
+        shape = self._variance.shape
+        self.control = np.zeros((*shape, 2), np.float32)
+        self.control[..., 0] = eps / 10 / blocks**0.5
+        self.checks = 0
+        self.steps = 0
+        self._square = np.zeros(shape)  # of the error, over the last checks
+        self._exact_light, self._light = np.zeros(shape), np.zeros(shape)
+        self._share = np.ones(shape)
+        self.total = np.zeros((*shape, 4))  # pairs computed, all pairs; squared errors, rows checked
+        tensors = (self._keys, self._values, self._spread)
+        self.address = [*(t.data_ptr() for t in tensors), self.control.ctypes.data, blocks]
+        self.num_bytes = sum(t.nbytes for t in tensors)
+
+    @property
+    def checked(self) -> bool:
+        """Whether the next step is to be checked."""
+        return self.steps < _FIRST or self.steps % _EVERY == 0
+
+    def learn(self, report: np.ndarray) -> None:
+        """From the report of a step, (layers, Hkv, 7); see KeyMeans in csrc/kernels.h."""
+        computed, pairs, out, lse, rows, exact_light, light = np.moveaxis(report, -1, 0)
+        self.steps += 1
+        self.total[..., 0] += computed
+        self.total[..., 1] += pairs
+        if rows.any():
+            self._follow(computed / pairs.clip(1), (out / self._variance + lse), rows, exact_light, light)
+
+    def _follow(
+        self, share: np.ndarray, squares: np.ndarray, rows: np.ndarray, exact_light: np.ndarray, light: np.ndarray
+    ) -> None:
+        measured = rows > 0  # heads that are attended to exactly are not
+        self.total[..., 2] += squares
+        self.total[..., 3] += rows
+        memory = _MEMORY if self.checks else 0.0
+        self.checks += 1
+        threshold, gain = self.control[..., 0], self.control[..., 1]
+
+        def remember(before: np.ndarray, found: np.ndarray) -> None:
+            before[measured] = memory * before[measured] + (1 - memory) * (found / rows.clip(1))[measured]
+
+        remember(self._square, squares)
+        remember(self._exact_light, exact_light)
+        remember(self._light, light * np.exp2(-gain))
+        remember(self._share, share * rows)
+        ratio = np.sqrt(self._square) / (_AIM * self.eps)
+        moved = threshold * (1 / ratio.clip(1e-3)).clip(0.6, 1.25)
+        known = measured & (self._light > 1e-6) & (self._exact_light > 1e-6)
+        ideal = np.log2(self._exact_light, where=known, out=np.zeros_like(ratio))
+        ideal -= np.log2(self._light, where=known, out=np.zeros_like(ratio))
+        gain[known] = ideal.clip(-2, 6)[known]
+        settled = self.checks >= _FIRST // 2
+        threshold[:] = np.where(measured & ~(settled & (self._share > _EXACT_FROM)), moved, threshold * ~measured)
+
+
+class PrefixTolerance:
+    """Which nodes a step attends to within the tolerance, for a :class:`~gossamer.engine.native_runner.NativeRunner`.
+
+    Args:
+        eps: the tolerance; see the module's documentation.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+        self._known: list[NodeMeans] = []
+        self.steps = 0
+
+    def within(self, plan: StepPlan) -> list[Node | None]:
+        """Of each segment of a plan: its node, if it is attended to within the tolerance.
+
+        Keys that others will see are computed exactly: a step that computes a node attends exactly.
+        """
+        if any(isinstance(chunk.target, Node) for chunk in plan.chunks):
+            return [None] * len(plan.segments)
+        return [
+            segment.source
+            if isinstance(segment.source, Node)
+            and segment.source.complete
+            and segment.length == len(segment.source) >= LEAST_KEYS
+            and not segment.per_row
+            and _count(segment.rows) >= LEAST_ROWS
+            else None
+            for segment in plan.segments
+        ]
+
+    def means_of(self, node: Node) -> NodeMeans:
+        """Made when it is asked for first, and again when the node's keys have moved."""
+        if node.means is None:
+            node.means = NodeMeans(node, self.eps)
+            self._known.append(node.means)
+        return node.means
+
+    def summary(self) -> dict[str, Any]:
+        """What it did so far, over all nodes.
+
+        ``computed``: share of the pairs of queries and keys that were computed, of those where nodes were attended to
+        within the tolerance, exact heads included; ``error``: root mean square of the errors measured; ``worst_head``:
+        the largest of these among layers, heads and nodes; ``exact_heads`` of ``heads`` needed too many keys.
+        """
+        used = [means for means in self._known if means.steps]
+        total = sum((means.total for means in used), np.zeros(4)).reshape(-1, 4).sum(0) if used else np.zeros(4)
+        heads = [means.total for means in used]
+        worst = [np.sqrt(t[..., 2] / t[..., 3].clip(1)).max() for t in heads]
+        return {
+            "eps": self.eps,
+            "prefixes": len(used),
+            "steps": self.steps,
+            "computed": float(total[0] / total[1]) if total[1] else None,
+            "error": float(np.sqrt(total[2] / total[3])) if total[3] else None,
+            "worst_head": float(max(worst)) if total[3] else None,
+            "exact_heads": int(sum((means.control[..., 0] == 0).sum() for means in used)),
+            "heads": int(sum(means.control[..., 0].size for means in used)),
+            "bytes": sum(means.num_bytes for means in used),
+        }
+
+
+def _means(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Of keys (Hkv, n, D) the means of blocks (Hkv, blocks, D), of the same type, and their spread (Hkv, blocks)."""
+    blocks = keys.float().unflatten(1, (-1, BLOCK))
+    mean = blocks.mean(2)
+    return mean.to(keys.dtype), (blocks - mean[:, :, None]).square().mean((2, 3))
+
+
+def _count(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
