@@ -1,7 +1,7 @@
 // Attention within a tolerance: rows attend to the blocks of keys that seem to matter to them, and to the means of the
 // others.
 //
-// A block is BLOCK_KEYS consecutive keys. With m its mean key and s the mean square of what its keys are off m, per
+// A block is BLOCK_KEYS consecutive keys; near keys stand next to each other. With m its mean key and s the mean square of what its keys are off m, per
 // dimension, a row q gives it about
 //
 //     BLOCK_KEYS exp(q.m + |q|^2 s / 2)

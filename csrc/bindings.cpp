@@ -236,7 +236,7 @@ NB_MODULE(_native, m) {
         StepInput input{rows, logit_rows, items, at<const int64_t>(tokens), at<const int64_t>(positions),
                         at<const int64_t>(place), at<const int64_t>(target), at<const int64_t>(item), at<const int32_t>(item_rows),
                         at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best),
-                        at<const int64_t>(within), summaries, at<const int64_t>(summary), check, at<double>(report)};
+                        at<const int64_t>(within), summaries, at<const Summary>(summary), check, at<double>(report)};
         nb::gil_scoped_release release;
         self.step(input, threads);
       })

@@ -249,13 +249,15 @@ struct Attend final : Op {
         task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;
         task.state = program.partial_state.as<float>() + (t.partial * s.heads + task.head) * 2;
         if (step.has_means(t.item, window)) {
-          const int64_t* summary = step.summary + 5 * step.within[t.item];
-          const int64_t at = layer * s.kv_heads + t.head, blocks = summary[4];
-          const float* control = reinterpret_cast<const float*>(summary[3]) + 2 * at;
+          const Summary& summary = step.summary[step.within[t.item]];
+          const int64_t at = layer * s.kv_heads + t.head, blocks = summary.blocks;
+          const auto head = [&](int64_t from, int64_t count) { return reinterpret_cast<const uint8_t*>(from) + at * count * row_bytes; };
+          const float* control = reinterpret_cast<const float*>(summary.control) + 2 * at;
           if (control[0] > 0) {
-            const KeyMeans means{reinterpret_cast<const uint8_t*>(summary[0]) + at * blocks * row_bytes,
-                                 reinterpret_cast<const uint8_t*>(summary[1]) + at * blocks * row_bytes,
-                                 reinterpret_cast<const float*>(summary[2]) + at * round_up(blocks, PANEL), blocks,
+            task.keys = head(summary.keys, item[2]);
+            task.values = head(summary.values, item[2]);
+            const KeyMeans means{head(summary.mean_keys, blocks), head(summary.mean_values, blocks),
+                                 reinterpret_cast<const float*>(summary.spread) + at * round_up(blocks, PANEL), blocks,
                                  control[0], control[1], program.means_scratch_of(thread), step.check,
                                  program.report_of(layer, i)};
             program.kernels.attend_within(task, means);

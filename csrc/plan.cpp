@@ -85,7 +85,7 @@ void Program::plan(const StepInput& step, int64_t window, int threads) {
 
 void Program::make_room(const StepInput& step, int threads) {
   int64_t most = 0;
-  for (int64_t s = 0; s < step.summaries; ++s) most = std::max(most, means_scratch(shape.dim, step.summary[5 * s + 4]));
+  for (int64_t s = 0; s < step.summaries; ++s) most = std::max(most, means_scratch(shape.dim, step.summary[s].blocks));
   means_.resize(std::max<size_t>(means_.size(), threads));
   for (Memory& memory : means_)
     if (memory.bytes() < static_cast<size_t>(most)) memory = Memory(most);

@@ -16,6 +16,15 @@
 
 namespace gossamer {
 
+// What stands for the keys of a source, head by head; (L, H) is (layers, kv_heads).
+struct Summary {
+  int64_t keys, values;       // (L, H, keys of the source, D): its keys and values, the near ones next to each other
+  int64_t mean_keys, mean_values;  // (L, H, blocks, D)
+  int64_t spread;             // (L, H, blocks rounded up to 32)
+  int64_t control;            // (L, H, 2): threshold, 0 for exact attention; and gain
+  int64_t blocks;
+};
+
 // Keys, values and rows of one step. All arrays belong to the caller.
 struct StepInput {
   int64_t rows = 0, logit_rows = 0, items = 0;
@@ -32,8 +41,7 @@ struct StepInput {
   // Attention within a tolerance; see attention_within.h.
   const int64_t* within;      // (items): which means stand for keys of the item, or -1; or null
   int64_t summaries = 0;      // of how many sources there are means
-  const int64_t* summary;     // (summaries, 5): keys and values (layers, kv_heads, blocks, D), spread (layers, kv_heads,
-                              // padded blocks), threshold and gain (layers, kv_heads, 2); number of blocks
+  const Summary* summary;     // (summaries)
   int64_t check = -1;         // which token of each task is checked; -1: none
   double* report;             // (summaries, layers, kv_heads, MEANS_REPORT), added to
 

@@ -1,6 +1,6 @@
 """Attention to long shared prefixes within a tolerance: what stands for their keys, and how it is kept within it.
 
-The keys of a node are taken in blocks of 32. Rows that are multiplied together attend to the blocks that seem to matter
+Near keys of a node make blocks of 32, in a copy of keys and values. Rows that are multiplied together attend to the blocks that seem to matter
 to them, and to the mean key and value of each of the others (csrc/attention_within.h). What seems to matter is said by
 a threshold, one for each layer and head of each node, which follows what is measured: in some of the steps some tokens
 are attended to exactly as well. With s the root mean square of what a head's values are off their mean, the error of a
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.tree import Node
@@ -29,8 +28,10 @@ BLOCK = 32  # keys of a block
 LEAST_KEYS = 1024  # of a node: there is not much to save with fewer
 LEAST_ROWS = 2  # that attend to it: a single one is kept waiting by memory, and reads most of it
 _PANEL = 32
+_POWER_STEPS = 8
 _FIRST, _EVERY = 16, 4  # steps at first that are checked, and one of how many later
 _MEMORY = 0.8  # of what was measured before, at each check
+_SETTLED = 24  # checks before a head may be found to need too many keys
 _AIM = 0.7  # of the tolerance
 _EXACT_FROM = 0.6  # share of the keys that a head needs, from which exact attention is not slower
 REPORT = 7  # figures of a head and step
@@ -50,7 +51,7 @@ class NodeMeans:
     """Means of the blocks of a node's keys and values, and what is known of the error they cause.
 
     Attributes:
-        address: of (keys, values, spread, control, blocks), int64 (5), as the native program reads them.
+        address: a ``Summary`` of csrc/program.h.
         control: (layers, Hkv, 2) fp32: threshold, 0 for exact; and log2 of what the weights of means are multiplied by.
         num_bytes: of all of it.
     """
@@ -58,25 +59,32 @@ class NodeMeans:
     def __init__(self, node: Node, eps: float) -> None:
         assert node.keys is not None and node.values is not None
         self.eps = eps
-        blocks = len(node) // BLOCK
+        blocks, layers = len(node) // BLOCK, len(node.keys)
+        heads, n, dim = node.keys[0].shape
+        of_keys = {"dtype": node.keys[0].dtype}
+        self._keys, self._values = (torch.empty(layers, heads, n, dim, **of_keys) for _ in range(2))
+        self._mean_keys, self._mean_values = (torch.empty(layers, heads, blocks, dim, **of_keys) for _ in range(2))
+        self._spread = torch.full((layers, heads, blocks + -blocks % _PANEL), -1e30)
+        variance = torch.empty(layers, heads, dtype=torch.float64)  # s^2
         with torch.inference_mode():
-            keys, spreads = zip(*(_means(layer[:, : blocks * BLOCK]) for layer in node.keys), strict=True)
-            values = [_means(layer[:, : blocks * BLOCK])[0] for layer in node.values]
-            self._keys, self._values = torch.stack(keys).contiguous(), torch.stack(values).contiguous()
-            padding = -blocks % _PANEL
-            self._spread = pad(torch.stack(spreads), (0, padding), value=-1e30).contiguous()
-            variance = [layer.float().var(1, unbiased=False).sum(-1) for layer in node.values]
-        self._variance = torch.stack(variance).double().clamp_min(1e-30).numpy()  # s^2: (layers, Hkv)
+            for layer, (keys, values) in enumerate(zip(node.keys, node.values, strict=True)):
+                order = near_together(keys.float(), BLOCK)[..., None].expand(-1, -1, dim)
+                torch.gather(keys, 1, order, out=self._keys[layer])
+                torch.gather(values, 1, order, out=self._values[layer])
+                self._mean_keys[layer], self._spread[layer, :, :blocks] = _means(self._keys[layer], blocks)
+                self._mean_values[layer], _ = _means(self._values[layer], blocks)
+                variance[layer] = values.float().var(1, unbiased=False).sum(-1).clamp_min(1e-30)
+        self._variance = variance.numpy()
         shape = self._variance.shape
         self.control = np.zeros((*shape, 2), np.float32)
-        self.control[..., 0] = eps / 10 / blocks**0.5
+        self.control[..., 0] = eps / 2 / blocks**0.5
         self.checks = 0
         self.steps = 0
         self._square = np.zeros(shape)  # of the error, over the last checks
         self._exact_light, self._light = np.zeros(shape), np.zeros(shape)
         self._share = np.ones(shape)
         self.total = np.zeros((*shape, 4))  # pairs computed, all pairs; squared errors, rows checked
-        tensors = (self._keys, self._values, self._spread)
+        tensors = (self._keys, self._values, self._mean_keys, self._mean_values, self._spread)
         self.address = [*(t.data_ptr() for t in tensors), self.control.ctypes.data, blocks]
         self.num_bytes = sum(t.nbytes for t in tensors)
 
@@ -117,7 +125,7 @@ class NodeMeans:
         ideal = np.log2(self._exact_light, where=known, out=np.zeros_like(ratio))
         ideal -= np.log2(self._light, where=known, out=np.zeros_like(ratio))
         gain[known] = ideal.clip(-2, 6)[known]
-        settled = self.checks >= _FIRST // 2
+        settled = self.checks >= _SETTLED
         threshold[:] = np.where(measured & ~(settled & (self._share > _EXACT_FROM)), moved, threshold * ~measured)
 
 
@@ -182,11 +190,38 @@ class PrefixTolerance:
         }
 
 
-def _means(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Of keys (Hkv, n, D) the means of blocks (Hkv, blocks, D), of the same type, and their spread (Hkv, blocks)."""
-    blocks = keys.float().unflatten(1, (-1, BLOCK))
-    mean = blocks.mean(2)
-    return mean.to(keys.dtype), (blocks - mean[:, :, None]).square().mean((2, 3))
+def near_together(keys: Tensor, size: int) -> Tensor:
+    """An order of keys (H, n, D) of each head, (H, n) int64, such that near ones make blocks of ``size``.
+
+    The first block and what is left after the last whole one stay where they are: the first tokens of a text draw
+    attention unlike any others. The others are cut in two along the direction in which they differ most, again and
+    again; all heads at once, since the cuts are at the same places.
+    """
+    heads, n, _ = keys.shape
+    order = torch.arange(n).repeat(heads, 1)
+    directions = torch.randn(heads, keys.shape[2], 1, generator=torch.Generator().manual_seed(0))
+    todo = [(1, n // size)]
+    while todo:
+        first, last = todo.pop()
+        if last - first < 2:
+            continue
+        middle, part = (first + last) // 2, slice(first * size, last * size)
+        x = keys.gather(1, order[:, part, None].expand(-1, -1, keys.shape[2]))
+        x = x - x.mean(1, keepdim=True)
+        direction = directions
+        square = x.transpose(1, 2) @ x
+        for _ in range(_POWER_STEPS):
+            direction = torch.nn.functional.normalize(square @ direction, dim=1)
+        order[:, part] = order[:, part].gather(1, (x @ direction)[..., 0].argsort(1))
+        todo += [(first, middle), (middle, last)]
+    return order
+
+
+def _means(keys: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Of keys (Hkv, n, D) the means of blocks (Hkv, blocks, D), and their spread (Hkv, blocks)."""
+    parts = keys[:, : blocks * BLOCK].float().unflatten(1, (-1, BLOCK))
+    mean = parts.mean(2)
+    return mean, (parts - mean[:, :, None]).square().mean((2, 3))
 
 
 def _count(rows: slice | Tensor) -> int:
