@@ -135,6 +135,23 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     kernels_of(isa).attend(task);
   });
+  // The same within a tolerance; see attention_within.h.
+  m.def("attend_within", [](const std::string& isa, const std::string& type, int64_t dim, int64_t q, int64_t q_stride,
+                            int64_t tokens, int64_t positions, int64_t rows, int64_t group, int64_t head, int64_t keys,
+                            int64_t values, int64_t n, int64_t out, int64_t state, int64_t heads, int64_t mean_keys,
+                            int64_t mean_values, int64_t spread, int64_t blocks, float threshold, float gain, int64_t check,
+                            int64_t report) {
+    if (rows * group > ATTENTION_ROWS) throw std::invalid_argument("a task has too many rows");
+    AttentionTask task{type_of(type), dim, at<const void>(q), q_stride, at<const int32_t>(tokens), at<const int64_t>(positions),
+                       rows, group, head, at<const void>(keys), at<const void>(values), n, 0, 0, at<float>(out),
+                       heads * dim, at<float>(state), heads * 2, nullptr};
+    Memory scratch(attention_scratch(dim) + 64), chosen(means_scratch(dim, blocks));
+    task.scratch = scratch.as<uint8_t>();
+    const KeyMeans means{at<const void>(mean_keys), at<const void>(mean_values), at<const float>(spread), blocks, threshold, gain,
+                         chosen.as<float>(), check, at<double>(report)};
+    nb::gil_scoped_release release;
+    kernels_of(isa).attend_within(task, means);
+  });
   // A key or value as int8 keys and values are stored: out kv_bytes(int8, n).
   m.def("quantize", [](const std::string& isa, int64_t x, int64_t n, int64_t out) {
     kernels_of(isa).quantize(at<const float>(x), n, at<uint8_t>(out));

@@ -16,10 +16,13 @@ from gossamer.cli.engine_options import (
     Int8Outliers,
     Int8Threshold,
     Model,
+    PrefixEps,
     Quantization,
     Threads,
     int8_config,
+    int8_options,
 )
+from gossamer.cli.eval_prefix import evaluate_prefix_tolerance
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
 from gossamer.progress import Progress
@@ -51,6 +54,7 @@ def evaluate(
     int8_criterion: Int8Criterion = "relative",
     int8_outliers: Int8Outliers = "token",
     int8_head: Int8Head = False,
+    prefix_eps: PrefixEps = 0.0,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -62,8 +66,20 @@ def evaluate(
     the windows that are done, with exit status 130.
 
         gossamer eval smollm2-135m --quantization int8 --reference smollm2-135m
+
+    With --prefix-eps, the last 256 tokens of each window are predicted over the others as over a shared prefix, within
+    the tolerance and exactly, natively.
+
+        gossamer eval smollm2-135m --prefix-eps 0.05 --window 4096 --windows 8
     """
     content = read(text)
+    if prefix_eps:
+        if reference is not None:
+            raise ConfigurationError("--prefix-eps compares with exact attention of the same model: leave --reference out")
+        arguments = {"dtype": dtype} | int8_options(quantization, int8_threshold, int8_criterion, int8_outliers)
+        arguments |= {"int8_head": int8_head, "threads": threads}
+        evaluate_prefix_tolerance(model, arguments, prefix_eps, text, content, window, windows, as_json)
+        return
     int8 = int8_config(quantization, int8_threshold, int8_criterion, int8_outliers)
     network, tokenizer = load(model, dtype, threads, int8, int8_head)
     cut = cut_windows(tokenizer, content, window, windows)

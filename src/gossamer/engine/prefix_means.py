@@ -52,6 +52,8 @@ class NodeMeans:
 
     Attributes:
         address: a ``Summary`` of csrc/program.h.
+        tensors: keys and values, near ones next to each other; their means; the spread of the keys' blocks.
+        variance: (layers, Hkv) fp64: mean square of what values are off their mean, s^2.
         control: (layers, Hkv, 2) fp32: threshold, 0 for exact; and log2 of what the weights of means are multiplied by.
         num_bytes: of all of it.
     """
@@ -62,20 +64,21 @@ class NodeMeans:
         blocks, layers = len(node) // BLOCK, len(node.keys)
         heads, n, dim = node.keys[0].shape
         of_keys = {"dtype": node.keys[0].dtype}
-        self._keys, self._values = (torch.empty(layers, heads, n, dim, **of_keys) for _ in range(2))
-        self._mean_keys, self._mean_values = (torch.empty(layers, heads, blocks, dim, **of_keys) for _ in range(2))
-        self._spread = torch.full((layers, heads, blocks + -blocks % _PANEL), -1e30)
+        ordered = [torch.empty(layers, heads, n, dim, **of_keys) for _ in range(2)]
+        means = [torch.empty(layers, heads, blocks, dim, **of_keys) for _ in range(2)]
+        spread = torch.full((layers, heads, blocks + -blocks % _PANEL), -1e30)
         variance = torch.empty(layers, heads, dtype=torch.float64)  # s^2
         with torch.inference_mode():
             for layer, (keys, values) in enumerate(zip(node.keys, node.values, strict=True)):
                 order = near_together(keys.float(), BLOCK)[..., None].expand(-1, -1, dim)
-                torch.gather(keys, 1, order, out=self._keys[layer])
-                torch.gather(values, 1, order, out=self._values[layer])
-                self._mean_keys[layer], self._spread[layer, :, :blocks] = _means(self._keys[layer], blocks)
-                self._mean_values[layer], _ = _means(self._values[layer], blocks)
+                for stored, near in zip((keys, values), ordered, strict=True):
+                    torch.gather(stored, 1, order, out=near[layer])
+                means[0][layer], spread[layer, :, :blocks] = _means(ordered[0][layer], blocks)
+                means[1][layer], _ = _means(ordered[1][layer], blocks)
                 variance[layer] = values.float().var(1, unbiased=False).sum(-1).clamp_min(1e-30)
-        self._variance = variance.numpy()
-        shape = self._variance.shape
+        self.tensors = (*ordered, *means, spread)
+        self.variance = variance.numpy()
+        shape = self.variance.shape
         self.control = np.zeros((*shape, 2), np.float32)
         self.control[..., 0] = eps / 2 / blocks**0.5
         self.checks = 0
@@ -84,9 +87,8 @@ class NodeMeans:
         self._exact_light, self._light = np.zeros(shape), np.zeros(shape)
         self._share = np.ones(shape)
         self.total = np.zeros((*shape, 4))  # pairs computed, all pairs; squared errors, rows checked
-        tensors = (self._keys, self._values, self._mean_keys, self._mean_values, self._spread)
-        self.address = [*(t.data_ptr() for t in tensors), self.control.ctypes.data, blocks]
-        self.num_bytes = sum(t.nbytes for t in tensors)
+        self.address = [*(t.data_ptr() for t in self.tensors), self.control.ctypes.data, blocks]
+        self.num_bytes = sum(t.nbytes for t in self.tensors)
 
     @property
     def checked(self) -> bool:
@@ -100,7 +102,7 @@ class NodeMeans:
         self.total[..., 0] += computed
         self.total[..., 1] += pairs
         if rows.any():
-            self._follow(computed / pairs.clip(1), (out / self._variance + lse), rows, exact_light, light)
+            self._follow(computed / pairs.clip(1), (out / self.variance + lse), rows, exact_light, light)
 
     def _follow(
         self, share: np.ndarray, squares: np.ndarray, rows: np.ndarray, exact_light: np.ndarray, light: np.ndarray
@@ -135,6 +137,8 @@ class PrefixTolerance:
     Args:
         eps: the tolerance; see the module's documentation.
     """
+
+    least_keys = LEAST_KEYS
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
