@@ -73,10 +73,10 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_model(name: str) -> Any:
-    """A random fp32 model of an architecture, in evaluation mode."""
+def make_model(name: str, **more: Any) -> Any:
+    """A random fp32 model of an architecture, in evaluation mode; ``more`` goes into its configuration."""
     config_class, model_class, changes = ARCHITECTURES[name]
-    settings = _SMALL | changes
+    settings = _SMALL | changes | more
     torch.manual_seed(sum(name.encode()))
     config = getattr(hf, config_class)(**settings)
     model = getattr(hf, model_class)(config).float().eval()

@@ -73,7 +73,9 @@ def points(heads: int, n: int, dim: int) -> Tensor:
     gain=st.sampled_from([0.0, 1.5]),
     seed=st.integers(0, 2**32),
 )
-def test_kernel(isa: str, type_: torch.dtype, dim: int, tokens: int, n: int, threshold: float, gain: float, seed: int) -> None:
+def test_kernel(
+    isa: str, type_: torch.dtype, dim: int, tokens: int, n: int, threshold: float, gain: float, seed: int
+) -> None:
     """The same as choosing and adding up in fp64; blocks whose share is at the threshold may go either way."""
     torch.manual_seed(seed)
     heads, head = 2, 1
@@ -142,10 +144,6 @@ def test_near_keys_stand_together() -> None:
     assert spread(found) < spread(keys) / 4
 
 
-class Fake(NodeMeans):
-    """Control without keys: the error and the share of keys follow from the threshold."""
-
-
 def test_threshold_follows_the_error() -> None:
     """Errors above the tolerance lower it, errors below raise it, and a head that needs its keys becomes exact."""
     torch.manual_seed(0)
@@ -198,7 +196,7 @@ def decode(engine: Engine, prompts: list[list[int]], new: int = 12) -> dict[str,
 
 @needs_native
 class TestEngine:
-    """A small model of random weights: its attention is flat, which is what means stand for well."""
+    """A small model of random weights, whose keys are nowhere near each other: errors come seldom, and large."""
 
     def prompts(self, length: int, count: int = 6) -> list[list[int]]:
         torch.manual_seed(1)
@@ -206,8 +204,8 @@ class TestEngine:
         return [[*prefix, 1 + i, 2 + i] for i in range(count)]
 
     def test_long_prefixes_are_attended_to_within_it(self) -> None:
-        within = engine(0.05)
-        decode(within, self.prompts(LEAST_KEYS + 100))
+        within = engine(0.1)
+        decode(within, self.prompts(LEAST_KEYS + 100), new=60)
         assert isinstance(within.runner, NativeRunner) and within.runner.tolerance is not None
         summary = within.runner.tolerance.summary()
         assert summary["prefixes"] == 1 and summary["steps"] > 5
@@ -231,7 +229,7 @@ class TestEngine:
         within = engine(0.05)
         prompts = self.prompts(2 * LEAST_KEYS + 200)
         decode(within, prompts)
-        shorter = [prompt[: LEAST_KEYS + 50] + [95, i] for i, prompt in enumerate(prompts, start=3)]
+        shorter = [[*prompt[: LEAST_KEYS + 50], 95, i] for i, prompt in enumerate(prompts, start=3)]
         decode(within, [*shorter, *prompts])
         assert within.runner.tolerance.summary()["prefixes"] >= 2  # type: ignore[attr-defined]
 

@@ -74,6 +74,9 @@ class DecodeResult:
         weight_bytes: of the packed weights; of the native runner.
         over_dense: median, over the steps, of the time with ``sparse_weights="off"`` over the time of the step beside
             it.
+        prefix_eps: tolerance of attention to the prefix; ``over_exact`` is the median, over the steps, of the time with
+            exact attention over the time of the step beside it, and ``prefix_tolerance`` tells what was computed and
+            the error measured, see :meth:`gossamer.engine.prefix_means.PrefixTolerance.summary`.
     """
 
     sharing: str
@@ -100,6 +103,9 @@ class DecodeResult:
     sparse_weights: str | None = None
     weight_bytes: int | None = None
     over_dense: float | None = None
+    prefix_eps: float = 0.0
+    over_exact: float | None = None
+    prefix_tolerance: dict[str, Any] | None = None
 
 
 @dataclass
@@ -127,6 +133,7 @@ def bench_decode(
     int8_head: bool = False,
     kv_dtype: KVDtype = "auto",
     sparse_weights: tuple[str, ...] = ("auto",),
+    prefix_eps: tuple[float, ...] = (0.0,),
     memory: int = 16 * 10**9,
     runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
@@ -137,7 +144,8 @@ def bench_decode(
 
     With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
 
-    With several ``sparse_weights``, the model is packed in each of these ways, and each decodes in turn.
+    With several ``sparse_weights``, the model is packed in each of these ways, and each decodes in turn; and so with
+    several ``prefix_eps``, where all attend to the prefix together.
 
     With ``busy_processes``, so many other processes use a core each while the contestants decode.
 
@@ -157,11 +165,19 @@ def bench_decode(
     results = []
     max_rows = max(2048, *batches)
     natives: list[NativeRunner | None] = []
-    for choice in dict.fromkeys(sparse_weights):  # a runner takes the weights over: each has a model of its own
+    for choice, eps in itertools.product(
+        dict.fromkeys(sparse_weights), dict.fromkeys(prefix_eps)
+    ):  # a runner takes the weights over: each has a model of its own
         network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
         way = cast(SparseWeights, choice)
         made, note = make_runner(
-            network, runner, max_rows=max_rows, kv_dtype=kv_dtype, sparse_weights=way, max_seqs=max(batches)
+            network,
+            runner,
+            max_rows=max_rows,
+            kv_dtype=kv_dtype,
+            sparse_weights=way,
+            max_seqs=max(batches),
+            prefix_eps=eps,
         )
         if note:
             progress(f"not native: {note}")
@@ -182,6 +198,8 @@ def bench_decode(
                 prompts = windows(tokenizer, prefix, suffix, batch)
                 contestants = []
                 for mode, native in itertools.product(sharing, natives):
+                    if native is not None and native.tolerance is not None and mode != "attention":
+                        continue  # exact all the same
                     progress(f"{batch} x {prefix} tokens, {mode}: prefill")
                     contestants.append(_prepare(mode, native, network, tokenizer, prompts, prefix, new, memory))
                 if peers:
@@ -220,6 +238,7 @@ def _prepare(
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
     if native is not None:
         result.sparse_weights, result.weight_bytes = native.sparse_weights["choice"], native.weight_bytes
+        result.prefix_eps = native.tolerance.eps if native.tolerance is not None else 0.0
     contestant = _Contestant(result, engine)
     if mode == "off":
         needed = len(prompts) * (len(prompts[0]) + new) * runner.layout.bytes_per_token * 9 // 8
@@ -327,16 +346,21 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
     for other in (each for each in others if each.steps):
         same_sharing = other.result.sharing == result.sharing
         same_weights = other.result.sparse_weights == result.sparse_weights
+        same_eps = other.result.prefix_eps == result.prefix_eps
         ratio = statistics.median(theirs / own for theirs, own in zip(other.steps, contestant.steps, strict=True))
         if other.result.sharing == "off" and same_weights:
             result.speedup = ratio
-        if other.result.sparse_weights == "off" and same_sharing and not same_weights:
+        if other.result.sparse_weights == "off" and same_sharing and same_eps and not same_weights:
             result.over_dense = ratio
+        if result.prefix_eps and not other.result.prefix_eps and same_sharing and same_weights:
+            result.over_exact = ratio
     result.decode_tokens_per_s = result.batch / statistics.median(steps)
     result.engine_ms = statistics.median(contestant.overheads[WARM_UP_STEPS:]) * 1e3
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
     if profiles := contestant.profiles[WARM_UP_STEPS:]:
         result.profile_ms = {kind: statistics.median(each[kind] for each in profiles) * 1e3 for kind in profiles[0]}
+    if isinstance(engine.runner, NativeRunner) and engine.runner.tolerance is not None:
+        result.prefix_tolerance = engine.runner.tolerance.summary()
     if result.sharing == BOUND:
         result.prefill_tokens_per_s = None
         return

@@ -28,6 +28,7 @@ from gossamer.cli.engine_options import (
     int8_config,
 )
 from gossamer.cli.terminal import stderr
+from gossamer.errors import ConfigurationError
 
 bench_app = typer.Typer(
     help="Measure on this machine: our figure, what it is compared with, and the machine's own limit.",
@@ -65,6 +66,14 @@ def decode(
             "pruned int8 model out gains.",
         ),
     ] = "auto",
+    prefix_eps: Annotated[
+        str,
+        typer.Option(
+            "--prefix-eps",
+            help="As for `gossamer batch`; several, such as 0,0.05, decode in turn, to see what it gains. The tolerance "
+            "follows what it measures: give some 60 tokens with --new.",
+        ),
+    ] = "0",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -110,6 +119,7 @@ def decode(
             int8_head=int8_head,
             kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked there
             sparse_weights=tuple(choice.strip() for choice in sparse_weights.split(",")),
+            prefix_eps=_tolerances(prefix_eps),
             memory=parse_bytes(memory),
             busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
@@ -162,6 +172,10 @@ def _print_table(report: dict[str, Any]) -> None:
     if len(ways) > 1:
         for name in ("sparse\nweights", "weights\nMB", "over\ndense"):
             table.add_column(name, justify="right", no_wrap=True)
+    tolerances = any(row["prefix_eps"] for row in report["results"])
+    if tolerances:
+        for name in ("prefix\neps", "keys\nused", "error", "over\nexact"):
+            table.add_column(name, justify="right", no_wrap=True)
     for row in report["results"]:
         contestant = row["runner"] if row["sharing"] == "peer" else row["sharing"]
         cells = [str(row["batch"]), str(row["prefix"]), contestant]
@@ -180,8 +194,22 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
             *([optional(row["prefix_tokens_per_s"], "{:,.0f}")] if "peers" in report else []),
             *(_way_cells(row) if len(ways) > 1 else []),
+            *(_tolerance_cells(row) if tolerances else []),
         )
     console.print(table)
+
+
+def _tolerances(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(each) for each in text.split(","))
+    except ValueError:
+        raise ConfigurationError(f"--prefix-eps takes numbers, such as 0,0.05, got {text!r}") from None
+
+
+def _tolerance_cells(row: dict[str, Any]) -> list[str]:
+    found = row["prefix_tolerance"] or {"computed": None, "error": None}
+    cells = [optional(found["computed"], "{:.0%}"), optional(found["error"], "{:.3f}")]
+    return [f"{row['prefix_eps']:g}", *cells, optional(row["over_exact"], "{:.2f}x")]
 
 
 def _way_cells(row: dict[str, Any]) -> list[str]:

@@ -75,7 +75,9 @@ def evaluate(
     content = read(text)
     if prefix_eps:
         if reference is not None:
-            raise ConfigurationError("--prefix-eps compares with exact attention of the same model: leave --reference out")
+            raise ConfigurationError(
+                "--prefix-eps compares with exact attention of the same model: leave --reference out"
+            )
         arguments = {"dtype": dtype} | int8_options(quantization, int8_threshold, int8_criterion, int8_outliers)
         arguments |= {"int8_head": int8_head, "threads": threads}
         evaluate_prefix_tolerance(model, arguments, prefix_eps, text, content, window, windows, as_json)

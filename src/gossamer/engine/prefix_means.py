@@ -63,9 +63,9 @@ class NodeMeans:
         self.eps = eps
         blocks, layers = len(node) // BLOCK, len(node.keys)
         heads, n, dim = node.keys[0].shape
-        of_keys = {"dtype": node.keys[0].dtype}
-        ordered = [torch.empty(layers, heads, n, dim, **of_keys) for _ in range(2)]
-        means = [torch.empty(layers, heads, blocks, dim, **of_keys) for _ in range(2)]
+        dtype = node.keys[0].dtype
+        ordered = [torch.empty(layers, heads, n, dim, dtype=dtype) for _ in range(2)]
+        means = [torch.empty(layers, heads, blocks, dim, dtype=dtype) for _ in range(2)]
         spread = torch.full((layers, heads, blocks + -blocks % _PANEL), -1e30)
         variance = torch.empty(layers, heads, dtype=torch.float64)  # s^2
         with torch.inference_mode():
