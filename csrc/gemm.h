@@ -18,6 +18,12 @@ struct Nothing {
 // What stands at a place of a panel.
 GOSSAMER_INLINE I entries(const uint8_t* panel, int64_t at) { return load_int(panel + at); }
 
+// Where the number of steps is known to the compiler, GCC 12 warns of the second loop over them, which is empty then.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+#endif
+
 // The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then `between` once, and
 // done(row, low, high). `ahead`, unless null, is memory to fetch meanwhile, a line per step.
 template <class Dot, int ROWS, class Panel, class Done, class Between = Nothing>
@@ -66,6 +72,10 @@ GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_
     done(r, low, high);
   }
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // tile<> for `rows` of at most TILE.
 template <class Dot, class Panel, class Done, class Between = Nothing>

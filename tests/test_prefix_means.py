@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,27 @@ class TestEngine:
 def test_bad_tolerances(eps: float, runner: str, kv_dtype: str, part: str) -> None:
     with pytest.raises(ConfigurationError, match=part):
         check_prefix_eps(eps, runner, kv_dtype)
+
+
+class TestEvaluation:
+    """``gossamer eval --prefix-eps`` on the real model."""
+
+    @needs_native
+    def test_windows_are_scored_with_and_without(self, smollm2_path: Path) -> None:
+        from gossamer.bench.text import reference_text
+        from gossamer.llm import LLM
+        from gossamer.report.prefix_tolerance import evaluate_tolerance
+        from gossamer.report.windows import token_windows
+
+        within, exact = (
+            LLM(smollm2_path, prefix_eps=eps, max_num_batched_tokens=256, max_num_seqs=2) for eps in (0.05, 0)
+        )
+        windows = token_windows(within.tokenizer, reference_text(), LEAST_KEYS + 96, 2)
+        quality = evaluate_tolerance(within, exact, windows, continuation=64)
+        assert quality.tokens == 128 and quality.tolerance["prefixes"] == 2
+        assert quality.perplexity_ratio == pytest.approx(quality.perplexity / quality.exact_perplexity)
+        assert 0.9 < quality.perplexity_ratio < 1.1 and quality.perplexity_ratio != 1.0
+        with pytest.raises(ConfigurationError, match="leaves 6 for the prefix"):
+            evaluate_tolerance(within, exact, [windows[0][:70]], continuation=64)
+        with pytest.raises(ConfigurationError, match="without prefix_eps"):
+            evaluate_tolerance(exact, exact, windows)

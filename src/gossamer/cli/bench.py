@@ -70,8 +70,8 @@ def decode(
         str,
         typer.Option(
             "--prefix-eps",
-            help="As for `gossamer batch`; several, such as 0,0.05, decode in turn, to see what it gains. The tolerance "
-            "follows what it measures: give some 60 tokens with --new.",
+            help="As for `gossamer batch`; several, such as 0,0.05, decode in turn, to see what it gains. It needs "
+            "some steps to settle: give 60 or more with --new.",
         ),
     ] = "0",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",

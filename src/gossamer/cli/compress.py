@@ -47,7 +47,7 @@ def compress(
             help="With --sparsity: times that each block is trained over the calibration text afterwards, to give what "
             "it gave before; 0 is fastest.",
         ),
-    ] = 2,
+    ] = 1,
     text: Annotated[
         Path | None,
         typer.Option(

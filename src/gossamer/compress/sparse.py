@@ -76,7 +76,7 @@ class SparsityRecipe:
     pattern: str = "unstructured"
     curvature: str = "gram"
     update: Update = "joint"
-    reconstruction: int = 2
+    reconstruction: int = 1
     sequences: int = 64
     length: int = 512
     skip: tuple[str, ...] = ("lm_head",)

@@ -77,8 +77,8 @@ def evaluate_tolerance(
     shortest = min(map(len, windows))
     if shortest - continuation < tolerance.least_keys:
         raise ConfigurationError(
-            f"a window of {shortest} tokens leaves {shortest - continuation} for the prefix; prefix_eps is for prefixes "
-            f"of {tolerance.least_keys} tokens or more: give a window of at least {tolerance.least_keys + continuation}"
+            f"a window of {shortest} tokens leaves {shortest - continuation} for the prefix; prefix_eps is for "
+            f"{tolerance.least_keys} tokens or more: give a window of at least {tolerance.least_keys + continuation}"
         )
     sums = torch.zeros(2, len(windows), dtype=torch.float64)
     for number, window in enumerate(windows):
