@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,18 @@ class TestEngine:
         decode(within, prompts)
         shorter = [[*prompt[: LEAST_KEYS + 50], 95, i] for i, prompt in enumerate(prompts, start=3)]
         decode(within, [*shorter, *prompts])
-        assert within.runner.tolerance.summary()["prefixes"] >= 2  # type: ignore[attr-defined]
+        tolerance = within.runner.tolerance  # type: ignore[attr-defined]
+        assert tolerance.summary()["prefixes"] >= 2
+
+    def test_evicted_prefixes_leave_their_figures_only(self) -> None:
+        within = engine(0.05)
+        decode(within, self.prompts(LEAST_KEYS + 100))
+        tolerance = within.runner.tolerance  # type: ignore[attr-defined]
+        before = tolerance.summary()
+        within.tree.evict(within.budget.total)
+        gc.collect()
+        after = tolerance.summary()
+        assert before["bytes"] > 0 and after == before | {"bytes": 0}
 
 
 @pytest.mark.parametrize(

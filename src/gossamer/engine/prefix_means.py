@@ -14,6 +14,8 @@ square over rows somewhat below the tolerance. A head that needs most of its blo
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,41 @@ def check_prefix_eps(eps: float, runner: str, kv_dtype: str) -> None:
         raise ConfigurationError("prefix_eps is for the native runner; that of transformers attends exactly")
     if eps and kv_dtype == "int8":
         raise ConfigurationError("prefix_eps needs keys and values in bfloat16 or float32, not in int8")
+
+
+@dataclass
+class Figures:
+    """What was measured of some nodes."""
+
+    total: np.ndarray  # (4): pairs of queries and keys that were computed, all pairs; squared errors, rows checked
+    worst_square: float = 0.0  # of the heads' mean squared errors
+    exact_heads: int = 0
+    heads: int = 0
+    nodes: int = 0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            self.total + other.total,
+            max(self.worst_square, other.worst_square),
+            self.exact_heads + other.exact_heads,
+            self.heads + other.heads,
+            self.nodes + other.nodes,
+        )
+
+
+class HeadTotals:
+    """The same of one node, head by head; it outlives the node's means."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.total = np.zeros((*shape, 4))
+        self.control = np.zeros((*shape, 2), np.float32)
+
+    def figures(self) -> Figures:
+        total = self.total.reshape(-1, 4)
+        if not total[:, 1].any():
+            return Figures(np.zeros(4))
+        squares = total[:, 2] / total[:, 3].clip(1)
+        return Figures(total.sum(0), squares.max(), int((self.control[..., 0] == 0).sum()), len(total), 1)
 
 
 class NodeMeans:
@@ -79,14 +116,14 @@ class NodeMeans:
         self.tensors = (*ordered, *means, spread)
         self.variance = variance.numpy()
         shape = self.variance.shape
-        self.control = np.zeros((*shape, 2), np.float32)
+        self.totals = HeadTotals(shape)
+        self.control = self.totals.control
         self.control[..., 0] = eps / 2 / blocks**0.5
         self.checks = 0
         self.steps = 0
         self._square = np.zeros(shape)  # of the error, over the last checks
         self._exact_light, self._light = np.zeros(shape), np.zeros(shape)
         self._share = np.ones(shape)
-        self.total = np.zeros((*shape, 4))  # pairs computed, all pairs; squared errors, rows checked
         self.address = [*(t.data_ptr() for t in self.tensors), self.control.ctypes.data, blocks]
         self.num_bytes = sum(t.nbytes for t in self.tensors)
 
@@ -99,8 +136,9 @@ class NodeMeans:
         """From the report of a step, (layers, Hkv, 7); see KeyMeans in csrc/kernels.h."""
         computed, pairs, out, lse, rows, exact_light, light = np.moveaxis(report, -1, 0)
         self.steps += 1
-        self.total[..., 0] += computed
-        self.total[..., 1] += pairs
+        exact = self.control[..., 0] == 0  # nothing is reported of these: they compute all
+        self.totals.total[..., 0] += np.where(exact, pairs.max(), computed)
+        self.totals.total[..., 1] += np.where(exact, pairs.max(), pairs)
         if rows.any():
             self._follow(computed / pairs.clip(1), (out / self.variance + lse), rows, exact_light, light)
 
@@ -108,8 +146,8 @@ class NodeMeans:
         self, share: np.ndarray, squares: np.ndarray, rows: np.ndarray, exact_light: np.ndarray, light: np.ndarray
     ) -> None:
         measured = rows > 0  # heads that are attended to exactly are not
-        self.total[..., 2] += squares
-        self.total[..., 3] += rows
+        self.totals.total[..., 2] += squares
+        self.totals.total[..., 3] += rows
         memory = _MEMORY if self.checks else 0.0
         self.checks += 1
         threshold, gain = self.control[..., 0], self.control[..., 1]
@@ -142,8 +180,9 @@ class PrefixTolerance:
 
     def __init__(self, eps: float) -> None:
         self.eps = eps
-        self._known: list[NodeMeans] = []
         self.steps = 0
+        self._live: weakref.WeakSet[NodeMeans] = weakref.WeakSet()
+        self._gone = Figures(np.zeros(4))  # of nodes that were evicted, split or moved
 
     def within(self, plan: StepPlan) -> list[Node | None]:
         """Of each segment of a plan: its node, if it is attended to within the tolerance.
@@ -159,6 +198,7 @@ class PrefixTolerance:
             and segment.length == len(segment.source) >= LEAST_KEYS
             and not segment.per_row
             and _count(segment.rows) >= LEAST_ROWS
+            and (segment.source.means is None or segment.source.means.control[..., 0].any())
             else None
             for segment in plan.segments
         ]
@@ -166,31 +206,35 @@ class PrefixTolerance:
     def means_of(self, node: Node) -> NodeMeans:
         """Made when it is asked for first, and again when the node's keys have moved."""
         if node.means is None:
-            node.means = NodeMeans(node, self.eps)
-            self._known.append(node.means)
-        return node.means
+            means = node.means = NodeMeans(node, self.eps)
+            self._live.add(means)
+            weakref.finalize(means, self._retire, means.totals).atexit = False
+        found: NodeMeans = node.means
+        return found
+
+    def _retire(self, totals: HeadTotals) -> None:
+        self._gone += totals.figures()
 
     def summary(self) -> dict[str, Any]:
         """What it did so far, over all nodes.
 
-        ``computed``: share of the pairs of queries and keys that were computed, of those where nodes were attended to
-        within the tolerance, exact heads included; ``error``: root mean square of the errors measured; ``worst_head``:
-        the largest of these among layers, heads and nodes; ``exact_heads`` of ``heads`` needed too many keys.
+        ``computed``: share of the pairs of queries and keys that were computed, where nodes were attended to within the
+        tolerance, exact heads included; ``error``: root mean square of the errors measured; ``worst_head``: the largest
+        of these among layers, heads and nodes; ``exact_heads`` of ``heads`` needed too many keys; ``bytes``: of the
+        copies that are held now.
         """
-        used = [means for means in self._known if means.steps]
-        total = sum((means.total for means in used), np.zeros(4)).reshape(-1, 4).sum(0) if used else np.zeros(4)
-        heads = [means.total for means in used]
-        worst = [np.sqrt(t[..., 2] / t[..., 3].clip(1)).max() for t in heads]
+        found = sum((means.totals.figures() for means in self._live), self._gone)
+        computed, pairs, squares, rows = found.total.tolist()
         return {
             "eps": self.eps,
-            "prefixes": len(used),
+            "prefixes": found.nodes,
             "steps": self.steps,
-            "computed": float(total[0] / total[1]) if total[1] else None,
-            "error": float(np.sqrt(total[2] / total[3])) if total[3] else None,
-            "worst_head": float(max(worst)) if total[3] else None,
-            "exact_heads": int(sum((means.control[..., 0] == 0).sum() for means in used)),
-            "heads": int(sum(means.control[..., 0].size for means in used)),
-            "bytes": sum(means.num_bytes for means in used),
+            "computed": computed / pairs if pairs else None,
+            "error": (squares / rows) ** 0.5 if rows else None,
+            "worst_head": float(found.worst_square) ** 0.5 if rows else None,
+            "exact_heads": found.exact_heads,
+            "heads": found.heads,
+            "bytes": sum(means.num_bytes for means in self._live),
         }
 
 
