@@ -136,6 +136,7 @@ def test_batch_hands_its_options_to_the_engine(fake, tmp_path):
     options = ("--sharing", "off", "--dtype", "float32", "--memory", "1GB", "--max-model-len", 99)
     limits = ("--max-num-seqs", 3, "--max-num-batched-tokens", 7)
     formats = ("--runner", "native", "--kv-dtype", "float32", "--sparse-weights", "off", "--int8-head")
+    formats += ("--prefix-eps", "0.1")
     assert invoke("batch", "fake", source, "-o", tmp_path / "out.jsonl", *options, *limits, *formats).exit_code == 0
     assert fake[0].arguments == {
         "sharing": "off",
@@ -145,6 +146,7 @@ def test_batch_hands_its_options_to_the_engine(fake, tmp_path):
         "runner": "native",
         "kv_dtype": "float32",
         "sparse_weights": "off",
+        "prefix_eps": 0.1,
         "int8_head": True,
         "max_num_seqs": 3,
         "max_num_batched_tokens": 7,
