@@ -1,13 +1,13 @@
 // Attention within a tolerance: rows attend to the blocks of keys that seem to matter to them, and to the means of the
 // others.
 //
-// A block is BLOCK_KEYS consecutive keys; near keys stand next to each other. With m its mean key and s the mean square of what its keys are off m, per
-// dimension, a row q gives it about
+// A block is BLOCK_KEYS consecutive keys; near keys stand next to each other. With m its mean key and s the mean square of
+// what its keys are off m, per dimension, a row q gives it about
 //
 //     BLOCK_KEYS exp(q.m + |q|^2 s / 2)
 //
 // of its attention. Rows that are multiplied together attend to a block if their root mean square share of it is above a
-// threshold; otherwise the mean key and the mean value stand for it, with exp(gain) BLOCK_KEYS times the weight of one key.
+// threshold; otherwise the mean key and the mean value stand for it, with 2^gain BLOCK_KEYS times the weight of one key.
 #pragma once
 
 #include "attention.h"
@@ -88,7 +88,8 @@ inline void attend_rows_within(const AttentionTask& task, const KeyMeans& means)
   Workspace<Entry> w(task);
   Choice choice(means);
   const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
-  const int64_t tiles = (w.rows + TILE - 1) / TILE, room = w.block / PANEL, value_bytes = w.wide / PANEL * (PANEL / Dot::step) * STEP_BYTES;
+  const int64_t tiles = (w.rows + TILE - 1) / TILE, room = w.block / PANEL;
+  const int64_t value_bytes = w.wide / PANEL * (PANEL / Dot::step) * STEP_BYTES;
   const auto pack_keys_at = [&](const void* rows, int64_t block, int64_t count, int64_t place) {
     const Entry* k = w.entries(task, static_cast<const uint8_t*>(rows) + block * PANEL * stored, count);
     transpose_words(reinterpret_cast<const uint32_t*>(k), row_bytes / 4, count, steps,

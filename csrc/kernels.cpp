@@ -11,8 +11,8 @@ namespace GOSSAMER_NS {
 
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
-    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, attend_within, rotate, convert, quantize, merge, scale_row, argmax,
-    sample, dot_rows, combine_rows, gram, gaussian,
+    GOSSAMER_TEXT(GOSSAMER_NS), pack, prepare, square_sum, linear, attend, attend_within, rotate, convert, quantize, merge,
+    scale_row, argmax, sample, dot_rows, combine_rows, gram, gaussian,
 };
 
 }  // namespace GOSSAMER_NS

@@ -22,7 +22,6 @@ from gossamer.cli.engine_options import (
     int8_config,
     int8_options,
 )
-from gossamer.cli.eval_prefix import evaluate_prefix_tolerance
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
 from gossamer.progress import Progress
@@ -74,6 +73,8 @@ def evaluate(
     """
     content = read(text)
     if prefix_eps:
+        from gossamer.cli.eval_prefix import evaluate_prefix_tolerance  # which is built on this module
+
         if reference is not None:
             raise ConfigurationError(
                 "--prefix-eps compares with exact attention of the same model: leave --reference out"

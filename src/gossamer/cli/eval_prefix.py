@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gossamer.cli.engine_options import load_llm
+from gossamer.cli.eval import cut_windows, describe_text
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ def evaluate_prefix_tolerance(
     as_json: bool,
 ) -> None:
     """Scores the windows of a text twice and prints the difference."""
-    from gossamer.cli.eval import cut_windows, describe_text
     from gossamer.report.prefix_tolerance import STEP, evaluate_tolerance
 
     arguments |= {"runner": "native", "max_num_batched_tokens": STEP, "max_num_seqs": 2}

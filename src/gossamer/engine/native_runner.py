@@ -108,7 +108,6 @@ class NativeRunner:
         record(recorder, self.decoder)
         self._program = recorder.native
         self.tolerance = PrefixTolerance(prefix_eps) if prefix_eps else None
-        self._within = _Within(None)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
         self._arrays: _Arrays | None = None  # of the last plan, which the next one may go on from
@@ -141,20 +140,26 @@ class NativeRunner:
         arrays.catch_up()
         within = self._within_of(plan, arrays)
         self._program.step(
-            *arrays.addresses, self._rotary(arrays.last_position + 1), *self._addresses, *within.addresses, self.threads
+            *arrays.addresses,
+            self._rotary(arrays.last_position + 1),
+            *self._addresses,
+            *(EXACT if within is None else within.addresses),
+            self.threads,
         )
-        within.learn()
+        if within is not None:
+            within.learn()
         logits, self.largest = self._results
         return logits
 
-    def _within_of(self, plan: StepPlan, arrays: _Arrays) -> _Within:
-        """What the step attends to within the tolerance."""
-        if self.tolerance is not None:
-            nodes = self.tolerance.within(plan)
-            if any(nodes):
-                self.tolerance.steps += 1
-                return _Within(nodes, self.tolerance, arrays)
-        return self._within
+    def _within_of(self, plan: StepPlan, arrays: _Arrays) -> _Within | None:
+        """What the step attends to within the tolerance, if there is anything."""
+        if self.tolerance is None:
+            return None
+        nodes = self.tolerance.within(plan)
+        if all(node is None for node in nodes):
+            return None
+        self.tolerance.steps += 1
+        return _Within(nodes, self.tolerance, arrays)
 
     def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
         """See :class:`~gossamer.engine.runner.Runner`. A program of nothing but attention is made for it."""
@@ -187,16 +192,8 @@ class NativeRunner:
 class _Within:
     """Attention within a tolerance as the program reads it; see ``StepInput`` in csrc/program.h."""
 
-    def __init__(
-        self,
-        nodes: list[Node | None] | None,
-        tolerance: PrefixTolerance | None = None,
-        arrays: _Arrays | None = None,
-    ) -> None:
+    def __init__(self, nodes: list[Node | None], tolerance: PrefixTolerance, arrays: _Arrays) -> None:
         self.means: list[NodeMeans] = []
-        self.addresses = EXACT
-        if nodes is None or tolerance is None or arrays is None:
-            return
         self._item = np.full(len(arrays.items), -1, np.int64)
         for item, node in zip(arrays.segment_items, nodes, strict=True):
             if node is not None:
@@ -211,7 +208,7 @@ class _Within:
 
     def learn(self) -> None:
         """From what the step reported."""
-        for means, report in zip(self.means, getattr(self, "_report", ()), strict=True):
+        for means, report in zip(self.means, self._report, strict=True):
             means.learn(report)
 
 
@@ -240,12 +237,12 @@ class _Arrays:
         self._owners: list[Node | Bucket] = []
         items: list[np.ndarray] = []
         rows: list[np.ndarray] = []
-        filled = 0
+        filled = made_items = 0
         self.place = np.zeros((len(self.tokens), 2), np.int64)
 
         def add(fields: Any, members: np.ndarray, each: bool = False) -> None:
             """One item for all members, or one for each."""
-            nonlocal filled
+            nonlocal filled, made_items
             made = np.zeros((len(members) if each else 1, 6), np.int64)
             for column, value in enumerate(fields):
                 made[:, column] = value
@@ -254,10 +251,11 @@ class _Arrays:
             items.append(made)
             rows.append(members)
             filled += len(members)
+            made_items += len(made)
 
         self.segment_items: list[int] = []  # the first item of each
         for segment in plan.segments:
-            self.segment_items.append(sum(map(len, items)))
+            self.segment_items.append(made_items)
             target, entry = self._locate(segment.source)
             add((target, entry, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
         for chunk in plan.chunks:
@@ -267,7 +265,7 @@ class _Arrays:
             self.place[members, 0] = target
             self.place[members, 1] = entry + np.arange(len(members)) * self._width
             add((target, entry, len(members), chunk.position), members)
-        computed = sum(map(len, items))
+        computed = made_items
         for group in plan.groups:
             target, stride = self._bucket(group.bucket)
             members, offsets = _numbers(group.rows), group.offsets.numpy()

@@ -176,8 +176,6 @@ class PrefixTolerance:
         eps: the tolerance; see the module's documentation.
     """
 
-    least_keys = LEAST_KEYS
-
     def __init__(self, eps: float) -> None:
         self.eps = eps
         self.steps = 0

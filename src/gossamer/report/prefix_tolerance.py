@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.engine.prefix_means import LEAST_KEYS
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.llm import LLM
 from gossamer.report.quality import Interval, bootstrap_intervals
@@ -75,10 +76,10 @@ def evaluate_tolerance(
     if not windows:
         raise ConfigurationError("there are no windows to evaluate; give at least one")
     shortest = min(map(len, windows))
-    if shortest - continuation < tolerance.least_keys:
+    if shortest - continuation < LEAST_KEYS:
         raise ConfigurationError(
             f"a window of {shortest} tokens leaves {shortest - continuation} for the prefix; prefix_eps is for "
-            f"{tolerance.least_keys} tokens or more: give a window of at least {tolerance.least_keys + continuation}"
+            f"{LEAST_KEYS} tokens or more: give a window of at least {LEAST_KEYS + continuation}"
         )
     sums = torch.zeros(2, len(windows), dtype=torch.float64)
     for number, window in enumerate(windows):
