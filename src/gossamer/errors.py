@@ -95,3 +95,19 @@ class InvalidSamplingParamsError(RequestError):
 
 class MemoryBudgetError(RequestError):
     """The request's keys and values cannot fit into the memory budget, even alone."""
+
+
+class EngineError(RequestError):
+    """Something went wrong inside the engine while it computed the request; the request itself may be fine."""
+
+
+class ServerBusyError(RequestError):
+    """The server cannot take the request now.
+
+    Attributes:
+        retry_after: seconds after which it is worth another try.
+    """
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

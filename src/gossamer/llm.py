@@ -325,15 +325,23 @@ class LLM:
             self.engine.stats.prefix_tolerance = self.prefix_tolerance.summary()
         return self.engine.stats
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tokenizer: Any = None
+    ) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins.
+
+        Args:
+            add_generation_prompt: go on to there; otherwise end with the last message.
+            tokenizer: a copy of the model's, for other threads.
 
         Raises:
             ConfigurationError: the model has no chat template, or it refuses the messages.
         """
         self._check_chat_template()
         try:
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            encoded = (tokenizer or self.tokenizer).apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, return_dict=True
+            )
         except Exception as error:  # templates are programs that come with the model and raise what they like
             raise InvalidPromptError(f"the chat template refused the messages: {error}", param="messages") from error
         return list(encoded["input_ids"])

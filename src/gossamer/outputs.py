@@ -37,12 +37,29 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """When something happened to a request, in seconds of ``time.perf_counter``; ``None`` if it did not.
+
+    Attributes:
+        arrived: it was queued.
+        admitted: it got memory for the first time.
+        first_token, last_token: the first and the last token, of any of its completions, came.
+    """
+
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """A prompt with its completions.
 
     Attributes:
         num_cached_tokens: prompt tokens whose keys and values were already there or were computed for another request.
         error: why the request failed, or ``None``. A failed request has no outputs.
+        metrics: when it was queued, admitted and answered.
     """
 
     request_id: str
@@ -53,6 +70,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finished: bool = True
     error: RequestError | None = None
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(slots=True)

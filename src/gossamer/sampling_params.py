@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 from gossamer.errors import InvalidSamplingParamsError
 
@@ -25,6 +26,46 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What a completion must look like. Give one of these.
+
+    Args:
+        json: a JSON Schema, as a mapping or as text: the completion is a JSON document that is valid under it.
+        json_object: any JSON object.
+        regex: a regular expression that the whole completion matches.
+        choice: the completion is one of these texts.
+
+    Raises:
+        InvalidSamplingParamsError: none or several are given, or one is of the wrong type.
+
+    >>> StructuredOutputsParams(choice=["yes", "no"]).to_dict()
+    {'choice': ['yes', 'no']}
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.to_dict()
+        _require(len(given) == 1, "structured_outputs", list(given), "one of json, json_object, regex and choice")
+        _require(isinstance(self.json, Mapping | str | None), "json", self.json, "a JSON Schema")
+        _require(isinstance(self.json_object, bool), "json_object", self.json_object, "True or False")
+        _require(isinstance(self.regex, str | None), "regex", self.regex, "a regular expression")
+        if self.choice is not None:
+            valid = isinstance(self.choice, Sequence) and not isinstance(self.choice, str) and len(self.choice) > 0
+            valid = valid and all(isinstance(text, str) and text for text in self.choice)
+            _require(valid, "choice", self.choice, "a list of non-empty strings")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is given."""
+        fields = {"json": self.json, "regex": self.regex, "choice": self.choice}
+        given = {name: value for name, value in fields.items() if value is not None}
+        return given | ({"json_object": True} if self.json_object else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +94,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens; such a prompt is computed anew, not taken from the cache.
         detokenize: fill ``CompletionOutput.text``.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: a form that the completion must have; it may be cut by ``max_tokens`` all the same.
 
     Raises:
         InvalidSamplingParamsError: a value is out of its range; ``param`` names it.
@@ -81,6 +123,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
@@ -117,6 +160,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or (_is_int(value) and value >= 0), name, value, "an integer >= 0 or None")
+        form = self.structured_outputs
+        _require(
+            isinstance(form, StructuredOutputsParams | None), "structured_outputs", form, "StructuredOutputsParams"
+        )
+        _require(form is None or not self.ignore_eos, "ignore_eos", True, "False with structured_outputs, which end")
         self._normalize_collections()
 
     def _normalize_collections(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gossamer.batch.input_file import CHAT_URL, BatchLine, InvalidLine, count_lines, read_lines
+from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_lines
 from gossamer.batch.output_file import OutputFile
+from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import (
@@ -18,7 +18,6 @@ from gossamer.protocol import (
     CompletionRequest,
     chat_completion_response,
     completion_response,
-    error_body,
 )
 from gossamer.sampling_params import SamplingParams
 
@@ -162,7 +161,7 @@ class BatchRunner:
                 self.summary.skipped += 1
                 continue
             try:
-                request = _read_body(line)
+                request = read_body(line)
                 params = request.to_sampling_params(self._default_max_tokens)
                 prompts = _engine_prompts(llm, request)
             except GossamerError as error:
@@ -207,7 +206,7 @@ class BatchRunner:
             body = chat_completion_response(job.request, outputs[0], model=llm.model_name)
         else:
             body = completion_response(job.request, outputs, model=llm.model_name, decode=llm.tokenizer.decode)
-        self._write(job.line.custom_id, response=_response(200, body))
+        self._output.append(answer_record(job.line, body))
         usage = body["usage"]
         self.summary.completed += 1
         self.summary.prompt_tokens += usage["prompt_tokens"]
@@ -215,21 +214,13 @@ class BatchRunner:
         self.summary.tokens_saved += usage["prompt_tokens_details"]["cached_tokens"]
 
     def _write_refused(self, line: BatchLine, error: GossamerError) -> None:
-        body = error_body(error, "messages" if line.url == CHAT_URL else "prompt")
-        body["error"]["line"] = line.number
-        self._write(line.custom_id, response=_response(400, body))
-        self._count_failure(line.number, body["error"]["message"])
+        record = refusal_record(line, error)
+        self._output.append(record)
+        self._count_failure(line.number, record["response"]["body"]["error"]["message"])
 
     def _write_invalid(self, line: InvalidLine) -> None:
-        error = {"code": line.code, "message": line.message, "param": line.param, "line": line.number}
-        self._write(line.custom_id, error=error)
+        self._output.append(invalid_record(line))
         self._count_failure(line.number, line.message)
-
-    def _write(
-        self, custom_id: str | None, *, response: dict[str, Any] | None = None, error: dict[str, Any] | None = None
-    ) -> None:
-        record_id = f"batch_req_{uuid.uuid4().hex}"
-        self._output.append({"id": record_id, "custom_id": custom_id, "response": response, "error": error})
 
     def _count_failure(self, number: int, message: str) -> None:
         self.summary.failed += 1
@@ -242,19 +233,7 @@ class BatchRunner:
             self._progress(self.summary)
 
 
-def _read_body(line: BatchLine) -> CompletionRequest | ChatCompletionRequest:
-    kind = ChatCompletionRequest if line.url == CHAT_URL else CompletionRequest
-    request = kind.parse(line.body)
-    if request.stream:
-        raise RequestError("stream must be false in a batch", param="stream")
-    return request
-
-
 def _engine_prompts(llm: LLM, request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
     if isinstance(request, CompletionRequest):
         return list(request.engine_prompts())
     return [{"prompt_token_ids": llm.apply_chat_template(request.chat_messages())}]
-
-
-def _response(status_code: int, body: dict[str, Any]) -> dict[str, Any]:
-    return {"status_code": status_code, "request_id": f"req_{uuid.uuid4().hex}", "body": body}

@@ -17,6 +17,7 @@ from gossamer.cli.export import export
 from gossamer.cli.info import info
 from gossamer.cli.inspect import inspect
 from gossamer.cli.pull import pull
+from gossamer.cli.serve import serve
 from gossamer.cli.terminal import print_error
 from gossamer.errors import GossamerError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(pull)
 app.command()(batch)
 app.command()(chat)
+app.command()(serve)
 app.command()(compress)
 app.command()(export)
 app.command("eval")(evaluate)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import Any, Literal
 
@@ -24,13 +26,14 @@ from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Runner
-from gossamer.engine.sampling import Sampler, token_logprobs, top_logprobs
+from gossamer.engine.sampling import Sampled, Sampler, token_logprobs, top_logprobs
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool
 from gossamer.engine.stats import EngineStats
+from gossamer.engine.stopping import Stop
 from gossamer.engine.tree import PrefixTree
-from gossamer.errors import ConfigurationError, MemoryBudgetError, RequestError
+from gossamer.errors import ConfigurationError, EngineError, MemoryBudgetError, RequestError
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -120,6 +123,7 @@ class Engine:
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=sharing != "off", seed=seed)
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
+        self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
         self.requests: dict[str, Request] = {}
         self._trivial: list[Request] = []  # finished without a step
         self._ended: list[Output] = []
@@ -182,13 +186,19 @@ class Engine:
     def pin(self, prompt: Prompt) -> int:
         """Keep this prefix's keys and values, once computed, whatever else needs memory. Returns its tokens."""
         _, ids = self.intake.encode(prompt, "pin")
-        self.tree.pin(ids)
+        self.tree.pin(ids, self.intake.cache_salt(prompt, "pin"))
         return len(ids)
 
     def unpin(self, prompt: Prompt) -> None:
         """Undo one :meth:`pin` of the same prefix."""
         _, ids = self.intake.encode(prompt, "unpin")
-        self.tree.unpin(ids)
+        self.tree.unpin(ids, self.intake.cache_salt(prompt, "unpin"))
+
+    def reset_stats(self) -> None:
+        """Count from zero again."""
+        self.stats = EngineStats()
+        self.scheduler.on_start = self.stats.count_prompt
+        self.budget.peak = self.budget.used
 
     def _check_id(self, request_id: str) -> None:
         if request_id in self.requests:
@@ -208,7 +218,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one forward pass. Returns the requests that ended with it, and news of those that stream.
 
-        If the model raises, nothing of the step counts, and the next call tries again.
+        If the model or the sampler raises, nothing of the step counts, and the next call tries again; see
+        :meth:`step_apart` for what to do if that raises too.
         """
         start = time.perf_counter()
         works = self.scheduler.schedule()
@@ -222,14 +233,37 @@ class Engine:
         forward = time.perf_counter()
         logits = self.runner.forward(plan)
         done = time.perf_counter()
+        chosen = self._draw(rows, logits)
         self._commit(works)
-        self._ended += self._sample(rows, logits) + self._branch(rows, logits) + self._score(rows, logits)
+        self._ended += self._accept_all(rows, chosen) + self._branch(rows, logits) + self._score(rows, logits)
         self._ended += self._collect(works)
         self._count(works, count)
         self.stats.forward_seconds += done - forward
         sampling = self.stats.sampling_seconds - sampled
         self.stats.overhead_seconds += time.perf_counter() - done + forward - start - sampling
         return self._take_ended()
+
+    def step_apart(self) -> list[Output]:
+        """A step for each request that is being computed, alone: the ones whose step raises end with that error.
+
+        For an error that comes again: it finds those to blame, and lets the others go on.
+        """
+        scheduler = self.scheduler
+        active, waiting = scheduler.active, scheduler.waiting
+        ended: list[Output] = []
+        for request in dict.fromkeys(sequence.request for sequence in active):
+            scheduler.active = [sequence for sequence in active if sequence.request is request]
+            scheduler.waiting = deque()
+            try:
+                ended += self.step()
+            except Exception as error:
+                failure = self._fail(request, EngineError(f"the engine failed on this request: {error!r}"))
+                ended += [] if failure is None else [failure]
+            active = [sequence for sequence in active if sequence.request is not request] + scheduler.active
+            waiting = scheduler.waiting + waiting
+        scheduler.active = sorted(active, key=lambda s: s.order)
+        scheduler.waiting = deque(s for s in waiting if s.status is Status.WAITING)  # not those of failed requests
+        return ended
 
     def _take_ended(self) -> list[Output]:
         """Outputs that were not returned yet: those of a step whose forward pass raised are not lost."""
@@ -243,10 +277,10 @@ class Engine:
             else:
                 work.target.computed += work.count
 
-    def _sample(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
-        """Give every sequence that is up to date its next token; returns requests that failed over it."""
+    def _draw(self, rows: PlannedRows, logits: Tensor) -> Sampled:
+        """The next token of every sequence that is up to date. Changes nothing but random streams."""
         if not rows.drawn:
-            return []
+            return Sampled([], [])
         count, largest = len(rows.drawn), self.runner.largest
         start = time.perf_counter()
         if count < len(rows.sampled):
@@ -255,12 +289,25 @@ class Engine:
             logits, largest = logits[:count], None if largest is None else largest[:count]
         sampled = self.sampler.sample(logits, rows.states, largest)
         self.stats.sampling_seconds += time.perf_counter() - start
+        return sampled
+
+    def _accept_all(self, rows: PlannedRows, sampled: Sampled) -> list[Output]:
+        """Give every sequence the token that was chosen for it; returns requests that failed over it."""
         failed = []
+        now = time.perf_counter()
         for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):
-            if token >= 0:
+            request = sequence.request
+            if token < 0:
+                failed.append(self._fail(request, _no_token(sequence)))
+                continue
+            if sequence.last_token is not None:
+                self.on_token(now - sequence.last_token)
+            sequence.last_token = request.last_token = now
+            request.first_token = request.first_token or now
+            try:
                 self._accept(sequence, token, logprobs)
-            else:
-                failed.append(self._fail(sequence.request, RequestError(NO_TOKEN)))
+            except Exception as error:  # whatever is wrong with one text must not stop the others
+                failed.append(self._fail(request, EngineError(f"its text cannot be continued: {error}")))
         return [output for output in failed if output is not None]
 
     def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
@@ -305,9 +352,13 @@ class Engine:
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
         self.stats.generated_tokens += 1
-        checker, text = sequence.stop, sequence.detokenizer
-        assert checker is not None
+        checker, text, state = sequence.stop, sequence.detokenizer, sequence.sampling
+        assert checker is not None and state is not None
         stop = checker.check_token(token, len(sequence.output_ids))
+        if state.constraint is not None and (stop is None or not stop.hides_token):
+            state.constraint.accept(token)
+            if state.constraint.complete:
+                stop = Stop("stop")
         if text is not None:
             if stop is None or not stop.hides_token:
                 text.push([token])
@@ -391,7 +442,7 @@ class Engine:
             self.scheduler.release(sequence)
             sequence.status = Status.FINISHED
             if not isinstance(error, MemoryBudgetError):  # what went wrong may stand in the keys and values
-                self.tree.forget(sequence.tokens)
+                self.tree.forget(sequence.tokens, request.cache_salt)
         self.stats.failed_requests += 1
         return self.results.build(request, error)
 
@@ -409,3 +460,10 @@ class Engine:
         self.stats.kv_bytes, self.stats.kv_bytes_peak = self.budget.used, self.budget.peak
         self.stats.preemptions = self.scheduler.num_preemptions
         self.stats.evicted_tokens = self.tree.evicted_tokens
+
+
+def _no_token(sequence: Sequence) -> RequestError:
+    state = sequence.sampling
+    if state is not None and state.constraint is not None and state.constraint.error:
+        return RequestError(f"the grammar cannot be followed any further: {state.constraint.error}")
+    return RequestError(NO_TOKEN)

@@ -8,7 +8,9 @@ from typing import Any
 from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
 from gossamer.sampling_params import SamplingParams
 
-Prompt = str | Mapping[str, Any]  # text, or {"prompt_token_ids": [...]}
+# Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt".
+Prompt = str | Mapping[str, Any]
+_FORMS = 'a prompt is a string, {"prompt": "..."} or {"prompt_token_ids": [...]}'
 
 
 class Intake:
@@ -26,20 +28,29 @@ class Intake:
         Raises:
             InvalidPromptError: empty, of the wrong type, or with token ids that the model does not have.
         """
-        if isinstance(prompt, str):
-            ids = self._tokenize(prompt, request_id, "prompt")
-            if not prompt or not ids:
-                raise InvalidPromptError(
-                    "the prompt is empty; give at least one token", request_id=request_id, param="prompt"
-                )
-            return prompt, ids
-        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), self.check_ids(prompt["prompt_token_ids"], request_id)
+            prompt = prompt.get("prompt", prompt)
+        if not isinstance(prompt, str):
+            raise InvalidPromptError(f"{_FORMS}, got {type(prompt).__name__}", request_id=request_id, param="prompt")
+        ids = self._tokenize(prompt, request_id, "prompt")
+        if not prompt or not ids:
             raise InvalidPromptError(
-                f'a prompt is a string or {{"prompt_token_ids": [...]}}, got {type(prompt).__name__}',
-                request_id=request_id,
-                param="prompt",
+                "the prompt is empty; give at least one token", request_id=request_id, param="prompt"
             )
-        return prompt.get("prompt"), self.check_ids(prompt["prompt_token_ids"], request_id)
+        return prompt, ids
+
+    def cache_salt(self, prompt: Prompt, request_id: str) -> str | None:
+        """The salt that a prompt comes with: its keys and values are shared only among prompts of the same salt.
+
+        Raises:
+            InvalidPromptError: it is no string, or empty.
+        """
+        salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise InvalidPromptError("cache_salt must be a non-empty string", request_id=request_id, param="cache_salt")
+        return salt
 
     def encode_continuations(self, texts: Any, request_id: str) -> list[tuple[str, list[int]]]:
         """Each text with its token ids, without special tokens: it goes on after a prompt.

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Many
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.intake import Intake, Prompt
-from gossamer.engine.sampling import SamplingState, make_random
+from gossamer.engine.sampling import GrammarCompiler, SamplingState, make_random
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.stopping import StopChecker
 from gossamer.errors import InvalidPromptError
@@ -26,6 +26,7 @@ class RequestFactory:
 
     def __init__(self, intake: Intake, eos_token_ids: frozenset[int], *, sharing: bool, seed: int) -> None:
         self.intake = intake
+        self.grammars = GrammarCompiler(intake.tokenizer, intake.vocab_size, eos_token_ids)
         self.eos_token_ids = eos_token_ids
         self.sharing = sharing
         self.seed = seed
@@ -38,7 +39,8 @@ class RequestFactory:
         self.intake.check_params(params, request_id)
         text, ids = self.intake.encode(prompt, request_id)
         self.intake.check_length(len(ids), 1, request_id)
-        request = Request(request_id, self._next_number(), text, ids, params, stream=stream)
+        salt = self.intake.cache_salt(prompt, request_id)
+        request = Request(request_id, self._next_number(), text, ids, params, stream=stream, cache_salt=salt)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.intake.max_model_len - len(ids)
         for index in range(params.n):
@@ -55,7 +57,9 @@ class RequestFactory:
                 max_new_tokens=min(params.max_tokens or limit, limit),
             )
             random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
-            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random)
+            form = params.structured_outputs
+            constraint = None if form is None else self.grammars.constraint(form)
+            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
             if params.stop or (stream and params.detokenize):
                 sequence.detokenizer = IncrementalDetokenizer(self.intake.tokenizer, params.skip_special_tokens)
@@ -71,7 +75,8 @@ class RequestFactory:
             raise InvalidPromptError(
                 "continuations is empty; give at least one", request_id=request_id, param="continuations"
             )
-        request = Request(request_id, self._next_number(), text, ids)
+        salt = self.intake.cache_salt(prompt, request_id)
+        request = Request(request_id, self._next_number(), text, ids, cache_salt=salt)
         for index, (name, ending) in enumerate(continuations or [(None, [])]):
             if continuations is not None:
                 ending = self.intake.check_ids(ending, request_id, f"continuations[{index}]")
@@ -97,7 +102,8 @@ class RequestFactory:
         end_ids = frozenset() if params.ignore_eos else self.eos_token_ids
         limit = min(params.max_tokens, self.intake.max_model_len - len(ids))
         beam = BeamSearch(params, end_ids, limit)
-        request = Request(request_id, self._next_number(), text, ids, beam=beam)
+        salt = self.intake.cache_salt(prompt, request_id)
+        request = Request(request_id, self._next_number(), text, ids, beam=beam, cache_salt=salt)
         shareable = 0 if not self.sharing else len(ids) - 1
         root = Sequence(request, 0, list(ids), shareable=shareable, generate=True, max_new_tokens=limit)
         request.sequences.append(root)

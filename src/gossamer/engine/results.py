@@ -14,6 +14,7 @@ from gossamer.outputs import (
     CompletionOutput,
     ContinuationScore,
     Logprob,
+    RequestMetrics,
     RequestOutput,
     ScoreOutput,
 )
@@ -34,13 +35,18 @@ class ResultBuilder:
         if request.params is None:
             return self._scores(request, error)
         output = RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, finished=request.finished, error=error
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            finished=request.finished,
+            error=error,
+            metrics=RequestMetrics(request.arrived, request.admitted, request.first_token, request.last_token),
         )
         if error is None:
             output.outputs = [self._completion(sequence) for sequence in request.sequences]
             # Completions beyond the first share the prompt with the first; only that one tells what was cached.
             output.num_cached_tokens = request.sequences[0].num_cached
-            if request.params.prompt_logprobs is not None and request.finished:
+            if request.params.prompt_logprobs is not None and request.sequences[0].output_ids:
                 top = request.sequences[0].top_scores
                 self._decode(top)
                 output.prompt_logprobs = [None, *top]

@@ -8,6 +8,7 @@ anything of them is computed: that is how prompts that arrive together share all
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
             sequence = self.waiting[0]
-            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable])
+            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable], sequence.request.cache_salt)
             self.tree.lock(sequence.node)
             tokens += self._promise(sequence, promised)
             if (self.active or admitted) and not self._fits(tokens + sum(len(node) for node in promised)):
@@ -133,6 +134,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             sequence.status = Status.PREFILL
+            sequence.request.admitted = sequence.request.admitted or time.perf_counter()
             admitted.append(sequence)
         self.active = sorted(self.active + admitted, key=lambda s: s.order)
         for sequence in admitted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -63,6 +64,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     num_cached: int = 0
+    last_token: float | None = None  # when its last token came
     counted: bool = False  # whether its prompt is in the statistics already (a preempted sequence starts twice)
 
     @property
@@ -92,6 +94,9 @@ class Request:
     Attributes:
         number: order of arrival, also the source of the default seeds.
         stream: whether unfinished outputs are wanted at each step.
+        cache_salt: what is computed for it is shared with requests of the same salt only.
+        arrived, admitted, first_token, last_token: when it was queued, first got memory, and its tokens came, in
+            seconds of ``time.perf_counter``.
     """
 
     request_id: str
@@ -101,6 +106,11 @@ class Request:
     params: SamplingParams | None = None  # what to generate; with neither this nor a beam search, tokens are scored
     beam: BeamSearch | None = None
     stream: bool = False
+    cache_salt: str | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
     continuations: list[str | None] = field(default_factory=list)  # texts of the endings to be scored
     sequences: list[Sequence] = field(default_factory=list)
 

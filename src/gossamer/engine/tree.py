@@ -4,6 +4,9 @@ A radix tree over token ids. A node holds a run of tokens and owns their keys an
 all sequences below it attend to it with one pair of GEMMs. Prompts enter the tree *before* they are computed: prompts
 that arrive together find their common parts, at every depth, and each part is computed once.
 
+Prompts with a salt have a tree of their own below a root of its own: nothing is shared between salts, so that nobody
+can find out, by what is cached or how long it takes, what others have asked.
+
 Invariants (tested as properties):
   * children of a node start with different tokens, and no node is empty but the root;
   * ``refs`` counts the sequences that use a node; a node's refs are at least those of any child;
@@ -34,7 +37,7 @@ class Node:
     Attributes:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
-        owner: who computed it (any hashable), for the statistics of tokens saved.
+        owner: who computed it (any hashable), for the statistics of tokens saved; of a root, its salt.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
     """
@@ -103,15 +106,16 @@ class PrefixTree:
         self.layout = layout
         self.budget = budget
         self.root = Node([], None)
+        self.roots: dict[Any, Node] = {None: self.root}  # by salt; without nodes, a salt has none
         self.clock = 0
         self.version = 0  # changes when a node is split or moved, so that plans made before are not used again
         self.evicted_tokens = 0
-        self.pinned: Counter[tuple[int, ...]] = Counter()
+        self.pinned: Counter[tuple[str | None, tuple[int, ...]]] = Counter()
         budget.evict = self.evict
 
     def __iter__(self) -> Iterator[Node]:
-        """Every node below the root, parents first."""
-        stack = list(self.root.children.values())
+        """Every node below the roots, parents first."""
+        stack = [child for root in self.roots.values() for child in root.children.values()]
         while stack:
             node = stack.pop()
             yield node
@@ -121,10 +125,10 @@ class PrefixTree:
     def num_bytes(self) -> int:
         return sum(len(node) for node in self if node.keys is not None) * self.layout.bytes_per_token
 
-    def match(self, tokens: Sequence[int]) -> int:
+    def match(self, tokens: Sequence[int], salt: str | None = None) -> int:
         """How many leading ``tokens`` are in the tree, computed."""
-        node, matched = self.root, 0
-        while matched < len(tokens):
+        node, matched = self.roots.get(salt), 0
+        while node is not None and matched < len(tokens):
             child = node.children.get(tokens[matched])
             if child is None:
                 break
@@ -135,9 +139,14 @@ class PrefixTree:
             node = child
         return matched
 
-    def insert(self, tokens: Sequence[int]) -> Node:
+    def insert(self, tokens: Sequence[int], salt: str | None = None) -> Node:
         """The node that ends exactly at the end of ``tokens``; splits and appends as needed, computes nothing."""
-        node, matched = self.root, 0
+        if not tokens:
+            return self.root
+        if salt not in self.roots:
+            self.roots[salt] = Node([], None)
+            self.roots[salt].owner = salt
+        node, matched = self.roots[salt], 0
         while matched < len(tokens):
             child = node.children.get(tokens[matched])
             if child is None:
@@ -229,33 +238,35 @@ class PrefixTree:
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
 
-    def pin(self, tokens: Sequence[int]) -> Node:
+    def pin(self, tokens: Sequence[int], salt: str | None = None) -> Node:
         """Keep ``tokens`` from being evicted. It takes effect as they are computed. Undo by :meth:`unpin`."""
-        node = self.insert(tokens)
+        node = self.insert(tokens, salt)
         for each in node.path():
             each.pins += 1
-        self.pinned[tuple(tokens)] += 1
+        self.pinned[salt, tuple(tokens)] += 1
         return node
 
-    def unpin(self, tokens: Sequence[int]) -> None:
+    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> None:
         """Undo one :meth:`pin` of the same tokens.
 
         Raises:
             ConfigurationError: they are not pinned.
         """
-        if not self.pinned[tuple(tokens)]:
+        if not self.pinned[salt, tuple(tokens)]:
             raise ConfigurationError(f"these {len(tokens)} tokens are not pinned; unpin exactly what was pinned")
-        self.pinned[tuple(tokens)] -= 1
+        self.pinned[salt, tuple(tokens)] -= 1
         self.pinned += Counter()  # drops what has come down to zero
-        node = self.insert(tokens)
+        node = self.insert(tokens, salt)
         for each in reversed(node.path()):
             each.pins -= 1
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
 
-    def forget(self, tokens: Sequence[int]) -> None:
+    def forget(self, tokens: Sequence[int], salt: str | None = None) -> None:
         """Remove what the tree holds of ``tokens``, from the end, as far as nobody else uses it."""
-        node = self.root
+        node = self.roots.get(salt)
+        if node is None:
+            return
         while node.end < len(tokens) and tokens[node.end] in node.children:
             child = node.children[tokens[node.end]]
             if child.tokens != list(tokens[child.start : child.end]):
@@ -298,6 +309,9 @@ class PrefixTree:
             size = len(node) * self.layout.bytes_per_token
             self.budget.release(size)
             self.evicted_tokens += node.computed
+        root = node.parent
+        if root.parent is None and root is not self.root and not root.children:
+            del self.roots[root.owner]
         node.parent = None
         node.hold(None, None)
         return size

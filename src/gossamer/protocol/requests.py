@@ -9,17 +9,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from gossamer.errors import RequestError
-from gossamer.sampling_params import SamplingParams
+from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
 
 # Fields of OpenAI's API that Gossamer does not offer. Clients write them out as null; only a value is refused.
 _NOT_OFFERED = frozenset(
-    {"best_of", "suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"}
-    | {"response_format", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"}
-    | {"metadata", "store", "service_tier", "stream_options", "safety_identifier"}
-    | {"prompt_cache_key", "prompt_cache_retention"}
+    {"suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"}
+    | {"modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"}
+    | {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 )
 # The same for messages: answers that are sent back as history carry these as null.
 _NOT_OFFERED_IN_MESSAGES = frozenset({"name", "refusal", "tool_calls", "tool_call_id", "function_call", "audio"})
@@ -49,9 +57,63 @@ def _joined_parts(content: object) -> object:
     return "\n".join(texts)
 
 
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+    ]
+}
 Strings = Annotated[list[str], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+
+
+class StreamOptions(BaseModel):
+    """``include_usage``: one more event at the end of a stream, with the usage."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A schema with OpenAI's wrapping. The name and the description are for readers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # an answer is always valid under the schema
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's ``response_format``: plain text, any JSON object, or JSON that is valid under a schema."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_given(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema belongs to type "json_schema", and that needs it')
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's ``structured_outputs``: one of these forms."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
 
 
 class _Body(BaseModel):
@@ -73,6 +135,8 @@ class _Body(BaseModel):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
     stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
 
     top_k: int = 0
@@ -84,6 +148,8 @@ class _Body(BaseModel):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_logprobs: Count | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -97,18 +163,45 @@ class _Body(BaseModel):
         Raises:
             RequestError: a field is missing, unknown or of the wrong type; ``param`` names it.
 
-        >>> CompletionRequest.parse({"prompt": "Once", "best_of": 4})
+        >>> CompletionRequest.parse({"prompt": "Once", "suffix": "end"})
         Traceback (most recent call last):
         ...
-        gossamer.errors.RequestError: best_of is not supported
+        gossamer.errors.RequestError: suffix is not supported
         """
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            raise _as_request_error(error) from None
+            raise as_request_error(error) from None
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not available with stream: true")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs mean the same; give one of them")
+        return self
+
+    @property
+    def num_drawn(self) -> int:
+        """Completions that are generated for each prompt."""
+        return self.n
 
     def _token_limit(self) -> int | None:
         return self.max_tokens
+
+    def _form(self) -> StructuredOutputsParams | None:
+        """What the completion must look like."""
+        given, wanted = self.response_format, self.structured_outputs
+        if given is not None and given.type != "text":
+            schema = None if given.json_schema is None else given.json_schema.schema_
+            return StructuredOutputsParams(json=schema, json_object=schema is None)
+        if wanted is not None:
+            return StructuredOutputsParams(
+                json=wanted.json_, json_object=wanted.json_object, regex=wanted.regex, choice=wanted.choice
+            )
+        return None
 
     @abstractmethod
     def _logprob_count(self) -> int | None:
@@ -128,7 +221,7 @@ class _Body(BaseModel):
         """
         limit = self._token_limit() or default_max_tokens or self.openai_max_tokens
         return SamplingParams(
-            n=self.n,
+            n=self.num_drawn,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -148,6 +241,7 @@ class _Body(BaseModel):
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self._logprob_count(),
             prompt_logprobs=self._prompt_logprob_count(),
+            structured_outputs=self._form(),
         )
 
 
@@ -156,6 +250,7 @@ class CompletionRequest(_Body):
 
     Attributes:
         prompt: one or several prompts, each a string or a list of token ids; normalised to a list of prompts.
+        best_of: generate this many completions, and return the ``n`` whose tokens are most probable on average.
         logprobs: log-probabilities of this many most probable tokens at each position.
         echo: put the prompt (and its log-probabilities, if asked for) before the completion.
 
@@ -167,7 +262,8 @@ class CompletionRequest(_Body):
 
     openai_max_tokens: ClassVar[int | None] = 16
 
-    prompt: list[str | list[int]]
+    prompt: Annotated[list[str | list[int]], WithJsonSchema(_PROMPT_SCHEMA)]
+    best_of: PositiveCount | None = None
     logprobs: Count | None = None
     echo: bool = False
 
@@ -182,12 +278,24 @@ class CompletionRequest(_Body):
             raise ValueError("holds half of a surrogate pair, which is no character")
         return prompts
 
+    @model_validator(mode="after")
+    def _best_of_is_possible(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}; it must be at least n, which is {self.n}")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("best_of is not available with stream: true: the best is known at the end only")
+        return self
+
+    @property
+    def num_drawn(self) -> int:
+        return self.best_of or self.n
+
     def engine_prompts(self) -> list[str | dict[str, list[int]]]:
         """The prompts in the form the engine takes."""
         return [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in self.prompt]
 
     def _logprob_count(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
 
     def _prompt_logprob_count(self) -> int | None:
         if self.echo and self.logprobs is not None:
@@ -261,7 +369,8 @@ def _has_lone_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _as_request_error(error: ValidationError) -> RequestError:
+def as_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong with a body, by name."""
     first = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":

@@ -11,16 +11,29 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gossamer.errors import GossamerError, InvalidPromptError, MemoryBudgetError, PromptTooLongError, RequestError
+from gossamer.errors import (
+    EngineError,
+    GossamerError,
+    InvalidPromptError,
+    MemoryBudgetError,
+    PromptTooLongError,
+    RequestError,
+    ServerBusyError,
+)
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.requests import ChatCompletionRequest, CompletionRequest
 
 Json = dict[str, Any]
 
-_CODES: tuple[tuple[type[GossamerError], str], ...] = (
-    (PromptTooLongError, "context_length_exceeded"),
-    (MemoryBudgetError, "memory_budget_exceeded"),
-    (InvalidPromptError, "invalid_prompt"),
+_INVALID = "invalid_request_error"
+# type and code, as in OpenAI's errors
+_KINDS: tuple[tuple[type[GossamerError], str, str], ...] = (
+    (PromptTooLongError, _INVALID, "context_length_exceeded"),
+    (MemoryBudgetError, _INVALID, "memory_budget_exceeded"),
+    (InvalidPromptError, _INVALID, "invalid_prompt"),
+    (ServerBusyError, "rate_limit_error", "server_busy"),
+    (EngineError, "server_error", "engine_error"),
+    (GossamerError, _INVALID, "invalid_value"),
 )
 
 
@@ -37,14 +50,8 @@ def error_body(error: GossamerError, prompt_field: str = "prompt") -> Json:
     message, param = (error.message, error.param) if isinstance(error, RequestError) else (str(error), None)
     if param is not None and isinstance(error, (InvalidPromptError, MemoryBudgetError)):
         param = prompt_field
-    return {
-        "error": {
-            "message": message,
-            "type": "invalid_request_error",
-            "param": param,
-            "code": next((code for kind, code in _CODES if isinstance(error, kind)), "invalid_value"),
-        }
-    }
+    kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def completion_response(
@@ -63,15 +70,15 @@ def completion_response(
     """
     choices: list[Json] = []
     for output in outputs:
-        for completion in output.outputs:
+        for completion in _best(output.outputs, request.n):
             text, logprobs = completion.text, None
-            steps = _steps(completion.token_ids, completion.logprobs)
+            steps = pair_steps(completion.token_ids, completion.logprobs)
             if request.echo:
                 prompt = output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
                 text = prompt + text
-                steps = [*_steps(output.prompt_token_ids, output.prompt_logprobs), *steps]
+                steps = [*pair_steps(output.prompt_token_ids, output.prompt_logprobs), *steps]
             if request.logprobs is not None:
-                logprobs = _completion_logprobs(steps, request.logprobs, decode)
+                logprobs = completion_logprobs(steps, request.logprobs, decode)
             choices.append(
                 {
                     "index": len(choices),  # = prompt index * n + completion index
@@ -91,7 +98,7 @@ def chat_completion_response(request: ChatCompletionRequest, output: RequestOutp
         {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": _chat_logprobs(completion, request.top_logprobs) if request.logprobs else None,
+            "logprobs": _chat_logprobs(completion, request),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -103,6 +110,12 @@ def chat_completion_response(request: ChatCompletionRequest, output: RequestOutp
     return body
 
 
+def _chat_logprobs(completion: CompletionOutput, request: ChatCompletionRequest) -> Json | None:
+    if not request.logprobs:
+        return None
+    return chat_logprobs(pair_steps(completion.token_ids, completion.logprobs), request.top_logprobs)
+
+
 def _envelope(prefix: str, kind: str, model: str, choices: list[Json], outputs: Sequence[RequestOutput]) -> Json:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
@@ -110,11 +123,12 @@ def _envelope(prefix: str, kind: str, model: str, choices: list[Json], outputs: 
         "created": int(time.time()),
         "model": model,
         "choices": choices,
-        "usage": _usage(outputs),
+        "usage": usage(outputs),
     }
 
 
-def _usage(outputs: Sequence[RequestOutput]) -> Json:
+def usage(outputs: Sequence[RequestOutput]) -> Json:
+    """Tokens of an answer."""
     # A prompt is counted once, however many completions were drawn from it: it is also computed only once.
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
@@ -126,10 +140,22 @@ def _usage(outputs: Sequence[RequestOutput]) -> Json:
     }
 
 
+def _best(completions: list[CompletionOutput], count: int) -> list[CompletionOutput]:
+    """The ``count`` completions whose tokens have the highest log-probability on average."""
+    if count == len(completions):
+        return completions
+
+    def mean(completion: CompletionOutput) -> float:
+        assert completion.cumulative_logprob is not None
+        return completion.cumulative_logprob / max(len(completion.token_ids), 1)
+
+    return sorted(completions, key=mean, reverse=True)[:count]
+
+
 Step = tuple[int, dict[int, Logprob] | None]
 
 
-def _steps(token_ids: list[int], logprobs: Sequence[dict[int, Logprob] | None] | None) -> list[Step]:
+def pair_steps(token_ids: list[int], logprobs: Sequence[dict[int, Logprob] | None] | None) -> list[Step]:
     """Pair each chosen token with the log-probabilities at its position (None for the first token of a prompt)."""
     return list(zip(token_ids, logprobs, strict=True)) if logprobs is not None else []
 
@@ -148,10 +174,9 @@ def _finite(logprob: float) -> float:
     return max(-9999.0, logprob)
 
 
-def _completion_logprobs(steps: list[Step], count: int, decode: Callable[[list[int]], str]) -> Json:
+def completion_logprobs(steps: list[Step], count: int, decode: Callable[[list[int]], str], offset: int = 0) -> Json:
     """OpenAI's older form: parallel lists. Offsets count characters from the start of ``text``."""
     form: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    offset = 0
     for token, candidates in steps:
         if candidates is None:  # the first token of an echoed prompt: nothing precedes it that could predict it
             text, logprob, top = decode([token]), None, None
@@ -166,11 +191,12 @@ def _completion_logprobs(steps: list[Step], count: int, decode: Callable[[list[i
     return form
 
 
-def _chat_logprobs(completion: CompletionOutput, count: int) -> Json:
+def chat_logprobs(steps: list[Step], count: int) -> Json:
+    """OpenAI's newer form: an object per token."""
     content = [
         _chat_token(candidates[token])
         | {"top_logprobs": [_chat_token(candidate) for candidate in _most_probable(candidates, count)]}
-        for token, candidates in _steps(completion.token_ids, completion.logprobs)
+        for token, candidates in steps
         if candidates is not None
     ]
     return {"content": content, "refusal": None}

@@ -1,4 +1,4 @@
-"""Changes to single logits before a token is chosen: bias, ban of stop tokens, penalties."""
+"""Changes to single logits before a token is chosen: bias, ban of stop tokens, penalties, grammars."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gossamer.engine.sampling.state import SamplingState
 
 
 def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
-    """Apply bias, ban and penalties to float32 logits (B, V), in place.
+    """Apply bias, ban, penalties and grammars to float32 logits (B, V), in place.
 
-    Touches only the entries that change: one gather and one scatter for all rows.
+    Touches only the entries that change: one gather and one scatter for all rows, and the rows that follow a grammar.
     """
     biased = [(i, s.bias_tokens, s.bias_values) for i, s in enumerate(states) if len(s.bias_tokens)]
     banned = [(i, s.banned_tokens, s.banned_tokens) for i, s in enumerate(states) if s.bans]
@@ -30,6 +30,10 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
         # The few values are computed in numpy: a dozen operations that would each wake torch's threads.
         values = _penalize(flat.take(where).cpu().numpy(), counts, rows, states)
         flat.scatter_(0, where, torch.from_numpy(values).to(device))
+    for row, state in zip(scores, states, strict=True):
+        if state.constraint is not None:
+            allowed = torch.from_numpy(state.constraint.allowed()[:vocabulary]).to(device)
+            row.masked_fill_(~allowed, -torch.inf)
 
 
 def _entries(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gossamer.engine.sampling.constraint import Constraint
 from gossamer.sampling_params import SamplingParams
 
 
@@ -59,6 +60,7 @@ class SamplingState:
         output_token_ids: shared with the engine, which appends to it after each step.
         stop_token_ids: tokens that may not be chosen before ``params.min_tokens``.
         random: the sequence's own stream; one number is taken from it per drawn token, none by greedy rows.
+        constraint: the grammar that the sequence follows, if any.
     """
 
     params: SamplingParams
@@ -66,6 +68,7 @@ class SamplingState:
     output_token_ids: list[int]
     stop_token_ids: frozenset[int]
     random: random.Random
+    constraint: Constraint | None = None
     penalized: bool = field(init=False)
     plain: bool = field(init=False)  # the token is the argmax of the logits and nothing else is asked for
 
@@ -78,7 +81,8 @@ class SamplingState:
         self.penalized = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         prompt = self.prompt_token_ids if params.repetition_penalty != 1 else []
         self.counts = TokenCounts(prompt, self.output_token_ids)
-        self.plain = params.greedy and not bias and not self.penalized and params.logprobs is None
+        changed = bias or self.penalized or self.constraint is not None
+        self.plain = params.greedy and not changed and params.logprobs is None
 
     @property
     def bans(self) -> bool:
@@ -88,4 +92,4 @@ class SamplingState:
     @property
     def adjusts(self) -> bool:
         """Whether a logit of this row is to be changed before a token is chosen."""
-        return self.penalized or len(self.bias_tokens) > 0 or self.bans
+        return self.penalized or len(self.bias_tokens) > 0 or self.bans or self.constraint is not None

@@ -1,0 +1,51 @@
+"""The lines of a batch's output, and the bodies in the lines of its input."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from gossamer.batch.input_file import CHAT_URL, BatchLine, InvalidLine
+from gossamer.errors import GossamerError, RequestError
+from gossamer.protocol import ChatCompletionRequest, CompletionRequest, error_body
+
+Record = dict[str, Any]
+
+
+def read_body(line: BatchLine) -> CompletionRequest | ChatCompletionRequest:
+    """The body of a line.
+
+    Raises:
+        RequestError: it cannot be honoured.
+    """
+    kind = ChatCompletionRequest if line.url == CHAT_URL else CompletionRequest
+    request = kind.parse(line.body)
+    if request.stream:
+        raise RequestError("stream must be false in a batch", param="stream")
+    return request
+
+
+def answer_record(line: BatchLine, body: Record) -> Record:
+    """A line was answered."""
+    return _record(line.custom_id, response=_response(200, body))
+
+
+def refusal_record(line: BatchLine, error: GossamerError) -> Record:
+    """A line was refused, or failed."""
+    body = error_body(error, "messages" if line.url == CHAT_URL else "prompt")
+    body["error"]["line"] = line.number
+    return _record(line.custom_id, response=_response(400, body))
+
+
+def invalid_record(line: InvalidLine) -> Record:
+    """A line was no request."""
+    error = {"code": line.code, "message": line.message, "param": line.param, "line": line.number}
+    return _record(line.custom_id, error=error)
+
+
+def _record(custom_id: str | None, *, response: Record | None = None, error: Record | None = None) -> Record:
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
+
+
+def _response(status_code: int, body: Record) -> Record:
+    return {"status_code": status_code, "request_id": f"req_{uuid.uuid4().hex}", "body": body}

@@ -1,0 +1,165 @@
+"""``gossamer serve``: the HTTP server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gossamer.cli.engine_options import (
+    Dtype,
+    Int8Criterion,
+    Int8Head,
+    Int8Outliers,
+    Int8Threshold,
+    KVDtypeOption,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Memory,
+    Model,
+    PrefixEps,
+    Quantization,
+    RunnerOption,
+    Sharing,
+    SparseWeightsOption,
+    Threads,
+    int8_options,
+    load_llm,
+)
+from gossamer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+_API = "The API"
+_LIMITS = "Limits"
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="GOSSAMER_API_KEY",
+            help="Requests must carry this key, or one of several. Prefer the variable: others can read arguments.",
+            rich_help_panel=_API,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names that requests may give; the first is in answers. MODEL by default.", rich_help_panel=_API
+        ),
+    ] = None,
+    pin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A file whose text stays in the cache: a text, or messages if its name ends with .json.",
+            rich_help_panel=_API,
+        ),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web pages of this origin may call the server from a browser.", rich_help_panel=_API),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where files and batches are kept, over restarts; without it they end with the server.",
+            rich_help_panel=_API,
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Sequences that may wait; more get 429.", rich_help_panel=_LIMITS)
+    ] = 1024,
+    max_body: Annotated[str, typer.Option(help="Largest body of a request.", rich_help_panel=_LIMITS)] = "8MiB",
+    max_file: Annotated[str, typer.Option(help="Largest uploaded file.", rich_help_panel=_LIMITS)] = "512MiB",
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds until an answer is given up.", rich_help_panel=_LIMITS)
+    ] = 1800.0,
+    idle_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a connection may be silent.", rich_help_panel=_LIMITS)
+    ] = 60.0,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds that running requests have after SIGTERM.", rich_help_panel=_LIMITS),
+    ] = 60.0,
+    log_format: Annotated[
+        str | None, typer.Option(help="text or json; text on a terminal by default.", show_default=False)
+    ] = None,
+    sharing: Sharing = "attention",
+    dtype: Dtype = "auto",
+    runner: RunnerOption = "auto",
+    kv_dtype: KVDtypeOption = "auto",
+    sparse_weights: SparseWeightsOption = "auto",
+    prefix_eps: PrefixEps = 0.0,
+    quantization: Quantization = None,
+    int8_threshold: Int8Threshold = 6.0,
+    int8_criterion: Int8Criterion = "relative",
+    int8_outliers: Int8Outliers = "token",
+    int8_head: Int8Head = False,
+    memory: Memory = "4GB",
+    max_num_seqs: MaxNumSeqs = 256,
+    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API.
+
+        gossamer serve smollm2-135m --quantization int8
+
+    Then any client of that API works with `http://127.0.0.1:8000/v1`, and the page at `http://127.0.0.1:8000/` shows
+    the model and its cache. Prefixes that requests share are found by themselves, computed once and kept while memory
+    allows; `--pin` keeps one in any case. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the
+    engine has failed.
+    """
+    from gossamer.engine.memory import parse_bytes
+    from gossamer.server import ServerOptions
+    from gossamer.server import serve as run
+
+    if log_format not in (None, "text", "json"):
+        raise ConfigurationError(f"--log-format takes text or json, got {log_format!r}")
+    for path in pin or ():
+        if not path.is_file():
+            raise ConfigurationError(f"cannot pin {path}: there is no such file")
+    options = ServerOptions(
+        host=host,
+        port=port,
+        model_names=tuple(served_model_name or [model]),
+        api_keys=tuple(api_key or ()),
+        max_queue=max_queue,
+        max_body=parse_bytes(max_body),
+        max_file=parse_bytes(max_file),
+        request_timeout=request_timeout,
+        idle_timeout=idle_timeout,
+        drain_timeout=drain_timeout,
+        pinned=tuple(pin or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        data_dir=data_dir,
+        json_logs=log_format == "json" or (log_format is None and not sys.stderr.isatty()),
+    )
+
+    def load() -> LLM:
+        return load_llm(
+            model,
+            threads=threads,
+            sharing=sharing,
+            dtype=dtype,
+            memory=memory,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            runner=runner,
+            kv_dtype=kv_dtype,
+            sparse_weights=sparse_weights,
+            prefix_eps=prefix_eps,
+            int8_head=int8_head,
+            **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
+        )
+
+    raise typer.Exit(run(load, options))

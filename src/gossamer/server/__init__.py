@@ -1,0 +1,13 @@
+"""The HTTP server: OpenAI's API over one engine.
+
+    socket -> http_protocol -> middleware -> routes -> Answering -> EngineLoop -> Engine
+
+`create_app` makes the ASGI application, `serve` runs it until it is told to stop. docs/explanation/server.md follows
+one request through these files.
+"""
+
+from gossamer.server.app import create_app
+from gossamer.server.options import ServerOptions
+from gossamer.server.run import serve
+
+__all__ = ["ServerOptions", "create_app", "serve"]

@@ -1,0 +1,90 @@
+"""The application: routes, what is around them, and the life of the service behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+import gossamer
+from gossamer.errors import GossamerError
+from gossamer.server import routes_batches, routes_cache, routes_completions, routes_info, routes_playground
+from gossamer.server.errors import HttpError, error_response
+from gossamer.server.http import Disconnected, client_gone
+from gossamer.server.middleware import ApiKeys, Limits, RequestLog
+from gossamer.server.options import ServerOptions
+from gossamer.server.service import Service
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+
+def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        load: makes the model; called once the server has started, while ``/health`` says that it is loading.
+        options: see there.
+    """
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service = app.state.service = Service(load, options)
+        starting = asyncio.create_task(service.start())
+        yield
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await service.stop()
+
+    app = FastAPI(
+        title="Gossamer",
+        version=gossamer.__version__,
+        lifespan=life,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    for routes in (routes_info, routes_completions, routes_batches, routes_cache, routes_playground):
+        app.include_router(routes.router)
+    app.add_exception_handler(GossamerError, _gossamer_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(Disconnected, _disconnected)
+    # The last one added is the first one to see a request.
+    app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(Limits, max_body=options.max_body, max_file=options.max_file, idle_timeout=options.idle_timeout)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+        )
+    app.add_middleware(RequestLog)
+    return app
+
+
+async def _gossamer_error(request: Request, error: Exception) -> Response:
+    request.scope["gossamer.error"] = str(error)
+    return error_response(error, "messages" if request.url.path.endswith("/chat/completions") else "prompt")
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"there is nothing at {request.url.path}"
+    elif error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}"
+    else:
+        message = str(error.detail)
+    headers = dict(error.headers or {})
+    return error_response(HttpError(error.status_code, message, code="http_error", headers=headers))
+
+
+async def _disconnected(request: Request, error: Exception) -> Response:
+    return client_gone()

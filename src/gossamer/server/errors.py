@@ -1,0 +1,81 @@
+"""Errors as responses, in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from gossamer.errors import EngineError, GossamerError, ServerBusyError
+from gossamer.protocol import error_body
+
+
+class HttpError(GossamerError):
+    """Something about a request that only HTTP knows of.
+
+    Attributes:
+        status: of the response.
+        type, code, param: as in OpenAI's errors.
+        headers: that the response has besides.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+
+def not_found(message: str, param: str | None = None, code: str = "not_found") -> HttpError:
+    """What a request names does not exist."""
+    return HttpError(404, message, code=code, param=param)
+
+
+def unavailable(message: str, retry_after: int = 1) -> HttpError:
+    """The server cannot answer now."""
+    headers = {"retry-after": str(retry_after)}
+    return HttpError(503, message, code="unavailable", type="server_error", headers=headers)
+
+
+def timed_out(seconds: float) -> HttpError:
+    """An answer took too long. OpenAI's clients would try the same again; the header tells them not to."""
+    return HttpError(
+        504,
+        f"the answer was not complete after {seconds:g} seconds",
+        code="timeout",
+        type="server_error",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers for an error. What we did not raise on purpose is not told to strangers."""
+    if isinstance(error, HttpError):
+        body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+        return error.status, {"error": body}, error.headers
+    if not isinstance(error, GossamerError):
+        body = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
+        return 500, {"error": body}, {}
+    status, headers = 400, {}
+    if isinstance(error, ServerBusyError):
+        status, headers = 429, {"retry-after": str(error.retry_after)}
+    elif isinstance(error, EngineError):
+        status = 500
+    return status, error_body(error, prompt_field), headers
+
+
+def error_response(error: Exception, prompt_field: str = "prompt") -> JSONResponse:
+    """The response for an error."""
+    status, body, headers = describe(error, prompt_field)
+    return JSONResponse(body, status, headers)

@@ -1,0 +1,116 @@
+"""Uploaded files and answers, in one directory. Names on disk are ids of our own; what clients call a file is data."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.errors import ConfigurationError
+from gossamer.server.errors import not_found
+
+_ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """What is known of a file, in OpenAI's form."""
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"object": "file", "status": "processed"}
+
+
+class FileStore:
+    """The files in a directory.
+
+    Raises:
+        ConfigurationError: the directory cannot be made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"cannot keep files in {directory}: {error.strerror}") from None
+
+    async def save(self, parts: AsyncIterator[bytes], filename: str, purpose: str) -> StoredFile:
+        """Store an upload; it exists once all of it has arrived."""
+        file_id = new_id("file")
+        temporary = self.directory / f"{file_id}.part"
+        size = 0
+        try:
+            with temporary.open("wb") as file:
+                async for part in parts:
+                    file.write(part)
+                    size += len(part)
+            return self.adopt(temporary, StoredFile(file_id, filename, purpose, size, int(time.time())))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def adopt(self, path: Path, stored: StoredFile) -> StoredFile:
+        """Take over a file that is complete."""
+        os.replace(path, self.path(stored.id))
+        write_json(self.directory / f"{stored.id}.json", asdict(stored))
+        return stored
+
+    def path(self, file_id: str) -> Path:
+        """Where a file's content is.
+
+        Raises:
+            HttpError: this is no id.
+        """
+        if not _ID.fullmatch(file_id):
+            raise not_found(f"there is no file {file_id!r}", "file_id")
+        return self.directory / file_id
+
+    def get(self, file_id: str) -> StoredFile:
+        """What is known of a file.
+
+        Raises:
+            HttpError: there is none of this id.
+        """
+        self.path(file_id)
+        try:
+            return StoredFile(**json.loads((self.directory / f"{file_id}.json").read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise not_found(f"there is no file {file_id!r}", "file_id") from None
+
+    def all(self) -> list[StoredFile]:
+        """Every file, the newest first."""
+        files = [self.get(path.stem) for path in self.directory.glob("file-*.json")]
+        return sorted(files, key=lambda each: (each.created_at, each.id), reverse=True)
+
+    def delete(self, file_id: str) -> None:
+        """Remove a file.
+
+        Raises:
+            HttpError: there is none of this id.
+        """
+        self.get(file_id)
+        (self.directory / f"{file_id}.json").unlink(missing_ok=True)
+        self.path(file_id).unlink(missing_ok=True)
+
+
+def new_id(kind: str) -> str:
+    """``kind-`` and 32 hexadecimal digits that nobody can guess."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,145 @@
+"""Reading bodies and sending answers, beyond what the framework does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from gossamer.errors import GossamerError, RequestError
+from gossamer.protocol.requests import as_request_error
+from gossamer.protocol.streaming import DONE, event
+from gossamer.server.errors import HttpError, describe, error_response, timed_out
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+CLIENT_GONE = 499  # nobody sees it but the log
+
+
+class Disconnected(Exception):
+    """The client has closed the connection."""
+
+
+async def read_json(request: Request) -> Any:
+    """The request's body, decoded.
+
+    Raises:
+        HttpError: it is not said to be JSON.
+        RequestError: it is no JSON.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Web pages may send other types anywhere without asking first.
+        raise HttpError(415, f"content-type must be application/json, got {kind!r}", code="unsupported_media_type")
+    raw = await request.body()
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+
+
+def parse_body(model: type[M], body: Any) -> M:
+    """``body`` as ``model``; ``null`` means "not given".
+
+    Raises:
+        RequestError: a field is missing, unknown or of the wrong type; ``param`` names it.
+    """
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if value is not None or name not in model.model_fields}
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise as_request_error(error) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+async def while_connected(receive: Receive, work: Awaitable[T], timeout: float) -> T:
+    """What ``work`` returns, unless the client goes or the time is over first; then it is cancelled.
+
+    Raises:
+        Disconnected, HttpError
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, watch), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Disconnected if watch.done() else timed_out(timeout)
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+Events = AbstractAsyncContextManager[AsyncIterator[bytes]]
+
+
+class EventStream(Response):
+    """A response of server-sent events. What fails before the first event gets a status of its own.
+
+    Args:
+        events: a block in which the events can be read.
+        timeout: seconds until the stream is given up.
+        prompt_field: the field of the body that the prompt was made from, for errors.
+    """
+
+    def __init__(self, events: Callable[[], Events], *, timeout: float, prompt_field: str) -> None:
+        super().__init__()
+        self._events = events
+        self._timeout = timeout
+        self._prompt_field = prompt_field
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send), self._timeout)
+        except Disconnected:
+            scope["gossamer.status"] = CLIENT_GONE
+        except GossamerError as error:
+            if not self._begun:
+                await error_response(error, self._prompt_field)(scope, receive, send)
+                return
+            scope["gossamer.error"] = str(error)
+            last = event(describe(error, self._prompt_field)[1]) + DONE
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send(self, send: Send) -> None:
+        async with self._events() as events:
+            async for each in events:
+                if not self._begun:
+                    self._begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                await send({"type": "http.response.body", "body": each, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events otherwise
+]
+
+
+def client_gone() -> JSONResponse:
+    """For a client that will not read it."""
+    return JSONResponse(None, CLIENT_GONE)

@@ -1,0 +1,153 @@
+"""What every request goes through, outermost first: its id and its line in the log, limits, the key."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gossamer.server.errors import HttpError, error_response
+
+access = logging.getLogger("gossamer.access")
+errors = logging.getLogger("gossamer.server")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SAFE = [
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+]
+
+
+class RequestLog:
+    """Gives each request an id (the client's ``X-Request-Id`` if it has one), and writes a line when it has ended."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope["gossamer.request_id"] = request_id
+        start = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _SAFE:
+                    headers[name] = value
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            errors.exception("internal error", extra={"request_id": request_id})
+            scope["gossamer.error"] = repr(error)
+            if status == 0:
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            client = scope.get("client") or ("-", 0)
+            seconds = round(time.perf_counter() - start, 4)
+            fields = {
+                "request_id": request_id,
+                "client": client[0],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": scope.get("gossamer.status", status),
+                "seconds": seconds,
+            }
+            if "gossamer.error" in scope:
+                fields["error"] = scope["gossamer.error"]
+            access.info("%s %s %s %.3f s", fields["method"], fields["path"], fields["status"], seconds, extra=fields)
+
+
+class Limits:
+    """Bounds the size of bodies, and the time until the next part of one arrives.
+
+    Args:
+        max_body: bytes; ``max_file`` under ``/v1/files``.
+        idle_timeout: seconds between two parts of a body.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body: int, max_file: int, idle_timeout: float) -> None:
+        self.app = app
+        self.max_body, self.max_file, self.idle_timeout = max_body, max_file, idle_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.max_file if scope["path"] == "/v1/files" else self.max_body
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal() or int(length) > limit:
+            await error_response(_too_large(limit))(scope, receive, send)
+            return
+        received, more = 0, True
+
+        async def receive_bounded() -> Message:
+            nonlocal received, more
+            if not more:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                async with asyncio.timeout(self.idle_timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise HttpError(408, "the body took too long to arrive", code="timeout") from None
+            received += len(message.get("body", b""))
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            if received > limit:
+                raise _too_large(limit)
+            return message
+
+        await self.app(scope, receive_bounded, send)
+
+
+def _too_large(limit: int) -> HttpError:
+    # The rest of the body is not read, so the connection cannot be used again.
+    message = f"the body is larger than the {limit} bytes this server takes"
+    return HttpError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
+class ApiKeys:
+    """Refuses requests without one of the keys, but for those paths that say nothing of anybody.
+
+    Args:
+        keys: none lets everybody in.
+    """
+
+    OPEN = frozenset({"/", "/health", "/version", "/openapi.json"})
+
+    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...]) -> None:
+        self.app = app
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.digests and scope["path"] not in self.OPEN:
+            kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not self._known(key.strip()):
+                error = HttpError(
+                    401,
+                    "this server needs an API key: send it as Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _known(self, key: str) -> bool:
+        # Digests have one length, and all of them are compared: the time tells nothing about any key.
+        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        return sum(hmac.compare_digest(given, each) for each in self.digests) > 0

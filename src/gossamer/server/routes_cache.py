@@ -1,0 +1,59 @@
+"""``/v1/prefixes``: what is in the cache, and what must stay there."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from gossamer.errors import RequestError
+from gossamer.protocol.requests import ChatMessage
+from gossamer.server.documented import errors, json_body
+from gossamer.server.http import parse_body, read_json
+from gossamer.server.service import Service
+
+router = APIRouter(tags=["prefixes"])
+
+
+class PinRequest(BaseModel):
+    """A prefix: a text, token ids, or the first messages of conversations."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+@router.get("/v1/prefixes", responses=errors())
+async def list_prefixes(request: Request) -> dict[str, Any]:
+    """What is pinned, the nodes of the prefix tree without their texts, and what sharing has saved."""
+    service: Service = request.app.state.service
+    return await service.ready.prefixes.picture()
+
+
+@router.post("/v1/prefixes", responses=errors(400, 408, 413, 415, 429, 500), openapi_extra=json_body(PinRequest))
+async def pin(request: Request) -> JSONResponse:
+    """Compute a prefix now, and keep it until it is unpinned."""
+    service: Service = request.app.state.service
+    prefixes = service.ready.prefixes
+    body = parse_body(PinRequest, await read_json(request))
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", param="prompt")
+    messages = None
+    if body.messages is not None:
+        messages = [{"role": each.role, "content": each.content} for each in body.messages]
+    prefix = await prefixes.pin(prompt=body.prompt, messages=messages, name=body.name, cache_salt=body.cache_salt)
+    return JSONResponse(prefix.to_dict())
+
+
+@router.delete("/v1/prefixes/{prefix_id}", responses=errors(404))
+async def unpin(request: Request, prefix_id: str) -> dict[str, Any]:
+    """Let a prefix go as soon as its memory is needed."""
+    service: Service = request.app.state.service
+    await service.ready.prefixes.unpin(prefix_id)
+    return {"id": prefix_id, "object": "prefix", "deleted": True}

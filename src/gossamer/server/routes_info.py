@@ -1,0 +1,131 @@
+"""What the server is and has: health, version, models, metrics, tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import gossamer
+from gossamer.errors import RequestError
+from gossamer.protocol.requests import ChatMessage
+from gossamer.server.documented import errors, json_body
+from gossamer.server.http import parse_body, read_json
+from gossamer.server.service import Service
+
+router = APIRouter(tags=["information"])
+_STARTED = int(time.time())
+
+
+class TokenizeRequest(BaseModel):
+    """A text, or a conversation as the model sees it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """Token ids."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+@router.get("/health", responses=errors())
+async def health(request: Request) -> dict[str, str]:
+    """200 if requests are answered; 503 while the model is loaded, and at the end."""
+    service = _service(request)
+    service.check_health()
+    return {"status": service.state}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of the software."""
+    return {"version": gossamer.__version__}
+
+
+@router.get("/v1/models", responses=errors())
+async def models(request: Request) -> dict[str, Any]:
+    """The names that requests may give; all of them mean the one model."""
+    return {
+        "object": "list",
+        "data": [_model(_service(request), name) for name in _service(request).options.model_names],
+    }
+
+
+@router.get("/v1/models/{model:path}", responses=errors(404))
+async def model(request: Request, model: str) -> dict[str, Any]:
+    """One of them."""
+    _service(request).check_model(model)
+    return _model(_service(request), model)
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    length = service.ready.answering.llm.engine.max_model_len
+    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer", "max_model_len": length}
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors()})
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return Response(_service(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+_TOKEN_ERRORS = errors(400, 404, 408, 413, 415)
+
+
+@router.post("/tokenize", responses=_TOKEN_ERRORS, openapi_extra=json_body(TokenizeRequest))
+async def tokenize(request: Request) -> JSONResponse:
+    """The token ids of a text or of a conversation."""
+    service = _service(request)
+    answering = service.ready.answering
+    body = parse_body(TokenizeRequest, await read_json(request))
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        messages = [{"role": each.role, "content": each.content} for each in body.messages]
+        ids = await answering.in_worker(lambda: answering.chat_ids(messages))
+    elif body.prompt:
+        text = body.prompt
+        ids = await answering.in_worker(lambda: answering.prompt_ids(text, special=body.add_special_tokens))
+    else:
+        ids = []
+    answer: dict[str, Any] = {
+        "count": len(ids),
+        "max_model_len": answering.llm.engine.max_model_len,
+        "tokens": ids,
+    }
+    if body.return_token_strs:
+        answer["token_strs"] = answering.llm.tokenizer.convert_ids_to_tokens(ids)
+    return JSONResponse(answer)
+
+
+@router.post("/detokenize", responses=_TOKEN_ERRORS, openapi_extra=json_body(DetokenizeRequest))
+async def detokenize(request: Request) -> JSONResponse:
+    """The text of token ids."""
+    service = _service(request)
+    answering = service.ready.answering
+    body = parse_body(DetokenizeRequest, await read_json(request))
+    service.check_model(body.model)
+    intake = answering.llm.engine.intake
+    ids = intake.check_ids(body.tokens, "", "tokens") if body.tokens else []
+    text = await answering.in_worker(lambda: answering.llm.tokenizer.decode(ids))
+    return JSONResponse({"prompt": text})

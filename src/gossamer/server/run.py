@@ -1,0 +1,111 @@
+"""Runs the application in this process until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from gossamer.server.app import create_app
+from gossamer.server.http_protocol import BoundedProtocol
+from gossamer.server.logs import configure_logs
+from gossamer.server.options import ServerOptions
+from gossamer.server.service import Service
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+logger = logging.getLogger("gossamer.server")
+GRACE = 5.0  # seconds to tell the clients that time is over
+
+
+def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what is running. Returns the exit status: 0, or 1 after a failure."""
+    configure_logs(as_json=options.json_logs)
+    _raise_file_limit()
+    protocol = type("Protocol", (BoundedProtocol,), {"idle_timeout": options.idle_timeout})
+    config = uvicorn.Config(
+        create_app(load, options),
+        host=options.host,
+        port=options.port,
+        http=protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=round(options.idle_timeout),
+        timeout_graceful_shutdown=round(options.drain_timeout + GRACE),
+    )
+    # uvicorn raises the signal again once it has ended; by then everything is done.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, frame: None)
+    server = _Server(config, options)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(server.serve())
+    return 1 if server.failed else 0
+
+
+class _Server(uvicorn.Server):
+    """Tells the service when the end comes, and ends when the service has failed."""
+
+    def __init__(self, config: uvicorn.Config, options: ServerOptions) -> None:
+        super().__init__(config)
+        self.options = options
+        self.failed = False
+
+    @property
+    def service(self) -> Service:
+        service: Service = self.config.app.state.service  # type: ignore[union-attr]
+        return service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        self._watch = asyncio.create_task(self._end_after_failure())
+
+    async def _end_after_failure(self) -> None:
+        await self.service.failed.wait()
+        logger.error("ending: %s", self.service.reason)
+        self.failed = self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True  # whoever asks a second time means it
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._watch.cancel()
+        self.service.drain()
+        logger.info("finishing what is running; another signal ends it at once")
+        deadline = asyncio.create_task(self._give_up())
+        await super().shutdown(sockets)
+        deadline.cancel()
+        logger.info("ended")
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self.options.drain_timeout)
+        logger.warning("%g seconds are over: what still runs is given up", self.options.drain_timeout)
+        await self.service.stop()
+
+
+def _raise_file_limit() -> None:
+    """Every connection is an open file, and many systems allow only 1,024 unless asked."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

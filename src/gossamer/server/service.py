@@ -1,0 +1,154 @@
+"""What the routes share: the model, once it is there, and the state of the server's life."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
+
+from gossamer.errors import GossamerError
+from gossamer.sampling_params import SamplingParams
+from gossamer.server.answering import Answering
+from gossamer.server.batches import Batches
+from gossamer.server.engine_loop import EngineLoop
+from gossamer.server.errors import not_found, unavailable
+from gossamer.server.files import FileStore
+from gossamer.server.metrics import Metrics
+from gossamer.server.options import ServerOptions
+from gossamer.server.prefixes import PinnedPrefixes
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+logger = logging.getLogger("gossamer.server")
+State = Literal["loading", "ready", "draining", "failed"]
+WARM_UP = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What there is once the model is there."""
+
+    answering: Answering
+    engine_loop: EngineLoop
+    metrics: Metrics
+    prefixes: PinnedPrefixes
+    files: FileStore
+    batches: Batches
+
+
+class Service:
+    """Loads the model, and ends it.
+
+    Args:
+        load: makes the model; called in a thread, as it takes a while.
+    """
+
+    def __init__(self, load: Callable[[], LLM], options: ServerOptions) -> None:
+        self.options = options
+        self.state: State = "loading"
+        self.reason = "the model is being loaded"
+        self.failed = asyncio.Event()
+        self._load = load
+        self._temporary: TemporaryDirectory[str] | None = None
+        self._loaded: _Loaded | None = None
+
+    async def start(self) -> None:
+        """Load the model and warm it up; then the server is ready. A failure is kept in ``reason``."""
+        try:
+            await self._start()
+        except Exception as error:
+            if not isinstance(error, GossamerError):
+                logger.exception("the model could not be loaded")
+            self.state, self.reason = "failed", str(error)
+            self.failed.set()
+
+    async def _start(self) -> None:
+        llm = await asyncio.to_thread(self._load)
+        # a few steps of each kind, so that the first request does not wait for what is made on first use
+        texts = ["Warm-up " * 8 + str(index) for index in range(min(4, llm.engine.scheduler.max_num_seqs))]
+        await asyncio.to_thread(llm.generate, texts, WARM_UP, False)
+        llm.engine.tree.evict(llm.engine.budget.total)
+        llm.engine.reset_stats()
+        metrics = Metrics(llm.engine, self.options.model_names[0])
+        engine_loop = EngineLoop(llm.engine, max_queue=self.options.max_queue, on_outputs=metrics.count_outputs)
+        answering = Answering(
+            llm,
+            engine_loop,
+            model_name=self.options.model_names[0],
+            max_sequences=llm.engine.scheduler.max_num_seqs,
+        )
+        engine_loop.start()
+        directory = self.options.data_dir
+        if directory is None:
+            self._temporary = TemporaryDirectory(prefix="gossamer-")
+            directory = Path(self._temporary.name)
+        files = FileStore(directory / "files")
+        batches = Batches(directory / "batches", files, answering, max_in_flight=answering.max_sequences)
+        self._loaded = _Loaded(answering, engine_loop, metrics, PinnedPrefixes(answering), files, batches)
+        for path in self.options.pinned:
+            await self._loaded.prefixes.pin_file(path)
+        gc.collect()
+        gc.freeze()  # what is there now stays: the garbage collector need not search it again and again
+        self.state, self.reason = "ready", ""
+        logger.info("ready: %s", ", ".join(self.options.model_names))
+
+    async def stop(self) -> None:
+        """Give up what is still running."""
+        if self._loaded is not None:
+            await self._loaded.batches.stop()
+            await self._loaded.engine_loop.stop()
+            self._loaded.answering.close()
+        gc.unfreeze()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def drain(self) -> None:
+        """From now on take no more requests."""
+        if self.state != "failed":
+            self.state, self.reason = "draining", "the server is shutting down"
+
+    def check_health(self) -> None:
+        """Whether requests are answered.
+
+        Raises:
+            HttpError: and why not.
+        """
+        if self._loaded is not None and self._loaded.engine_loop.failure is not None and self.state == "ready":
+            self.state, self.reason = "failed", f"the engine has stopped: {self._loaded.engine_loop.failure}"
+            self.failed.set()
+        if self.state != "ready":
+            raise unavailable(f"{self.state}: {self.reason}")
+
+    def check_model(self, name: str | None) -> None:
+        """Whether this server has the model that a request names.
+
+        Raises:
+            HttpError: it has others.
+        """
+        names = self.options.model_names
+        if name is not None and name not in names:
+            raise not_found(f"there is no model {name!r} here; there is {', '.join(names)}", "model", "model_not_found")
+
+    @property
+    def ready(self) -> _Loaded:
+        """What answers requests.
+
+        Raises:
+            HttpError: it does not answer now.
+        """
+        self.check_health()
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def metrics(self) -> Metrics:
+        """They can be read to the end."""
+        if self._loaded is None:
+            raise unavailable(f"{self.state}: {self.reason}")
+        return self._loaded.metrics
