@@ -118,7 +118,7 @@ def test_records_have_openais_shape(paths):
         (completion("a") | {"body": "x"}, "invalid_body", "body"),
         (completion("a") | {"extra": 1}, "unknown_field", "extra"),
         (completion("first"), "duplicate_custom_id", "custom_id"),
-        (completion("a", best_of=3), "invalid_value", "best_of"),
+        (completion("a", suffix="x"), "invalid_value", "suffix"),
         (completion("a", stream=True), "invalid_value", "stream"),
         (completion("a", temperature=-1), "invalid_value", "temperature"),
         (completion("a", ""), "invalid_prompt", "prompt"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
     from gossamer.pruning import Pruner
     from gossamer.report.outliers import find_outliers
-    from gossamer.sampling_params import BeamSearchParams, SamplingParams
+    from gossamer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "AttentionState": "ops.attention",
@@ -44,6 +44,7 @@ _HOMES = {
     "RequestError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "sampling_params",
     "ScoreOutput": "outputs",
     "SlidingFisher": "operators.sliding_fisher",
     "attend": "ops.attention",
@@ -74,6 +75,7 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
     "SlidingFisher",
+    "StructuredOutputsParams",
     "attend",
     "find_outliers",
     "merge_states",

@@ -48,7 +48,7 @@ def error_body(error: GossamerError, prompt_field: str = "prompt") -> Json:
     """
     # The request knows which request it is: its id would only repeat that in the message.
     message, param = (error.message, error.param) if isinstance(error, RequestError) else (str(error), None)
-    if param is not None and isinstance(error, (InvalidPromptError, MemoryBudgetError)):
+    if param in ("prompt", "prompt_token_ids"):
         param = prompt_field
     kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -31,6 +31,17 @@ def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
     """Serve until SIGTERM or SIGINT, then finish what is running. Returns the exit status: 0, or 1 after a failure."""
     configure_logs(as_json=options.json_logs)
     _raise_file_limit()
+    # uvicorn raises the signal again once it has ended; by then everything is done.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, frame: None)
+    server = make_server(load, options)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(server.serve())
+    return 1 if server.failed else 0
+
+
+def make_server(load: Callable[[], LLM], options: ServerOptions) -> Server:
+    """The server, not yet running."""
     protocol = type("Protocol", (BoundedProtocol,), {"idle_timeout": options.idle_timeout})
     config = uvicorn.Config(
         create_app(load, options),
@@ -44,21 +55,21 @@ def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
         timeout_keep_alive=round(options.idle_timeout),
         timeout_graceful_shutdown=round(options.drain_timeout + GRACE),
     )
-    # uvicorn raises the signal again once it has ended; by then everything is done.
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda number, frame: None)
-    server = _Server(config, options)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(server.serve())
-    return 1 if server.failed else 0
+    return Server(config, options)
 
 
-class _Server(uvicorn.Server):
-    """Tells the service when the end comes, and ends when the service has failed."""
+class Server(uvicorn.Server):
+    """Tells the service when the end comes, and ends when the service has failed.
+
+    Attributes:
+        address: ``http://host:port`` once it listens.
+        failed: whether it ended by itself.
+    """
 
     def __init__(self, config: uvicorn.Config, options: ServerOptions) -> None:
         super().__init__(config)
         self.options = options
+        self.address = ""
         self.failed = False
 
     @property
@@ -71,7 +82,8 @@ class _Server(uvicorn.Server):
         for server in self.servers:
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
-                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+                self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                logger.info("listening on %s", self.address)
         self._watch = asyncio.create_task(self._end_after_failure())
 
     async def _end_after_failure(self) -> None:

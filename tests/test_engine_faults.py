@@ -1,0 +1,100 @@
+"""When a step raises again and again: the requests to blame end with the error, the others as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer import LLM, SamplingParams
+from gossamer.engine.sampling import Sampler
+from gossamer.errors import EngineError
+
+PROMPTS = [f"The same beginning for all of them, and then number {i}" for i in range(6)]
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def run(llm: LLM) -> dict[str, Any]:
+    """As the server does: step, and where that fails step each request apart."""
+    outputs: dict[str, Any] = {}
+    while llm.engine.has_unfinished_requests():
+        try:
+            ended = llm.engine.step()
+        except Exception:
+            ended = llm.engine.step_apart()
+        outputs |= {output.request_id: output for output in ended}
+    return outputs
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_seqs": 2}, {"max_num_batched_tokens": 16}, {"sharing": "off"}])
+@pytest.mark.parametrize("where", ["forward", "sampler", "text"])
+def test_only_the_one_to_blame_ends(
+    tiny: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], where: str
+) -> None:
+    expected = llm.generate(PROMPTS, GREEDY)
+    victim = LLM(tiny, **options)
+    poison = SamplingParams(temperature=0, max_tokens=12, stop=["never to be seen"])
+    for i, prompt in enumerate(PROMPTS):
+        victim.engine.add_request(str(i), prompt, poison if i == 3 else GREEDY)
+    bad = victim.engine.requests["3"].sequences[0]
+    calls = 0
+
+    def due() -> bool:
+        nonlocal calls
+        calls += bad in victim.engine.scheduler.active
+        return len(bad.output_ids) >= 4
+
+    forward, sample = victim.engine.runner.forward, Sampler.sample
+
+    def failing_forward(plan: Any) -> Any:
+        if due() and bad in victim.engine.scheduler.active:
+            raise ZeroDivisionError("forward")
+        return forward(plan)
+
+    def failing_sample(self: Sampler, logits: Any, states: Any, largest: Any = None) -> Any:
+        if due() and bad.sampling in states:
+            raise ZeroDivisionError("sampler")
+        return sample(self, logits, states, largest)
+
+    def failing_text(text: str, count: int) -> Any:
+        if due():
+            raise ZeroDivisionError("text")
+
+    if where == "forward":
+        monkeypatch.setattr(victim.engine.runner, "forward", failing_forward)
+    elif where == "sampler":
+        monkeypatch.setattr(Sampler, "sample", failing_sample)
+    else:
+        monkeypatch.setattr(bad.stop, "check_text", failing_text)
+    outputs = run(victim)
+    assert calls
+    assert isinstance(outputs["3"].error, EngineError) and where in str(outputs["3"].error)
+    for i in (0, 1, 2, 4, 5):
+        assert outputs[str(i)].error is None
+        assert outputs[str(i)].outputs[0].token_ids == expected[i].outputs[0].token_ids
+    engine = victim.engine
+    assert not engine.scheduler.active and not engine.scheduler.waiting and not engine.requests
+    engine.tree.evict(engine.budget.total)
+    engine.slots.trim()
+    assert engine.budget.used == 0
+
+
+def test_a_fault_that_passes_costs_nobody_anything(tiny: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate(PROMPTS, SamplingParams(seed=4, max_tokens=9))
+    other = LLM(tiny)
+    forward, calls = other.engine.runner.forward, 0
+
+    def flaky(plan: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 11):
+            raise MemoryError
+        return forward(plan)
+
+    monkeypatch.setattr(other.engine.runner, "forward", flaky)
+    for i, prompt in enumerate(PROMPTS):
+        other.engine.add_request(str(i), prompt, SamplingParams(seed=4, max_tokens=9))
+    outputs = run(other)
+    for i in range(6):
+        assert outputs[str(i)].outputs[0].token_ids == expected[i].outputs[0].token_ids
