@@ -22,7 +22,9 @@ class Intake:
         self.max_model_len = max_model_len
         self.max_cached_tokens = max_cached_tokens  # what the whole memory budget holds
 
-    def encode(self, prompt: Prompt, request_id: str) -> tuple[str | None, list[int]]:
+    def encode(
+        self, prompt: Prompt, request_id: str, *, add_special_tokens: bool = True
+    ) -> tuple[str | None, list[int]]:
         """The prompt's text, if it has one, and its token ids.
 
         Raises:
@@ -34,7 +36,7 @@ class Intake:
             prompt = prompt.get("prompt", prompt)
         if not isinstance(prompt, str):
             raise InvalidPromptError(f"{_FORMS}, got {type(prompt).__name__}", request_id=request_id, param="prompt")
-        ids = self._tokenize(prompt, request_id, "prompt")
+        ids = self._tokenize(prompt, request_id, "prompt", add_special_tokens=add_special_tokens)
         if not prompt or not ids:
             raise InvalidPromptError(
                 "the prompt is empty; give at least one token", request_id=request_id, param="prompt"

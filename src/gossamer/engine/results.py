@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from typing import Any
 
 from gossamer.engine.beam import BeamSearch
@@ -79,14 +79,16 @@ class ResultBuilder:
         )
         if params.logprobs is not None:
             self._decode(sequence.logprobs)
-            completion.logprobs = sequence.logprobs
+            completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(
                 entry[token].logprob for entry, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
             )
         return completion
 
-    def _decode(self, entries: Iterable[dict[int, Logprob]]) -> None:
-        for entry in entries:
+    def _decode(self, entries: Many[dict[int, Logprob]]) -> None:
+        for entry in reversed(entries):
+            if all(logprob.decoded_token is not None for logprob in entry.values()):
+                break  # a stream has had this one before, and those in front of it
             for token, logprob in entry.items():
                 if logprob.decoded_token is None:
                     logprob.decoded_token = self.tokenizer.decode([token])

@@ -11,7 +11,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, PromptTooLongError, RequestError
+from gossamer.engine.intake import Intake
+from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import (
     ChatCompletionRequest,
@@ -47,6 +48,8 @@ class Answering:
         # A copy, and one thread, for what takes longer with long texts: neither the event loop nor the engine waits.
         self._tokenizer = copy.deepcopy(llm.tokenizer)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        engine = llm.engine
+        self._intake = Intake(self._tokenizer, engine.intake.vocab_size, engine.max_model_len, 0)
         self._max_characters = llm.engine.max_model_len * _longest_token(self._tokenizer)
 
     def close(self) -> None:
@@ -88,12 +91,9 @@ class Answering:
     def prompt_ids(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
         """The token ids of one prompt. Runs in the worker."""
         if isinstance(prompt, list):
-            return self.llm.engine.intake.check_ids(prompt, "", "prompt")
+            return self._intake.check_ids(prompt, "", "prompt")
         self._check_characters(len(prompt))
-        ids = list(self._tokenizer.encode(prompt, add_special_tokens=special))
-        if not ids:
-            raise InvalidPromptError("the prompt is empty; give at least one token", param="prompt")
-        return ids
+        return self._intake.encode(prompt, "", add_special_tokens=special)[1]
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Runs in the worker."""

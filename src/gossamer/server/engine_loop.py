@@ -61,13 +61,21 @@ class EngineLoop:
         engine: nobody else may touch it between :meth:`start` and :meth:`stop`.
         max_queue: sequences that may wait beside those that are computed.
         on_outputs: called in the thread after each step, with its outputs; for metrics.
+        on_failure: called when the thread has ended by itself.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int, on_outputs: Callable[[list[Output]], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queue: int,
+        on_outputs: Callable[[list[Output]], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
         self.engine = engine
         self.failure: str | None = None  # why the thread has ended, if it was not told to
         self._capacity = engine.scheduler.max_num_seqs + max_queue
-        self._on_outputs = on_outputs
+        self._on_outputs, self._on_failure = on_outputs, on_failure
         self._tickets: dict[str, Ticket] = {}
         self._size = 0  # sequences of all tickets
         self._asked: deque[Callable[[], None]] = deque()
@@ -185,6 +193,7 @@ class EngineLoop:
             logger.exception("the engine has stopped")
             self.failure = repr(error)
             self._loop.call_soon_threadsafe(self._fail_all, EngineError(f"the engine has stopped: {error!r}"))
+            self._loop.call_soon_threadsafe(self._on_failure, f"the engine has stopped: {error!r}")
 
     # --- what comes back ---------------------------------------------------------------------------------------
 

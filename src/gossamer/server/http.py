@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +19,7 @@ from gossamer.protocol.requests import as_request_error
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
 
+logger = logging.getLogger("gossamer.server")
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 CLIENT_GONE = 499  # nobody sees it but the log
@@ -115,11 +117,15 @@ class EventStream(Response):
             await while_connected(receive, self._send(send), self._timeout)
         except Disconnected:
             scope["gossamer.status"] = CLIENT_GONE
-        except GossamerError as error:
+        except Exception as error:
             if not self._begun:
+                if not isinstance(error, GossamerError):
+                    raise
                 await error_response(error, self._prompt_field)(scope, receive, send)
                 return
             scope["gossamer.error"] = str(error)
+            if not isinstance(error, GossamerError):
+                logger.exception("a stream failed", extra={"request_id": scope.get("gossamer.request_id")})
             last = event(describe(error, self._prompt_field)[1]) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +19,8 @@ from gossamer.server.errors import HttpError, error_response
 access = logging.getLogger("gossamer.access")
 errors = logging.getLogger("gossamer.server")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+DISCARDED = 64 * 2**20  # bytes of a body that is too large which are read and dropped
+_CLOSE = {"connection": "close"}  # what is left of the body would be taken for the next request
 _SAFE = [
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
@@ -91,23 +94,30 @@ class Limits:
             return
         limit = self.max_file if scope["path"] == "/v1/files" else self.max_body
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > limit:
+        if not length.isdecimal() or int(length) > limit + DISCARDED:
             await error_response(_too_large(limit))(scope, receive, send)
             return
         received, more = 0, True
 
-        async def receive_bounded() -> Message:
+        async def next_part() -> Message:
             nonlocal received, more
-            if not more:  # what comes now is the end of the connection
-                return await receive()
             try:
                 async with asyncio.timeout(self.idle_timeout):
                     message = await receive()
             except TimeoutError:
-                raise HttpError(408, "the body took too long to arrive", code="timeout") from None
+                raise HttpError(408, "the body took too long to arrive", code="timeout", headers=_CLOSE) from None
             received += len(message.get("body", b""))
             more = message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def receive_bounded() -> Message:
+            if not more:  # what comes now is the end of the connection
+                return await receive()
+            message = await next_part()
             if received > limit:
+                with suppress(HttpError):
+                    while more and received <= limit + DISCARDED:  # many clients read only once they have written
+                        await next_part()
                 raise _too_large(limit)
             return message
 
@@ -115,9 +125,8 @@ class Limits:
 
 
 def _too_large(limit: int) -> HttpError:
-    # The rest of the body is not read, so the connection cannot be used again.
     message = f"the body is larger than the {limit} bytes this server takes"
-    return HttpError(413, message, code="body_too_large", headers={"connection": "close"})
+    return HttpError(413, message, code="body_too_large", headers=_CLOSE)
 
 
 class ApiKeys:
@@ -149,5 +158,5 @@ class ApiKeys:
 
     def _known(self, key: str) -> bool:
         # Digests have one length, and all of them are compared: the time tells nothing about any key.
-        given = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        given = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes of the header
         return sum(hmac.compare_digest(given, each) for each in self.digests) > 0

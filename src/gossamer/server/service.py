@@ -65,8 +65,11 @@ class Service:
         except Exception as error:
             if not isinstance(error, GossamerError):
                 logger.exception("the model could not be loaded")
-            self.state, self.reason = "failed", str(error)
-            self.failed.set()
+            self._fail(str(error))
+
+    def _fail(self, reason: str) -> None:
+        self.state, self.reason = "failed", reason
+        self.failed.set()
 
     async def _start(self) -> None:
         llm = await asyncio.to_thread(self._load)
@@ -76,7 +79,9 @@ class Service:
         llm.engine.tree.evict(llm.engine.budget.total)
         llm.engine.reset_stats()
         metrics = Metrics(llm.engine, self.options.model_names[0])
-        engine_loop = EngineLoop(llm.engine, max_queue=self.options.max_queue, on_outputs=metrics.count_outputs)
+        engine_loop = EngineLoop(
+            llm.engine, max_queue=self.options.max_queue, on_outputs=metrics.count_outputs, on_failure=self._fail
+        )
         answering = Answering(
             llm,
             engine_loop,
@@ -119,9 +124,6 @@ class Service:
         Raises:
             HttpError: and why not.
         """
-        if self._loaded is not None and self._loaded.engine_loop.failure is not None and self.state == "ready":
-            self.state, self.reason = "failed", f"the engine has stopped: {self._loaded.engine_loop.failure}"
-            self.failed.set()
         if self.state != "ready":
             raise unavailable(f"{self.state}: {self.reason}")
 
