@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-peers sanitize emulate lint format docs clean FORCE
+.PHONY: help setup model run test test-slow test-browser test-peers sanitize emulate lint format docs clean FORCE
 .PHONY: bench bench-peers bench-linear table-1
 
 help: ## List the targets
@@ -33,6 +33,10 @@ test: setup model ## Run the tests and doctests; PYTEST_ARGS="-k tree"
 
 test-slow: setup model ## Run the tests that take minutes
 	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)
+	GOSSAMER_SCHEMA_CASES=115 $(IN_VENV) -m pytest tests/test_server_schema.py -s
+
+test-browser: setup ## Try the playground in a browser; needs chromium
+	$(IN_VENV) -m pytest -m browser $(PYTEST_ARGS)
 
 test-peers: model $(PEERS)/.installed ## Check that other projects read what we write
 	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)

@@ -307,6 +307,7 @@ def test_prefixes_are_pinned_shown_and_let_go(server: Running) -> None:
     system = [{"role": "system", "content": "You answer in the voice of a very old tree. " * 3}]
     status, prefix = server.call("/v1/prefixes", {"messages": system, "name": "tree"})
     assert status == 200 and prefix["name"] == "tree" and prefix["tokens"] > 100
+    assert server.call("/v1/prefixes", {"messages": system}) == (200, prefix)  # once is enough
     _, picture = server.call("/v1/prefixes")
     assert picture["data"] == [prefix] and any(node["pinned"] for node in picture["nodes"])
     assert picture["kv_bytes"] == sum(node["bytes"] for node in picture["nodes"])

@@ -105,7 +105,7 @@ def serve(
     int8_head: Int8Head = False,
     memory: Memory = "4GB",
     max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: MaxNumBatchedTokens = 256,
     max_model_len: MaxModelLen = None,
     threads: Threads = None,
 ) -> None:

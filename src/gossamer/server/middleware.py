@@ -21,6 +21,7 @@ errors = logging.getLogger("gossamer.server")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DISCARDED = 64 * 2**20  # bytes of a body that is too large which are read and dropped
 _CLOSE = {"connection": "close"}  # what is left of the body would be taken for the next request
+_POLLED = frozenset({"/health", "/metrics", "/v1/prefixes"})  # they would fill the log
 _SAFE = [
     ("x-content-type-options", "nosniff"),
     ("referrer-policy", "no-referrer"),
@@ -73,7 +74,10 @@ class RequestLog:
             }
             if "gossamer.error" in scope:
                 fields["error"] = scope["gossamer.error"]
-            access.info("%s %s %s %.3f s", fields["method"], fields["path"], fields["status"], seconds, extra=fields)
+            asked_again_and_again = scope["method"] == "GET" and scope["path"] in _POLLED and fields["status"] == 200
+            level = logging.DEBUG if asked_again_and_again else logging.INFO
+            line = "%s %s %s %.3f s"
+            access.log(level, line, fields["method"], fields["path"], fields["status"], seconds, extra=fields)
 
 
 class Limits:

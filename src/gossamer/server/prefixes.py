@@ -51,6 +51,8 @@ class PinnedPrefixes:
     ) -> Prefix:
         """Compute a prefix and keep it: a text, token ids, or the first messages of conversations.
 
+        One that is pinned already is returned as it is.
+
         Raises:
             RequestError: it cannot be computed, or not be kept.
         """
@@ -61,6 +63,9 @@ class PinnedPrefixes:
             tokens = await answering.in_worker(lambda: answering.prompt_ids(prompt))
         else:
             raise RequestError("give prompt or messages", param="prompt")
+        for known in self._pinned.values():
+            if (known.tokens, known.cache_salt) == (tokens, cache_salt):
+                return known
         prefix = Prefix(f"prefix-{uuid.uuid4().hex}", name, tokens, cache_salt)
         await answering.engine_loop.call(lambda engine: _pin(engine, prefix))
         try:
