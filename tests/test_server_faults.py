@@ -159,6 +159,25 @@ def test_a_head_that_does_not_end(server: Running) -> None:
     assert_serves(server)
 
 
+def test_a_second_head_that_does_not_end(server: Running) -> None:
+    body = json.dumps(SHORT | {"user": "x" * 100_000}).encode()  # longer than a head may be
+    connection = connect(server, post("/v1/completions", body))
+    connection.settimeout(15)
+    try:
+        assert b" 200 " in connection.recv(65536)
+        connection.sendall(b"GET /health HTTP")  # in two pieces, on the same connection
+        time.sleep(0.2)
+        connection.sendall(b"/1.1\r\nhost: x\r\n\r\n")
+        assert b" 200 " in connection.recv(65536)
+        connection.sendall(post("/v1/completions", json.dumps(LONG).encode()))
+        for i in range(200):
+            connection.sendall(f"x-{i}: {'a' * 10000}\r\n".encode())
+        assert closed(connection)
+    except ConnectionError:
+        pass  # closed while we were sending
+    assert_serves(server)
+
+
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"NONSENSE\r\n\r\n", b"\0" * 300])
 def test_what_is_not_http(server: Running, data: bytes) -> None:
     connection = connect(server, data)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -112,7 +113,7 @@ def test_what_does_not_end_in_time_is_told(start: Callable[..., Process]) -> Non
         process.process.send_signal(signal.SIGTERM)
         for future in answers:
             status, answer = future.result()
-            assert status == 500 and "shutting down" in answer["error"]["message"]
+            assert status == 503 and "shutting down" in answer["error"]["message"]
     assert process.end()[0] == 0
 
 
@@ -137,6 +138,29 @@ def test_options_that_make_no_sense(tiny: Path, options: list[str], message: str
     command = [sys.executable, "-c", MAIN, "serve", str(tiny), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_port_that_is_taken(tiny: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-c", MAIN, "serve", str(tiny), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"cannot listen on 127.0.0.1, port {port}" in done.stderr
+
+
+def test_a_directory_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    process = Process(tiny, "--data-dir", str(tmp_path / "file"))
+    status, records = process.end()
+    assert status == 1 and any("cannot keep files" in record["message"] for record in records)
+
+
+def test_the_end_may_come_while_the_model_is_loaded(start: Callable[..., Process]) -> None:
+    process = start()
+    process.process.send_signal(signal.SIGTERM)
+    assert process.end()[0] == 0
 
 
 def test_pinned_files(tiny: Path, tmp_path: Path) -> None:

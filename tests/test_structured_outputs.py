@@ -110,6 +110,14 @@ def test_a_grammar_that_is_none_fails_alone(llm: LLM, form: dict[str, Any]) -> N
     assert good.error is None and good.outputs
 
 
+def test_schemas_that_differ_in_order_only_are_two(llm: LLM) -> None:
+    first, second = {"a": {"enum": [1]}, "b": {"enum": [2]}}, {"b": {"enum": [2]}, "a": {"enum": [1]}}
+    for properties in (first, second):
+        schema = {"type": "object", "properties": properties, "required": ["a", "b"], "additionalProperties": False}
+        (output,) = llm.generate("Answer:", params(1, json=schema))
+        assert list(json.loads(output.outputs[0].text)) == list(properties)
+
+
 def test_texts_that_end_need_their_end() -> None:
     with pytest.raises(InvalidSamplingParamsError, match="ignore_eos"):
         SamplingParams(ignore_eos=True, structured_outputs=StructuredOutputsParams(json_object=True))

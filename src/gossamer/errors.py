@@ -101,6 +101,10 @@ class EngineError(RequestError):
     """Something went wrong inside the engine while it computed the request; the request itself may be fine."""
 
 
+class ShuttingDownError(EngineError):
+    """The server ends before the request has."""
+
+
 class ServerBusyError(RequestError):
     """The server cannot take the request now.
 

@@ -165,6 +165,7 @@ class SamplingParams:
             isinstance(form, StructuredOutputsParams | None), "structured_outputs", form, "StructuredOutputsParams"
         )
         _require(form is None or not self.ignore_eos, "ignore_eos", True, "False with structured_outputs, which end")
+        _require(form is None or self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with structured_outputs")
         self._normalize_collections()
 
     def _normalize_collections(self) -> None:

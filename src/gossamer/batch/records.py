@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 from gossamer.batch.input_file import CHAT_URL, BatchLine, InvalidLine
-from gossamer.errors import GossamerError, RequestError
+from gossamer.errors import EngineError, GossamerError, RequestError
 from gossamer.protocol import ChatCompletionRequest, CompletionRequest, error_body
 
 Record = dict[str, Any]
@@ -34,7 +34,7 @@ def refusal_record(line: BatchLine, error: GossamerError) -> Record:
     """A line was refused, or failed."""
     body = error_body(error, "messages" if line.url == CHAT_URL else "prompt")
     body["error"]["line"] = line.number
-    return _record(line.custom_id, response=_response(400, body))
+    return _record(line.custom_id, response=_response(500 if isinstance(error, EngineError) else 400, body))
 
 
 def invalid_record(line: InvalidLine) -> Record:

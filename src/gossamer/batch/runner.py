@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_lines
 from gossamer.batch.output_file import OutputFile
@@ -24,7 +24,7 @@ from gossamer.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from gossamer import LLM
 
-Prompt = str | dict[str, list[int]]
+Prompt = str | dict[str, Any]
 
 _FAILURES_KEPT = 5
 
@@ -236,4 +236,4 @@ class BatchRunner:
 def _engine_prompts(llm: LLM, request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
     if isinstance(request, CompletionRequest):
         return list(request.engine_prompts())
-    return [{"prompt_token_ids": llm.apply_chat_template(request.chat_messages())}]
+    return [{"prompt_token_ids": llm.apply_chat_template(request.chat_messages()), "cache_salt": request.cache_salt}]

@@ -199,6 +199,7 @@ class Engine:
         self.stats = EngineStats()
         self.scheduler.on_start = self.stats.count_prompt
         self.budget.peak = self.budget.used
+        self.tree.evicted_tokens = self.scheduler.num_preemptions = 0
 
     def _check_id(self, request_id: str) -> None:
         if request_id in self.requests:
@@ -253,14 +254,14 @@ class Engine:
         ended: list[Output] = []
         for request in dict.fromkeys(sequence.request for sequence in active):
             scheduler.active = [sequence for sequence in active if sequence.request is request]
-            scheduler.waiting = deque()
+            scheduler.waiting, scheduler.apart = deque(), True
             try:
                 ended += self.step()
             except Exception as error:
                 failure = self._fail(request, EngineError(f"the engine failed on this request: {error!r}"))
                 ended += [] if failure is None else [failure]
             active = [sequence for sequence in active if sequence.request is not request] + scheduler.active
-            waiting = scheduler.waiting + waiting
+            waiting, scheduler.apart = scheduler.waiting + waiting, False
         scheduler.active = sorted(active, key=lambda s: s.order)
         scheduler.waiting = deque(s for s in waiting if s.status is Status.WAITING)  # not those of failed requests
         return ended

@@ -67,6 +67,7 @@ class Scheduler:
         self.active: list[Sequence] = []
         self.failed: list[tuple[Sequence, MemoryBudgetError]] = []
         self.num_preemptions = 0
+        self.apart = False  # others hold memory that are not among the active now
         self._refused_at = (0, 0)
         self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
 
@@ -279,7 +280,7 @@ class Scheduler:
             youngest = self.active[-1]
             if youngest is not sequence:
                 self.preempt(youngest)
-            elif len(self.active) > 1 or sequence.slot is not None:
+            elif len(self.active) > 1 or sequence.slot is not None or self.apart:
                 # Alone and with a slot that does not fit beside a larger one, it fits once it starts again.
                 self.preempt(sequence)
                 return None

@@ -290,9 +290,17 @@ class CompletionRequest(_Body):
     def num_drawn(self) -> int:
         return self.best_of or self.n
 
-    def engine_prompts(self) -> list[str | dict[str, list[int]]]:
+    def engine_prompts(self) -> list[str | dict[str, Any]]:
         """The prompts in the form the engine takes."""
-        return [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in self.prompt]
+        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
+        return [
+            {"prompt_token_ids": prompt} | salt
+            if isinstance(prompt, list)
+            else {"prompt": prompt} | salt
+            if salt
+            else prompt
+            for prompt in self.prompt
+        ]
 
     def _logprob_count(self) -> int | None:
         return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs

@@ -118,6 +118,11 @@ class Answering:
         finally:
             self.engine_loop.release(ticket)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids. Runs in the worker."""
+        text: str = self._tokenizer.decode(ids)
+        return text
+
     async def in_worker(self, function: Callable[[], T]) -> T:
         """Run something that takes a while."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function)

@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 import gossamer
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, RequestError
 from gossamer.server import routes_batches, routes_cache, routes_completions, routes_info, routes_playground
 from gossamer.server.errors import HttpError, error_response
 from gossamer.server.http import Disconnected, client_gone
@@ -55,6 +56,8 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
     app.add_exception_handler(GossamerError, _gossamer_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Disconnected, _disconnected)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
+    app.add_exception_handler(RequestValidationError, _invalid_query)
     # The last one added is the first one to see a request.
     app.add_middleware(ApiKeys, keys=options.api_keys)
     app.add_middleware(Limits, max_body=options.max_body, max_file=options.max_file, idle_timeout=options.idle_timeout)
@@ -63,7 +66,8 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
             CORSMiddleware,
             allow_origins=options.allowed_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog)
     return app
@@ -84,6 +88,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         message = str(error.detail)
     headers = dict(error.headers or {})
     return error_response(HttpError(error.status_code, message, code="http_error", headers=headers))
+
+
+async def _invalid_query(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return error_response(RequestError(f"{name}: {first['msg']}", param=name))
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:

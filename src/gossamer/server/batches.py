@@ -28,7 +28,7 @@ from gossamer.server.files import FileStore, StoredFile, new_id, write_json
 logger = logging.getLogger("gossamer.batches")
 _ID = re.compile(r"batch-[0-9a-f]{32}")
 _ENDED = ("completed", "failed", "cancelled")
-RETRY_SECONDS = 0.5  # until a line is tried again that found the queue full
+RETRY_SECONDS = 0.1  # until a line is tried again that found no place
 
 
 @dataclass(slots=True)
@@ -150,11 +150,12 @@ class Batches:
             batch = await self._waiting.get()
             try:
                 await self._run(batch)
-            except GossamerError as error:
-                self._end(batch, "failed", str(error))
-            except Exception:
+            except Exception as error:
                 logger.exception("a batch failed", extra={"batch_id": batch.id})
-                self._end(batch, "failed", "internal error")
+                with contextlib.suppress(OSError):  # nothing can be written, and others are waiting
+                    self._end(
+                        batch, "failed", "its lines cannot be read or written" if _is_ours(error) else "internal error"
+                    )
 
     async def _run(self, batch: Batch) -> None:
         path = self._files.path(batch.input_file_id)
@@ -199,8 +200,11 @@ class Batches:
             answers.append(answer_record(line, answer))
 
     async def _patiently(self, complete: Callable[[], Any]) -> dict[str, Any]:
-        """Clients go first: a line that finds the queue full waits."""
+        """Clients go first: a line waits for a place among those that are computed."""
         while True:
+            if not self._answering.engine_loop.has_free_places:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             try:
                 answer: dict[str, Any] = await complete()
                 return answer
@@ -226,6 +230,11 @@ class Batches:
 
     def _save(self, batch: Batch) -> None:
         write_json(self._directory / f"{batch.id}.json", asdict(batch))
+
+
+def _is_ours(error: BaseException) -> bool:
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
+    return all(isinstance(part, GossamerError) for part in parts)
 
 
 def _read(path: Path) -> Batch | None:

@@ -18,7 +18,7 @@ from typing import TypeVar
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output
-from gossamer.errors import EngineError, ServerBusyError
+from gossamer.errors import EngineError, ServerBusyError, ShuttingDownError
 from gossamer.outputs import RequestOutput
 from gossamer.sampling_params import SamplingParams
 
@@ -94,7 +94,7 @@ class EngineLoop:
             self._wake.notify()
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
-        self._fail_all(EngineError("the server is shutting down"))
+        self._fail_all(ShuttingDownError("the server is shutting down"))
 
     @property
     def num_sequences(self) -> int:
@@ -103,6 +103,11 @@ class EngineLoop:
 
     # --- what coroutines ask -----------------------------------------------------------------------------------
 
+    @property
+    def has_free_places(self) -> bool:
+        """Whether another sequence would be computed at once."""
+        return self._size < self.engine.scheduler.max_num_seqs
+
     def check_room(self, size: int) -> None:
         """Whether ``size`` more sequences may come.
 
@@ -110,7 +115,7 @@ class EngineLoop:
             ServerBusyError: too many are waiting already.
         """
         if self._size + size > self._capacity:
-            waiting = self._size - self.engine.scheduler.max_num_seqs
+            waiting = max(self._size - self.engine.scheduler.max_num_seqs, 0)
             raise ServerBusyError(
                 f"{waiting} sequences are waiting and {size} more do not fit into the queue; try again later",
                 retry_after=min(max(waiting // self.engine.scheduler.max_num_seqs, 1), 60),
@@ -182,8 +187,9 @@ class EngineLoop:
                     failures = 0
                 except Exception:
                     logger.exception("a step of the engine failed; trying its requests one by one")
+                    steps = self.engine.stats.steps
                     outputs = self.engine.step_apart()
-                    failures = 0 if outputs else failures + 1
+                    failures = 0 if outputs or self.engine.stats.steps > steps else failures + 1
                     if failures == MAX_FAILURES:
                         raise
                 self._on_outputs(outputs)

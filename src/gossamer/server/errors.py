@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from gossamer.errors import EngineError, GossamerError, ServerBusyError
+from gossamer.errors import EngineError, GossamerError, ServerBusyError, ShuttingDownError
 from gossamer.protocol import error_body
 
 
@@ -71,7 +71,7 @@ def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[
     if isinstance(error, ServerBusyError):
         status, headers = 429, {"retry-after": str(error.retry_after)}
     elif isinstance(error, EngineError):
-        status = 500
+        status = 503 if isinstance(error, ShuttingDownError) else 500
     return status, error_body(error, prompt_field), headers
 
 

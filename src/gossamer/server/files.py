@@ -8,12 +8,13 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gossamer.errors import ConfigurationError
-from gossamer.server.errors import not_found
+from gossamer.server.errors import HttpError, not_found
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -43,6 +44,8 @@ class FileStore:
         self.directory = directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            (directory / "writable").touch()
+            (directory / "writable").unlink()
         except OSError as error:
             raise ConfigurationError(f"cannot keep files in {directory}: {error.strerror}") from None
 
@@ -90,7 +93,10 @@ class FileStore:
 
     def all(self) -> list[StoredFile]:
         """Every file, the newest first."""
-        files = [self.get(path.stem) for path in self.directory.glob("file-*.json")]
+        files = []
+        for path in self.directory.glob("file-*.json"):
+            with suppress(HttpError):  # a damaged one does not hide the others
+                files.append(self.get(path.stem))
         return sorted(files, key=lambda each: (each.created_at, each.id), reverse=True)
 
     def delete(self, file_id: str) -> None:

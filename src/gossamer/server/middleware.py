@@ -68,7 +68,7 @@ class RequestLog:
                 "request_id": request_id,
                 "client": client[0],
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope.get("raw_path", b"").decode("latin-1"),  # decoded, it may hold line breaks
                 "status": scope.get("gossamer.status", status),
                 "seconds": seconds,
             }

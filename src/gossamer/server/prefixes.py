@@ -57,6 +57,8 @@ class PinnedPrefixes:
             RequestError: it cannot be computed, or not be kept.
         """
         answering = self._answering
+        if answering.llm.engine.sharing == "off":
+            raise RequestError("this server shares nothing (--sharing off), so nothing can be pinned", param="prompt")
         if messages is not None:
             tokens = await answering.in_worker(lambda: answering.conversation_ids(messages))
         elif prompt is not None:

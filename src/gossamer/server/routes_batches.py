@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -18,6 +18,7 @@ from gossamer.server.service import Service
 
 router = APIRouter(tags=["batches"])
 PART_BYTES = 1 << 20
+Limit = Annotated[int, Query(ge=1, le=10_000)]
 _UPLOAD = {
     "requestBody": {
         "required": True,
@@ -53,9 +54,15 @@ def _service(request: Request) -> Service:
     return service
 
 
-def _listed(objects: list[dict[str, Any]]) -> dict[str, Any]:
+def _page(objects: list[dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    """Up to ``limit`` objects, those behind the one of id ``after``."""
+    ids = [each["id"] for each in objects]
+    if after is not None and after not in ids:
+        raise RequestError(f"there is no {after!r} in the list", param="after")
+    objects = objects[ids.index(after) + 1 if after is not None else 0 :]
+    more, objects = len(objects) > limit, objects[:limit]
     ends = {"first_id": objects[0]["id"] if objects else None, "last_id": objects[-1]["id"] if objects else None}
-    return {"object": "list", "data": objects, "has_more": False} | ends
+    return {"object": "list", "data": objects, "has_more": more} | ends
 
 
 @router.post("/v1/files", responses=errors(400, 408, 413, 415), openapi_extra=_UPLOAD)
@@ -82,10 +89,13 @@ async def _parts(file: UploadFile) -> AsyncIterator[bytes]:
         yield part
 
 
-@router.get("/v1/files", responses=errors())
-async def list_files(request: Request) -> dict[str, Any]:
+@router.get("/v1/files", responses=errors(400))
+async def list_files(
+    request: Request, after: str | None = None, limit: Limit = 10_000, purpose: str | None = None
+) -> dict[str, Any]:
     """All files, the newest first."""
-    return _listed([each.to_dict() for each in _service(request).ready.files.all()])
+    files = _service(request).ready.files.all()
+    return _page([each.to_dict() for each in files if purpose in (None, each.purpose)], after, limit)
 
 
 @router.get("/v1/files/{file_id}", responses=errors(404))
@@ -123,10 +133,10 @@ async def create_batch(request: Request) -> JSONResponse:
     return JSONResponse(batch.to_dict())
 
 
-@router.get("/v1/batches", responses=errors())
-async def list_batches(request: Request) -> dict[str, Any]:
+@router.get("/v1/batches", responses=errors(400))
+async def list_batches(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """All batches, the newest first."""
-    return _listed([each.to_dict() for each in _service(request).ready.batches.all()])
+    return _page([each.to_dict() for each in _service(request).ready.batches.all()], after, limit)
 
 
 @router.get("/v1/batches/{batch_id}", responses=errors(404))

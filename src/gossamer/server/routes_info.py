@@ -47,6 +47,7 @@ def _service(request: Request) -> Service:
     return service
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=errors())
 async def health(request: Request) -> dict[str, str]:
     """200 if requests are answered; 503 while the model is loaded, and at the end."""
@@ -100,6 +101,8 @@ async def tokenize(request: Request) -> JSONResponse:
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    if body.messages is not None and not body.add_special_tokens:
+        raise RequestError("the chat template decides about special tokens", param="add_special_tokens")
     if body.messages is not None:
         messages = [{"role": each.role, "content": each.content} for each in body.messages]
         ids = await answering.in_worker(lambda: answering.chat_ids(messages))
@@ -127,5 +130,5 @@ async def detokenize(request: Request) -> JSONResponse:
     service.check_model(body.model)
     intake = answering.llm.engine.intake
     ids = intake.check_ids(body.tokens, "", "tokens") if body.tokens else []
-    text = await answering.in_worker(lambda: answering.llm.tokenizer.decode(ids))
+    text = await answering.in_worker(lambda: answering.decode(ids))
     return JSONResponse({"prompt": text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from gossamer.errors import ConfigurationError
 from gossamer.server.app import create_app
 from gossamer.server.http_protocol import BoundedProtocol
 from gossamer.server.logs import configure_logs
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gossamer import LLM
 
 logger = logging.getLogger("gossamer.server")
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 GRACE = 5.0  # seconds to tell the clients that time is over
 
 
@@ -34,10 +37,32 @@ def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
     # uvicorn raises the signal again once it has ended; by then everything is done.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda number, frame: None)
+    if not options.api_keys and options.host not in _LOCAL:
+        logger.warning("listening on %s without an API key: whoever reaches it may use it", options.host)
+    sockets = [_listen(options.host, options.port)]
     server = make_server(load, options)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(server.serve())
-    return 1 if server.failed else 0
+        asyncio.run(server.serve(sockets))
+    status = 1 if server.failed else 0
+    if server.ended_early:  # a thread still reads the model, which cannot be interrupted
+        os._exit(status)
+    return status
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket, before a model is loaded for it.
+
+    Raises:
+        ConfigurationError: the address is taken, or is none of this machine's.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigurationError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+    return listening
 
 
 def make_server(load: Callable[[], LLM], options: ServerOptions) -> Server:
@@ -64,13 +89,14 @@ class Server(uvicorn.Server):
     Attributes:
         address: ``http://host:port`` once it listens.
         failed: whether it ended by itself.
+        ended_early: whether it ended while the model was being loaded.
     """
 
     def __init__(self, config: uvicorn.Config, options: ServerOptions) -> None:
         super().__init__(config)
         self.options = options
         self.address = ""
-        self.failed = False
+        self.failed = self.ended_early = False
 
     @property
     def service(self) -> Service:
@@ -98,6 +124,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watch.cancel()
+        self.ended_early = self.service.state == "loading"
         self.service.drain()
         logger.info("finishing what is running; another signal ends it at once")
         deadline = asyncio.create_task(self._give_up())

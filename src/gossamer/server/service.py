@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gossamer.errors import GossamerError
 from gossamer.sampling_params import SamplingParams
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from gossamer import LLM
 
 logger = logging.getLogger("gossamer.server")
+T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
 WARM_UP = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -63,21 +66,25 @@ class Service:
         try:
             await self._start()
         except Exception as error:
-            if not isinstance(error, GossamerError):
+            # Why is for the log: it may name paths, and everybody may ask for /health.
+            if isinstance(error, GossamerError):
+                logger.error("the model could not be loaded: %s", error)
+            else:
                 logger.exception("the model could not be loaded")
-            self._fail(str(error))
+            self._fail("the model could not be loaded")
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
         self.failed.set()
 
     async def _start(self) -> None:
-        llm = await asyncio.to_thread(self._load)
-        # a few steps of each kind, so that the first request does not wait for what is made on first use
-        texts = ["Warm-up " * 8 + str(index) for index in range(min(4, llm.engine.scheduler.max_num_seqs))]
-        await asyncio.to_thread(llm.generate, texts, WARM_UP, False)
-        llm.engine.tree.evict(llm.engine.budget.total)
-        llm.engine.reset_stats()
+        directory = self.options.data_dir
+        if directory is None:
+            self._temporary = TemporaryDirectory(prefix="gossamer-")
+            directory = Path(self._temporary.name)
+        files = FileStore(directory / "files")  # before the model: that should not have to be loaded to find out
+        llm = await _in_daemon(self._load)
+        await _in_daemon(lambda: _warm_up(llm))
         metrics = Metrics(llm.engine, self.options.model_names[0])
         engine_loop = EngineLoop(
             llm.engine, max_queue=self.options.max_queue, on_outputs=metrics.count_outputs, on_failure=self._fail
@@ -89,18 +96,14 @@ class Service:
             max_sequences=llm.engine.scheduler.max_num_seqs,
         )
         engine_loop.start()
-        directory = self.options.data_dir
-        if directory is None:
-            self._temporary = TemporaryDirectory(prefix="gossamer-")
-            directory = Path(self._temporary.name)
-        files = FileStore(directory / "files")
         batches = Batches(directory / "batches", files, answering, max_in_flight=answering.max_sequences)
         self._loaded = _Loaded(answering, engine_loop, metrics, PinnedPrefixes(answering), files, batches)
         for path in self.options.pinned:
             await self._loaded.prefixes.pin_file(path)
         gc.collect()
         gc.freeze()  # what is there now stays: the garbage collector need not search it again and again
-        self.state, self.reason = "ready", ""
+        if self.state == "loading":
+            self.state, self.reason = "ready", ""
         logger.info("ready: %s", ", ".join(self.options.model_names))
 
     async def stop(self) -> None:
@@ -154,3 +157,27 @@ class Service:
         if self._loaded is None:
             raise unavailable(f"{self.state}: {self.reason}")
         return self._loaded.metrics
+
+
+def _warm_up(llm: LLM) -> None:
+    """A few steps of each kind, so that the first request does not wait for what is made on first use."""
+    engine = llm.engine
+    ids = engine.intake.encode("Warm-up " * 8, "warm-up")[1][: engine.max_model_len - 1]
+    prompts = [{"prompt_token_ids": ids[index:]} for index in range(min(4, len(ids), engine.scheduler.max_num_seqs))]
+    llm.generate(prompts, WARM_UP, False)
+    engine.tree.evict(engine.budget.total)
+    engine.reset_stats()
+
+
+async def _in_daemon(function: Callable[[], T]) -> T:
+    """Run ``function`` in a thread that the end of the process does not wait for."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await asyncio.wrap_future(future)

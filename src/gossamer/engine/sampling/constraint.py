@@ -80,14 +80,16 @@ class GrammarCompiler:
             InvalidSamplingParamsError: the schema, pattern or list makes no grammar.
             UnsupportedModelError: the tokenizer cannot be walked through.
         """
+        key = json.dumps(params.to_dict())  # the order of a schema's properties is that of the answer
         with self._lock:
-            key = json.dumps(params.to_dict(), sort_keys=True)
             matcher = self._compiled.get(key)
-            if matcher is None:
-                matcher = self._compiled[key] = self._compile(params)
-                while len(self._compiled) > MAX_GRAMMARS:
-                    self._compiled.popitem(last=False)
+        if matcher is None:
+            matcher = self._compile(params)  # outside of the lock: others need not wait for it
+        with self._lock:
+            self._compiled[key] = matcher
             self._compiled.move_to_end(key)
+            while len(self._compiled) > MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
             return Constraint(matcher.deep_copy(), self._vocab_size)
 
     def _compile(self, params: StructuredOutputsParams) -> LLMatcher:
