@@ -292,15 +292,14 @@ class CompletionRequest(_Body):
 
     def engine_prompts(self) -> list[str | dict[str, Any]]:
         """The prompts in the form the engine takes."""
-        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
-        return [
-            {"prompt_token_ids": prompt} | salt
-            if isinstance(prompt, list)
-            else {"prompt": prompt} | salt
-            if salt
-            else prompt
-            for prompt in self.prompt
-        ]
+        prompts: list[str | dict[str, Any]] = []
+        for prompt in self.prompt:
+            if isinstance(prompt, str) and self.cache_salt is None:
+                prompts.append(prompt)
+            else:
+                name = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+                prompts.append({name: prompt, "cache_salt": self.cache_salt})
+        return prompts
 
     def _logprob_count(self) -> int | None:
         return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs

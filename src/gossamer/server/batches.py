@@ -152,10 +152,9 @@ class Batches:
                 await self._run(batch)
             except Exception as error:
                 logger.exception("a batch failed", extra={"batch_id": batch.id})
+                reason = "its lines cannot be read or written" if _is_ours(error) else "internal error"
                 with contextlib.suppress(OSError):  # nothing can be written, and others are waiting
-                    self._end(
-                        batch, "failed", "its lines cannot be read or written" if _is_ours(error) else "internal error"
-                    )
+                    self._end(batch, "failed", reason)
 
     async def _run(self, batch: Batch) -> None:
         path = self._files.path(batch.input_file_id)
