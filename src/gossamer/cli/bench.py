@@ -14,6 +14,7 @@ from gossamer.cli.bench_format import numbers, optional
 from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
+from gossamer.cli.bench_serve import serve
 from gossamer.cli.engine_options import (
     AsJson,
     Dtype,
@@ -135,6 +136,7 @@ bench_app.command()(linear)
 bench_app.command()(attention)
 bench_app.command()(fisher)
 bench_app.command()(kernel)
+bench_app.command()(serve)
 
 
 def _print_table(report: dict[str, Any]) -> None:
