@@ -100,8 +100,8 @@ class Service:
         self._loaded = _Loaded(answering, engine_loop, metrics, PinnedPrefixes(answering), files, batches)
         for path in self.options.pinned:
             await self._loaded.prefixes.pin_file(path)
-        gc.collect()
         gc.freeze()  # what is there now stays: the garbage collector need not search it again and again
+        gc.collect()  # and counts from here on: it searches all once there is a quarter more than now
         if self.state == "loading":
             self.state, self.reason = "ready", ""
         logger.info("ready: %s", ", ".join(self.options.model_names))
