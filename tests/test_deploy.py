@@ -84,6 +84,7 @@ def metric_names() -> set[str]:
 def test_a_command_has_only_options_of_the_server(name: str) -> None:
     words = COMMANDS[name]
     assert words[0].endswith("gossamer") and words[1] == "serve"
+    # typer says Command; an application with several commands is a group
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     values = serve.make_context("serve", words[2:]).params  # raises if an option is unknown or has a wrong value
     assert values["model"] == "smollm2-135m"
@@ -144,6 +145,7 @@ def test_nginx_sends_events_on_as_they_come() -> None:
 def test_paths_are_those_of_the_server(path: str) -> None:
     from gossamer.server import create_app
 
+    # nothing is loaded for the document alone
     assert path in create_app(lambda: None, ServerOptions()).openapi()["paths"]  # type: ignore[arg-type, return-value]
 
 
@@ -165,6 +167,7 @@ def test_the_dashboard_can_be_pointed_at_any_source_and_model() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/how-to/deploy.md", "docs/how-to/serve.md"])
 def test_options_in_the_docs_exist(page: str) -> None:
+    # typer says Command; an application with several commands is a group
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     known = {option for parameter in serve.params for option in parameter.opts}
     text = (DEPLOY.parent / page).read_text("utf-8")

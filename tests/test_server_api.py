@@ -260,6 +260,8 @@ def test_tokens_there_and_back(server: Running) -> None:
     _, chat = server.call("/tokenize", {"messages": HELLO})
     _, back = server.call("/detokenize", {"tokens": chat["tokens"]})
     assert back["prompt"] == "<user>Hello, who are you?\n<assistant>"
+    _, developer = server.call("/tokenize", {"messages": [{"role": "developer", "content": "Be brief."}]})
+    assert server.call("/detokenize", {"tokens": developer["tokens"]})[1]["prompt"].startswith("<system>")
     for body, param in (({}, "prompt"), ({"prompt": "x", "messages": HELLO}, "prompt"), ({"prompt": 5}, "prompt")):
         status, answer = server.call("/tokenize", body)
         assert status == 400 and answer["error"]["param"] == param

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from gossamer.errors import ConfigurationError
+from gossamer.protocol.decoding import InvalidJsonError, decode_json
 
 #: No request is longer than this; it bounds the memory that a file without line breaks can take.
 MAX_LINE_BYTES = 16 * 2**20
@@ -105,22 +105,12 @@ def _decode(raw: bytes | None) -> dict[str, Any]:
     if raw is None:
         raise _Invalid("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
-        fields = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise _Invalid(
-            "invalid_utf8", f"the line is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
-        ) from None
-    except RecursionError:
-        raise _Invalid("invalid_json", "the line is not usable JSON: it is nested too deeply") from None
-    except ValueError as error:
-        raise _Invalid("invalid_json", f"the line is not JSON: {error}") from None
+        fields = decode_json(raw, "the line")
+    except InvalidJsonError as error:
+        raise _Invalid(error.code, str(error)) from None
     if not isinstance(fields, dict):
         raise _Invalid("invalid_line", "the line must be a JSON object")
     return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _custom_id(fields: dict[str, Any]) -> str:

@@ -226,7 +226,7 @@ class Engine:
         works = self.scheduler.schedule()
         self._ended += self._take_failures() + self._take_trivial()
         if not works:
-            if self.requests and not self._ended:
+            if self.requests and not self._ended and not self.scheduler.apart:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return self._take_ended()
         plan, rows, count = self.planner.plan(works)
@@ -257,7 +257,7 @@ class Engine:
             scheduler.waiting, scheduler.apart = deque(), True
             try:
                 ended += self.step()
-            except Exception as error:
+            except Exception as error:  # whatever it is, it belongs to this request alone
                 failure = self._fail(request, EngineError(f"the engine failed on this request: {error!r}"))
                 ended += [] if failure is None else [failure]
             active = [sequence for sequence in active if sequence.request is not request] + scheduler.active

@@ -7,6 +7,7 @@ Values are not converted either: ``"temperature": "0.5"`` is refused. ``null`` m
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -324,6 +325,14 @@ class ChatMessage(BaseModel):
         return _drop_nulls(message, _NOT_OFFERED_IN_MESSAGES)
 
 
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages for a chat template. ``developer`` is OpenAI's later name of ``system``; templates know that."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        for message in messages
+    ]
+
+
 class ChatCompletionRequest(_Body):
     """Body of ``POST /v1/chat/completions``.
 
@@ -350,11 +359,8 @@ class ChatCompletionRequest(_Body):
         return self
 
     def chat_messages(self) -> list[dict[str, str]]:
-        """The messages for a chat template. ``developer`` is OpenAI's later name of ``system``; templates know that."""
-        return [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in self.messages
-        ]
+        """The messages for a chat template."""
+        return template_messages(self.messages)
 
     def _token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens

@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.errors import GossamerError, RequestError, ServerBusyError
-from gossamer.server.answering import Answering
+from gossamer.server.answering import Answering, Body
 from gossamer.server.errors import HttpError, not_found
 from gossamer.server.files import FileStore, StoredFile, new_id, write_json
 
@@ -150,7 +149,7 @@ class Batches:
             batch = await self._waiting.get()
             try:
                 await self._run(batch)
-            except Exception as error:
+            except Exception as error:  # one batch must not take those behind it along
                 logger.exception("a batch failed", extra={"batch_id": batch.id})
                 reason = "its lines cannot be read or written" if _is_ours(error) else "internal error"
                 with contextlib.suppress(OSError):  # nothing can be written, and others are waiting
@@ -176,6 +175,8 @@ class Batches:
                         failures.append(invalid_record(line))
                     elif line.custom_id not in answers.answered:
                         await room.acquire()
+                        while not self._answering.engine_loop.has_free_places:  # clients go first
+                            await asyncio.sleep(RETRY_SECONDS)
                         task = group.create_task(self._answer(batch, line, answers, failures))
                         task.add_done_callback(lambda _: room.release())
                     await asyncio.sleep(0)
@@ -188,7 +189,7 @@ class Batches:
             if line.url != batch.endpoint:
                 raise RequestError(f"url is {line.url}; this batch is for {batch.endpoint}", param="url")
             body = read_body(line)
-            answer = await self._patiently(lambda: self._answering.complete(body))
+            answer = await self._patiently(body)
         except GossamerError as error:
             if self._answering.engine_loop.failure is not None:
                 await asyncio.Future()  # the line is not to blame; the next server answers it
@@ -198,15 +199,11 @@ class Batches:
             batch.completed += 1
             answers.append(answer_record(line, answer))
 
-    async def _patiently(self, complete: Callable[[], Any]) -> dict[str, Any]:
-        """Clients go first: a line waits for a place among those that are computed."""
+    async def _patiently(self, body: Body) -> dict[str, Any]:
+        """The answer, however often clients have filled the queue before."""
         while True:
-            if not self._answering.engine_loop.has_free_places:
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
             try:
-                answer: dict[str, Any] = await complete()
-                return answer
+                return await self._answering.complete(body)
             except ServerBusyError:
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -144,7 +144,8 @@ class EngineLoop:
         if self._tickets.pop(ticket.request_id, None) is None:
             return
         self._size -= ticket.size
-        if ticket.output is None or not ticket.output.finished:
+        unfinished = ticket.output is None or not ticket.output.finished
+        if unfinished and self.failure is None and not self._stopping:
             self._ask(lambda: self.engine.abort(ticket.request_id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
@@ -159,12 +160,14 @@ class EngineLoop:
             except BaseException as error:
                 future.set_exception(error)
 
+        if self.failure is not None:
+            raise EngineError(f"the engine has stopped: {self.failure}")
+        if self._stopping:
+            raise ShuttingDownError("the server is shutting down")
         self._ask(answer)
         return await asyncio.wrap_future(future)
 
     def _ask(self, work: Callable[[], None]) -> None:
-        if self.failure is not None:
-            raise EngineError(f"the engine has stopped: {self.failure}")
         with self._wake:
             self._asked.append(work)
             self._wake.notify()
@@ -185,7 +188,7 @@ class EngineLoop:
                 try:
                     outputs = self.engine.step()
                     failures = 0
-                except Exception:
+                except Exception:  # of the model or our own: the thread must go on for everybody else
                     logger.exception("a step of the engine failed; trying its requests one by one")
                     steps = self.engine.stats.steps
                     outputs = self.engine.step_apart()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -15,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import GossamerError, RequestError
+from gossamer.protocol.decoding import InvalidJsonError, decode_json
 from gossamer.protocol.requests import as_request_error
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
@@ -42,13 +42,9 @@ async def read_json(request: Request) -> Any:
         raise HttpError(415, f"content-type must be application/json, got {kind!r}", code="unsupported_media_type")
     raw = await request.body()
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
-    except RecursionError:
-        raise RequestError("the body is nested too deeply") from None
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON: {error}") from None
+        return decode_json(raw, "the body")
+    except InvalidJsonError as error:
+        raise RequestError(str(error)) from None
 
 
 def parse_body(model: type[M], body: Any) -> M:
@@ -63,10 +59,6 @@ def parse_body(model: type[M], body: Any) -> M:
         return model.model_validate(body)
     except ValidationError as error:
         raise as_request_error(error) from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 async def while_connected(receive: Receive, work: Awaitable[T], timeout: float) -> T:
@@ -117,7 +109,7 @@ class EventStream(Response):
             await while_connected(receive, self._send(send), self._timeout)
         except Disconnected:
             scope["gossamer.status"] = CLIENT_GONE
-        except Exception as error:
+        except Exception as error:  # a stream that has begun can only end with an event that says so
             if not self._begun:
                 if not isinstance(error, GossamerError):
                     raise

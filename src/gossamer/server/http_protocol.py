@@ -20,6 +20,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _reading_head = True
     _head = 0
 
+    # asyncio declares a BaseTransport and gives a Transport, as uvicorn's own signature says
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._arm()

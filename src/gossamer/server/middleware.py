@@ -56,7 +56,7 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception as error:
+        except Exception as error:  # the last place where it can become an answer; the log has it whole
             errors.exception("internal error", extra={"request_id": request_id})
             scope["gossamer.error"] = repr(error)
             if status == 0:

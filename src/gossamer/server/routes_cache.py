@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol.requests import ChatMessage
+from gossamer.protocol.requests import ChatMessage, template_messages
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -46,7 +46,7 @@ async def pin(request: Request) -> JSONResponse:
         raise RequestError("give either prompt or messages", param="prompt")
     messages = None
     if body.messages is not None:
-        messages = [{"role": each.role, "content": each.content} for each in body.messages]
+        messages = template_messages(body.messages)
     prefix = await prefixes.pin(prompt=body.prompt, messages=messages, name=body.name, cache_salt=body.cache_salt)
     return JSONResponse(prefix.to_dict())
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.requests import ChatMessage
+from gossamer.protocol.requests import ChatMessage, template_messages
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -104,7 +104,7 @@ async def tokenize(request: Request) -> JSONResponse:
     if body.messages is not None and not body.add_special_tokens:
         raise RequestError("the chat template decides about special tokens", param="add_special_tokens")
     if body.messages is not None:
-        messages = [{"role": each.role, "content": each.content} for each in body.messages]
+        messages = template_messages(body.messages)
         ids = await answering.in_worker(lambda: answering.chat_ids(messages))
     elif body.prompt:
         text = body.prompt

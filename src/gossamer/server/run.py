@@ -100,6 +100,7 @@ class Server(uvicorn.Server):
 
     @property
     def service(self) -> Service:
+        # uvicorn allows the name of an application too; we give it the application
         service: Service = self.config.app.state.service  # type: ignore[union-attr]
         return service
 

@@ -65,7 +65,7 @@ class Service:
         """Load the model and warm it up; then the server is ready. A failure is kept in ``reason``."""
         try:
             await self._start()
-        except Exception as error:
+        except Exception as error:  # models and their files can raise anything; the server says so and ends
             # Why is for the log: it may name paths, and everybody may ask for /health.
             if isinstance(error, GossamerError):
                 logger.error("the model could not be loaded: %s", error)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from gossamer.bench.peers.process import Peer
-from gossamer.bench.peers.registry import ENVIRONMENTS, HERE, KINDS, PeerKind
-from gossamer.errors import ConfigurationError, GossamerError, PeerError
+from gossamer.bench.peers.registry import ENVIRONMENTS, HERE, KINDS, PeerKind, chosen_names
+from gossamer.errors import GossamerError, PeerError
 from gossamer.models.resolve import resolve_model
 from gossamer.system import available_memory
 
-ALL = "all"
 # OpenMP's threads look out for work for a while before they sleep, up to 0.2 s: the next one waits until they do.
 SETTLE_SECONDS = 0.25
 WARM_UP_STEPS = 2
@@ -47,12 +46,7 @@ def peer_names(text: str) -> tuple[str, ...]:
     >>> peer_names("vllm, openvino")
     ('vllm', 'openvino')
     """
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if ALL in names:
-        return tuple(KINDS)
-    if unknown := [name for name in names if name not in KINDS]:
-        raise ConfigurationError(f"--peers takes names among {', '.join(KINDS)}, or {ALL}; got {unknown[0]!r}")
-    return names
+    return chosen_names(text, KINDS)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.bench.peers import models
+from gossamer.errors import ConfigurationError
 
 HERE = Path(__file__).parent
 INSTALLED = ".installed"  # written last by `make bench-peers`
 ENVIRONMENTS = Path(".venv-bench")
+ALL = "all"  # in the place of names
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,18 @@ KINDS = {
         PeerKind("transformers", "transformers.py", copies="same", own_environment=False),
     )
 }
+
+
+def chosen_names(text: str, known: Iterable[str]) -> tuple[str, ...]:
+    """The names in a list, each once, or all that are known.
+
+    Raises:
+        ConfigurationError: one is not known.
+    """
+    known = tuple(known)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if ALL in names:
+        return known
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigurationError(f"--peers takes names among {', '.join(known)}, or {ALL}; got {unknown[0]!r}")
+    return names

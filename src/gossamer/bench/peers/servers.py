@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.bench.peers.process import child_environment
-from gossamer.bench.peers.registry import HERE, INSTALLED, KINDS
-from gossamer.errors import ConfigurationError, PeerError
+from gossamer.bench.peers.registry import HERE, INSTALLED, KINDS, chosen_names
+from gossamer.errors import PeerError
 
-ALL = "all"
 _VERSION_SECONDS = 60
 _GUIDE = "docs/how-to/bench.md says how"
 
@@ -99,12 +98,7 @@ def server_names(text: str) -> tuple[str, ...]:
     >>> server_names("vllm, llama.cpp")
     ('vllm', 'llama.cpp')
     """
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if ALL in names:
-        return tuple(SERVERS)
-    if unknown := [name for name in names if name not in SERVERS]:
-        raise ConfigurationError(f"--peers takes names among {', '.join(SERVERS)}, or {ALL}; got {unknown[0]!r}")
-    return names
+    return chosen_names(text, SERVERS)
 
 
 def _python(peer: str, environment: Path, how: str) -> str:
