@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def connect(server: Running, data: bytes) -> socket.socket:
 def post(path: str, body: bytes, *, length: int | None = None, kind: str = "application/json") -> bytes:
     size = len(body) if length is None else length
     return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n".encode() + body
+
+
+def status_of(connection: socket.socket) -> int:
+    """Of the next answer, which is read whole."""
+    with HTTPResponse(connection) as response:
+        response.begin()
+        response.read()
+        return response.status
 
 
 def closed(connection: socket.socket) -> bool:
@@ -164,11 +173,11 @@ def test_a_second_head_that_does_not_end(server: Running) -> None:
     connection = connect(server, post("/v1/completions", body))
     connection.settimeout(15)
     try:
-        assert b" 200 " in connection.recv(65536)
+        assert status_of(connection) == 200
         connection.sendall(b"GET /health HTTP")  # in two pieces, on the same connection
         time.sleep(0.2)
         connection.sendall(b"/1.1\r\nhost: x\r\n\r\n")
-        assert b" 200 " in connection.recv(65536)
+        assert status_of(connection) == 200
         connection.sendall(post("/v1/completions", json.dumps(LONG).encode()))
         for i in range(200):
             connection.sendall(f"x-{i}: {'a' * 10000}\r\n".encode())

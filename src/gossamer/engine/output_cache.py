@@ -23,6 +23,6 @@ def keep_output(sequence: Sequence, tree: PrefixTree) -> None:
         for own, stored in ((node.keys, slot.bucket.keys), (node.values, slot.bucket.values)):
             for target, source in zip(own, stored, strict=True):
                 target.copy_(source[slot.index, :, first : first + len(node)])
-        node.computed, node.owner = len(node), sequence
+        node.computed, node.owner = len(node), sequence.order
     tree.lock(node)  # unlocking counts as a use, and drops what could not be stored
     tree.unlock(node)

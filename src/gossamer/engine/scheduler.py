@@ -186,7 +186,7 @@ class Scheduler:
                 return
             count = min(len(node) - node.computed, self._tokens_left)
             works.append(Work(sequence, node.start + node.computed, count, node, node.computed))
-            node.owner = sequence
+            node.owner = sequence.order
             in_step[node] = node.computed + count
             self._tokens_left -= count
             if in_step[node] < len(node):

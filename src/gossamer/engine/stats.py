@@ -63,7 +63,7 @@ class EngineStats:
         sequence.counted = True
         self.prompt_tokens += len(sequence.request.prompt_token_ids)
         for level, node in enumerate(path, start=1):
-            if node.owner is not sequence:
+            if node.owner != sequence.order:
                 sequence.num_cached += len(node)
                 self.saved_by_level[level] += len(node)
         self.saved_tokens += sequence.num_cached

@@ -37,7 +37,7 @@ class Node:
     Attributes:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
-        owner: who computed it (any hashable), for the statistics of tokens saved; of a root, its salt.
+        owner: which sequence computed it, by its order, for the statistics of tokens saved; of a root, its salt.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
     """
