@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gossamer import LLM, SamplingParams
+from gossamer import LLM, BeamSearchParams, SamplingParams
 from gossamer.engine.sampling import Sampler
-from gossamer.errors import EngineError
+from gossamer.errors import EngineError, MemoryBudgetError
 
 PROMPTS = [f"The same beginning for all of them, and then number {i}" for i in range(6)]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -115,3 +117,30 @@ def test_a_fault_that_passes_costs_nobody_anything(tiny: Path, llm: LLM, monkeyp
     outputs = run(other)
     for i in range(6):
         assert outputs[str(i)].outputs[0].token_ids == expected[i].outputs[0].token_ids
+
+
+def test_nothing_of_an_ended_request_waits_for_a_garbage_collection(tiny: Path) -> None:
+    llm = LLM(tiny)
+    engine = llm.engine
+    engine.add_request("many", PROMPTS[0], SamplingParams(n=3, max_tokens=4, stop=["never"], ignore_eos=True))
+    engine.add_request("stream", PROMPTS[1], GREEDY, stream=True)
+    engine.add_request("aborted", PROMPTS[2], SamplingParams(n=2, max_tokens=100, ignore_eos=True))
+    engine.add_request("too large", PROMPTS[3], GREEDY)
+    engine.add_score("score", PROMPTS[4])
+    engine.add_beam_search("beam", PROMPTS[5], BeamSearchParams(beam_width=3, max_tokens=4))
+    requests = list(engine.requests.values())
+    left = [weakref.ref(each) for request in requests for each in (request, *request.sequences)]
+    failing = requests[3].sequences[0]
+    gc.collect()
+    gc.disable()
+    try:
+        ended = {output.request_id for output in engine.step()}
+        engine.abort("aborted")
+        engine.scheduler.release(failing)
+        engine.scheduler.failed.append((failing, MemoryBudgetError("no room")))
+        del requests, failing
+        assert ended | set(run(llm)) == {"many", "stream", "too large", "score", "beam"}
+        assert llm.generate([PROMPTS[0]], GREEDY)  # the engine knows its latest step
+        assert [each() for each in left] == [None] * len(left)
+    finally:
+        gc.enable()

@@ -173,8 +173,10 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request. Unknown and finished ones are ignored."""
         request = self.requests.pop(request_id, None)
-        for sequence in request.sequences if request else ():
-            self._end(sequence)
+        if request is not None:
+            for sequence in request.sequences:
+                self._end(sequence)
+            request.release()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -420,7 +422,9 @@ class Engine:
     def _finish(self, request: Request) -> Output:
         del self.requests[request.request_id]
         self.stats.finished_requests += 1
-        return self.results.build(request)
+        output = self.results.build(request)
+        request.release()
+        return output
 
     def _is_done(self, sequence: Sequence) -> bool:
         if sequence.generate:
@@ -445,7 +449,9 @@ class Engine:
             if not isinstance(error, MemoryBudgetError):  # what went wrong may stand in the keys and values
                 self.tree.forget(sequence.tokens, request.cache_salt)
         self.stats.failed_requests += 1
-        return self.results.build(request, error)
+        output = self.results.build(request, error)
+        request.release()
+        return output
 
     def _take_trivial(self) -> list[Output]:
         requests, self._trivial = self._trivial, []

@@ -117,3 +117,7 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(s.status is Status.FINISHED for s in self.sequences)
+
+    def release(self) -> None:
+        """Let go of the sequences, which refer to it: so nothing of an ended request waits for a garbage collection."""
+        self.sequences, self.beam = [], None
