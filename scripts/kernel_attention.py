@@ -15,38 +15,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pydoc_data import topics
 from typing import Any
 
 import torch
+from real_heads import RealHeads
 from torch import Tensor
-from transformers import AttentionInterface
 
-from gossamer.models import resolve_model
-from gossamer.models.load import load_model
 from gossamer.operators.gaussian.attention import KernelAttention
 from gossamer.operators.gaussian.report import ProductReport
-
-Head = tuple[Tensor, Tensor, Tensor]
-
-
-def heads_of(model: Any, ids: Tensor, wanted: list[int]) -> dict[tuple[int, int], Head]:
-    """Queries, keys and values (n, d) of some heads of every layer."""
-    found: dict[tuple[int, int], Head] = {}
-
-    def record(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any) -> Any:
-        group = q.shape[1] // k.shape[1]
-        for head in wanted:
-            found[module.layer_idx, head] = q[0, head].clone(), k[0, head // group].clone(), v[0, head // group].clone()
-        many = (part.repeat_interleave(group, 1) for part in (k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, *many, is_causal=True, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("recorded", record)
-    model.set_attn_implementation("recorded")
-    with torch.no_grad():
-        model.model(ids)
-    return found
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -64,18 +40,17 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    model, tokenizer = load_model(resolve_model(arguments.model), dtype="float32")
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.length])[None]
-    step = model.config.num_attention_heads // arguments.heads
-    found = heads_of(model, ids, list(range(0, step * arguments.heads, step)))
-    print(f"{ids.shape[1]} tokens, eps = {arguments.eps:g}, {torch.get_num_threads()} threads, seconds")
+    model = RealHeads(arguments.model)
+    length = min(arguments.length, model.longest, len(model.ids))
+    every = model.heads // arguments.heads
+    wanted = {(layer, every * head) for layer in range(model.layers) for head in range(arguments.heads)}
+    print(f"{length} tokens, eps = {arguments.eps:g}, {torch.get_num_threads()} threads, seconds")
     print(
         f"{'layer':>5}{'head':>5}{'flash':>8}{'first':>8}{'again':>8}{'flash / again':>15}"
         f"{'error':>8}{'said':>7}{'of K':>7}  how"
     )
     faster, kept = [], 0
-    for (layer, head), (q, k, v) in found.items():
+    for (layer, head), (q, k, v) in model.on_text(0, length, wanted).items():
         times, error, report = compare(q, k, v, arguments.causal, arguments.eps, arguments.repeats)
         flash, first, again = times
         figures = f"{flash:8.3f}{first:8.3f}{again:8.3f}{flash / again:15.2f}{error:8.3f}{report.error:7.3f}"
@@ -83,7 +58,7 @@ def main() -> None:
         kept += error <= arguments.eps
         if again < flash:
             faster.append(f"{layer}.{head}")
-    print(f"within eps: {kept} of {len(found)} heads")
+    print(f"within eps: {kept} of {len(wanted)} heads")
     print(f"faster than flash attention with the index known: {', '.join(faster) or 'none'}")
 
 

@@ -65,6 +65,7 @@ def bench_kernel(
     repeats: int = 3,
     keops: bool = True,
     progress: Callable[[str], None] = lambda what: None,
+    on_result: Callable[[KernelResult], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measures each family at each size; returns machine, results and fitted growth.
 
@@ -76,6 +77,7 @@ def bench_kernel(
         repeats: rounds that count; each has fresh points and a fresh x.
         keops: measure KeOps too, if it is installed.
         progress: called with what comes next.
+        on_result: called with each result when it is there.
 
     Raises:
         ConfigurationError: there is no such family, or a size, d, eps or repeats is not above 0.
@@ -92,6 +94,7 @@ def bench_kernel(
         for n in sizes:
             progress(f"{family}, {n:,} points")
             results.append(_measure(family, n, d, eps, repeats, ceilings, with_keops))
+            on_result(results[-1])
     return {
         "machine": describe() | ceilings.best,
         "results": [result.to_dict() for result in results],
