@@ -112,9 +112,10 @@ def of_attention(head: Head, backend: str, seed: int) -> Trial:
     spread = (values - values.mean(0)).double().square().sum(1).mean().sqrt()
 
     def trial(eps: float, confidence: Any) -> tuple[float, ProductReport]:
-        state, report = attention.apply(values, eps, confidence)
+        product = attention.apply(values, eps, confidence)
+        state = product.state
         squares = (state.out[0, 0] - out).square().sum(1) + (spread * (state.lse[0, 0] - lse)).square()
-        return float(squares.mean().sqrt() / spread), report
+        return float(squares.mean().sqrt() / spread), product.report
 
     return trial
 
