@@ -36,7 +36,7 @@ def kernel(
         import torch
 
         torch.set_num_threads(threads)
-    from gossamer.bench.kernel import bench_kernel
+    from gossamer.bench.kernel import KernelResult, bench_kernel
     from gossamer.errors import ConfigurationError
 
     try:
@@ -47,6 +47,13 @@ def kernel(
     if not as_json:
         typer.echo(f"{'points':10}{'n':>9}" + "".join(f"{name:>9}" for name in _COLUMNS) + "  how")
     with stderr.status("starting") as status:
+
+        def show(result: KernelResult) -> None:
+            if not as_json:
+                status.stop()  # while it turns, what goes to stdout would come out on stderr
+                typer.echo(_line(result.to_dict()))
+                status.start()
+
         report = bench_kernel(
             families=families,
             sizes=sizes,
@@ -55,7 +62,7 @@ def kernel(
             repeats=repeats,
             keops=keops,
             progress=status.update,
-            on_result=(lambda result: None) if as_json else (lambda result: typer.echo(_line(result.to_dict()))),
+            on_result=show,
         )
     if as_json:
         typer.echo(json.dumps(report, indent=2))
