@@ -126,6 +126,11 @@ inline void widen_bf16(const uint16_t* from, int64_t count, float* out) {
   for (; i < count; ++i) out[i] = bf16_value(from[i]);
 }
 
+// out (32) = out * fade + sums
+GOSSAMER_NOINLINE inline void add_faded(float* out, float fade, const float* sums) {
+  for (int i = 0; i < PANEL; i += W) store(out + i, fma(load(out + i), set1(fade), load(sums + i)));
+}
+
 // --- a task ----------------------------------------------------------------------------------------------------------
 
 // What a task works on.
@@ -252,6 +257,18 @@ struct Workspace {
     return fade;
   }
 
+  // Products of `of` (height, steps) with a panel of values, added to columns [d, d + 32) of the output of rows
+  // [r0, r0 + height), which is multiplied with `fade` (height) first, unless that is null.
+  template <class Dot>
+  void add_values(int64_t r0, int height, const float* fade, int64_t d, const uint8_t* panel, const Entry* of, int64_t steps,
+                  const uint8_t* ahead) const {
+    alignas(64) float sums[TILE * PANEL];
+    for (int pass = 0; pass < PASSES; ++pass)
+      tile_of<Dot>(height, panel + pass * W * 4, reinterpret_cast<const uint8_t*>(of), block * sizeof(Entry), steps,
+                   pass == 0 ? ahead : nullptr, sums + pass * W, PANEL);
+    for (int r = 0; r < height; ++r) add_faded(out + (r0 + r) * wide + d, fade ? fade[r] : 1, sums + r * PANEL);
+  }
+
   void finish(const AttentionTask& task) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = r / task.group, head = r % task.group;
@@ -292,23 +309,15 @@ inline void attend_rows(const AttentionTask& task) {
           tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
                        reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps,
                        soon_keys && pass == 0 ? soon_keys + p / PANEL * steps * 64 : nullptr,
-                       [&](int r, F low, F high) GOSSAMER_LAMBDA {
-            store(w.scores + r * w.block + p + pass * W, low);
-            store(w.scores + r * w.block + p + 16 + pass * W, high);
-          });
+                       w.scores + p + pass * W, w.block);
       float fade[8];
       for (int r = 0; r < height; ++r)
         fade[r] = w.soften(r0 + r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
-      for (int64_t d = 0; d < w.wide; d += PANEL)
-        for (int pass = 0; pass < PASSES; ++pass)
-          tile_of<Dot>(height, w.values + d / PANEL * (padded / Dot::step) * STEP_BYTES + pass * W * 4,
-                       reinterpret_cast<const uint8_t*>(w.shares), w.block * sizeof(Entry), padded / Dot::step,
-                       soon_values && pass == 0 ? soon_values + d / PANEL * (padded / Dot::step) * 64 : nullptr,
-                       [&](int r, F low, F high) GOSSAMER_LAMBDA {
-            float* o = w.out + (r0 + r) * w.wide + d + pass * W;
-            store(o, fma(load(o), set1(fade[r]), low));
-            store(o + 16, fma(load(o + 16), set1(fade[r]), high));
-          });
+      for (int64_t d = 0; d < w.wide; d += PANEL) {
+        const uint8_t* ahead = soon_values ? soon_values + d / PANEL * (padded / Dot::step) * 64 : nullptr;
+        w.template add_values<Dot>(r0, height, fade, d, w.values + d / PANEL * (padded / Dot::step) * STEP_BYTES, w.shares,
+                                   padded / Dot::step, ahead);
+      }
     }
   }
   w.finish(task);
@@ -332,6 +341,67 @@ GOSSAMER_INLINE F sums_of_lanes(F (&v)[16]) {
   return _mm512_permutexvar_ps(order, c);
 }
 
+// The products of a row of queries with 16 rows of keys, of which `there` exist; rows beyond the last are read from it.
+// What stands `ahead` bytes further on is fetched meanwhile, if FETCH.
+template <bool FETCH>
+GOSSAMER_NOINLINE void score_few(const uint32_t* q, const uint32_t* keys, int64_t words, int64_t there, int64_t ahead, float* out) {
+  F sum[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t* row = keys + (i < there ? i : there - 1) * words;
+    F each = zero();
+    for (int64_t word = 0; word < words; word += 16) {
+      each = Bf16Dot::dot(each, load_int(row + word), load_int(q + word));
+      if (FETCH) __builtin_prefetch(reinterpret_cast<const uint8_t*>(row + word) + ahead);
+    }
+    sum[i] = each;
+  }
+  store(out, sums_of_lanes(sum));
+}
+
+// out (ROWS, 16 HALVES), `wide` between rows, = out * fade (ROWS) + shares (ROWS, `block`) times `count` rows of values:
+// their entries from the d-th on, of rows of `dim` entries in `stored` bytes at v. What stands `ahead` bytes further on is
+// fetched meanwhile. Keys are taken in pairs and interleaved, which leaves groups of four dimensions in turns.
+template <int ROWS, int HALVES, bool CODED>
+GOSSAMER_NOINLINE void add_values_few(const uint8_t* v, int64_t d, int64_t dim, int64_t stored, int64_t count, int64_t ahead,
+                                      const uint16_t* shares, int64_t block, const float* fade, float* out, int64_t wide) {
+  const auto load_values = [&](const uint8_t* row, int64_t at) GOSSAMER_LAMBDA {  // 32 of them
+    const uint8_t* from = row + at * (CODED ? 1 : 2);
+    __builtin_prefetch(from + ahead);
+    if (!CODED) return load_int(from);
+    const F scale = scale_of(row, dim);
+    const F low = mul(load_int8(from), scale), high = mul(load_int8(from + 16), scale);
+    return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(high, low));
+  };
+  F sum[ROWS][HALVES];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int h = 0; h < HALVES; ++h) sum[r][h] = mul(load(out + r * wide + 16 * h), set1(fade[r]));
+  const auto add_pair = [&](int64_t i, int64_t next) GOSSAMER_LAMBDA {
+    I part[HALVES];
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; h += 2) {
+      const I a = load_values(v + i * stored, d + 16 * h), b = load_values(v + next * stored, d + 16 * h);
+      part[h] = _mm512_unpacklo_epi16(a, b);
+      part[h + 1] = _mm512_unpackhi_epi16(a, b);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const I share = broadcast(shares + r * block + i);
+#pragma GCC unroll 4
+      for (int h = 0; h < HALVES; ++h) sum[r][h] = Bf16Dot::dot(sum[r][h], part[h], share);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) add_pair(i, i + 1);
+  if (i < count) add_pair(i, i);  // the second share is 0
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int h = 0; h < HALVES; ++h) store(out + r * wide + 16 * h, sum[r][h]);
+}
+
 // For a few rows memory sets the pace, and packing a block before it is used would keep it waiting: keys and values are
 // read once, in the order in which they stand. D is a multiple of 32.
 template <int ROWS, bool CODED>
@@ -351,72 +421,21 @@ inline void attend_few(const AttentionTask& task) {
     for (int64_t p = 0; p < padded; p += 16, next_rows += 16 * stored) {
       const uint32_t* k = reinterpret_cast<const uint32_t*>(CODED ? reinterpret_cast<const uint8_t*>(w.plain) : next_rows);
       if (CODED) widen(next_rows, p + 16 <= count ? 16 : count - p, w.dim, to_keys, w.plain);
-#pragma GCC unroll 4
+      const int64_t there = count - p;
       for (int r = 0; r < ROWS; ++r) {
-        F sum[16];
-        const auto add_words = [&](const auto& row) GOSSAMER_LAMBDA {
-#pragma GCC unroll 16
-          for (int i = 0; i < 16; ++i) {
-            sum[i] = zero();
-            for (int64_t word = 0; word < words; word += 16) {
-              const uint32_t* from = k + row(i) * words + word;
-              sum[i] = Bf16Dot::dot(sum[i], load_int(from), load_int(q + r * words + word));
-              if (r == 0 && !CODED) __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + to_keys);
-            }
-          }
-        };
-        if (p + 16 <= count) {
-          add_words([](int64_t i) { return i; });
-        } else {  // rows beyond the last are read from it, and masked
-          add_words([&](int64_t i) { return p + i < count ? i : count - 1 - p; });
-        }
-        store(w.scores + r * block + p, sums_of_lanes(sum));
+        const auto score = r == 0 && !CODED ? score_few<true> : score_few<false>;
+        score(q + r * words, k, words, there, to_keys, w.scores + r * block + p);
       }
     }
     float fade[ROWS];
     for (int r = 0; r < ROWS; ++r) fade[r] = w.soften(r, w.scores + r * block, w.shares + r * block, key, padded, masked);
     const uint8_t* v = static_cast<const uint8_t*>(task.values) + key * stored;
-    const auto load_values = [&](const uint8_t* row, int64_t d) GOSSAMER_LAMBDA {  // 32 of them
-      const uint8_t* from = row + d * (CODED ? 1 : 2);
-      __builtin_prefetch(from + to_values);
-      if (!CODED) return load_int(from);
-      const F scale = scale_of(row, w.dim);
-      const F low = mul(load_int8(from), scale), high = mul(load_int8(from + 16), scale);
-      return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(high, low));
-    };
-    const auto add_values = [&](int64_t d, auto panels) GOSSAMER_LAMBDA {
-      constexpr int HALVES = 2 * decltype(panels)::value;
-      F sum[ROWS][HALVES];
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int h = 0; h < HALVES; ++h) sum[r][h] = mul(load(w.out + r * w.wide + d + 16 * h), set1(fade[r]));
-      const auto add_pair = [&](int64_t i, int64_t next) GOSSAMER_LAMBDA {
-        I part[HALVES];
-#pragma GCC unroll 2
-        for (int h = 0; h < HALVES; h += 2) {
-          const I a = load_values(v + i * stored, d + 16 * h), b = load_values(v + next * stored, d + 16 * h);
-          part[h] = _mm512_unpacklo_epi16(a, b);
-          part[h + 1] = _mm512_unpackhi_epi16(a, b);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          const I share = broadcast(w.shares + r * block + i);
-#pragma GCC unroll 4
-          for (int h = 0; h < HALVES; ++h) sum[r][h] = Bf16Dot::dot(sum[r][h], part[h], share);
-        }
-      };
-      int64_t i = 0;
-      for (; i + 2 <= count; i += 2) add_pair(i, i + 1);
-      if (i < count) add_pair(i, i);  // the second share is 0
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int h = 0; h < HALVES; ++h) store(w.out + r * w.wide + d + 16 * h, sum[r][h]);
+    const auto add_values = [&](auto function, int64_t d) {
+      function(v, d, w.dim, stored, count, to_values, w.shares, block, fade, w.out + d, w.wide);
     };
     int64_t d = 0;
-    for (; d + 64 <= w.dim; d += 64) add_values(d, Count<2>{});
-    if (d < w.dim) add_values(d, Count<1>{});
+    for (; d + 64 <= w.dim; d += 64) add_values(add_values_few<ROWS, 4, CODED>, d);
+    if (d < w.dim) add_values(add_values_few<ROWS, 2, CODED>, d);
   }
   // interleaving has left groups of four dimensions in turns
   for (int64_t r = 0; r < ROWS; ++r)

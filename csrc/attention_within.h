@@ -72,15 +72,9 @@ inline void add_values(Workspace<Entry>& w, int64_t r0, int height, const float*
   const int64_t steps = PANEL / Dot::step;
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < w.wide; d += PANEL)
-      for (int pass = 0; pass < PASSES; ++pass)
-        tile_of<Dot>(height, w.values + (panels[i] * (w.wide / PANEL) + d / PANEL) * steps * STEP_BYTES + pass * W * 4,
-                     reinterpret_cast<const uint8_t*>(w.shares + i * PANEL), w.block * sizeof(Entry), steps, nullptr,
-                     [&](int r, F low, F high) GOSSAMER_LAMBDA {
-          float* o = w.out + (r0 + r) * w.wide + d + pass * W;
-          const F factor = set1(i ? 1 : fade[r]);
-          store(o, fma(load(o), factor, low));
-          store(o + 16, fma(load(o + 16), factor, high));
-        });
+      w.template add_values<Dot>(r0, height, i ? nullptr : fade, d,
+                                 w.values + (panels[i] * (w.wide / PANEL) + d / PANEL) * steps * STEP_BYTES,
+                                 w.shares + i * PANEL, steps, nullptr);
 }
 
 template <class Dot, class Entry>
@@ -102,11 +96,7 @@ inline void attend_rows_within(const AttentionTask& task, const KeyMeans& means)
   const auto score = [&](int64_t r0, int height, int64_t place, float* to, int64_t stride) {
     for (int pass = 0; pass < PASSES; ++pass)
       tile_of<Dot>(height, w.keys + place * steps * STEP_BYTES + pass * W * 4,
-                   reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps, nullptr,
-                   [&](int r, F low, F high) GOSSAMER_LAMBDA {
-        store(to + r * stride + pass * W, low);
-        store(to + r * stride + 16 + pass * W, high);
-      });
+                   reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps, nullptr, to + pass * W, stride);
   };
   const auto first_row = [&](int64_t t) { return w.rows * t / tiles; };
   const auto height_of = [&](int64_t t) { return static_cast<int>(first_row(t + 1) - first_row(t)); };

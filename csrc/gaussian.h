@@ -15,7 +15,7 @@ static_assert(GAUSSIAN_ROWS % GAUSSIAN_TILE == 0);
 
 // Entries of GAUSSIAN_TILE rows, of which q holds [d][GAUSSIAN_TILE], and 2 W columns.
 template <bool DIFFERENCES>
-GOSSAMER_INLINE void exponentials(const float* q, const float* row, int64_t d, const float* panel, float* out) {
+GOSSAMER_NOINLINE void exponentials(const float* q, const float* row, int64_t d, const float* panel, float* out) {
   F sum[GAUSSIAN_TILE][2];
 #pragma GCC unroll 12
   for (int r = 0; r < GAUSSIAN_TILE; ++r)
@@ -38,6 +38,7 @@ GOSSAMER_INLINE void exponentials(const float* q, const float* row, int64_t d, c
   }
 #pragma GCC unroll 12
   for (int r = 0; r < GAUSSIAN_TILE; ++r)
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const F exponent = DIFFERENCES ? sub(zero(), sum[r][half]) : sum[r][half];
       store(out + r * GAUSSIAN_STRIDE + half * W, exp2(exponent));
@@ -46,7 +47,7 @@ GOSSAMER_INLINE void exponentials(const float* q, const float* row, int64_t d, c
 
 // y (2 rows, COLUMNS) += two rows of entries times x (COLUMNS, n), n a multiple of PANEL; `square` takes entries squared.
 template <int COLUMNS>
-GOSSAMER_INLINE void dot_two(const float* entries, const float* x, int64_t n, bool square, double* y,
+GOSSAMER_NOINLINE void dot_two(const float* entries, const float* x, int64_t n, bool square, double* y,
                              int64_t y_stride, bool second) {
   F sum[2][COLUMNS];
   for (int c = 0; c < COLUMNS; ++c) sum[0][c] = sum[1][c] = zero();

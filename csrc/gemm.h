@@ -11,27 +11,19 @@ constexpr int TILE = W == 16 ? 8 : 4;
 // A panel is walked in passes: pass p holds columns p W ... and 16 + p W ..., so that a gate and its factor meet.
 constexpr int PASSES = 16 / W;
 
-struct Nothing {
-  GOSSAMER_INLINE void operator()() const {}
-};
-
 // What stands at a place of a panel.
 GOSSAMER_INLINE I entries(const uint8_t* panel, int64_t at) { return load_int(panel + at); }
 
-// Where the number of steps is known to the compiler, GCC 12 warns of the second loop over them, which is empty then.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
-#endif
-
-// The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`; then `between` once, and
-// done(row, low, high). `ahead`, unless null, is memory to fetch meanwhile, a line per step.
-template <class Dot, int ROWS, class Panel, class Done, class Between = Nothing>
-GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
-                          Done&& done, Between&& between = {}) {
+// The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`, into sums + r * stride and 16
+// behind it. `ahead`, unless null, is memory to fetch meanwhile, a line per step.
+//
+// A function of its own, which nothing inlines: its sums have the registers to themselves. Where a caller's variables
+// lived beside them, compilers moved all of them to the stack and back in every step.
+template <class Dot, int ROWS, class Panel>
+GOSSAMER_NOINLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
+                            typename Dot::Number* sums, int64_t stride) {
   using gossamer::STEP_BYTES;
-  // One or two rows leave the multipliers waiting for their own results; several sums take turns.
-  constexpr int SUMS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  constexpr int SUMS = ROWS < Dot::SUMS ? Dot::SUMS / ROWS : 1;
   typename Dot::Accumulator sum[SUMS][ROWS][2];
 #pragma GCC unroll 8
   for (int u = 0; u < SUMS; ++u)
@@ -51,7 +43,7 @@ GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_
       }
     }
   }
-  for (; k < steps; ++k) {
+  for (; SUMS > 1 && k < steps; ++k) {
     const I low = entries(panel, k * STEP_BYTES), high = entries(panel, k * STEP_BYTES + 64);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -60,7 +52,6 @@ GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_
       sum[0][r][1] = Dot::dot(sum[0][r][1], high, x);
     }
   }
-  between();
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     auto low = sum[0][r][0], high = sum[0][r][1];
@@ -69,30 +60,27 @@ GOSSAMER_INLINE void tile(Panel panel, const uint8_t* a, int64_t a_bytes, int64_
       low = Dot::join(low, sum[u][r][0]);
       high = Dot::join(high, sum[u][r][1]);
     }
-    done(r, low, high);
+    std::memcpy(sums + r * stride, &low, sizeof low);
+    std::memcpy(sums + r * stride + 16, &high, sizeof high);
   }
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
 // tile<> for `rows` of at most TILE.
-template <class Dot, class Panel, class Done, class Between = Nothing>
-GOSSAMER_INLINE void tile_of(int rows, Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
-                             const uint8_t* ahead, Done&& done, Between&& between = {}) {
+template <class Dot, class Panel>
+inline void tile_of(int rows, Panel panel, const uint8_t* a, int64_t a_bytes, int64_t steps, const uint8_t* ahead,
+                    typename Dot::Number* sums, int64_t stride) {
   switch (rows) {
-    case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, done, between);
-    case 2: return tile<Dot, 2>(panel, a, a_bytes, steps, ahead, done, between);
-    case 3: return tile<Dot, 3>(panel, a, a_bytes, steps, ahead, done, between);
-    case 4: return tile<Dot, 4>(panel, a, a_bytes, steps, ahead, done, between);
+    case 1: return tile<Dot, 1>(panel, a, a_bytes, steps, ahead, sums, stride);
+    case 2: return tile<Dot, 2>(panel, a, a_bytes, steps, ahead, sums, stride);
+    case 3: return tile<Dot, 3>(panel, a, a_bytes, steps, ahead, sums, stride);
+    case 4: return tile<Dot, 4>(panel, a, a_bytes, steps, ahead, sums, stride);
   }
   if constexpr (TILE == 8) {
     switch (rows) {
-      case 5: return tile<Dot, 5>(panel, a, a_bytes, steps, ahead, done, between);
-      case 6: return tile<Dot, 6>(panel, a, a_bytes, steps, ahead, done, between);
-      case 7: return tile<Dot, 7>(panel, a, a_bytes, steps, ahead, done, between);
-      case 8: return tile<Dot, 8>(panel, a, a_bytes, steps, ahead, done, between);
+      case 5: return tile<Dot, 5>(panel, a, a_bytes, steps, ahead, sums, stride);
+      case 6: return tile<Dot, 6>(panel, a, a_bytes, steps, ahead, sums, stride);
+      case 7: return tile<Dot, 7>(panel, a, a_bytes, steps, ahead, sums, stride);
+      case 8: return tile<Dot, 8>(panel, a, a_bytes, steps, ahead, sums, stride);
     }
   }
 }

@@ -179,11 +179,11 @@ GOSSAMER_INLINE F activate(F x, Activation gate) {
 
 // Weights of the `used` columns of a panel, as numbers: (used, 32). `entries` are the panel's, or null for those of a
 // sparse one that are not at hand.
-__attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t panel, const uint8_t* entries, const int32_t* columns,
+GOSSAMER_NOINLINE inline void expand(const PackedWeight& w, int64_t panel, const uint8_t* entries, const int32_t* columns,
                                              int64_t used, float* out) {
   const uint16_t* exact = w.store(panel);
   const float* scale = w.scale(panel);
-  const I flip = set1_int(w.sparse() ? SparseDot::excess ^ 128 : 0);  // to code + 128
+  const I flip = set1_int(w.sparse() ? EXPANDED ^ 128 : 0);  // to code + 128
   alignas(64) uint8_t step[STEP_BYTES];
   for (int64_t u = 0; u < used; ++u, out += PANEL) {
     const int64_t k = columns[u];
@@ -202,77 +202,99 @@ __attribute__((noinline)) inline void expand(const PackedWeight& w, int64_t pane
   }
 }
 
-// Writes W columns of y from `column` on, or those of them that y has.
-GOSSAMER_INLINE void put(const LinearCall& c, int64_t row, int64_t column, F value) {
-  float* y = c.y + row * c.y_stride + column;
-  if (column + W <= c.y_columns) {
-    store(y, c.add ? add(load(y), value) : value);
-    return;
-  }
+// Writes those of W columns of y from `column` on that y has.
+GOSSAMER_NOINLINE inline void put_some(const LinearCall& c, float* y, int64_t column, F value) {
   float lane[W];
   store(lane, value);
   for (int64_t i = 0; column + i < c.y_columns; ++i) y[i] = c.add ? y[i] + lane[i] : lane[i];
 }
-
-// The products of a few rows with a sparse panel whose entries never leave the registers; false where that is not the
-// faster way. finish(pass, row, low, high) is given the sums.
-template <class Finish>
-GOSSAMER_INLINE bool sparse_product(const LinearCall& c, int64_t panel, int64_t used, Finish&& finish) {
-  const PackedWeight& w = *c.weight;
-  const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;
-  const uint8_t* a = static_cast<const uint8_t*>(c.x->data) + c.first_row * stride;
-  const auto outliers = [&]() GOSSAMER_LAMBDA {
-    if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
-  };
-#if defined(__AVX512VBMI2__)
-  if (rows > TILE) return false;
-  tile_of<SparseDot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr,
-                     [&](int r, I low, I high) GOSSAMER_LAMBDA { finish(0, c.first_row + r, low, high); }, outliers);
-  return true;
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  const auto some = [&]<int ROWS>(Count<ROWS>) GOSSAMER_LAMBDA {
-    I sum[ROWS][4];
-    row_products<ROWS>(sparse_at(w, panel, 0), a, stride, w.steps, sum);
-    outliers();
-    for (int r = 0; r < ROWS; ++r)
-      for (int pass = 0; pass < PASSES; ++pass) finish(pass, c.first_row + r, sum[r][pass], sum[r][PASSES + pass]);
-  };
-  if (rows == 1) some(Count<1>());
-  if (rows == 2) some(Count<2>());
-  return rows <= 2;
-#else
-  return false;
-#endif
+GOSSAMER_INLINE void put(const LinearCall& c, int64_t row, int64_t column, F value) {
+  float* y = c.y + row * c.y_stride + column;
+  if (column + W > c.y_columns) return put_some(c, y, column, value);
+  store(y, c.add ? add(load(y), value) : value);
 }
 
-template <class Dot>
-inline void multiply(const LinearCall& c) {
+// A format says how the entries of a panel become products.
+//
+// few(c, panel, sums): the products of a few rows with a panel whose entries never leave the registers, (rows, 32);
+// false where that is not the faster way. entries(c, panel): the panel as tiles read it. AHEAD: how many tiles fetch the
+// next panel, each a line per step.
+
+struct Bf16Format {
+  using Dot = Bf16Dot;
+  static constexpr int AHEAD = 2;
+  static bool few(const LinearCall&, int64_t, float*) { return false; }
+  static const uint8_t* entries(const LinearCall& c, int64_t panel) { return c.weight->panel(panel); }
+};
+
+struct FloatFormat : Bf16Format {
+  using Dot = FloatDot;
+};
+
+struct Int8Format {
+  using Dot = Int8Dot;
+  static constexpr int AHEAD = 2;
+  static bool few(const LinearCall&, int64_t, int32_t*) { return false; }
+  static const uint8_t* entries(const LinearCall& c, int64_t panel) { return c.weight->panel(panel); }
+};
+
+struct SparseFormat {
+  using Dot = SparseDot;
+  static constexpr int AHEAD = 1;
+
+  static bool few(const LinearCall& c, int64_t panel, int32_t* sums) {
+    [[maybe_unused]] const PackedWeight& w = *c.weight;
+    [[maybe_unused]] const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;
+    [[maybe_unused]] const uint8_t* a = static_cast<const uint8_t*>(c.x->data) + c.first_row * stride;
+#if defined(__AVX512VBMI2__)
+    if (rows > TILE) return false;
+    tile_of<Dot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr, sums, PANEL);
+    return true;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    if (rows == 1) row_products<1>(sparse_at(w, panel, 0), a, stride, w.steps, sums);
+    if (rows == 2) row_products<2>(sparse_at(w, panel, 0), a, stride, w.steps, sums);
+    return rows <= 2;
+#else
+    (void)panel, (void)sums;
+    return false;
+#endif
+  }
+
+  static const uint8_t* entries(const LinearCall& c, int64_t panel) {
+    inflate(sparse_at(*c.weight, panel, 0), c.weight->steps, c.entries);
+    return c.entries;
+  }
+};
+
+// Lists the columns in which any row of the call has an outlier; how many.
+inline int64_t list_outliers(const LinearCall& c) {
+  const Prepared& x = *c.x;
+  int64_t used = 0;
+  for (int64_t m = c.first_row; m < c.last_row; ++m)
+    for (int32_t j = 0; j < x.outliers[m]; ++j) {
+      const int32_t column = x.columns[m * x.k + j];
+      if (c.index[column] < 0) {
+        c.index[column] = static_cast<int32_t>(used);
+        c.used[used++] = column;
+      }
+    }
+  return used;
+}
+
+// What is left to do with the sums (m1 - m0, 32) of rows [m0, m1) and a panel: scales, outliers, bias, activation.
+template <class Format>
+GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, int64_t m1, const typename Format::Dot::Number* sums) {
   const PackedWeight& w = *c.weight;
   const Prepared& x = *c.x;
-  constexpr bool coded = Dot::step == 4;
-  int64_t used = 0;
-  if constexpr (coded) {
-    for (int64_t m = c.first_row; m < c.last_row; ++m)
-      for (int32_t j = 0; j < x.outliers[m]; ++j) {
-        const int32_t column = x.columns[m * x.k + j];
-        if (c.index[column] < 0) {
-          c.index[column] = static_cast<int32_t>(used);
-          c.used[used++] = column;
-        }
-      }
-  }
-  const int64_t rows = c.last_row - c.first_row, tiles = (rows + TILE - 1) / TILE;
-  const int64_t a_bytes = x.stride * bytes_of(x.type);
-  const uint8_t* a = static_cast<const uint8_t*>(x.data);
-  for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
-    const auto finish = [&](int pass, int64_t m, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
-      const int low = pass * W, high = 16 + pass * W;
+  for (int64_t m = m0; m < m1; ++m, sums += PANEL)
+    for (int low = 0; low < 16; low += W) {
+      const int high = 16 + low;
       F y0, y1;
-      if constexpr (coded) {
-        const I excess = set1_int((w.sparse() ? SparseDot::excess : 128) * x.sum[m]);
+      if constexpr (Format::Dot::step == 4) {
+        const I excess = set1_int(Format::Dot::excess * x.sum[m]);
         const float* scale = w.scale(panel);
-        y0 = mul(mul(to_float(sub_int(sum0, excess)), load(scale + low)), set1(x.scale[m]));
-        y1 = mul(mul(to_float(sub_int(sum1, excess)), load(scale + high)), set1(x.scale[m]));
+        y0 = mul(mul(to_float(sub_int(load_int(sums + low), excess)), load(scale + low)), set1(x.scale[m]));
+        y1 = mul(mul(to_float(sub_int(load_int(sums + high), excess)), load(scale + high)), set1(x.scale[m]));
         for (int32_t j = 0; j < x.outliers[m]; ++j) {
           const float* exact = c.scratch + c.index[x.columns[m * x.k + j]] * PANEL;
           const F value = set1(x.values[m * x.k + j]);
@@ -280,8 +302,8 @@ inline void multiply(const LinearCall& c) {
           y1 = fma(value, load(exact + high), y1);
         }
       } else {
-        y0 = sum0;
-        y1 = sum1;
+        y0 = load(sums + low);
+        y1 = load(sums + high);
       }
       if (w.bias) {
         y0 = add(y0, load(w.bias + panel * PANEL + low));
@@ -293,39 +315,35 @@ inline void multiply(const LinearCall& c) {
       } else {
         put(c, m, panel * 16 + low, mul(activate(y0, c.gate), y1));
       }
-    };
-    const uint8_t* data = w.panel(panel);
-    const uint8_t* next = panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
-    if constexpr (coded) {
-      if (w.sparse()) {
-        if (sparse_product(c, panel, used, finish)) continue;
-        inflate(sparse_at(w, panel, 0), w.steps, c.entries);
-        data = c.entries;
-      }
     }
-    bool expanded = used == 0;  // not before the first tile has read the panel: memory is read in order then
-    const auto outliers = [&]() GOSSAMER_LAMBDA {
-      if (!expanded) expand(w, panel, data, c.used, used, c.scratch);
-      expanded = true;
-    };
+}
+
+template <class Format>
+GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
+  using Dot = typename Format::Dot;
+  const PackedWeight& w = *c.weight;
+  const int64_t used = Dot::step == 4 ? list_outliers(c) : 0;
+  const int64_t rows = c.last_row - c.first_row, tiles = (rows + TILE - 1) / TILE;
+  const int64_t a_bytes = c.x->stride * bytes_of(c.x->type);
+  const uint8_t* a = static_cast<const uint8_t*>(c.x->data);
+  alignas(64) typename Dot::Number sums[TILE * PANEL];
+  for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
+    if (Format::few(c, panel, sums)) {
+      if (used) expand(w, panel, nullptr, c.used, used, c.scratch);
+      finish<Format>(c, panel, c.first_row, c.last_row, sums);
+      continue;
+    }
+    const uint8_t* data = Format::entries(c, panel);
+    const uint8_t* next = tiles > 1 && panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
-      const bool fetch = tiles > 1 && t < (w.sparse() ? 1 : 2) && next;
-      for (int pass = 0; pass < PASSES; ++pass) {
-        const uint8_t* ahead = fetch && pass == 0 ? next + t * w.steps * 64 : nullptr;
-        const auto done = [&](int r, typename Dot::Accumulator sum0, typename Dot::Accumulator sum1) GOSSAMER_LAMBDA {
-          finish(pass, m0 + r, sum0, sum1);
-        };
-        const int height = static_cast<int>(m1 - m0);
-        const uint8_t *columns = data + pass * W * 4, *first = a + m0 * a_bytes;
-        if constexpr (coded && SparseDot::excess != 128) {
-          if (w.sparse()) {
-            tile_of<SparseDot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
-            continue;
-          }
-        }
-        tile_of<Dot>(height, columns, first, a_bytes, w.steps, ahead, done, outliers);
-      }
+      const uint8_t* ahead = next && t < Format::AHEAD ? next + t * w.steps * 64 : nullptr;
+      for (int pass = 0; pass < PASSES; ++pass)
+        tile_of<Dot>(static_cast<int>(m1 - m0), data + pass * W * 4, a + m0 * a_bytes, a_bytes, w.steps,
+                     pass == 0 ? ahead : nullptr, sums + pass * W, PANEL);
+      // not before the first tile has read the panel: memory is read in order then
+      if (used && t == 0) expand(w, panel, data, c.used, used, c.scratch);
+      finish<Format>(c, panel, m0, m1, sums);
     }
   }
   for (int64_t u = 0; u < used; ++u) c.index[c.used[u]] = -1;
@@ -333,9 +351,9 @@ inline void multiply(const LinearCall& c) {
 
 inline void linear(const LinearCall& c) {
   switch (c.weight->type) {
-    case Type::int8: return multiply<Int8Dot>(c);
-    case Type::bf16: return multiply<Bf16Dot>(c);
-    default: return multiply<FloatDot>(c);
+    case Type::int8: return c.weight->sparse() ? multiply<SparseFormat>(c) : multiply<Int8Format>(c);
+    case Type::bf16: return multiply<Bf16Format>(c);
+    default: return multiply<FloatFormat>(c);
   }
 }
 

@@ -20,6 +20,7 @@
 namespace GOSSAMER_NS {
 
 #define GOSSAMER_INLINE inline __attribute__((always_inline))
+#define GOSSAMER_NOINLINE __attribute__((noinline))
 #define GOSSAMER_LAMBDA __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -79,6 +80,9 @@ GOSSAMER_INLINE F set1(float x) {
   return F{x, x, x, x};
 #endif
 }
+// The number of bits that are set. (std::popcount is a template of the standard library.)
+GOSSAMER_INLINE int count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
+
 GOSSAMER_INLINE I set1_int(int32_t x) { return broadcast(&x); }
 
 GOSSAMER_INLINE F zero() { return set1(0.0f); }
@@ -400,12 +404,31 @@ GOSSAMER_INLINE void store_int8(int8_t* p, I v) {
 
 // --- the products of packed panels -----------------------------------------------------------------------------------
 // Every lane holds four bytes of one column of the weight: four int8, two bf16 or one fp32. They are multiplied with the
-// four bytes of the activation, which are the same in all lanes, and added up.
+// four bytes of the activation, which are the same in all lanes, and added up. SUMS: how many sums of one row have to take
+// turns, so that no product waits for the one before it.
 
-// Unsigned weights (code + 128) times signed activations, exact.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Signed weights times signed activations in [-127, 127], exact: |w| sign(w) a, in sums of two, which are at most
+// 2 * 128 * 127 < 2^15.
+GOSSAMER_INLINE I signed_dot(I sum, I weight, I activation) {
+  const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(activation, weight));
+  return add_int(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
+
+// Weights stored as code + 128 times signed activations, exact. The sums are `excess` times that of the activations above
+// those of the codes.
 struct Int8Dot {
   using Accumulator = I;
+  using Number = int32_t;  // of a lane
   static constexpr int step = 4;  // entries per four bytes
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr int excess = 0;
+  static constexpr int SUMS = 1;
+#else
+  static constexpr int excess = 128;
+  static constexpr int SUMS = 4;
+#endif
   static GOSSAMER_INLINE I start() { return zero_int(); }
   static GOSSAMER_INLINE I join(I a, I b) { return add_int(a, b); }
   static GOSSAMER_INLINE I dot(I sum, I weight, I activation) {
@@ -416,9 +439,7 @@ struct Int8Dot {
     const I a_even = _mm512_srai_epi16(_mm512_slli_epi16(activation, 8), 8), a_odd = _mm512_srai_epi16(activation, 8);
     return add_int(sum, add_int(_mm512_madd_epi16(even, a_even), _mm512_madd_epi16(odd, a_odd)));
 #elif defined(__AVX2__)
-    const I even = _mm256_and_si256(weight, _mm256_set1_epi16(0x00ff)), odd = _mm256_srli_epi16(weight, 8);
-    const I a_even = _mm256_srai_epi16(_mm256_slli_epi16(activation, 8), 8), a_odd = _mm256_srai_epi16(activation, 8);
-    return add_int(sum, add_int(_mm256_madd_epi16(even, a_even), _mm256_madd_epi16(odd, a_odd)));
+    return signed_dot(sum, _mm256_xor_si256(weight, set1_int(static_cast<int32_t>(0x80808080))), activation);
 #elif defined(__ARM_FEATURE_DOTPROD)
     // There is no mixed product: (w + 128) a = w a + 128 a, and w = (w + 128) ^ 0x80 as a signed byte.
     const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(reinterpret_cast<uint8x16_t>(weight), vdupq_n_u8(0x80)));
@@ -441,7 +462,8 @@ struct Int8Dot {
 
 struct Bf16Dot {
   using Accumulator = F;
-  static constexpr int step = 2;
+  using Number = float;
+  static constexpr int step = 2, SUMS = 4;
   static GOSSAMER_INLINE F start() { return zero(); }
   static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
   static GOSSAMER_INLINE F dot(F sum, I weight, I activation) {
@@ -457,7 +479,8 @@ struct Bf16Dot {
 
 struct FloatDot {
   using Accumulator = F;
-  static constexpr int step = 1;
+  using Number = float;
+  static constexpr int step = 1, SUMS = 4;
   static GOSSAMER_INLINE F start() { return zero(); }
   static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
   static GOSSAMER_INLINE F dot(F sum, I weight, I activation) { return fma(as_float(weight), as_float(activation), sum); }

@@ -2,28 +2,21 @@
 // computed is what the panel with its zeros gives, to the bit: the sums are sums of the same integers.
 #pragma once
 
-#include <bit>
-
 #include "gemm.h"
 
 namespace GOSSAMER_NS {
 
 using namespace gossamer;
 
-// How expanded codes are multiplied, and what is added to each of them.
+// How expanded codes are multiplied, and what they are changed by (exclusive or) when they are expanded.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-struct SparseDot : Int8Dot {
-  static constexpr int excess = 0;
-  // |w| sign(w) a, in sums of two: 2 * 128 * 127 is below 2^15.
-  static GOSSAMER_INLINE I dot(I sum, I weight, I activation) {
-    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(activation, weight));
-    return add_int(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
+struct SparseDot : Int8Dot {  // codes are expanded as they are
+  static GOSSAMER_INLINE I dot(I sum, I weight, I activation) { return signed_dot(sum, weight, activation); }
 };
+constexpr int EXPANDED = 0;
 #else
-struct SparseDot : Int8Dot {
-  static constexpr int excess = 128;
-};
+using SparseDot = Int8Dot;  // code + 128
+constexpr int EXPANDED = 128;
 #endif
 
 // A place in a sparse panel: the mask of the codes that come next, and the next that is not zero. Codes are signed.
@@ -39,7 +32,7 @@ inline Sparse sparse_at(const PackedWeight& w, int64_t panel, int64_t step) {
   for (int64_t k = known * RANK_STEPS; k < step; ++k, place.mask += MASK_BYTES) {
     uint64_t bits[2];
     std::memcpy(bits, place.mask, MASK_BYTES);
-    place.code += std::popcount(bits[0]) + std::popcount(bits[1]);
+    place.code += count_bits(bits[0]) + count_bits(bits[1]);
   }
   return place;
 }
@@ -55,7 +48,7 @@ GOSSAMER_INLINE I next(Sparse& place) {
   asm("" : "+v"(codes));  // in a register: expanding from memory is slow microcode on Zen 4
 #endif
   place.mask += 8;
-  place.code += std::popcount(bits);
+  place.code += count_bits(bits);
   return _mm512_xor_si512(_mm512_maskz_expand_epi8(bits, codes), set1_int(static_cast<int32_t>(0x80808080)));
 }
 // For a tile, which reads a panel in this order.
@@ -95,23 +88,26 @@ GOSSAMER_INLINE __m128i next(Sparse& place) {
   const __m128i from = _mm_add_epi8(low, _mm_load_si128(reinterpret_cast<const __m128i*>(PLACES.high[place.mask[1]])));
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(place.code));
   place.mask += 2;
-  place.code += std::popcount(bits);
+  place.code += count_bits(bits);
   return _mm_shuffle_epi8(codes, from);
 }
 
 inline void inflate(Sparse place, int64_t steps, uint8_t* out) {
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(SparseDot::excess));
+  const __m128i flip = _mm_set1_epi8(static_cast<char>(EXPANDED));
   for (int64_t i = 0; i < 8 * steps; ++i, out += 16)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(next(place), flip));
 }
 
 #if !defined(__AVX512F__)
-// The dot products of a few rows with the 32 columns of a panel, 8 in each sum. Finding the places is most of the work,
-// so the panel is walked once, unlike in a tile.
+// The dot products of a few rows with the 32 columns of a panel, 8 in each sum: `sums` (ROWS, 32). Finding the places is
+// most of the work, so the panel is walked once, unlike in a tile.
 template <int ROWS>
-GOSSAMER_INLINE void row_products(Sparse panel, const uint8_t* a, int64_t a_bytes, int64_t steps, I (&sum)[ROWS][4]) {
-  for (I(&row)[4] : sum)
-    for (I& each : row) each = SparseDot::start();
+GOSSAMER_NOINLINE void row_products(Sparse panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int32_t* sums) {
+  I sum[ROWS][4];
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[r][i] = SparseDot::start();
   for (int64_t k = 0; k < steps; ++k) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -121,6 +117,10 @@ GOSSAMER_INLINE void row_products(Sparse panel, const uint8_t* a, int64_t a_byte
       for (int r = 0; r < ROWS; ++r) sum[r][i] = SparseDot::dot(sum[r][i], codes, broadcast(a + r * a_bytes + k * 4));
     }
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store_int(sums + r * PANEL + i * W, sum[r][i]);
 }
 #endif
 

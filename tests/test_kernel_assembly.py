@@ -1,0 +1,97 @@
+"""No innermost loop of a product moves vector registers to the stack and back, whichever processor compiles the kernels.
+
+The kernels of each instruction set are compiled to assembly with the flags of the project's own build, and read.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from assembly import innermost_loops
+
+ROOT = Path(__file__).parent.parent
+COMPILERS = [each for each in ("g++", "clang++") if shutil.which(each)]
+
+# A draw from a distribution and the scale of a row read the last lanes of a vector through memory: there is no product
+# in these.
+NO_PRODUCTS = ("sample", "quantize")
+
+# Functions whose innermost loops are products, and how often each must be found: a test that finds nothing proves nothing.
+PRODUCTS = {
+    "avx2": {"tileINS_7Int8Dot": 4, "tileINS_9SparseDot": 4, "tileINS_8FloatDot": 4, "row_products": 2, "exponentials": 2},
+    "avx512": {"tileINS_7Int8Dot": 8, "tileINS_8FloatDot": 8, "exponentials": 2},
+    "avx512_vnni": {"tileINS_7Int8Dot": 8, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
+    "avx512_vbmi2": {"tileINS_7Int8Dot": 16, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
+}
+
+
+@pytest.fixture(scope="module", params=COMPILERS)
+def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The assembly of every instruction set of this kind of processor."""
+    build = tmp_path_factory.mktemp(request.param)
+    tools = Path(sys.executable).parent
+    options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    compiler = [f"-DCMAKE_CXX_COMPILER={request.param}", f"-DPython_EXECUTABLE={sys.executable}"]
+    cmake = tools / "cmake" if (tools / "cmake").exists() else "cmake"
+    subprocess.run([cmake, "-S", ROOT, "-B", build, *options, *compiler], check=True, capture_output=True)
+    commands = {
+        Path(entry["output"]).parts[1].removesuffix(".dir").removeprefix("kernels_"): shlex.split(entry["command"])
+        for entry in json.loads((build / "compile_commands.json").read_text())
+        if entry["file"].endswith("kernels.cpp")
+    }
+
+    def compile_one(item: tuple[str, list[str]]) -> tuple[str, str]:
+        name, command = item
+        out = build / f"{name}.s"
+        command[command.index("-o") + 1] = str(out)
+        command[command.index("-c")] = "-S"
+        subprocess.run(command, check=True, cwd=build, capture_output=True)
+        return name, out.read_text()
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(compile_one, ((name, line) for name, line in commands.items() if name in PRODUCTS)))
+
+
+@pytest.mark.skipif(not COMPILERS, reason="no C++ compiler")
+def test_products_stay_in_registers(assembly: dict[str, str]) -> None:
+    if not assembly:
+        pytest.skip("not an x86 processor")
+    for name, text in assembly.items():
+        loops = [loop for loop in innermost_loops(text) if loop.dots and not any(n in loop.function for n in NO_PRODUCTS)]
+        for function, least in PRODUCTS[name].items():
+            found = {loop.function for loop in loops if function in loop.function}
+            assert len(found) >= least, f"{name}: only {len(found)} functions {function} have a loop with products"
+        bad = [f"{loop.function}: {len(loop.spills)}, such as {loop.spills[0]}" for loop in loops if loop.spills]
+        assert not bad, f"{name} moves vector registers to or from the stack in " + "\n".join(bad)
+
+
+LOOP = """
+work:
+	vmovdqa	{before}(%rsp), %ymm0
+.L2:
+	vpdpbusd	(%rdi), %zmm1, %zmm2
+	{inside}
+	cmpq	%rax, %rdi
+	jne	.L2
+	vmovdqa	%ymm0, 32(%rsp)
+	ret
+"""
+
+
+@pytest.mark.parametrize(
+    ("inside", "spills"),
+    [
+        ("addq	$64, %rdi", 0),
+        ("movq	8(%rsp), %rax", 0),
+        ("vmovdqa64	%zmm2, 64(%rsp)", 1),
+        ("vpaddd	64(%rsp), %zmm2, %zmm2", 1),
+    ],
+)
+def test_what_counts_as_a_move_to_the_stack(inside: str, spills: int) -> None:
+    (loop,) = innermost_loops(LOOP.format(before=0, inside=inside))
+    assert (loop.function, loop.dots, len(loop.spills)) == ("work", 1, spills)
