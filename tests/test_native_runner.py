@@ -19,7 +19,7 @@ from gossamer.engine.native_runner import NativeRunner, why_not_native
 from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.runners import make_runner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
-from gossamer.native.library import instruction_set, instruction_sets
+from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.nn import quantize
 from gossamer.nn.int8_head import quantize_head
 from gossamer.sampling_params import SamplingParams

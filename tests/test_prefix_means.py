@@ -22,7 +22,7 @@ from gossamer.engine.native_runner import NativeRunner
 from gossamer.engine.prefix_means import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, check_prefix_eps, near_together
 from gossamer.engine.tree import Node
 from gossamer.errors import ConfigurationError
-from gossamer.native.library import core, instruction_sets
+from gossamer.kernels.library import core, instruction_sets
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer
 

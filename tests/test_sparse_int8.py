@@ -26,9 +26,9 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.native_runner import NativeRunner
 from gossamer.engine.runners import make_runner
 from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.models.load import load_model
 from gossamer.native import sparse_timing
-from gossamer.native.library import instruction_set, instruction_sets
 from gossamer.native.sparse_timing import SparsePacker, SparseTiming
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear, SparseInt8Linear

@@ -15,9 +15,9 @@ from gossamer.engine.runner import TransformersRunner
 from gossamer.engine.slots import Bucket, Slot
 from gossamer.engine.tree import Node
 from gossamer.errors import UnsupportedModelError
+from gossamer.kernels.library import instruction_set
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
-from gossamer.native.library import instruction_set
 from gossamer.native.recorder import EXACT, Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker, SparseWeights
 from gossamer.nn import Int8Linear
