@@ -167,7 +167,7 @@ NB_MODULE(_native, m) {
     sample(kernels, at<const float>(logits), vocabulary, n, draws, at<int64_t>(tokens), threads);
   });
 
-  // Products with rows of gradients (m, d) of `type`; see gossamer.native.gradients.
+  // Products with rows of gradients (m, d) of `type`; see gossamer.kernels.gradients.
   m.def("dot_rows", [](const std::string& isa, const std::string& type, int64_t rows, int64_t count, int64_t d, int64_t stride,
                        int64_t x, int64_t out, int threads) {
     const GradientRows g{type_of(type), at<const void>(rows), count, d, stride};

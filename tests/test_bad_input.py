@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gossamer import LLM, BeamSearchParams, SamplingParams
+from gossamer.engine.runner import Logits
 from gossamer.errors import (
     CheckpointError,
     ConfigurationError,
@@ -255,16 +256,15 @@ def test_logits_that_are_not_numbers_fail_one_request(
     engine = llm.engine
     forward, ruined = engine.runner.forward, []
 
-    def ruin(plan: Any) -> torch.Tensor:
-        logits = forward(plan)
-        engine.runner.largest = None  # it belongs to the logits as they were
+    def ruin(plan: Any) -> Logits:
+        logits = forward(plan).values
         if not ruined and len(logits) == 2 + params.n:
             sick = [i for i, t in enumerate(plan.tokens[plan.logit_rows].tolist()) if t == 200]
             if sick:
                 logits = logits.clone()
                 logits[sick[-1]] = torch.nan
                 ruined.append(True)
-        return logits
+        return Logits(logits)
 
     monkeypatch.setattr(engine.runner, "forward", ruin)
     prompts = [GOOD[0], {"prompt_token_ids": [100, 200]}, GOOD[1]]
@@ -284,7 +284,7 @@ def test_a_step_that_raises_is_tried_again(
     engine = LLM(tiny, max_num_batched_tokens=chunk).engine
     forward, calls = engine.runner.forward, iter(range(1000))
 
-    def fail(plan: Any) -> torch.Tensor:
+    def fail(plan: Any) -> Logits:
         call = next(calls)
         if call == moment:
             raise RuntimeError("before")
@@ -311,7 +311,7 @@ def test_a_step_that_raises_is_tried_again(
 
 
 def test_a_call_that_is_interrupted_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(plan: Any) -> torch.Tensor:
+    def interrupt(plan: Any) -> Logits:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

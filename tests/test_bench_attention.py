@@ -14,7 +14,7 @@ from gossamer.bench.attention import bench_attention, exact_attention
 from gossamer.bench.attention_contestants import CONTESTANTS, Native, Reference, TorchAttention, random_problem
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError
-from gossamer.native.library import VARIABLE, instruction_set
+from gossamer.kernels.library import VARIABLE, instruction_set
 
 NAMES = [kind.name for kind in CONTESTANTS]
 

@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import pytest
-import torch
 
 from architectures import VOCAB, make_model, reference
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
-from gossamer.engine.runner import TransformersRunner
+from gossamer.engine.runner import Logits
 from gossamer.errors import RequestError
+from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer, answers
 
@@ -47,12 +46,12 @@ def test_what_a_failed_request_computed_is_not_used_again(model: Any, monkeypatc
     expected = answers(Engine(engine.runner, NumberTokenizer()), [[*prompt, 7]], 4)
     forward = engine.runner.forward
 
-    def poison(plan: Any) -> torch.Tensor:
-        logits = forward(plan)
+    def poison(plan: Any) -> Logits:
+        logits = forward(plan).values
         for chunk in plan.chunks:
             for keys in getattr(chunk.target, "keys", None) or []:
                 keys.fill_(math.nan)
-        return logits * math.nan
+        return Logits(logits * math.nan)
 
     monkeypatch.setattr(engine.runner, "forward", poison)
     engine.add_request("poisoned", {"prompt_token_ids": prompt}, SamplingParams(temperature=0))

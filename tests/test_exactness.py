@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from architectures import ARCHITECTURES, VOCAB, make_model, reference
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.cost import CostModel
 from gossamer.engine.engine import SHARING_MODES, Engine
-from gossamer.engine.native_runner import NativeRunner, why_not_native
-from gossamer.engine.runner import Runner, TransformersRunner
-from gossamer.native.library import instruction_set
+from gossamer.engine.runner import Runner
+from gossamer.kernels.library import instruction_set
+from gossamer.runners.native import NativeRunner, why_not_native
+from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
 
 # Levels of a prefix tree, as lengths: each level is spread evenly over the one above (the matrix of the Hydragen

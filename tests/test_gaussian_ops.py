@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gossamer.native.library import instruction_sets
+from gossamer.kernels.library import instruction_sets
 from gossamer.ops.gaussian import PANEL, UNIT, Keys, Queries, Sample, entries, products, sums
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from architectures import make_model
 from gossamer import LLM, SamplingParams
-from gossamer.engine.runners import RunnerChoice
 from gossamer.errors import ConfigurationError
 from gossamer.models.load import load_model
 from gossamer.nn import Int8Linear, Int8TiedHead, quantize
 from gossamer.nn.int8_head import quantize_head
+from gossamer.runners.choose import RunnerChoice
 
 TOKENS = torch.tensor([[3, 17, 42, 8, 5]])
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.native.gradients import combine_rows, dot_rows, gram
-from gossamer.native.library import instruction_sets
+from gossamer.kernels.gradients import combine_rows, dot_rows, gram
+from gossamer.kernels.library import instruction_sets
 
 
 @pytest.mark.parametrize("isa", [*instruction_sets(), "reference"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
-from gossamer.native.library import core, instruction_sets
+from gossamer.kernels.library import core, instruction_sets
 from gossamer.native.weights import decomposition_of, pack_linear
 from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition

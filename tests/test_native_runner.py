@@ -13,15 +13,14 @@ import pytest
 import torch
 
 from architectures import make_model
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
-from gossamer.engine.native_runner import NativeRunner, why_not_native
-from gossamer.engine.runner import TransformersRunner
-from gossamer.engine.runners import make_runner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
-from gossamer.native.library import instruction_set, instruction_sets
+from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.nn import quantize
 from gossamer.nn.int8_head import quantize_head
+from gossamer.runners.choose import make_runner
+from gossamer.runners.native import NativeRunner, why_not_native
+from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer, answers
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gossamer.engine.sampling import Sampler, SamplingState, make_random
 from gossamer.engine.sampling import draw as draw_module
-from gossamer.native.library import instruction_sets
-from gossamer.native.sampling import can_sample, sample
+from gossamer.kernels.library import instruction_sets
+from gossamer.kernels.sampling import can_sample, sample
 from gossamer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")

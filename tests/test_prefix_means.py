@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from architectures import make_model
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
-from gossamer.engine.native_runner import NativeRunner
-from gossamer.engine.prefix_means import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, check_prefix_eps, near_together
 from gossamer.engine.tree import Node
 from gossamer.errors import ConfigurationError
-from gossamer.native.library import core, instruction_sets
+from gossamer.kernels.library import core, instruction_sets
+from gossamer.runners.native import NativeRunner
+from gossamer.runners.tolerance import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, check_prefix_eps, near_together
+from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer
 

@@ -21,19 +21,19 @@ from architectures import make_model
 from gossamer import LLM, GossamerInt8Config, SamplingParams, quantize
 from gossamer.compress.export import export
 from gossamer.compress.int8 import compress_int8
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
-from gossamer.engine.native_runner import NativeRunner
-from gossamer.engine.runners import make_runner
 from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.models.load import load_model
 from gossamer.native import sparse_timing
-from gossamer.native.library import instruction_set, instruction_sets
 from gossamer.native.sparse_timing import SparsePacker, SparseTiming
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear, SparseInt8Linear
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.nn.sparse_int8_linear import check_codes, dense, pack_codes, sparse_if_smaller, unpack_codes
+from gossamer.runners.choose import make_runner
+from gossamer.runners.native import NativeRunner
+from gossamer.runners.transformers import IMPLEMENTATION
 from native_checkpoints import save_model
 from test_exactness import NumberTokenizer, answers
 
@@ -361,7 +361,7 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
     found, sizes = [], []
     for way in ("on", "off"):
         runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
-        packed = runner.sparse_weights
+        packed = runner.report().sparse_weights
         assert packed["sparse" if way == "on" else "dense"] == 8 and packed["choice"] == way
         found.append(answers(Engine(runner, NumberTokenizer()), PROMPTS, 12))
         sizes.append(runner.weight_bytes)

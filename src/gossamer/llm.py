@@ -8,13 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine, SharingMode, check_options
 from gossamer.engine.intake import Prompt
 from gossamer.engine.memory import parse_bytes
-from gossamer.engine.prefix_means import PrefixTolerance, check_prefix_eps
 from gossamer.engine.results import Output as AnyOutput
-from gossamer.engine.runners import KVDtype, RunnerChoice, check_kv_dtype, check_runner, make_runner
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -25,6 +22,9 @@ from gossamer.nn.quantize import QuantizationReport
 from gossamer.ops.int8 import Criterion, Outliers
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 from gossamer.progress import Progress
+from gossamer.runners.choose import KVDtype, RunnerChoice, check_kv_dtype, check_runner, make_runner
+from gossamer.runners.tolerance import check_prefix_eps
+from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -71,7 +71,6 @@ class LLM:
         runner_note: why the native runner is not used, if it might have been; otherwise empty.
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
-        prefix_tolerance: what keeps attention to long shared prefixes within ``prefix_eps``, or ``None``.
         quantization_report: which layers became int8 and which did not, or ``None``.
 
     Raises:
@@ -141,8 +140,7 @@ class LLM:
             max_seqs=max_num_seqs,
             prefix_eps=prefix_eps,
         )
-        self.sparse_weights: dict[str, Any] | None = getattr(made, "sparse_weights", None)
-        self.prefix_tolerance: PrefixTolerance | None = getattr(made, "tolerance", None)
+        self.sparse_weights: dict[str, Any] | None = made.report().sparse_weights
         self.engine = Engine(
             made,
             self.tokenizer,
@@ -321,8 +319,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """What was computed and what was saved since this object was made."""
-        if self.prefix_tolerance is not None:
-            self.engine.stats.prefix_tolerance = self.prefix_tolerance.summary()
+        self.engine.stats.prefix_tolerance = self.engine.runner.report().prefix_tolerance
         return self.engine.stats
 
     def apply_chat_template(

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gossamer.engine.pages import zeros
 from gossamer.errors import ConfigurationError
-from gossamer.native.library import instruction_set
+from gossamer.kernels.library import instruction_set
 from gossamer.native.recorder import EXACT, Recorder, rotary_tables
 from gossamer.native.weights import pack_embedding, pack_linear
 from gossamer.ops.attention import attend_prefix

@@ -25,13 +25,10 @@ import torch
 
 from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
+from gossamer.bench.no_attention import RunnerWithoutAttention
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
 from gossamer.bench.text import windows
-from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
-from gossamer.engine.native_runner import NativeRunner
-from gossamer.engine.runner import TransformersRunner
-from gossamer.engine.runners import KVDtype, RunnerChoice, make_runner
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
 from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -39,6 +36,9 @@ from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
 from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
+from gossamer.runners.choose import KVDtype, RunnerChoice, make_runner
+from gossamer.runners.native import NativeRunner
+from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
 
 BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
@@ -76,7 +76,7 @@ class DecodeResult:
             it.
         prefix_eps: tolerance of attention to the prefix; ``over_exact`` is the median, over the steps, of the time with
             exact attention over the time of the step beside it, and ``prefix_tolerance`` tells what was computed and
-            the error measured, see :meth:`gossamer.engine.prefix_means.PrefixTolerance.summary`.
+            the error measured, see :meth:`gossamer.runners.tolerance.PrefixTolerance.summary`.
     """
 
     sharing: str
@@ -232,13 +232,16 @@ def _prepare(
     memory: int,
 ) -> _Contestant:
     """An engine whose sequences are all about to decode."""
-    runner = native or TransformersRunner(network, without_attention=mode == BOUND)
+    runner = native or (RunnerWithoutAttention if mode == BOUND else TransformersRunner)(network)
     sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
     engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
     if native is not None:
-        result.sparse_weights, result.weight_bytes = native.sparse_weights["choice"], native.weight_bytes
-        result.prefix_eps = native.tolerance.eps if native.tolerance is not None else 0.0
+        said = native.report()
+        if said.sparse_weights is not None:
+            result.sparse_weights = said.sparse_weights["choice"]
+        result.weight_bytes = native.weight_bytes
+        result.prefix_eps = said.prefix_tolerance["eps"] if said.prefix_tolerance else 0.0
     contestant = _Contestant(result, engine)
     if mode == "off":
         needed = len(prompts) * (len(prompts[0]) + new) * runner.layout.bytes_per_token * 9 // 8
@@ -359,8 +362,7 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
     result.sampling_ms = statistics.median(contestant.samplings[WARM_UP_STEPS:]) * 1e3
     if profiles := contestant.profiles[WARM_UP_STEPS:]:
         result.profile_ms = {kind: statistics.median(each[kind] for each in profiles) * 1e3 for kind in profiles[0]}
-    if isinstance(engine.runner, NativeRunner) and engine.runner.tolerance is not None:
-        result.prefix_tolerance = engine.runner.tolerance.summary()
+    result.prefix_tolerance = engine.runner.report().prefix_tolerance
     if result.sharing == BOUND:
         result.prefill_tokens_per_s = None
         return
@@ -382,7 +384,8 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
     int8 = [m for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
     runner = engine.runner
-    sparse = isinstance(runner, NativeRunner) and runner.sparse_weights["sparse"] > 0
+    packed = runner.report().sparse_weights
+    sparse = packed is not None and packed["sparse"] > 0
     width = getattr(torch, runner.float_type).itemsize if isinstance(runner, NativeRunner) else None
     linear = _seconds(floating, result.batch, flops, read, width)
     if int8:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gossamer.errors import ConfigurationError
-from gossamer.native.library import instruction_set
+from gossamer.kernels.library import instruction_set
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear
 from gossamer.nn.int8_linear import Decomposition

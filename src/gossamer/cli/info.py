@@ -36,8 +36,8 @@ def _collect() -> dict[str, Any]:
 
     import torch
 
+    from gossamer.kernels.library import core, instruction_set, instruction_sets
     from gossamer.models.cache import cache_directory
-    from gossamer.native.library import core, instruction_set, instruction_sets
 
     processor, flags = _processor()
     return {

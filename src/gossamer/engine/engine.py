@@ -25,7 +25,7 @@ from gossamer.engine.output_cache import keep_output
 from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
-from gossamer.engine.runner import Runner
+from gossamer.engine.runner import Logits, Runner
 from gossamer.engine.sampling import Sampled, Sampler, token_logprobs, top_logprobs
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
@@ -234,9 +234,10 @@ class Engine:
         plan, rows, count = self.planner.plan(works)
         sampled = self.stats.sampling_seconds
         forward = time.perf_counter()
-        logits = self.runner.forward(plan)
+        output = self.runner.forward(plan)
+        logits = output.values
         done = time.perf_counter()
-        chosen = self._draw(rows, logits)
+        chosen = self._draw(rows, output)
         self._commit(works)
         self._ended += self._accept_all(rows, chosen) + self._branch(rows, logits) + self._score(rows, logits)
         self._ended += self._collect(works)
@@ -280,11 +281,11 @@ class Engine:
             else:
                 work.target.computed += work.count
 
-    def _draw(self, rows: PlannedRows, logits: Tensor) -> Sampled:
+    def _draw(self, rows: PlannedRows, output: Logits) -> Sampled:
         """The next token of every sequence that is up to date. Changes nothing but random streams."""
         if not rows.drawn:
             return Sampled([], [])
-        count, largest = len(rows.drawn), self.runner.largest
+        count, (logits, largest) = len(rows.drawn), output
         start = time.perf_counter()
         if count < len(rows.sampled):
             logits, largest = logits[[row for row, _ in rows.drawn]], None

@@ -31,7 +31,7 @@ class EngineStats:
         forward_seconds, sampling_seconds, overhead_seconds: time in the model's forward pass; in choosing tokens
             from its logits; in everything else of the steps.
         prefix_tolerance: what attention within a tolerance did; see
-            :meth:`~gossamer.engine.prefix_means.PrefixTolerance.summary`. ``None`` if all of it is exact.
+            :meth:`~gossamer.runners.tolerance.PrefixTolerance.summary`. ``None`` if all of it is exact.
     """
 
     prompt_tokens: int = 0

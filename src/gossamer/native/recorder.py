@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.native.library import core
+from gossamer.kernels.library import core
 from gossamer.native.weights import PackedLinear
 
 LOGITS = 0  # the buffer that the caller provides

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
-from gossamer.native.library import core
+from gossamer.kernels.library import core
 from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.ops.int8 import FLOAT_TYPES

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.native.gradients import gram as gram_of
+from gossamer.kernels.gradients import gram as gram_of
 from gossamer.operators.fisher_plan import check_memory
 
 STORE_TYPES = (torch.float32, torch.bfloat16)

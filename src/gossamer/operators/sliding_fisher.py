@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.native.gradients import combine_rows, dot_rows
+from gossamer.kernels.gradients import combine_rows, dot_rows
 from gossamer.operators.fisher_plan import check_memory
 from gossamer.operators.gradient_store import STORE_TYPES, Gradient, check_finite, named_parts
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.native.library import core, instruction_set
+from gossamer.kernels.library import core, instruction_set
 
 PANEL = 32  # keys are packed by so many
 _PIECE_BYTES = 16 << 20  # of the matrix that PyTorch has at a time

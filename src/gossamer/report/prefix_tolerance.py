@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.engine.prefix_means import LEAST_KEYS
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.llm import LLM
 from gossamer.report.quality import Interval, bootstrap_intervals
+from gossamer.runners.tolerance import LEAST_KEYS
 
 CONTINUATION = 256  # tokens of a window that are scored
 STEP = 32  # of them at a time
@@ -34,7 +34,7 @@ class ToleranceQuality:
         exact_perplexity: the same with exact attention.
         perplexity_ratio: the first over the second; 1.01 is one per cent worse.
         perplexity_ratio_interval: 95 %, from a bootstrap over windows; ``None`` for a single one.
-        tolerance: see :meth:`gossamer.engine.prefix_means.PrefixTolerance.summary`.
+        tolerance: see :meth:`gossamer.runners.tolerance.PrefixTolerance.summary`.
     """
 
     windows: int
@@ -70,8 +70,7 @@ def evaluate_tolerance(
         ConfigurationError: no windows, one that leaves no prefix long enough, or ``within`` is exact.
         GossamerError: a window could not be scored.
     """
-    tolerance = within.prefix_tolerance
-    if tolerance is None:
+    if within.stats().prefix_tolerance is None:
         raise ConfigurationError("the model was loaded without prefix_eps: there is nothing to measure")
     if not windows:
         raise ConfigurationError("there are no windows to evaluate; give at least one")
@@ -86,6 +85,8 @@ def evaluate_tolerance(
         for row, llm in enumerate((within, exact)):
             sums[row, number] = -_log_likelihood(llm, window.tolist(), continuation)
         progress()
+    tolerance = within.stats().prefix_tolerance
+    assert tolerance is not None
     tokens = torch.full((len(windows),), float(continuation), dtype=torch.float64)
     means = sums.sum(1) / tokens.sum()
     (interval,) = bootstrap_intervals(sums[:1] - sums[1:], tokens, resamples=10_000, seed=0)
@@ -96,7 +97,7 @@ def evaluate_tolerance(
         exact_perplexity=math.exp(means[1]),
         perplexity_ratio=math.exp(means[0] - means[1]),
         perplexity_ratio_interval=interval and (math.exp(interval[0]), math.exp(interval[1])),
-        tolerance=tolerance.summary(),
+        tolerance=tolerance,
     )
 
 

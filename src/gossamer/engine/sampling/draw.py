@@ -18,7 +18,7 @@ from torch import Tensor
 from gossamer.engine.sampling.distribution import BLOCK, Draws
 from gossamer.engine.sampling.rows import gather, largest
 from gossamer.engine.sampling.truncation import sorted_threshold, totals, truncation_threshold
-from gossamer.native.sampling import can_sample, sample
+from gossamer.kernels.sampling import can_sample, sample
 
 CANDIDATES = (64, 256, 1024)  # how many of the largest logits to look at before sorting a row
 

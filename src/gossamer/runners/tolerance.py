@@ -170,7 +170,7 @@ class NodeMeans:
 
 
 class PrefixTolerance:
-    """Which nodes a step attends to within the tolerance, for a :class:`~gossamer.engine.native_runner.NativeRunner`.
+    """Which nodes a step attends to within the tolerance, for a :class:`~gossamer.runners.native.NativeRunner`.
 
     Args:
         eps: the tolerance; see the module's documentation.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.native.library import core, instruction_set
+from gossamer.kernels.library import core, instruction_set
 
 
 def can_sample(scores: Tensor) -> bool:

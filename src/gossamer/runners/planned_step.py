@@ -1,32 +1,17 @@
-"""Attention of one step, and the hook through which any Hugging Face decoder calls it.
-
-The hook is registered with transformers' ``AttentionInterface``. It finds the running step in a context variable, so
-that nothing depends on a model passing keyword arguments through, and two engines in one process do not meet.
-"""
+"""Attention of one step, by its plan, in PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
-from gossamer.engine.memory import LayerShape
 from gossamer.engine.plan import Rows, StepPlan
 from gossamer.engine.slots import Slot
 from gossamer.engine.tree import Node
-from gossamer.errors import UnsupportedModelError
 from gossamer.ops.attention import AttentionState, attend, attend_prefix, attend_ragged
-
-IMPLEMENTATION = "gossamer"  # the value of attn_implementation
-
-# Arguments that some models pass to every attention function and that change nothing here.
-_WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "cache_position", "dropout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,53 +28,6 @@ class Step(Protocol):
     """What the hook delegates to: query (1, Hq, T, D), key (1, Hkv, T, D), value (1, Hkv, T, Dv) -> (1, T, Hq, Dv)."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor: ...
-
-
-_step: ContextVar[Step] = ContextVar("gossamer_step")
-
-
-@contextmanager
-def running(step: Step) -> Iterator[None]:
-    """Attention calls inside belong to ``step``."""
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
-def _hook(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    unknown = [
-        name for name, value in others.items() if not (value is None or value is False or name in _WITHOUT_EFFECT)
-    ]
-    if attention_mask is not None:
-        unknown.append("attention_mask")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        unknown.append("bidirectional attention")
-    if unknown:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which this engine does not compute"
-        )
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    return _step.get().attend(
-        layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap, s_aux)
-    ), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _hook)
 
 
 @dataclass
@@ -162,31 +100,6 @@ class PlannedStep:
             return out[0].to(query.dtype, copy=True)[None]
         weights = lse.softmax(0)[: len(out), ..., None]
         return (out * weights).sum(0).to(query.dtype)[None]
-
-
-@dataclass
-class ShapeProbe:
-    """Records what each layer stores and asks for, and answers zeros."""
-
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-    settings: dict[int, AttentionSettings] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        if layer in self.shapes:
-            raise UnsupportedModelError(f"layer index {layer} attends twice; this engine stores one cache per layer")
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.settings[layer] = settings
-        self.dtype = key.dtype
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-
-
-@dataclass
-class NoAttention:
-    """Leaves attention out: the upper bound of what sharing can reach (arXiv 2402.05099, section 4.1). Bench only."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        return query[..., : value.shape[3]].transpose(1, 2)
 
 
 def _stored(source: Node | Slot, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from gossamer.engine.native_runner import NativeRunner, why_not_native
-from gossamer.engine.prefix_means import check_prefix_eps
-from gossamer.engine.runner import Runner, TransformersRunner
+from gossamer.engine.runner import Runner
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
 from gossamer.nn.sparse_int8_linear import dense
+from gossamer.runners.native import NativeRunner, why_not_native
+from gossamer.runners.tolerance import check_prefix_eps
+from gossamer.runners.transformers import TransformersRunner
 
 RunnerChoice = Literal["auto", "native", "transformers"]
 KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -47,7 +48,7 @@ def make_runner(
         max_rows: most tokens of a step.
         kv_dtype: of keys and values; ``"auto"`` is fp32 for a model in fp32, otherwise bf16. ``"int8"`` halves the
             memory of bf16. The runner of transformers keeps the model's own type.
-        sparse_weights: see :class:`~gossamer.engine.native_runner.NativeRunner`. The runner of transformers expands
+        sparse_weights: see :class:`~gossamer.runners.native.NativeRunner`. The runner of transformers expands
             layers that are stored without their zeros once, unless this is ``"on"``: then in every step, in less
             memory.
         max_seqs: most sequences that decode together.

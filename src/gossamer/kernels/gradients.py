@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.native.library import core, instruction_set
+from gossamer.kernels.library import core, instruction_set
 
 _CHUNK_BYTES = 4 << 20  # of a chunk of columns in fp64
 _TRIANGLE_ROWS = 64  # of a Gram matrix that are computed at a time; what is below the diagonal is mirrored

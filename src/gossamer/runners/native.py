@@ -1,0 +1,192 @@
+"""Runs a decoder through its native program: one call, and one parallel region, per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.engine.memory import KVLayout
+from gossamer.engine.plan import StepPlan
+from gossamer.engine.runner import Logits, RunnerReport
+from gossamer.errors import UnsupportedModelError
+from gossamer.kernels.library import instruction_set
+from gossamer.native.attention_timing import attention_seconds
+from gossamer.native.decoder import pack_decoder, record, unsupported
+from gossamer.native.recorder import EXACT, Recorder, rotary_tables
+from gossamer.native.sparse_timing import SparsePacker, SparseWeights
+from gossamer.nn import Int8Linear
+from gossamer.runners.step_input import StepArrays, WithinTolerance
+from gossamer.runners.tolerance import PrefixTolerance
+from gossamer.runners.transformers import TransformersRunner
+
+_FIRST_POSITIONS = 1024  # rows of a rotary table at first; it doubles when positions go beyond
+
+
+def why_not_native(network: Any) -> str:
+    """Why a model cannot run natively here; an empty string if it can, as far as its configuration tells."""
+    if instruction_set() is None:
+        return "the native kernels are not installed, or switched off"
+    if network.device.type != "cpu":
+        return f"the model is on {network.device}"
+    return unsupported(network.config.get_text_config())
+
+
+class NativeRunner:
+    """A supported decoder on the CPU.
+
+    Weights that are not int8, and keys and values, are fp32 if the whole model is; in a model with int8 layers, or of a
+    16-bit type, they are bf16. Sums are in fp32 throughout, and so is what goes from layer to layer.
+
+    Args:
+        network: a model of transformers, loaded with ``attn_implementation="gossamer"``. Its weights are taken over:
+            it is empty afterwards.
+        max_rows: most tokens of a step.
+        threads: of a step; PyTorch's number by default.
+        kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, ``"int8"`` (each with a scale of its own, half the
+            memory of bf16), or ``"auto"`` as above.
+        sparse_weights: of pruned int8 layers: ``"on"`` packs them without their zeros, ``"off"`` with them, ``"auto"``
+            as it is faster here by measurement. The results are the same.
+        max_seqs: most sequences that decode together, which this measurement asks for; ``max_rows`` by default.
+        prefix_eps: tolerance of attention to long shared prefixes; 0 is exact. See
+            :mod:`gossamer.runners.tolerance`.
+
+    Attributes:
+        tolerance: what keeps attention to long shared prefixes within ``prefix_eps``, or ``None``.
+
+    Raises:
+        UnsupportedModelError: says why the model cannot run natively.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        max_rows: int,
+        threads: int | None = None,
+        kv_dtype: str = "auto",
+        sparse_weights: SparseWeights = "auto",
+        max_seqs: int | None = None,
+        prefix_eps: float = 0.0,
+    ) -> None:
+        if reason := why_not_native(network):
+            raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
+        isa = instruction_set()
+        assert isa is not None
+        probe = TransformersRunner(network)
+        self.num_heads, self.max_model_len, self.vocab_size = probe.num_heads, probe.max_model_len, probe.vocab_size
+        shape = probe.layout.layers[0]
+        if (
+            any(layer != shape for layer in probe.layout.layers)
+            or shape.key_dim != shape.value_dim
+            or shape.key_dim % 2
+        ):
+            raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
+        quantized = any(isinstance(module, Int8Linear) for module in network.modules())
+        float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
+        self.kv_type = float_type if kv_dtype == "auto" else kv_dtype
+        self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)
+        self.threads = threads or torch.get_num_threads()
+        self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
+        attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
+        pack = SparsePacker(isa, float_type, self.threads, sparse_weights, max_seqs or max_rows)
+        self.decoder = pack_decoder(network, pack, attention)
+        self._sparse_weights = pack.summary()
+        recorder = Recorder(
+            isa,
+            layers=len(self.layout.layers),
+            heads=self.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.key_dim,
+            kv=self.kv_type,
+            max_rows=max_rows,
+        )
+        record(recorder, self.decoder)
+        self._program = recorder.native
+        self.tolerance = PrefixTolerance(prefix_eps) if prefix_eps else None
+        self._tables: list[tuple[Tensor, Tensor]] = []
+        self._table_length = 0
+        self._arrays: StepArrays | None = None  # of the last plan, which the next one may go on from
+        self._logits = torch.empty(0, self.vocab_size)
+        self._largest = np.empty(0, np.int64)
+        self._results, self._addresses = Logits(self._logits, self._largest), (0, 0)  # of the last plan's rows
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return int(self._program.bytes)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of the last step, by kind of op."""
+        return dict(self._program.profile())
+
+    def forward(self, plan: StepPlan) -> Logits:
+        """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
+        arrays = self._arrays
+        if arrays is None or arrays.plan is not plan:
+            arrays = self._arrays = StepArrays(plan, self.layout)
+            rows, wanted = len(arrays.tokens), len(plan.logit_rows)
+            assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
+            if len(self._logits) < wanted:
+                self._logits = torch.empty(wanted, self.vocab_size)
+                self._largest = np.empty(wanted, np.int64)
+            self._results = Logits(self._logits[:wanted], self._largest[:wanted])
+            self._addresses = self._logits.data_ptr(), self._largest.ctypes.data
+        arrays.catch_up()
+        within = self._within_of(plan, arrays)
+        self._program.step(
+            *arrays.addresses,
+            self._rotary(arrays.last_position + 1),
+            *self._addresses,
+            *(EXACT if within is None else within.addresses),
+            self.threads,
+        )
+        if within is not None:
+            within.learn()
+        return self._results
+
+    def report(self) -> RunnerReport:
+        """See :class:`~gossamer.engine.runner.Runner`; the summaries of the packer and of the tolerance."""
+        tolerance = None if self.tolerance is None else self.tolerance.summary()
+        return RunnerReport(self._sparse_weights, tolerance)
+
+    def _within_of(self, plan: StepPlan, arrays: StepArrays) -> WithinTolerance | None:
+        """What the step attends to within the tolerance, if there is anything."""
+        if self.tolerance is None:
+            return None
+        nodes = self.tolerance.within(plan)
+        if all(node is None for node in nodes):
+            return None
+        self.tolerance.steps += 1
+        return WithinTolerance(nodes, self.tolerance, arrays)
+
+    def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
+        """See :class:`~gossamer.engine.runner.Runner`. A program of nothing but attention is made for it."""
+        shape = self.layout.layers[0]
+        return attention_seconds(
+            self.isa,
+            self.decoder.embedding,
+            heads=self.num_heads,
+            kv_heads=shape.num_kv_heads,
+            dim=shape.key_dim,
+            kv=self.kv_type,
+            width=self.layout.width(shape.key_dim),
+            threads=self.threads,
+            readers=readers,
+            own=own,
+            common=common,
+        )
+
+    def _rotary(self, length: int) -> int:
+        """Address of the addresses of the rotary tables, which are long enough for ``length`` positions."""
+        if length > self._table_length:
+            self._table_length = max(_FIRST_POSITIONS, 1 << (length - 1).bit_length())
+            self._tables = [rotary_tables(*table, self._table_length) for table in self.decoder.tables]
+            addresses = [[cosine.data_ptr(), sine.data_ptr()] for cosine, sine in self._tables]
+            self._table_addresses = np.array(addresses, np.int64)
+            self._table_address = self._table_addresses.ctypes.data
+        return self._table_address
