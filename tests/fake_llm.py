@@ -54,6 +54,8 @@ class FakeEngine:
 
     def add_request(self, request_id, prompt, params, *, stream=False) -> None:
         assert request_id not in self._requests
+        if isinstance(prompt, dict) and "prompt_token_ids" not in prompt:
+            prompt = prompt["prompt"]
         ids = [ord(c) for c in prompt] if isinstance(prompt, str) else prompt["prompt_token_ids"]
         text = "".join(map(chr, ids))
         if not ids:

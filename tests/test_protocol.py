@@ -13,8 +13,6 @@ from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    chat_completion_response,
-    completion_response,
     error_body,
 )
 
@@ -25,13 +23,13 @@ def complete(body: dict) -> dict:
     """A completion request, all the way through a fake engine."""
     llm = FakeLLM()
     request = CompletionRequest.parse(body)
-    for index, prompt in enumerate(request.engine_prompts()):
+    for index, prompt in enumerate(request.prompts()):
         llm.engine.add_request(str(index), prompt, request.to_sampling_params())
     outputs = {}
     while llm.engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in llm.engine.step()}
     ordered = [outputs[str(index)] for index in range(len(request.prompt))]
-    return completion_response(request, ordered, model=llm.model_name, decode=llm.tokenizer.decode)
+    return request.answer(ordered, model=llm.model_name, decode=llm.tokenizer.decode)
 
 
 def chat_output(*texts: str, logprobs: bool = False) -> RequestOutput:
@@ -208,7 +206,7 @@ def test_prompt_logprobs_are_returned_only_when_asked_for():
 
 def test_a_chat_answer_has_openais_shape():
     request = ChatCompletionRequest.parse({"messages": HELLO, "n": 2, "logprobs": True, "top_logprobs": 1})
-    body = chat_completion_response(request, chat_output("é", "ab", logprobs=True), model="m")
+    body = request.answer([chat_output("é", "ab", logprobs=True)], model="m", decode=str)
     assert body["object"] == "chat.completion"
     assert [choice["message"]["content"] for choice in body["choices"]] == ["é", "ab"]
     [entry] = body["choices"][0]["logprobs"]["content"]
@@ -220,7 +218,7 @@ def test_a_chat_answer_has_openais_shape():
 
 def test_part_of_a_character_has_no_bytes():
     request = ChatCompletionRequest.parse({"messages": HELLO, "logprobs": True})
-    body = chat_completion_response(request, chat_output("\ufffd", logprobs=True), model="m")
+    body = request.answer([chat_output("\ufffd", logprobs=True)], model="m", decode=str)
     assert body["choices"][0]["logprobs"]["content"][0]["bytes"] is None
 
 
@@ -233,7 +231,7 @@ def test_impossible_tokens_leave_the_body_valid_json():
     output = chat_output("a", logprobs=True)
     output.outputs[0].logprobs = [{97: Logprob(-math.inf, 9, "a")}]
     request = ChatCompletionRequest.parse({"messages": HELLO, "logprobs": True})
-    assert json.dumps(chat_completion_response(request, output, model="m"), allow_nan=False)
+    assert json.dumps(request.answer([output], model="m", decode=str), allow_nan=False)
 
 
 def test_an_error_body_names_field_and_kind():

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gossamer.errors import ConfigurationError
+from gossamer.protocol import BODIES
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
 
 #: No request is longer than this; it bounds the memory that a file without line breaks can take.
 MAX_LINE_BYTES = 16 * 2**20
 
-CHAT_URL = "/v1/chat/completions"
-COMPLETIONS_URL = "/v1/completions"
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -129,8 +128,8 @@ def _request(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if fields.get("method") != "POST":
         raise _Invalid("invalid_method", f"method must be POST, got {fields.get('method')!r}", "method")
     url, body = fields.get("url"), fields.get("body")
-    if url not in (CHAT_URL, COMPLETIONS_URL):
-        raise _Invalid("invalid_url", f"url must be {CHAT_URL} or {COMPLETIONS_URL}, got {url!r}", "url")
+    if not isinstance(url, str) or url not in BODIES:
+        raise _Invalid("invalid_url", f"url must be {' or '.join(BODIES)}, got {url!r}", "url")
     if not isinstance(body, dict):
         raise _Invalid("invalid_body", "body must be a JSON object", "body")
     return url, body

@@ -5,24 +5,23 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from gossamer.batch.input_file import CHAT_URL, BatchLine, InvalidLine
+from gossamer.batch.input_file import BatchLine, InvalidLine
 from gossamer.errors import EngineError, GossamerError, RequestError
-from gossamer.protocol import ChatCompletionRequest, CompletionRequest, error_body
+from gossamer.protocol import BODIES, GeneratingBody, error_body
 
 Record = dict[str, Any]
 
 
-def read_body(line: BatchLine) -> CompletionRequest | ChatCompletionRequest:
+def read_body(line: BatchLine) -> GeneratingBody:
     """The body of a line.
 
     Raises:
         RequestError: it cannot be honoured.
     """
-    kind = ChatCompletionRequest if line.url == CHAT_URL else CompletionRequest
-    request = kind.parse(line.body)
-    if request.stream:
+    body = BODIES[line.url].parse(line.body)
+    if body.stream:
         raise RequestError("stream must be false in a batch", param="stream")
-    return request
+    return body
 
 
 def answer_record(line: BatchLine, body: Record) -> Record:
@@ -32,7 +31,7 @@ def answer_record(line: BatchLine, body: Record) -> Record:
 
 def refusal_record(line: BatchLine, error: GossamerError) -> Record:
     """A line was refused, or failed."""
-    body = error_body(error, "messages" if line.url == CHAT_URL else "prompt")
+    body = error_body(error, BODIES[line.url].prompt_field)
     body["error"]["line"] = line.number
     return _record(line.custom_id, response=_response(500 if isinstance(error, EngineError) else 400, body))
 

@@ -13,18 +13,13 @@ from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    chat_completion_response,
-    completion_response,
-)
+from gossamer.protocol import GeneratingBody
 from gossamer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from gossamer import LLM
 
-Prompt = str | dict[str, Any]
+Prompt = dict[str, Any]
 
 _FAILURES_KEPT = 5
 
@@ -66,7 +61,7 @@ class _Job:
     """One input line on its way through the engine; a body with several prompts is several engine requests."""
 
     line: BatchLine
-    request: CompletionRequest | ChatCompletionRequest
+    body: GeneratingBody
     outputs: list[RequestOutput | None]
     failed: bool = False
 
@@ -161,13 +156,13 @@ class BatchRunner:
                 self.summary.skipped += 1
                 continue
             try:
-                request = read_body(line)
-                params = request.to_sampling_params(self._default_max_tokens)
-                prompts = _engine_prompts(llm, request)
+                body = read_body(line)
+                params = body.to_sampling_params(self._default_max_tokens)
+                prompts = [_engine_prompt(llm, prompt) for prompt in body.prompts()]
             except GossamerError as error:
                 self._write_refused(line, error)
                 continue
-            job = _Job(line, request, [None] * len(prompts))
+            job = _Job(line, body, [None] * len(prompts))
             for index, prompt in enumerate(prompts):
                 if not job.failed:
                     yield job, index, prompt, params
@@ -202,12 +197,9 @@ class BatchRunner:
         self._write_refused(job.line, error)
 
     def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
-        if isinstance(job.request, ChatCompletionRequest):
-            body = chat_completion_response(job.request, outputs[0], model=llm.model_name)
-        else:
-            body = completion_response(job.request, outputs, model=llm.model_name, decode=llm.tokenizer.decode)
-        self._output.append(answer_record(job.line, body))
-        usage = body["usage"]
+        answer = job.body.answer(outputs, model=llm.model_name, decode=llm.tokenizer.decode)
+        self._output.append(answer_record(job.line, answer))
+        usage = answer["usage"]
         self.summary.completed += 1
         self.summary.prompt_tokens += usage["prompt_tokens"]
         self.summary.completion_tokens += usage["completion_tokens"]
@@ -233,7 +225,7 @@ class BatchRunner:
             self._progress(self.summary)
 
 
-def _engine_prompts(llm: LLM, request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
-    if isinstance(request, CompletionRequest):
-        return list(request.engine_prompts())
-    return [{"prompt_token_ids": llm.apply_chat_template(request.chat_messages()), "cache_salt": request.cache_salt}]
+def _engine_prompt(llm: LLM, prompt: Prompt) -> Prompt:
+    if "messages" not in prompt:
+        return prompt
+    return {"prompt_token_ids": llm.apply_chat_template(prompt["messages"]), "cache_salt": prompt["cache_salt"]}

@@ -1,18 +1,21 @@
 """OpenAI's request and response bodies, as far as Gossamer can honour them.
 
-`requests` reads a body and refuses, by name, whatever would otherwise be ignored; `responses` builds what goes back.
-Nothing here knows whether the body came from a batch file or over HTTP.
+A body class refuses, by name, whatever would otherwise be ignored; it says what the engine is asked, and builds what
+goes back. `BODIES` lists these classes. Nothing here knows whether a body came from a batch file or over HTTP.
 """
 
-from gossamer.protocol.requests import ChatCompletionRequest, CompletionRequest
-from gossamer.protocol.responses import chat_completion_response, completion_response, error_body
+from gossamer.protocol.bodies import BODIES
+from gossamer.protocol.body import GeneratingBody
+from gossamer.protocol.chat import ChatCompletionRequest
+from gossamer.protocol.completions import CompletionRequest
+from gossamer.protocol.errors import error_body
 from gossamer.protocol.streaming import StreamedAnswer
 
 __all__ = [
+    "BODIES",
     "ChatCompletionRequest",
     "CompletionRequest",
+    "GeneratingBody",
     "StreamedAnswer",
-    "chat_completion_response",
-    "completion_response",
     "error_body",
 ]

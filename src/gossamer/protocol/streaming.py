@@ -7,15 +7,14 @@ event has to wait in a queue for them.
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gossamer.outputs import CompletionOutput, RequestOutput
-from gossamer.protocol.requests import ChatCompletionRequest, CompletionRequest
-from gossamer.protocol.responses import Json, chat_logprobs, completion_logprobs, pair_steps, usage
+from gossamer.protocol.logprobs import Step, pair_steps
+from gossamer.protocol.responses import Json, usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -39,81 +38,74 @@ class _Sent:
 
     characters: int = 0
     tokens: int = 0
-    offset: int = 0  # characters of its tokens' texts; logprobs tell it
     begun: bool = False
     finished: bool = False
 
+    def take(self, completion: CompletionOutput) -> News:
+        """What is new; from now on it counts as sent."""
+        text = completion.text[self.characters :]
+        steps = pair_steps(completion.token_ids, completion.logprobs)[self.tokens :]
+        first = not self.begun
+        self.begun = True
+        self.characters += len(text)
+        self.tokens = len(completion.token_ids)
+        self.finished = completion.finish_reason is not None
+        ending = {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+        return News(text, steps, first, self.finished, ending)
 
-class StreamedAnswer:
-    """Makes the events of one streamed answer.
 
-    Args:
-        request: the body that is answered.
-        model: the name of the model that answers.
-        decode: token ids -> text; used for ``echo`` of a prompt.
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new in a choice.
+
+    Attributes:
+        text: what the text goes on with.
+        steps: the new tokens with their log-probabilities; empty if these were not asked for.
+        first: nothing of the choice has been sent before.
+        finished: nothing comes after this.
+        ending: the fields that say how the choice ended, or has not yet.
     """
 
-    def __init__(
-        self, request: CompletionRequest | ChatCompletionRequest, *, model: str, decode: Callable[[list[int]], str]
-    ) -> None:
-        self._request = request
-        self._decode = decode
-        self._chat = isinstance(request, ChatCompletionRequest)
-        prefix, kind = ("chatcmpl", "chat.completion.chunk") if self._chat else ("cmpl", "text_completion")
-        self._head = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._usage = request.stream_options is not None and request.stream_options.include_usage
+    text: str
+    steps: list[Step]
+    first: bool
+    finished: bool
+    ending: Json
+
+
+class StreamedAnswer(ABC):
+    """Makes the events of one streamed answer; each kind of body says how its choices look.
+
+    Args:
+        head: the first fields of each event.
+        n: choices for each prompt.
+        include_usage: the last event holds the usage.
+    """
+
+    def __init__(self, head: Json, *, n: int, include_usage: bool) -> None:
+        self._head = head
+        self._n = n
+        self._usage = include_usage
         # Everything but the choice is the same in all events, so it is written only once.
-        self._before = f'data: {_json(self._head)[:-1]},"choices":['
-        self._after = '],"usage":null}\n\n' if self._usage else "]}\n\n"
+        self._before = f'data: {_json(head)[:-1]},"choices":['
+        self._after = '],"usage":null}\n\n' if include_usage else "]}\n\n"
         self._sent: dict[int, _Sent] = {}
 
+    @abstractmethod
+    def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
+        """The choices that tell the news of choice ``index``: one for each event. ``output`` is that of its prompt."""
+
     def events(self, prompt_index: int, output: RequestOutput) -> Iterator[bytes]:
-        """What is new in the output of one of the request's prompts."""
+        """What is new in the output of one of the body's prompts."""
         for completion in output.outputs:
-            index = prompt_index * self._request.n + completion.index
+            index = prompt_index * self._n + completion.index
             sent = self._sent.setdefault(index, _Sent())
             if not sent.finished:
-                yield from self._choice(index, sent, output, completion)
+                for choice in self.choices(index, sent.take(completion), output):
+                    yield f"{self._before}{_json(choice)}{self._after}".encode()
 
     def end(self, outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
         """The last events, once all outputs are complete."""
         if self._usage:
             yield event(self._head | {"choices": [], "usage": usage(outputs)})
         yield DONE
-
-    def _choice(self, index: int, sent: _Sent, output: RequestOutput, completion: CompletionOutput) -> Iterator[bytes]:
-        text = completion.text[sent.characters :]
-        steps = pair_steps(completion.token_ids, completion.logprobs)[sent.tokens :]
-        first = not sent.begun
-        sent.begun = True
-        sent.characters += len(text)
-        sent.tokens = len(completion.token_ids)
-        sent.finished = completion.finish_reason is not None
-        ending = {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
-        if isinstance(self._request, ChatCompletionRequest):
-            if first:
-                yield self._event(
-                    {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                )
-            logprobs = chat_logprobs(steps, self._request.top_logprobs) if self._request.logprobs else None
-            choice: Json = {"index": index, "delta": {"content": text} if text else {}, "logprobs": logprobs}
-        else:
-            if first and self._request.echo:
-                prompt = output.prompt if output.prompt is not None else self._decode(output.prompt_token_ids)
-                text = prompt + text
-                steps = [*pair_steps(output.prompt_token_ids, output.prompt_logprobs), *steps]
-            logprobs = None
-            if self._request.logprobs is not None:
-                logprobs = completion_logprobs(steps, self._request.logprobs, self._decode, sent.offset)
-                sent.offset += sum(map(len, logprobs["tokens"]))
-            choice = {"index": index, "text": text, "logprobs": logprobs}
-        if text or steps or sent.finished:
-            yield self._event(choice | ending)
-
-    def _event(self, choice: Json) -> bytes:
-        return f"{self._before}{_json(choice)}{self._after}".encode()

@@ -14,20 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gossamer.engine.intake import Intake
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    StreamedAnswer,
-    chat_completion_response,
-    completion_response,
-)
+from gossamer.protocol import GeneratingBody, StreamedAnswer
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
 
 if TYPE_CHECKING:
     from gossamer import LLM
 
-Body = CompletionRequest | ChatCompletionRequest
 T = TypeVar("T")
 
 
@@ -55,7 +48,7 @@ class Answering:
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    async def complete(self, body: Body) -> dict[str, Any]:
+    async def complete(self, body: GeneratingBody) -> dict[str, Any]:
         """The whole answer.
 
         Raises:
@@ -63,30 +56,28 @@ class Answering:
         """
         async with self._submitted(body, stream=False) as tickets:
             outputs = [await _last(ticket) for ticket in tickets]
-        if isinstance(body, ChatCompletionRequest):
-            return chat_completion_response(body, outputs[0], model=self.model_name)
-        return completion_response(body, outputs, model=self.model_name, decode=self._tokenizer.decode)
+        return body.answer(outputs, model=self.model_name, decode=self._tokenizer.decode)
 
     @asynccontextmanager
-    async def stream(self, body: Body) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream(self, body: GeneratingBody) -> AsyncIterator[AsyncIterator[bytes]]:
         """The answer as server-sent events. Leaving the block, early or not, forgets what is unfinished.
 
         Raises:
             GossamerError: refused. What fails later is raised by the iterator.
         """
         async with self._submitted(body, stream=True) as tickets:
-            answer = StreamedAnswer(body, model=self.model_name, decode=self._tokenizer.decode)
-            yield _events(answer, tickets)
+            yield _events(body.events(model=self.model_name, decode=self._tokenizer.decode), tickets)
 
-    async def token_ids(self, body: Body) -> list[list[int]]:
-        """The token ids of the body's prompts.
+    def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """A body's prompt with its token ids, as the engine takes it. Runs in the worker.
 
         Raises:
-            RequestError: a prompt is empty, too long or no text; the chat template refuses the messages.
+            RequestError: it is empty, too long or no text; the chat template refuses the messages.
         """
-        if isinstance(body, ChatCompletionRequest):
-            return [await self.in_worker(lambda: self.chat_ids(body.chat_messages()))]
-        return [await self.in_worker(partial(self.prompt_ids, prompt)) for prompt in body.prompt]
+        if "messages" in prompt:
+            return {"prompt_token_ids": self.chat_ids(prompt["messages"]), "cache_salt": prompt["cache_salt"]}
+        text_or_ids = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+        return prompt | {"prompt_token_ids": self.prompt_ids(text_or_ids)}
 
     def prompt_ids(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
         """The token ids of one prompt. Runs in the worker."""
@@ -136,28 +127,26 @@ class Answering:
             )
 
     @asynccontextmanager
-    async def _submitted(self, body: Body, *, stream: bool) -> AsyncIterator[list[Ticket]]:
+    async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
         params = body.to_sampling_params()
-        count = params.n * (len(body.prompt) if isinstance(body, CompletionRequest) else 1)
+        prompts = body.prompts()
+        count = params.n * len(prompts)
         if count > self.max_sequences:
             raise RequestError(f"{count} completions are more than the {self.max_sequences} of one request", param="n")
         self.engine_loop.check_room(count)  # before the work of making tokens
-        prompts = await self.token_ids(body)
+        prompts = [await self.in_worker(partial(self.with_ids, prompt)) for prompt in prompts]
         if params.structured_outputs is not None:
             await self._compile(params, body)
         async with AsyncExitStack() as stack:
             tickets: list[Ticket] = []
-            for index, ids in enumerate(prompts):
-                prompt: dict[str, Any] = {"prompt_token_ids": ids, "cache_salt": body.cache_salt}
-                if isinstance(body, CompletionRequest) and isinstance(body.prompt[index], str):
-                    prompt["prompt"] = body.prompt[index]
+            for prompt in prompts:
                 ticket = await self.engine_loop.submit(f"req-{uuid.uuid4().hex}", prompt, params, stream=stream)
                 stack.callback(self.engine_loop.release, ticket)
                 tickets.append(ticket)
             yield tickets
 
-    async def _compile(self, params: SamplingParams, body: Body) -> None:
+    async def _compile(self, params: SamplingParams, body: GeneratingBody) -> None:
         """A large schema takes a while; the engine finds it compiled."""
         form = params.structured_outputs
         assert form is not None

@@ -16,8 +16,9 @@ from starlette.responses import Response
 
 import gossamer
 from gossamer.errors import GossamerError, RequestError
-from gossamer.server import routes_batches, routes_cache, routes_completions, routes_info, routes_playground
+from gossamer.server import routes_batches, routes_cache, routes_info, routes_playground
 from gossamer.server.errors import HttpError, error_response
+from gossamer.server.generating import generating_routes
 from gossamer.server.http import Disconnected, client_gone
 from gossamer.server.middleware import ApiKeys, Limits, RequestLog
 from gossamer.server.options import ServerOptions
@@ -51,8 +52,9 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
-    for routes in (routes_info, routes_completions, routes_batches, routes_cache, routes_playground):
+    for routes in (routes_info, routes_batches, routes_cache, routes_playground):
         app.include_router(routes.router)
+    app.include_router(generating_routes())
     app.add_exception_handler(GossamerError, _gossamer_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Disconnected, _disconnected)
@@ -75,7 +77,7 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
 
 async def _gossamer_error(request: Request, error: Exception) -> Response:
     request.scope["gossamer.error"] = str(error)
-    return error_response(error, "messages" if request.url.path.endswith("/chat/completions") else "prompt")
+    return error_response(error, request.scope.get("gossamer.prompt_field", "prompt"))
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

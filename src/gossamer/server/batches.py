@@ -20,7 +20,8 @@ from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.errors import GossamerError, RequestError, ServerBusyError
-from gossamer.server.answering import Answering, Body
+from gossamer.protocol import GeneratingBody
+from gossamer.server.answering import Answering
 from gossamer.server.errors import HttpError, not_found
 from gossamer.server.files import FileStore, StoredFile, new_id, write_json
 
@@ -199,7 +200,7 @@ class Batches:
             batch.completed += 1
             answers.append(answer_record(line, answer))
 
-    async def _patiently(self, body: Body) -> dict[str, Any]:
+    async def _patiently(self, body: GeneratingBody) -> dict[str, Any]:
         """The answer, however often clients have filled the queue before."""
         while True:
             try:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import GossamerError, RequestError
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
-from gossamer.protocol.requests import as_request_error
+from gossamer.protocol.fields import as_request_error
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
 

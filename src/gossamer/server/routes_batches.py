@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
 
 from gossamer.errors import RequestError
+from gossamer.protocol import BODIES
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -44,7 +45,7 @@ class BatchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    endpoint: Literal[tuple(BODIES)]  # type: ignore[valid-type]
     completion_window: Literal["24h"]
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = None
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.requests import ChatMessage, template_messages
+from gossamer.protocol.chat import ChatMessage, template_messages
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service

@@ -1,0 +1,198 @@
+"""What all bodies of generating endpoints share: sampling, stopping, and the extensions that vLLM's clients know.
+
+A body class is all there is to an endpoint: its url, how a body is read, what the engine is asked, and how the answer
+looks. `bodies` lists the classes; the server and batch files take any of them.
+
+The models forbid unknown fields: a field we cannot honour changes the answer, so it is refused by name, never dropped.
+Values are not converted either: ``"temperature": "0.5"`` is refused. ``null`` means "not given", as in OpenAI's API.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gossamer.outputs import RequestOutput
+from gossamer.protocol.fields import (
+    Count,
+    PositiveCount,
+    ResponseFormat,
+    StreamOptions,
+    Strings,
+    StructuredOutputs,
+    as_request_error,
+    drop_nulls,
+)
+from gossamer.protocol.responses import Decode, Json
+from gossamer.protocol.streaming import StreamedAnswer
+from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
+
+# Fields of OpenAI's API that Gossamer does not offer. Clients write them out as null; only a value is refused.
+_NOT_OFFERED = frozenset(
+    {"suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"}
+    | {"modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"}
+    | {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+
+
+class GeneratingBody(BaseModel):
+    """Body of an endpoint that generates text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    #: The path of the endpoint, in batch files as well.
+    url: ClassVar[str]
+    #: One sentence for the OpenAPI document.
+    description: ClassVar[str]
+    #: The field that the prompts are made from; the engine does not know it, and errors name it.
+    prompt_field: ClassVar[str]
+    #: What OpenAI generates at most when neither the body nor the user says anything; None is up to the context's end.
+    openai_max_tokens: ClassVar[int | None] = None
+
+    model: str | None = None
+    n: PositiveCount = 1
+    max_tokens: PositiveCount | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: Strings = []
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
+
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    min_tokens: Count = 0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    prompt_logprobs: Count | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, body: object) -> object:
+        return drop_nulls(body, _NOT_OFFERED | cls.model_fields.keys())
+
+    @classmethod
+    def parse(cls, body: object) -> Self:
+        """Read a decoded JSON body.
+
+        Raises:
+            RequestError: a field is missing, unknown or of the wrong type; ``param`` names it.
+
+        >>> from gossamer.protocol import CompletionRequest
+        >>> CompletionRequest.parse({"prompt": "Once", "suffix": "end"})
+        Traceback (most recent call last):
+        ...
+        gossamer.errors.RequestError: suffix is not supported
+        """
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise as_request_error(error) from None
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not available with stream: true")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("response_format and structured_outputs mean the same; give one of them")
+        return self
+
+    @abstractmethod
+    def prompts(self) -> list[Json]:
+        """The prompts in the form the engine takes, but a conversation is ``{"messages": ...}`` and still to be written
+        with the chat template. Each holds the body's ``cache_salt``."""
+
+    @abstractmethod
+    def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:
+        """The whole answer.
+
+        Args:
+            outputs: one per prompt, in the order of ``prompts()``.
+            model: the name of the model that answered.
+            decode: token ids -> text.
+        """
+
+    @abstractmethod
+    def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
+        """What turns outputs into the events of a streamed answer; the arguments are those of ``answer``."""
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_drawn(self) -> int:
+        """Completions that are generated for each prompt."""
+        return self.n
+
+    def _token_limit(self) -> int | None:
+        return self.max_tokens
+
+    def _form(self) -> StructuredOutputsParams | None:
+        """What the completion must look like."""
+        given, wanted = self.response_format, self.structured_outputs
+        if given is not None and given.type != "text":
+            schema = None if given.json_schema is None else given.json_schema.schema_
+            return StructuredOutputsParams(json=schema, json_object=schema is None)
+        if wanted is not None:
+            return StructuredOutputsParams(
+                json=wanted.json_, json_object=wanted.json_object, regex=wanted.regex, choice=wanted.choice
+            )
+        return None
+
+    @abstractmethod
+    def _logprob_count(self) -> int | None:
+        """Log-probabilities to ask the sampler for at each generated token."""
+
+    def _prompt_logprob_count(self) -> int | None:
+        return self.prompt_logprobs
+
+    def to_sampling_params(self, default_max_tokens: int | None = None) -> SamplingParams:
+        """The request in the engine's terms.
+
+        Args:
+            default_max_tokens: the limit for bodies that give none; ``None`` is OpenAI's own default.
+
+        Raises:
+            InvalidSamplingParamsError: a value is out of its range.
+        """
+        limit = self._token_limit() or default_max_tokens or self.openai_max_tokens
+        return SamplingParams(
+            n=self.num_drawn,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            # SamplingParams turns the keys into integers: in JSON they can only be strings.
+            logit_bias=self.logit_bias,  # type: ignore[arg-type]
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            max_tokens=limit,
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=self._logprob_count(),
+            prompt_logprobs=self._prompt_logprob_count(),
+            structured_outputs=self._form(),
+        )

@@ -1,0 +1,43 @@
+"""What a refused or failed request gets instead of an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gossamer.errors import (
+    EngineError,
+    GossamerError,
+    InvalidPromptError,
+    MemoryBudgetError,
+    PromptTooLongError,
+    RequestError,
+    ServerBusyError,
+)
+
+_INVALID = "invalid_request_error"
+# type and code, as in OpenAI's errors
+_KINDS: tuple[tuple[type[GossamerError], str, str], ...] = (
+    (PromptTooLongError, _INVALID, "context_length_exceeded"),
+    (MemoryBudgetError, _INVALID, "memory_budget_exceeded"),
+    (InvalidPromptError, _INVALID, "invalid_prompt"),
+    (ServerBusyError, "rate_limit_error", "server_busy"),
+    (EngineError, "server_error", "engine_error"),
+    (GossamerError, _INVALID, "invalid_value"),
+)
+
+
+def error_body(error: GossamerError, prompt_field: str = "prompt") -> dict[str, Any]:
+    """What a refused or failed request gets instead of an answer.
+
+    Args:
+        prompt_field: the field of the body that the prompt was made from; the engine does not know it.
+
+    >>> error_body(RequestError("top_p must be in (0, 1], got 2", param="top_p"))["error"]["param"]
+    'top_p'
+    """
+    # The request knows which request it is: its id would only repeat that in the message.
+    message, param = (error.message, error.param) if isinstance(error, RequestError) else (str(error), None)
+    if param in ("prompt", "prompt_token_ids"):
+        param = prompt_field
+    kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,82 @@
+"""What the fields of request bodies are made of, and what is said about a field that is wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gossamer.errors import RequestError
+
+
+def drop_nulls(body: object, known: frozenset[str]) -> object:
+    """The body without those known fields that are null: that means "not given"."""
+    if not isinstance(body, dict):
+        return body
+    return {name: value for name, value in body.items() if value is not None or name not in known}
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(_listed)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+
+
+class StreamOptions(BaseModel):
+    """``include_usage``: one more event at the end of a stream, with the usage."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A schema with OpenAI's wrapping. The name and the description are for readers."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # an answer is always valid under the schema
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's ``response_format``: plain text, any JSON object, or JSON that is valid under a schema."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_given(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema belongs to type "json_schema", and that needs it')
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's ``structured_outputs``: one of these forms."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+
+
+def as_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong with a body, by name."""
+    first = error.errors(include_url=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"{param} is not supported", param=param)
+    if first["type"] == "missing":
+        return RequestError(f"{param} is missing", param=param)
+    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return RequestError(f"{param}: {reason}" if param else reason, param=param)

@@ -1,0 +1,48 @@
+"""The routes of the endpoints that generate text: one for each body class."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gossamer.protocol import BODIES, GeneratingBody
+from gossamer.server.documented import errors, json_body
+from gossamer.server.http import EventStream, read_json, while_connected
+from gossamer.server.service import Service
+
+_ERRORS = errors(400, 404, 408, 413, 415, 429, 500, 504)
+_STREAM = {"description": "The answer, or its events.", "content": {"application/json": {}, "text/event-stream": {}}}
+
+
+def generating_routes() -> APIRouter:
+    """A route for each of ``BODIES``."""
+    router = APIRouter(tags=["completions"])
+    for url, kind in BODIES.items():
+        router.add_api_route(
+            url,
+            _endpoint(kind),
+            methods=["POST"],
+            name=url.removeprefix("/v1/").replace("/", "_"),
+            description=kind.description,
+            responses={200: _STREAM, **_ERRORS},
+            openapi_extra=json_body(kind),
+        )
+    return router
+
+
+def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        request.scope["gossamer.prompt_field"] = kind.prompt_field  # for errors
+        service: Service = request.app.state.service
+        answering = service.ready.answering
+        body = kind.parse(await read_json(request))
+        service.check_model(body.model)
+        timeout = service.options.request_timeout
+        if body.stream:
+            return EventStream(lambda: answering.stream(body), timeout=timeout, prompt_field=kind.prompt_field)
+        return JSONResponse(await while_connected(request.receive, answering.complete(body), timeout))
+
+    return answer
