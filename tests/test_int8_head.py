@@ -13,7 +13,8 @@ from architectures import make_model
 from gossamer import LLM, SamplingParams
 from gossamer.errors import ConfigurationError
 from gossamer.models.load import load_model
-from gossamer.nn import Int8Linear, Int8TiedHead, quantize
+from gossamer.models.quantize import quantize
+from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.nn.int8_head import quantize_head
 from gossamer.runners.choose import RunnerChoice
 

@@ -24,7 +24,8 @@ from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.models.load import load_model
 from gossamer.models.manifest import verify
 from gossamer.models.pull import import_gguf
-from gossamer.nn import Int8Linear, quantize
+from gossamer.models.quantize import quantize
+from gossamer.nn import Int8Linear
 from gossamer.nn.int8_linear import Decomposition
 from native_checkpoints import save_model
 from references import load_reference

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from architectures import ARCHITECTURES, make_model
 from gossamer.errors import ConfigurationError
-from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead, quantize
+from gossamer.models.quantize import quantize
+from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.nn.int8_weight import quantize_weight
 from gossamer.nn.quantize import matches

@@ -16,7 +16,7 @@ from architectures import make_model
 from gossamer.engine.engine import Engine
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set, instruction_sets
-from gossamer.nn import quantize
+from gossamer.models.quantize import quantize
 from gossamer.nn.int8_head import quantize_head
 from gossamer.runners.choose import make_runner
 from gossamer.runners.native import NativeRunner, why_not_native

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from gossamer.errors import GossamerError, RequestError
     from gossamer.llm import LLM
     from gossamer.models.int8_quantizer import GossamerInt8Config
-    from gossamer.nn import Int8Embedding, Int8Linear, quantize
+    from gossamer.models.quantize import quantize
+    from gossamer.nn import Int8Embedding, Int8Linear
     from gossamer.operators.gaussian.attention import KernelAttention
     from gossamer.operators.gaussian.kernel import GaussianKernel
     from gossamer.operators.gradient_store import GradientStore
@@ -50,7 +51,7 @@ _HOMES = {
     "attend": "ops.attention",
     "find_outliers": "report.outliers",
     "merge_states": "ops.attention",
-    "quantize": "nn",
+    "quantize": "models.quantize",
 }
 
 __all__ = [

@@ -181,7 +181,7 @@ def _prune(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from gossamer.cli.eval import describe_text, read
+    from gossamer.cli.measured_text import describe_text, read
     from gossamer.compress.sparse import SparsityRecipe, compress_sparse
     from gossamer.engine.memory import parse_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ from gossamer.cli.engine_options import (
     int8_config,
     int8_options,
 )
+from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
 from gossamer.progress import Progress
@@ -29,14 +30,7 @@ from gossamer.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gossamer.models.int8_quantizer import GossamerInt8Config
     from gossamer.report.quality import Interval, Quality
-
-Text = Annotated[
-    Path | None,
-    typer.Option(help="A UTF-8 file to measure on; the language reference that comes with Python by default."),
-]
-Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 
 
 def evaluate(
@@ -73,7 +67,7 @@ def evaluate(
     """
     content = read(text)
     if prefix_eps:
-        from gossamer.cli.eval_prefix import evaluate_prefix_tolerance  # which is built on this module
+        from gossamer.cli.eval_prefix import evaluate_prefix_tolerance
 
         if reference is not None:
             raise ConfigurationError(
@@ -116,48 +110,6 @@ def evaluate(
     elif quality:
         _print(quality, model, reference, text)
     raise typer.Exit(130 if interrupted else 0)
-
-
-def read(text: Path | None) -> str:
-    """The text of a file, or the default one."""
-    if text is None:
-        from gossamer.bench.text import reference_text
-
-        return reference_text()
-    from gossamer.report.windows import read_text
-
-    return read_text(text)
-
-
-def describe_text(text: Path | None) -> str:
-    return "Python's language reference" if text is None else str(text)
-
-
-def load(
-    model: str, dtype: str, threads: int | None, int8: GossamerInt8Config | None = None, int8_head: bool = False
-) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    notice(f"Loading {model}", "dim")
-    import torch
-
-    from gossamer.models import resolve_model
-    from gossamer.models.load import load_model
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load_model(
-        resolve_model(model, for_int8=int8 is not None), dtype=dtype, quantization=int8, int8_head=int8_head
-    )
-
-
-def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:
-    """Windows of the text; says so if there are fewer than were asked for."""
-    from gossamer.report.windows import token_windows
-
-    cut = token_windows(tokenizer, text, window, count)
-    if count is not None and len(cut) < count:
-        notice(f"The text holds {len(cut)} windows of {window} tokens, not {count}.", "yellow")
-    return cut
 
 
 def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

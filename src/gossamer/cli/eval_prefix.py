@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gossamer.cli.engine_options import load_llm
-from gossamer.cli.eval import cut_windows, describe_text
+from gossamer.cli.measured_text import cut_windows, describe_text
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:

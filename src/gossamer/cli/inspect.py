@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
-from gossamer.cli.eval import Text, Window, cut_windows, describe_text, load, read
 from gossamer.cli.inspect_attention import inspect_attention
+from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
 from gossamer.cli.terminal import notice
 from gossamer.progress import Progress
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gossamer.cli.eval import describe_text, read
+from gossamer.cli.measured_text import describe_text, read
 from gossamer.cli.terminal import notice
 from gossamer.progress import Progress
 

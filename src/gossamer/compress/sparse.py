@@ -21,9 +21,10 @@ from gossamer.models.checkpoint import stored_dtype
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import DTYPES, load_config, load_model
 from gossamer.models.manifest import write_manifest
+from gossamer.models.quantize import quantize
 from gossamer.models.resolve import resolve_model
 from gossamer.models.shards import Progress
-from gossamer.nn.quantize import QuantizationReport, quantize
+from gossamer.nn.quantize import QuantizationReport
 from gossamer.pruning.blocks import decoder_blocks
 from gossamer.pruning.curvature import (
     BlockFisher,

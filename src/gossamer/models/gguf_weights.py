@@ -107,7 +107,7 @@ def open_weights(path: Path, config: PreTrainedConfig, skip: Sequence[str] = ())
     Args:
         path: the file; :func:`can_stream` is true of it.
         config: the model's.
-        skip: layers that will not be quantized, as in :func:`gossamer.nn.quantize.quantize`.
+        skip: layers that will not be quantized, as in :func:`gossamer.models.quantize.quantize`.
     """
     reader = gguf.GGUFReader(path)
     processor = _processor_of(reader.fields["general.architecture"].contents())(config=config.to_dict())

@@ -1,8 +1,8 @@
-"""Modules whose weights are int8, and quantizing a model into them."""
+"""Modules whose weights are int8."""
 
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
 from gossamer.nn.int8_linear import Int8Linear
-from gossamer.nn.quantize import QuantizationReport, quantize
+from gossamer.nn.quantize import QuantizationReport
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear
 
-__all__ = ["Int8Embedding", "Int8Linear", "Int8TiedHead", "QuantizationReport", "SparseInt8Linear", "quantize"]
+__all__ = ["Int8Embedding", "Int8Linear", "Int8TiedHead", "QuantizationReport", "SparseInt8Linear"]

@@ -1,21 +1,19 @@
-"""Quantize a model in memory, layer by layer, and say what was done and what was not."""
+"""Which layers of a model become int8, and the report of what was done and what was not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead, unsupported_embedding
-from gossamer.nn.int8_linear import Decomposition, Int8Linear, is_int8
-from gossamer.nn.int8_weight import linear_weight, quantize_weight
-from gossamer.nn.outlier_store import find_outlier_columns, random_reading
-from gossamer.nn.sparse_int8_linear import SparseInt8Linear, sparse_if_smaller
-from gossamer.ops.int8 import Criterion, Outliers
+from gossamer.nn.int8_embedding import Int8Embedding, unsupported_embedding
+from gossamer.nn.int8_linear import Int8Linear, is_int8
+from gossamer.nn.int8_weight import linear_weight
+from gossamer.nn.sparse_int8_linear import SparseInt8Linear
 
 SKIP = ("lm_head",)
 OUTLIER_STORE = 0.015  # share of the columns; with it an int8 layer takes 0.52 of the bytes of a bf16 one
@@ -46,7 +44,7 @@ class LayerReport:
 
 @dataclass
 class QuantizationReport:
-    """What :func:`quantize` did: the layers, and by name what was skipped and why."""
+    """What quantizing a model did: the layers, and by name what was skipped and why."""
 
     layers: list[LayerReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -84,104 +82,6 @@ class QuantizationReport:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"not quantized: {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
-
-
-def quantize(
-    model: nn.Module,
-    threshold: float = 6.0,
-    skip: Sequence[str] = SKIP,
-    outliers: Outliers | None = "token",
-    *,
-    criterion: Criterion = "relative",
-    outlier_store: float = OUTLIER_STORE,
-    run: Callable[[], object] | None = None,
-) -> QuantizationReport:
-    """Replace the linear layers of a model by :class:`Int8Linear`, in place.
-
-    A layer of which enough weights are zero, because it was pruned, becomes a
-    :class:`~gossamer.nn.sparse_int8_linear.SparseInt8Linear`: the same codes in less memory.
-
-    Attention, norms and activations stay as they are. If the output layer is tied to the embedding and not skipped,
-    both become int8 and share one store.
-
-    Args:
-        model: of any kind; weights fp32, bf16 or fp16.
-        threshold, criterion, outliers: see :func:`gossamer.ops.int8.int8_linear`. The paper's own setting is
-            ``quantize(model, 6.0, outliers="batch", criterion="absolute")``.
-        skip: names of modules to leave: a whole path, its first or its last parts, or a regular expression.
-        outlier_store: share of each layer's input columns whose weights are kept in 16 bit as well.
-        run: calls the model once, to find these columns. A transformers model reads random tokens by default; for
-            other models there is no store without it.
-
-    Returns:
-        What was done, what was skipped, and why. ``print(report)`` shows it.
-
-    Raises:
-        ConfigurationError: a setting has no meaning, the model is quantized already, it has no linear layer, or a
-            weight is of another type, NaN or infinite. The model is then as it was.
-
-    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
-    >>> print(quantize(model, skip=["2"]))
-    1 layers in int8: 0.0 MB became 0.0 MB
-    not quantized: 2: named in skip
-    """
-    decomposition = Decomposition(threshold, criterion, outliers)
-    check_store(outlier_store)
-    refuse_quantized(model)
-    report = QuantizationReport(skipped=find_skipped(model, skip))
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if linear_weight(layer) is not None and name not in report.skipped
-    }
-    if "" in layers:
-        raise ConfigurationError("the model is a linear layer itself; Int8Linear.from_linear makes one of it")
-    if not layers:
-        raise ConfigurationError(f"{type(model).__name__} has no linear layer to quantize{_reasons(report)}")
-    run = run or random_reading(model)
-    columns = find_outlier_columns(layers, outlier_store, run) if run and outlier_store else {}
-    replacements = _int8_modules(model, layers, columns, decomposition, report)
-    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
-        if module in replacements:
-            model.set_submodule(name, replacements[module])
-    if hasattr(model, "config"):
-        # imported here: plain PyTorch models do without transformers
-        from gossamer.models.int8_quantizer import GossamerInt8Config, mark_quantized
-
-        store = outlier_store if columns else 0.0
-        mark_quantized(model, GossamerInt8Config(threshold, criterion, outliers, store, skip), report)
-    return report
-
-
-def _int8_modules(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    columns: Mapping[str, Tensor],
-    decomposition: Decomposition,
-    report: QuantizationReport,
-) -> dict[nn.Module, nn.Module]:
-    """What takes the place of which module; adds to the report, and leaves the model as it is."""
-    head = tied_head(model)
-    replacements: dict[nn.Module, nn.Module] = {}
-    for name, layer in layers.items():
-        weight = linear_weight(layer)
-        assert weight is not None
-        weight = weight.detach()
-        quantized = quantize_weight(weight, f"the weight of {name}")
-        if layer is head:
-            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-            embedding = Int8Embedding.from_embedding(old, quantized)
-            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition)}
-            report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))
-            continue
-        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-        int8 = Int8Linear.from_weight(
-            quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
-        )
-        int8 = sparse_if_smaller(int8)
-        replacements[layer] = int8.train(layer.training)
-        report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
-    return replacements
 
 
 def describe(name: str, module: Int8Linear | Int8Embedding, element_size: int, relative_error: float) -> LayerReport:
@@ -270,7 +170,3 @@ def refuse_quantized(model: nn.Module) -> None:
                 f"the model is quantized already: the weight of {name or 'it'} is int8. "
                 "Load it with its original weights."
             )
-
-
-def _reasons(report: QuantizationReport) -> str:
-    return "".join(f"; {name}: {reason}" for name, reason in list(report.skipped.items())[:3])
