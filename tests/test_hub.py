@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: names, revisions and files that are refused."""
+"""Models of the Hugging Face hub: names that are not found, and files that are refused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 
-import gossamer.models.convert
-import gossamer.models.fetch
 import gossamer.models.hub
-import gossamer.models.pip_download
-from gossamer.errors import (
-    CheckpointError,
-    ModelNotFoundError,
-)
+from gossamer.errors import CheckpointError, ModelNotFoundError
 from gossamer.models import resolve_model
 
 pytestmark = pytest.mark.usefixtures("private_cache")
