@@ -50,7 +50,8 @@ sanitize: setup model ## Run the tests of the native kernels with address and un
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
 		$(IN_VENV) -m pytest -p no:cacheprovider tests/test_native_kernels.py tests/test_native_sampling.py \
-		tests/test_native_gradients.py tests/test_exactness.py tests/test_sparse_int8.py tests/test_prefix_means.py \
+		tests/test_native_gradients.py tests/test_exactness.py tests/test_sparse_int8.py \
+		tests/test_sparse_int8_engine.py tests/test_prefix_means.py \
 		-k "native or sparse or prefix" $(PYTEST_ARGS)
 
 EMULATED := build/emulated
@@ -61,7 +62,7 @@ emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has o
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(EMULATED)
 	GOSSAMER_NATIVE="$$(ls $(EMULATED)/_native*.so)" $(IN_VENV) -m pytest -p no:cacheprovider \
 		tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_gradients.py tests/test_native_runner.py \
-		tests/test_sparse_int8.py tests/test_prefix_means.py $(PYTEST_ARGS)
+		tests/test_sparse_int8.py tests/test_sparse_int8_engine.py tests/test_prefix_means.py $(PYTEST_ARGS)
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .

@@ -76,3 +76,10 @@ def llm(tiny: Path) -> LLM:
     from gossamer import LLM
 
     return LLM(tiny)
+
+
+@pytest.fixture
+def private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the user's cache, except the slow ones that share its real model."""
+    if "smollm2_path" not in request.fixturenames:
+        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))

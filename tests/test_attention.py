@@ -12,60 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_definition import TOLERANCE, assert_states_equal, definition, problems, seeds
 from gossamer.errors import ConfigurationError
 from gossamer.ops import attention
 from gossamer.ops.attention import (
     AttentionState,
     attend,
     attend_prefix,
-    attend_ragged,
     empty_state,
     merge_states,
     sink_state,
 )
-
-TREES = [[[1], [10]], [[3], [6, 7]], [[7, 7], [9, 10, 11, 4], [129, 2, 3, 4, 5, 6, 7, 128]]]  # arXiv 2402.05099's tests
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 4e-5, torch.bfloat16: 4e-5, torch.float16: 4e-5}
-seeds = st.integers(0, 2**31 - 1)
-
-
-def definition(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    softcap: float | None = None,
-    query_start: int | None = None,
-    key_lengths: Tensor | None = None,
-) -> AttentionState:
-    """Softmax over explicitly masked scores, in fp64, head by head: no code in common with the implementation."""
-    (batch, heads, rows, dim), kv_heads, columns = query.shape, key.shape[1], key.shape[2]
-    start = columns - rows if query_start is None else query_start
-    q, k, v = query.double(), key.double(), value.double()
-    out = torch.zeros(batch, heads, rows, value.shape[-1], dtype=torch.float64)
-    lse = torch.full((batch, heads, rows), -math.inf, dtype=torch.float64)
-    position, at = start + torch.arange(rows)[:, None], torch.arange(columns)[None]
-    for b, h in itertools.product(range(batch), range(heads)):
-        hidden = (at >= (columns if key_lengths is None else int(key_lengths[b]))).expand(rows, columns).clone()
-        if causal:
-            hidden |= at > position
-        if window is not None:
-            hidden |= at <= position - window
-        kv = h // (heads // kv_heads)
-        s = (dim**-0.5 if scale is None else scale) * (q[b, h] @ k[b, kv].T)
-        s = (s if softcap is None else softcap * torch.tanh(s / softcap)).masked_fill(hidden, -math.inf)
-        lively = ~hidden.all(1)
-        out[b, h, lively] = torch.softmax(s[lively], -1) @ v[b, kv]
-        lse[b, h, lively] = torch.logsumexp(s[lively], -1)
-    return AttentionState(out, lse)
-
-
-def assert_states_equal(actual: AttentionState, expected: AttentionState, tolerance: float = 4e-5) -> None:
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=tolerance, atol=tolerance)
 
 
 def random_state(generator: torch.Generator, *shape: int, value_dim: int = 3) -> AttentionState:
@@ -74,51 +31,6 @@ def random_state(generator: torch.Generator, *shape: int, value_dim: int = 3) ->
     lse = torch.randn(*shape, generator=generator, dtype=torch.float64) * 30
     empty = torch.rand(shape, generator=generator) < 0.2
     return AttentionState(out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -math.inf))
-
-
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another memory layout."""
-    if layout == "heads inside":  # (B, L, H, D) memory, as models project
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "every second":
-        return torch.stack([x, torch.full_like(x, 99.0)], -1).flatten(-2)[..., ::2]
-    if layout == "inside a buffer":
-        buffer = x.new_full((*x.shape[:2], x.shape[2] + 5, x.shape[3]), 99.0)
-        buffer[:, :, 2 : 2 + x.shape[2]] = x
-        return buffer[:, :, 2 : 2 + x.shape[2]]
-    return x
-
-
-@st.composite
-def problems(
-    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """Query, key, value and options of :func:`attend`, ugly shapes included."""
-    generator = torch.Generator().manual_seed(draw(seeds))
-    dtype = draw(st.sampled_from(dtypes))
-    batch, kv_heads, group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4]))
-    rows, columns = draw(st.sampled_from([0, 1, 1, 2, 5, 17])), draw(st.sampled_from([0, 1, 2, 7, 17, 40]))
-    dim = draw(st.sampled_from([8, 13, 16, 64, 80, 256]))
-    value_dim = draw(st.sampled_from([dim, dim, 1, 24]))
-    layout = st.sampled_from(["contiguous", "heads inside", "every second", "inside a buffer"])
-    shapes = [
-        (batch, kv_heads * group, rows, dim),
-        (batch, kv_heads, columns, dim),
-        (batch, kv_heads, columns, value_dim),
-    ]
-    tensors = [lay_out((torch.randn(s, generator=generator)).to(dtype), draw(layout)) for s in shapes]
-    options: dict[str, Any] = {
-        "scale": draw(st.sampled_from([None, 0.05, 0.3])),
-        "causal": draw(st.booleans()),
-        "window": draw(st.sampled_from([None, None, 1, 4, 100])),
-        "softcap": draw(st.sampled_from([None, None, 2.0])),
-        "query_start": draw(st.none() | st.integers(-rows - 3, columns + 5)),
-    }
-    if draw(st.booleans()):
-        options["key_lengths"] = torch.tensor(
-            draw(st.lists(st.integers(0, columns + 2), min_size=batch, max_size=batch)), dtype=torch.long
-        )
-    return tensors, options
 
 
 # --- attend ----------------------------------------------------------------------------------------------------
@@ -289,100 +201,6 @@ def test_merge_refuses_nothing_and_unequal_shapes() -> None:
     one, other = random_state(torch.Generator(), 1, 2, 3), random_state(torch.Generator(), 1, 2, 4)
     with pytest.raises(ConfigurationError, match=r"\(1, 2, 3, 3\).*\(1, 2, 4, 3\)"):
         merge_states([one, other])
-
-
-# --- shared prefixes -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tree", TREES, ids=str)
-@pytest.mark.parametrize("kv_heads", [1, 8])
-@pytest.mark.parametrize("fan_out", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_hierarchical_attention_is_flat_attention(
-    tree: list[list[int]], kv_heads: int, fan_out: int, dtype: torch.dtype
-) -> None:
-    """Every vertex is attended to once, by all sequences below it; the last tokens are the sequences' own."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    count, own, dim = len(tree[-1]) * fan_out, 2, 128
-    query = random(count, 8, own, dim)
-    private = random(count, kv_heads, own, dim), random(count, kv_heads, own, dim)
-    partial: list[list[AttentionState]] = [[] for _ in range(count)]
-    stored: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(count)]
-    for level in tree:
-        for vertex, length in enumerate(level):
-            below = range(vertex * count // len(level), (vertex + 1) * count // len(level))
-            key, value = random(kv_heads, length, dim), random(kv_heads, length, dim)
-            state = attend_prefix(query[below.start : below.stop], key, value)
-            for row, sequence in enumerate(below):
-                stored[sequence].append((key, value))
-                partial[sequence].append(AttentionState(state.out[row : row + 1], state.lse[row : row + 1]))
-    last = attend(query, *private, causal=True)
-    for i in range(count):
-        merged = merge_states([*partial[i], AttentionState(last.out[i : i + 1], last.lse[i : i + 1])])
-        key, value = (torch.cat([*(kv[n] for kv in stored[i]), private[n][i]], 1)[None] for n in (0, 1))
-        flat = definition(query[i : i + 1], key, value, causal=True)
-        assert_states_equal(merged, flat, TOLERANCE[dtype])
-
-
-@settings(max_examples=80, deadline=None)
-@given(problems(), st.booleans())
-def test_a_prefix_is_attended_to_as_if_every_sequence_had_a_copy(
-    problem: tuple[list[Tensor], dict[str, Any]], restricted: bool
-) -> None:
-    (query, key, value), options = problem
-    batch, rows, columns = query.shape[0], query.shape[2], key.shape[2]
-    if batch == 0:
-        key, value = key.new_zeros(1, *key.shape[1:]), value.new_zeros(1, *value.shape[1:])
-    seen = torch.rand(batch, rows, columns, generator=torch.Generator().manual_seed(rows)) < 0.5 if restricted else None
-    some = {name: options[name] for name in ("scale", "softcap")}
-    state = attend_prefix(query, key[0], value[0], seen=seen, **some)
-    if seen is None:
-        expected = definition(query, key[:1].expand(batch, -1, -1, -1), value[:1].expand(batch, -1, -1, -1), **some)
-        assert_states_equal(state, expected, TOLERANCE[query.dtype])
-    else:
-        assert state.out.shape == (*query.shape[:3], value.shape[-1])
-        for b, i in itertools.product(range(batch), range(rows)):
-            visible = seen[b, i].nonzero()[:, 0]
-            row = definition(query[b : b + 1, :, i : i + 1], key[:1, :, visible], value[:1, :, visible], **some)
-            mine = AttentionState(state.out[b : b + 1, :, i : i + 1], state.lse[b : b + 1, :, i : i + 1])
-            assert_states_equal(mine, row, TOLERANCE[query.dtype])
-
-
-@settings(max_examples=80, deadline=None)
-@given(problems(dtypes=(torch.float32, torch.float64)))
-def test_ragged_rows_are_attended_to_on_their_own(problem: tuple[list[Tensor], dict[str, Any]]) -> None:
-    (query, key, value), options = problem
-    batch, columns = query.shape[0], key.shape[2]
-    query = query[:, :, :1] if query.shape[2] else query.new_ones(*query.shape[:2], 1, query.shape[3])
-    generator = torch.Generator().manual_seed(columns)
-    seen = torch.rand(batch, columns, generator=generator) < 0.4
-    seen[:1] = False  # a sequence that sees nothing
-    bias = torch.zeros(batch, columns).masked_fill_(~seen, -math.inf)
-    some = {name: options[name] for name in ("scale", "softcap")}
-    state = attend_ragged(query, key, value, bias, **some)
-    assert state.out.shape == (*query.shape[:3], value.shape[-1])
-    for b in range(batch):
-        visible = seen[b].nonzero()[:, 0]
-        row = definition(query[b : b + 1], key[b : b + 1, :, visible], value[b : b + 1, :, visible], **some)
-        assert_states_equal(AttentionState(state.out[b : b + 1], state.lse[b : b + 1]), row, TOLERANCE[query.dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_ragged_rows_in_half_precision_stay_within_its_rounding(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(s, generator=generator).to(dtype) for s in ((8, 4, 1, 64), (8, 2, 50, 64), (8, 2, 50, 64))
-    )
-    state = attend_ragged(query, key, value, torch.zeros(8, 50))
-    expected = definition(query, key, value)
-    assert state.out.dtype == torch.float32
-    ulp = torch.finfo(dtype).eps
-    torch.testing.assert_close(state.lse.double(), expected.lse, rtol=0, atol=4 * ulp)
-    torch.testing.assert_close(state.out.double(), expected.out, rtol=0, atol=8 * ulp)
 
 
 # --- autograd and compilers ------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from foreign_checkpoints import LAYER, SAFETENSORS, quantization_config, read_as_native
 from gossamer.cli.app import app
 from gossamer.compress import format_bitsandbytes
 from gossamer.compress.export import FORMATS, export
@@ -28,13 +28,9 @@ from gossamer.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from gossamer.models import bitsandbytes_int8, compressed_tensors_int8
+from gossamer.models import bitsandbytes_int8
 from gossamer.models.int8_quantizer import GossamerInt8Config
-from gossamer.models.shard_reader import ShardReader
-from gossamer.models.shards import TensorSpec
 from native_checkpoints import dequantized_tensors, save_model, write_native
-
-SAFETENSORS = {"bitsandbytes": bitsandbytes_int8, "compressed-tensors": compressed_tensors_int8}
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +47,6 @@ def native(model: Path) -> Path:
 
 def output_for(directory: Path, format: str) -> Path:
     return directory / ("out.gguf" if format == "gguf" else "out")
-
-
-def quantization_config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())["quantization_config"]
-
-
-def read_as_native(directory: Path, foreign: ModuleType) -> dict[str, Tensor]:
-    """What a loader does with a foreign checkpoint."""
-    tensors = {}
-    with ShardReader(directory) as reader:
-        foreign.check_layers(reader.specs)
-        for name in reader.specs:
-            tensor = foreign.native_tensor(name, reader.tensor(name))
-            native_name = foreign.native_names(name)
-            assert (tensor is None) == (native_name is None)
-            if tensor is not None and native_name is not None:
-                tensors[native_name] = tensor.clone()
-    return tensors
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -91,18 +69,6 @@ def test_compressed_tensors_are_what_the_format_says(native, tmp_path):
     path = "model.layers.1.mlp.down_proj"
     assert torch.equal(theirs[f"{path}.weight"], ours[f"{path}.weight"])
     assert torch.equal(theirs[f"{path}.weight_scale"], ours[f"{path}.scale"][:, None])
-
-
-@pytest.mark.parametrize("format", SAFETENSORS)
-def test_an_export_reads_back_as_the_native_checkpoint(format, native, tmp_path):
-    export(native, tmp_path / "out", format)
-    again, ours = read_as_native(tmp_path / "out", SAFETENSORS[format]), load_file(native / "model.safetensors")
-    assert again.keys() == ours.keys()
-    # 127 * scale / 127 may differ from scale in the last bit.
-    assert all(torch.allclose(again[name].float(), ours[name].float(), rtol=2e-7, atol=0) for name in ours)
-    config = SAFETENSORS[format].read_config(quantization_config(tmp_path / "out"))
-    assert config["outliers"] == ("batch" if format == "bitsandbytes" else None)
-    assert config["skip"] == ["lm_head"]
 
 
 @pytest.mark.parametrize("format", SAFETENSORS)
@@ -303,9 +269,6 @@ def damage(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> No
     save_file(tensors, directory / "model.safetensors")
 
 
-LAYER = "model.layers.0.mlp.up_proj"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -348,97 +311,6 @@ def test_another_kind_of_directory_is_refused(model, tmp_path):
     (native / "model.safetensors").write_bytes((native / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing, damaged or cut off"):
         export(native, tmp_path / "out", "bitsandbytes")
-
-
-# --- reading foreign checkpoints -------------------------------------------------------------------------------------
-
-
-def changed(config: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """A copy in which the entry at ``path`` has another value."""
-    config = json.loads(json.dumps(config))
-    *parents, last = path.split("/")
-    entry = config
-    for parent in parents:
-        entry = entry[parent]
-    entry[last] = value
-    return config
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "reason"),
-    [
-        ("format", "pack-quantized", "'pack-quantized'"),
-        ("config_groups", {}, "config_groups are empty"),
-        ("config_groups/group_0", ["Linear"], "not spelled out"),
-        ("config_groups/group_0/weights/num_bits", 4, "4-bit int"),
-        ("config_groups/group_0/weights/type", "float", "8-bit float"),
-        ("config_groups/group_0/weights/strategy", "group", "one scale per group"),
-        ("config_groups/group_0/weights/symmetric", False, "zero-points"),
-        ("config_groups/group_0/input_activations", None, "activations of group_0 are not int8"),
-        ("config_groups/group_0/input_activations/dynamic", False, "static scales"),
-        ("config_groups/group_0/input_activations/strategy", "tensor", "one scale per token"),
-        ("config_groups/group_0/output_activations", {"num_bits": 8}, "outputs of group_0"),
-        ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
-        ("sparsity_config", {"format": "sparse-24-bitmask"}, "'sparse-24-bitmask'"),
-    ],
-)
-def test_other_compressed_tensors_schemes_are_refused_with_the_reason(path, value, reason, native, tmp_path):
-    export(native, tmp_path / "out", "compressed-tensors")
-    config = quantization_config(tmp_path / "out")
-    compressed_tensors_int8.read_config(config)
-    with pytest.raises(UnsupportedModelError, match=re.escape(reason)):
-        compressed_tensors_int8.read_config(changed(config, path, value))
-
-
-def test_four_bit_bitsandbytes_is_refused():
-    with pytest.raises(UnsupportedModelError, match="4-bit"):
-        bitsandbytes_int8.read_config({"quant_method": "bitsandbytes", "load_in_4bit": True})
-
-
-def test_minus_128_is_kept():
-    codes = torch.full((2, 3), -128, dtype=torch.int8)
-    for foreign in SAFETENSORS.values():
-        assert torch.equal(foreign.native_tensor("fc.weight", codes), codes)
-
-
-@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
-def test_impossible_scales_are_refused(wrong):
-    with pytest.raises(CheckpointError, match=r"fc\.SCB"):
-        bitsandbytes_int8.native_tensor("fc.SCB", torch.tensor([1.0, wrong]))
-    with pytest.raises(CheckpointError, match=r"fc\.weight_scale"):
-        compressed_tensors_int8.native_tensor("fc.weight_scale", torch.tensor([[1.0], [wrong]]))
-
-
-def test_other_layouts_and_zero_points_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"fc\.weight_format is 2"):
-        bitsandbytes_int8.native_tensor("fc.weight_format", torch.tensor(2, dtype=torch.uint8))
-    zeros = torch.zeros(3, 1, dtype=torch.int8)
-    assert compressed_tensors_int8.native_tensor("fc.weight_zero_point", zeros) is None
-    with pytest.raises(UnsupportedModelError, match=r"fc\.weight_zero_point is not zero"):
-        compressed_tensors_int8.native_tensor("fc.weight_zero_point", zeros + 1)
-
-
-@pytest.mark.parametrize(("format", "scale"), [("bitsandbytes", "SCB"), ("compressed-tensors", "weight_scale")])
-def test_missing_partners_and_wrong_shapes_are_named(format, scale, native, tmp_path):
-    export(native, tmp_path / "out", format)
-    with ShardReader(tmp_path / "out") as reader:
-        specs = reader.specs
-    check = SAFETENSORS[format].check_layers
-    assert len(check(specs)) == 14
-    weight, name = f"{LAYER}.weight", f"{LAYER}.{scale}"
-    with pytest.raises(CheckpointError, match=re.escape(f"has no {name}")):
-        check({key: spec for key, spec in specs.items() if key != name})
-    with pytest.raises(CheckpointError, match=re.escape(f"no int8 tensor {weight}")):
-        check({key: spec for key, spec in specs.items() if key != weight})
-    with pytest.raises(CheckpointError, match=re.escape(name)):
-        check(specs | {name: specs[name]._replace(shape=(95,))})
-    with pytest.raises(CheckpointError, match=re.escape(name)):
-        check(specs | {name: specs[name]._replace(dtype=torch.int8)})
-
-
-def test_static_activation_scales_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"fc\.input_scale is a static scale"):
-        compressed_tensors_int8.check_layers({"fc.input_scale": TensorSpec("fc.input_scale", torch.float32, (1,))})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

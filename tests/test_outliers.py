@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -14,56 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
-from typer.testing import CliRunner
 
 import gossamer
 import gossamer.report.outliers as outliers_module
 from architectures import ARCHITECTURES, VOCAB, make_model
 from gossamer import find_outliers
-from gossamer.cli.app import app
 from gossamer.cli.inspect import memory_by_scheme
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models.load import load_model
-from gossamer.report import html
-from gossamer.report.ablation import ablate, passes
-from gossamer.report.outliers import CONTRACTION, RESIDUAL, FeatureGroup, OutlierReport
-from gossamer.report.quality import evaluate
+from gossamer.report.ablation import ablate
+from gossamer.report.outliers import CONTRACTION, RESIDUAL
 from gossamer.report.windows import token_windows
-from html_page import Page
-
-LAYERS, WIDTH, TOKENS = 8, 32, 64
-
-
-def group(report: OutlierReport, name: str) -> FeatureGroup:
-    return next(each for each in report.groups if each.name == name)
-
-
-def tiny_llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": TOKENS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | heads | changes)))
-    return model.eval().requires_grad_(False)
-
-
-def plant(dimension: int, sign: int, layers: list[int], tokens: list[int]) -> Any:
-    """A model whose attention inputs have an outlier in this dimension, in these layers and at these tokens, only.
-
-    The dimension passes through the residual stream unchanged, as nothing writes to it, and is large in the embeddings
-    of the tokens. RMSNorm brings it to at most sqrt(WIDTH) = 5.7; the gain of the layers lifts that over 6.
-    """
-    model = tiny_llama()
-    model.model.embed_tokens.weight[:, dimension] = 0.0
-    model.model.embed_tokens.weight[tokens, dimension] = 50.0
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn.o_proj.weight[dimension] = 0.0
-        layer.mlp.down_proj.weight[dimension] = 0.0
-        layer.input_layernorm.weight[dimension] = sign * (2.0 if number in layers else 0.5)
-        layer.post_attention_layernorm.weight[dimension] = 0.1
-    return model
-
+from outlier_models import LAYERS, TOKENS, WIDTH, assert_close, group, hooks, plant, tiny_llama
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
@@ -180,20 +141,7 @@ def test_batching_changes_nothing(rows: int, length: int, seed: int) -> None:
     model = make_model("llama")
     ids = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
     together, apart = find_outliers(model, [ids], 1.5).to_dict(), find_outliers(model, list(ids), 1.5).to_dict()
-    _assert_close(together, apart)
-
-
-def _assert_close(one: Any, other: Any) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            _assert_close(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for pair in zip(one, other, strict=True):
-            _assert_close(*pair)
-    else:
-        assert one == pytest.approx(other, rel=1e-4) if isinstance(one, float) else one == other
+    assert_close(together, apart)
 
 
 # --- which layers share an input -------------------------------------------------------------------------------------
@@ -285,90 +233,7 @@ def test_values_that_are_not_finite_are_an_error_and_leave_no_hooks() -> None:
     model.model.layers[3].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(GossamerError, match=r"model.layers.3.mlp.down_proj is not finite"):
         find_outliers(model, [torch.arange(5)])
-    assert _hooks(model) == 0
-
-
-def _hooks(model: Any) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
-
-
-# --- ablation --------------------------------------------------------------------------------------------------------
-
-
-def _without_columns(model: Any, names: list[str], dimensions: tuple[int, ...]) -> Any:
-    """Zero in an input and no weight for it are the same."""
-    edited = copy.deepcopy(model)
-    for name in names:
-        edited.get_submodule(name).weight[:, list(dimensions)] = 0.0
-    return edited
-
-
-@pytest.mark.parametrize("where", [RESIDUAL, CONTRACTION])
-def test_zeroing_an_input_equals_zeroing_the_weights(where: str) -> None:
-    model = tiny_llama(num_hidden_layers=1, initializer_range=0.3)
-    windows = list(torch.randint(TOKENS, (3, 20)))
-    shares = [feature.tokens for feature in group(find_outliers(model, windows, 2.0, 0.0, 0.0), where).features]
-    report = find_outliers(model, windows, 2.0, 0.0, tokens=shares[1])
-    seen: list[int] = []
-    ablations = ablate(model, windows, report, draws=2, progress=seen.append)
-    assert seen == list(range(1, passes(report, 3, draws=2) + 1))
-    (ablation,) = [each for each in ablations if each.group == where]
-    names = [path for each in report.inputs if each.group == where for path in each.modules]
-    features = {feature.dimension for feature in group(report, where).features}
-    assert set(ablation.features.dimensions) == features
-    for effect in (ablation.intact, ablation.features, *ablation.random):
-        edited = _without_columns(model, names, effect.dimensions)
-        assert effect.perplexity == pytest.approx(evaluate(edited, windows).perplexity, rel=1e-5)
-        edited.set_attn_implementation("eager")
-        outputs = [edited(input_ids=window[None], output_attentions=True) for window in windows]
-        top1 = torch.cat([o.logits[0, :-1].softmax(-1).amax(-1) for o in outputs]).mean()
-        assert effect.top1 == pytest.approx(float(top1), rel=1e-5)
-        attention = torch.cat([o.attentions[0].amax(-1) for o in outputs]).mean()
-        expected = pytest.approx(float(attention), rel=1e-5) if where == RESIDUAL else None
-        assert effect.attention_top1 == expected
-    for effect in ablation.random:
-        assert len(effect.dimensions) == len(features) and not features & set(effect.dimensions)
-
-
-def test_attention_is_measured_layer_by_layer() -> None:
-    """Layers do not see what was zeroed in the layers before them."""
-    model = tiny_llama(num_hidden_layers=2, initializer_range=0.3)
-    window = torch.randint(TOKENS, (20,))
-    report = find_outliers(model, [window], magnitude=2.5, layers=0.0, tokens=0.4)
-    (ablation,) = [each for each in ablate(model, [window], report) if each.group == RESIDUAL]
-    names = [path for each in report.inputs if each.group == RESIDUAL for path in each.modules]
-    expected = []
-    for layer in range(2):
-        own = [name for name in names if name.startswith(f"model.layers.{layer}.self_attn")]
-        edited = _without_columns(model, own, ablation.features.dimensions)
-        edited.set_attn_implementation("eager")
-        expected.append(edited(input_ids=window[None], output_attentions=True).attentions[layer].amax(-1).mean())
-    assert ablation.features.attention_top1 == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
-
-
-def test_ablation_leaves_the_model_as_it_was() -> None:
-    model = plant(5, 1, [1, 2], list(range(TOKENS)))
-    model.set_attn_implementation("sdpa")
-    ids = torch.arange(40)
-    before = model(input_ids=ids[None]).logits
-    report = find_outliers(model, [ids])
-    first, again = ablate(model, [ids], report), ablate(model, [ids], report)
-    assert first == again != ablate(model, [ids], report, seed=1)
-    assert torch.equal(model(input_ids=ids[None]).logits, before)
-    assert _hooks(model) == 0 and model.config._attn_implementation == "sdpa"
-
-
-def test_nothing_is_ablated_without_features_or_with_too_many() -> None:
-    model, ids = tiny_llama(), torch.arange(40)
-    none, all_of_them = (find_outliers(model, [ids], m, layers=0.0, tokens=0.0) for m in (1e6, 1e-6))
-    assert group(none, RESIDUAL).nearest is None and not group(none, RESIDUAL).features
-    assert len(group(all_of_them, RESIDUAL).features) == WIDTH
-    for report in (none, all_of_them):
-        assert passes(report, 3) == 0 and ablate(model, [ids], report) == ()
-    with pytest.raises(ConfigurationError):
-        ablate(model, [], none)
-    with pytest.raises(ConfigurationError):
-        ablate(model, [ids], none, draws=0)
+    assert hooks(model) == 0
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -394,86 +259,6 @@ def test_memory_counts_every_parameter_once(name: str) -> None:
     sizes = memory_by_scheme(model)
     assert sum(part["fp32"] for part in sizes.values()) == 4 * sum(p.numel() for p in model.parameters())
     assert ("packed experts" in sizes) == (name == "mixtral")
-
-
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def test_page_is_whole_by_itself_and_shows_every_input() -> None:
-    model = plant(5, -1, [1, 2, 3], list(range(TOKENS)))
-    ids = torch.arange(40)
-    report = find_outliers(model, [ids])
-    ablations = ablate(model, [ids], report)
-    source = html.render(report, ablations, memory_by_scheme(model), model="<b>&model", text="a & b")
-    page = Page(source)
-    assert page.links == ["https://arxiv.org/abs/2208.07339"]  # for the reader, not for the page
-    assert "<b>&model" in page.text and "<b>&model" not in source
-    assert source.count("<svg") == len({each.label for each in report.inputs if each.layer is not None}) == 4
-    assert source.count("<title>layer") == 4 * LAYERS
-    assert f"{ablations[0].features.perplexity:,.2f}" in page.text
-    assert "prefers-color-scheme: dark" in source
-
-
-def test_page_of_a_model_where_everything_is_large() -> None:
-    model = tiny_llama(hidden_size=64)
-    report = find_outliers(model, [torch.arange(40)], magnitude=1e-6)
-    source = html.render(report, (), memory_by_scheme(model), model="m", text="t")
-    assert "and 44 more" in Page(source).text
-    assert "64 of the 64 dimensions (residual width) are features" in Page(source).text
-
-
-def test_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "report.html"
-    html.write(path, "old")
-    html.write(path, "new")
-    assert path.read_text() == "new"
-
-    def fail(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(html.os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        html.write(path, "newer")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def arguments(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 6)
-    return [str(tiny), "--text", str(text), "--window", "50", "--magnitude", "2.9"]
-
-
-def test_command_as_json(arguments: list[str], tiny: Path, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    result = json.loads(invoke(*arguments, "--tokens", "0.5", "--json", "--html", page).stdout)
-    model, tokenizer = load_model(tiny)
-    expected = find_outliers(model, token_windows(tokenizer, Path(arguments[2]).read_text(), 50, 4), 2.9, 0.25, 0.5)
-    _assert_close({key: result[key] for key in expected.to_dict()}, json.loads(json.dumps(expected.to_dict())))
-    assert any(found["features"] for found in result["groups"]) and result["ablation"]
-    assert result["windows"] == 4 and result["memory"]["linear layers"]["fp32"] > 0
-    Page(page.read_text())
-
-
-def test_command_as_tables(arguments: list[str]) -> None:
-    shown = invoke(*arguments, "--no-ablation").stdout
-    assert "feed-forward contraction" in shown and "mlp.down_proj" in shown and "linear layers" in shown
-    assert "Without the features" not in shown
-    assert "no outlier" in invoke(*arguments[:-1], "1000").stdout
-
-
-@pytest.mark.parametrize("path", ["/no/such/directory/report.html", "/"])
-def test_a_report_that_cannot_be_written_is_said_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gossamer.models.load.load_model", lambda *arguments, **others: pytest.fail("loaded"))
-    result = invoke("smollm2-135m", "--html", path)
-    assert isinstance(result.exception, ConfigurationError)
 
 
 def test_public_name() -> None:

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from gossamer import MFAC
-from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.pruning import (
     NM,
     Block,
@@ -25,60 +24,13 @@ from gossamer.pruning import (
     Magnitude,
     MFACFisher,
     Pruner,
-    Reconstruction,
     Unstructured,
     Wanda,
-    decoder_blocks,
     load_masks,
     save_masks,
 )
-from gossamer.pruning.blocks import BlockRun
 from gossamer.pruning.targets import Target, find_targets
-
-CURVATURES = [Magnitude(), Wanda(), LayerGram(), DiagFisher(), BlockFisher(4), MFACFisher(8, dtype=torch.float32)]
-
-
-def perceptron(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def batches(count: int = 4, size: int = 8, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 16, generator=generator), torch.randint(4, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def language_batches(vocabulary: int = 64, length: int = 12) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    ids = [torch.randint(vocabulary, (1, length), generator=generator) for _ in range(4)]
-    return [{"input_ids": part, "labels": part} for part in ids]
-
-
-def language_model(kind: str) -> Any:
-    torch.manual_seed(0)
-    common = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
-    small = common | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    configs = {
-        "llama": lambda: LlamaConfig(**small, num_key_value_heads=2),
-        "gemma3": lambda: Gemma3TextConfig(**small, num_key_value_heads=2, head_dim=8, sliding_window=4),
-        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_layer=2, n_head=4),
-    }
-    return AutoModelForCausalLM.from_config(configs[kind]()).eval()
-
-
-def language_loss(outputs: Any, batch: Any) -> torch.Tensor:
-    return outputs.loss
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
+from pruning_models import CURVATURES, batches, language_model, perceptron, same, state
 
 
 class TestTargets:
@@ -320,87 +272,6 @@ class TestMasks:
         for path in (tmp_path / "m", tmp_path / "missing"):
             with pytest.raises(CheckpointError, match="cannot be read"):
                 load_masks(path)
-
-
-class TestBlocks:
-    @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
-    def test_blocks_one_after_the_other_are_the_model(self, kind: str) -> None:
-        model = language_model(kind)
-        data, hidden = language_batches(), []
-        blocks = decoder_blocks(model)
-        run = BlockRun(model, blocks, data)
-        for index in range(len(blocks)):
-            run.hidden = run.outputs(index, run.hidden)
-        norm = getattr(model.base_model, "norm", None) or model.base_model.ln_f
-        with torch.no_grad():
-            hidden = [model.lm_head(norm(part)) for part in run.hidden]
-            wanted = [model(input_ids=batch["input_ids"]).logits for batch in data]
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(hidden, wanted, strict=True))
-
-    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-    @pytest.mark.parametrize("curvature", [LayerGram(), BlockFisher(16)], ids=lambda c: type(c).__name__)
-    def test_reconstruction_brings_blocks_closer_and_leaves_zeros(self, kind: str, curvature: Any) -> None:
-        model = language_model(kind)
-        pruner = Pruner(
-            model, curvature, NM(2, 4), blocks=decoder_blocks(model), reconstruction=Reconstruction(epochs=3, lr=2e-4)
-        )
-        report = pruner.prune_to(0.5, language_batches(), language_loss)
-        assert len(report.reconstruction) == 2
-        assert all(after < before for before, after in report.reconstruction)
-        for name, mask in pruner.masks.items():
-            assert not bool((model.get_parameter(name)[~mask] != 0).any())
-        assert not any(parameter.requires_grad is False for parameter in model.parameters())
-
-    def test_a_model_with_eager_attention_is_run_causally(self) -> None:
-        results = []
-        for attention in ("sdpa", "eager"):
-            model = language_model("llama")
-            model.set_attn_implementation(attention)
-            Pruner(model, LayerGram(), NM(2, 4), blocks=decoder_blocks(model)).prune_to(0.5, language_batches())
-            assert model.config._attn_implementation == attention
-            results.append(state(model))
-        assert same(*results)
-
-    def test_an_interruption_restores_the_whole_model(self) -> None:
-        model = language_model("llama")
-        before = state(model)
-
-        def stop(phase: str, done: int, total: int) -> None:
-            if phase == "blocks":
-                raise KeyboardInterrupt
-
-        pruner = Pruner(
-            model, LayerGram(), Unstructured("row"), blocks=decoder_blocks(model), reconstruction=Reconstruction(1)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            pruner.prune_to(0.5, language_batches(), progress=stop)
-        assert same(before, state(model)) and not pruner.masks
-
-    def test_settings_that_contradict_are_refused(self) -> None:
-        model = language_model("llama")
-        blocks = decoder_blocks(model)
-        with pytest.raises(ConfigurationError, match="one stage"):
-            Pruner(model, LayerGram(), blocks=blocks, recompute=2)
-        with pytest.raises(ConfigurationError, match="one stage"):
-            Pruner(model, LayerGram(), Unstructured("global"), blocks=blocks)
-        with pytest.raises(ConfigurationError, match="pass the model's `blocks`"):
-            Pruner(model, LayerGram(), reconstruction=Reconstruction())
-        with pytest.raises(ConfigurationError, match="lies in none of the blocks"):
-            Pruner(model, LayerGram(), blocks=blocks[:1])
-        with pytest.raises(ConfigurationError, match="do not divide blocks of 6"):
-            Pruner(model, BlockFisher(6), NM(2, 4))
-        with pytest.raises(ConfigurationError, match="in one stage"):
-            Pruner(model, BlockFisher(), NM(2, 4), recompute=2)
-        half = language_model("llama").bfloat16()
-        with pytest.raises(ConfigurationError, match="trained in float32"):
-            Pruner(half, LayerGram(), NM(2, 4), blocks=decoder_blocks(half), reconstruction=Reconstruction()).prune_to(
-                0.5, language_batches()
-            )
-        with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
-            decoder_blocks(perceptron())
-        uneven = [*language_batches(), *language_batches(length=5)]
-        with pytest.raises(ConfigurationError, match="of one length"):
-            Pruner(model, LayerGram(), blocks=blocks).prune_to(0.5, uneven)
 
 
 def test_a_target_is_its_own_layer() -> None:

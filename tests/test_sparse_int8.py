@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,24 +20,15 @@ from architectures import make_model
 from gossamer import LLM, GossamerInt8Config, SamplingParams, quantize
 from gossamer.compress.export import export
 from gossamer.compress.int8 import compress_int8
-from gossamer.engine.engine import Engine
 from gossamer.errors import CheckpointError, ConfigurationError
-from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.models.load import load_model
-from gossamer.native import sparse_timing
-from gossamer.native.sparse_timing import SparsePacker, SparseTiming
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear, SparseInt8Linear
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.nn.sparse_int8_linear import check_codes, dense, pack_codes, sparse_if_smaller, unpack_codes
-from gossamer.runners.choose import make_runner
-from gossamer.runners.native import NativeRunner
-from gossamer.runners.transformers import IMPLEMENTATION
 from native_checkpoints import save_model
-from test_exactness import NumberTokenizer, answers
+from sparse_layers import ISAS, codes_of, dense_layer, kinds, needs_native, prune
 
-needs_native = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
-ISAS = instruction_sets()
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 65, 130, 300])
 DENSITIES = st.sampled_from([0.0, 0.03, 0.5, 0.97, 1.0])
 RULES = [
@@ -47,30 +37,6 @@ RULES = [
     Decomposition(2.0, "absolute", "batch"),
     Decomposition(6.0, "relative", "static"),
 ]
-
-
-def codes_of(rows: int, columns: int, density: float) -> Tensor:
-    """(rows, columns) int8, -128 included; about ``density`` of them are not zero."""
-    codes = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
-    return codes * (torch.rand(rows, columns) < density)
-
-
-def prune(model: nn.Module, share: float = 0.5) -> None:
-    """The smallest weights of every linear layer become zero."""
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                size = layer.weight.abs()
-                layer.weight[size < size.flatten().kthvalue(max(1, int(share * size.numel()))).values] = 0
-
-
-def dense_layer(
-    outputs: int, inputs: int, density: float, *, bias: bool, stored: int, rule: Decomposition
-) -> Int8Linear:
-    columns = torch.randperm(inputs)[:stored].sort().values if stored else None
-    layer = Int8Linear.from_linear(nn.Linear(inputs, outputs, bias), decomposition=rule, outlier_columns=columns)
-    layer.weight = codes_of(outputs, inputs, density)
-    return layer
 
 
 # --- the form --------------------------------------------------------------------------------------------------------
@@ -219,10 +185,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base / "sparse", base / "dense"
 
 
-def kinds(model: Any) -> set[type]:
-    return {type(module) for module in model.modules() if isinstance(module, Int8Linear)}
-
-
 def test_a_checkpoint_is_read_and_written_as_it_is(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     sparse, full = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in checkpoints)
     assert kinds(sparse) == {SparseInt8Linear} and kinds(full) == {Int8Linear}
@@ -341,40 +303,6 @@ def test_bits_beyond_the_last_column_are_damage() -> None:
         check_codes("layer", kept, mask, torch.tensor([4, 9]))
 
 
-# --- the engine ------------------------------------------------------------------------------------------------------
-
-PROMPTS = [[5, 6, 7, 8], [5, 6, 9], [1]]
-
-
-def pruned_network() -> Any:
-    model = make_model("qwen3")
-    prune(model.model)
-    quantize(model)
-    model.set_attn_implementation(IMPLEMENTATION)
-    return model
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ISAS)
-def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOSSAMER_ISA", isa)
-    found, sizes = [], []
-    for way in ("on", "off"):
-        runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
-        packed = runner.report().sparse_weights
-        assert packed["sparse" if way == "on" else "dense"] == 8 and packed["choice"] == way
-        found.append(answers(Engine(runner, NumberTokenizer()), PROMPTS, 12))
-        sizes.append(runner.weight_bytes)
-    assert found[0] == found[1]
-
-
-def test_transformers_multiplies_layers_that_have_their_zeros() -> None:
-    for way, kind in (("auto", Int8Linear), ("on", SparseInt8Linear)):
-        network = pruned_network()
-        make_runner(network, "transformers", max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
-        assert kinds(network) == {kind}
-
-
 def test_llm_reads_a_sparse_checkpoint(checkpoints: tuple[Path, Path]) -> None:
     outputs = []
     for path, way, runner in ((0, "on", "auto"), (0, "auto", "auto"), (1, "auto", "auto"), (0, "auto", "transformers")):
@@ -384,40 +312,3 @@ def test_llm_reads_a_sparse_checkpoint(checkpoints: tuple[Path, Path]) -> None:
     assert outputs[0] == outputs[1] == outputs[2]
     with pytest.raises(ConfigurationError, match="sparse_weights must be 'auto', 'on', 'off', got 'yes'"):
         LLM(checkpoints[0], sparse_weights="yes")  # type: ignore[arg-type]  # wrong on purpose
-
-
-@needs_native
-def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = SparseInt8Linear.from_int8(dense_layer(600, 600, 0.5, bias=False, stored=0, rule=Decomposition()))
-    isa = instruction_set() or ISAS[0]
-    for *ratios, expected in (
-        (1.3, 1.0, 0.98, 1),
-        (1.3, 0.98, 1.1, 1),
-        (1.3, 0.9, 1.1, 0),
-        (1.3, 1.1, 0.9, 0),
-        (1, 1, 1, 0),
-    ):
-        monkeypatch.setattr(sparse_timing, "_measured", {})
-        timing = SparseTiming(600, 600, 0.5, *ratios)
-        monkeypatch.setattr(sparse_timing, "_measure", lambda *arguments, timing=timing: timing)
-        pack = SparsePacker(isa, "float32", 1)
-        pack([layer])
-        assert pack.sparse == expected and pack.dense == 1 - expected
-        assert pack.summary()["timings"][0]["one_row"] == ratios[0]
-    pack = SparsePacker(isa, "float32", 1, "off")
-    pack([layer])
-    assert pack.dense == 1 and not pack.timings
-
-
-@needs_native
-def test_timing_measures_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_timing, "_measured", {})
-    monkeypatch.setattr(sparse_timing, "_COPIES_BYTES", 1 << 20)
-    layer = SparseInt8Linear.from_int8(dense_layer(600, 600, 0.5, bias=False, stored=3, rule=Decomposition()))
-    pack = SparsePacker(ISAS[0], "float32", 1)
-    for _ in range(2):
-        pack([layer])
-    (timing,) = pack.summary()["timings"]
-    assert timing["outputs"] == timing["inputs"] == 600 and timing["nonzeros"] == 0.5
-    assert all(0.05 < timing[rows] < 20 for rows in ("one_row", "few_rows", "many_rows"))
-    assert json.dumps(pack.summary())
