@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.bench.machine import describe
-from gossamer.bench.text import reference_text
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models import resolve_model
 from gossamer.models.load import load_model
@@ -34,7 +33,7 @@ from gossamer.ops.int8 import int8_linear, outlier_mask
 from gossamer.papers.int8_variants import Quantized, Scheme, linear_variant, quantize_weight
 from gossamer.papers.rescale import emulate_outliers
 from gossamer.report.quality import Evaluation, Quality
-from gossamer.report.windows import token_windows
+from gossamer.texts import reference_text, token_windows
 
 MODELS = ("smollm2-135m", "gemma3-270m", "smollm2-135m:rescaled")
 STORE = OUTLIER_STORE  # share of the columns whose weights the outlier store keeps in 16 bit

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers.tokenization_utils_base import generate_merges
 
-from gossamer.bench.text import reference_text
 from gossamer.compress.export import export
 from gossamer.compress.gguf_tokenizer import Vocabulary, describe
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models import resolve_model
 from gossamer.models.quiet import quiet_transformers
+from gossamer.texts import reference_text
 from native_checkpoints import (
     LLAMA3_ROPE,
     VOCAB,

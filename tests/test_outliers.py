@@ -30,7 +30,7 @@ from gossamer.report import html
 from gossamer.report.ablation import ablate, passes
 from gossamer.report.outliers import CONTRACTION, RESIDUAL, FeatureGroup, OutlierReport
 from gossamer.report.quality import evaluate
-from gossamer.report.windows import token_windows
+from gossamer.texts import token_windows
 from html_page import Page
 
 LAYERS, WIDTH, TOKENS = 8, 32, 64
@@ -485,7 +485,7 @@ def test_public_name() -> None:
 
 def test_smollm2_has_one_outlier_feature(smollm2_path: Path) -> None:
     """As the paper found in models of its size: one dimension, one-sided, that attention depends on."""
-    from gossamer.bench.text import reference_text
+    from gossamer.texts import reference_text
 
     model, tokenizer = load_model(smollm2_path, dtype="float32")
     windows = token_windows(tokenizer, reference_text(), 128, 1)
