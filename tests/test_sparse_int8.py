@@ -25,7 +25,7 @@ from gossamer.engine.attention import IMPLEMENTATION
 from gossamer.engine.engine import Engine
 from gossamer.engine.native_runner import NativeRunner
 from gossamer.engine.runners import make_runner
-from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from gossamer.models.load import load_model
 from gossamer.native import sparse_timing
 from gossamer.native.library import instruction_set, instruction_sets
@@ -332,6 +332,16 @@ def test_damage_is_named(
     with pytest.raises(CheckpointError, match=r"up_proj"):
         export(broken, tmp_path / "out", "bitsandbytes")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_is_unknown_is_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints[0], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(tensors["model.norm.weight"].shape, dtype=torch.uint16)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight has the dtype U16"):
+        load_model(broken)
 
 
 def test_bits_beyond_the_last_column_are_damage() -> None:
