@@ -21,14 +21,13 @@ from rich.table import Table
 from torch import Tensor
 
 from gossamer.bench.machine import describe
-from gossamer.bench.text import reference_text
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn import Int8Linear
 from gossamer.ops.int8 import outlier_mask
 from gossamer.report.quality import Evaluation
-from gossamer.report.windows import token_windows
+from gossamer.texts import reference_text, token_windows
 
 STORES = (0.0, 0.015)
 SETTINGS: tuple[tuple[str, float, str | None], ...] = (

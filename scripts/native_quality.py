@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 from gossamer import LLM
-from gossamer.bench.text import reference_text
+from gossamer.texts import reference_text
 
 WINDOW = 1024
 

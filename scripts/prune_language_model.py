@@ -16,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pydoc_data import topics
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from gossamer.pruning.quadratic import SharedGram
 from gossamer.pruning.statistics import begin, watching
 from gossamer.pruning.targets import find_targets
 from gossamer.report.quality import evaluate
+from gossamer.texts import reference_topics
 
 SPARSITY = 0.5
 WINDOW = 1024  # tokens that are measured on together
@@ -50,8 +50,8 @@ WINDOW = 1024  # tokens that are measured on together
 def texts() -> tuple[str, str]:
     """To calibrate with, and to measure on."""
     seen: dict[str, None] = {}
-    for name in sorted(topics.topics):
-        seen.update(dict.fromkeys(part for part in topics.topics[name].split("\n\n") if part.strip()))
+    for topic in reference_topics():
+        seen.update(dict.fromkeys(part for part in topic.split("\n\n") if part.strip()))
     paragraphs = list(seen)
     cut = len(paragraphs) * 3 // 4
     return "\n\n".join(paragraphs[:cut]), "\n\n".join(paragraphs[cut:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from pydoc_data import topics
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from transformers import AttentionInterface
 from gossamer.models import resolve_model
 from gossamer.models.encoder import is_encoder, load_encoder
 from gossamer.models.load import load_config, load_model
+from gossamer.texts import reference_text
 
 Head = tuple[Tensor, Tensor, Tensor]  # queries, keys, values: (n, d) each
-TEXT = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))  # Python's language reference
 
 
 class RealHeads:
@@ -33,7 +32,7 @@ class RealHeads:
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.longest = config.max_position_embeddings
         network, tokenizer = load_encoder(path, "float32") if self.encoder else load_model(path, dtype="float32")
-        self.ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False, verbose=False)["input_ids"])
+        self.ids = torch.tensor(tokenizer(reference_text(), add_special_tokens=False, verbose=False)["input_ids"])
         self._network = network.base_model
 
     def on_text(self, first: int, n: int, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], Head]:

@@ -6,7 +6,7 @@
 
 The paper measures perplexity on C4; here it is on the language reference that comes with Python. A window of text is
 one batch, so what has one scale per tensor has one per window. The output layer is never quantized.
-``NAME:rescaled`` is the model with outlier features made by hand (``gossamer.report.rescale``): synthetic.
+``NAME:rescaled`` is the model with outlier features made by hand (``gossamer.papers.rescale``): synthetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.bench.machine import describe
-from gossamer.bench.text import reference_text
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models import resolve_model
 from gossamer.models.load import load_model
@@ -31,10 +30,10 @@ from gossamer.nn.int8_linear import Decomposition, in_16_bit
 from gossamer.nn.outlier_store import find_outlier_columns, random_reading
 from gossamer.nn.quantize import OUTLIER_STORE
 from gossamer.ops.int8 import int8_linear, outlier_mask
-from gossamer.ops.int8_variants import Quantized, Scheme, linear_variant, quantize_weight
+from gossamer.papers.int8_variants import Quantized, Scheme, linear_variant, quantize_weight
+from gossamer.papers.rescale import emulate_outliers
 from gossamer.report.quality import Evaluation, Quality
-from gossamer.report.rescale import emulate_outliers
-from gossamer.report.windows import token_windows
+from gossamer.texts import reference_text, token_windows
 
 MODELS = ("smollm2-135m", "gemma3-270m", "smollm2-135m:rescaled")
 STORE = OUTLIER_STORE  # share of the columns whose weights the outlier store keeps in 16 bit

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from gossamer.bench.text import reference_text
 from gossamer.models.quiet import quiet_transformers
+from gossamer.texts import reference_text
 
 VOCAB = 400
 _SMALL = {

@@ -12,8 +12,8 @@ from gossamer import LLM, SamplingParams
 from gossamer.bench.peers.contest import SETTLE_SECONDS
 from gossamer.bench.peers.process import Peer
 from gossamer.bench.peers.registry import HERE, KINDS
-from gossamer.bench.text import windows
 from gossamer.models.resolve import resolve_model
+from gossamer.texts import prompts_of_one_prefix
 
 pytestmark = pytest.mark.peers
 
@@ -46,7 +46,7 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
 
 
 def test_tokens(peer: Peer, llm: LLM) -> None:
-    prompts = windows(llm.tokenizer, PREFIX, SUFFIX, BATCH)
+    prompts = prompts_of_one_prefix(llm.tokenizer, PREFIX, SUFFIX, BATCH)
     params = SamplingParams(temperature=0, max_tokens=4 * STEPS, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     expected = [list(output.outputs[0].token_ids) for output in outputs]
@@ -61,7 +61,7 @@ def test_tokens(peer: Peer, llm: LLM) -> None:
 
 
 def test_it_rests_between_its_turns(peer: Peer, llm: LLM) -> None:
-    prompts = windows(llm.tokenizer, PREFIX, SUFFIX, 2)
+    prompts = prompts_of_one_prefix(llm.tokenizer, PREFIX, SUFFIX, 2)
     peer.request("prepare", prompts=prompts, shared=PREFIX, steps=4 * STEPS)
     peer.request("decode", steps=STEPS)
     time.sleep(4 * SETTLE_SECONDS)

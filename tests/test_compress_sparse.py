@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gossamer import LLM, GossamerInt8Config, SamplingParams
-from gossamer.bench.text import reference_text
 from gossamer.cli.app import app
 from gossamer.compress.export import export
 from gossamer.compress.sparse import CURVATURES, SparsityRecipe, compress_sparse
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models.manifest import verify
 from gossamer.pruning import load_masks
+from gossamer.texts import reference_text
 from native_checkpoints import save_model
 
 FAST = {"sequences": 4, "length": 16, "reconstruction": 1}
@@ -96,7 +96,7 @@ class TestInterrupted:
         """Killed for real after the first block; what comes out is what comes out without that."""
         script = """
 import os, signal, sys
-from gossamer.bench.text import reference_text
+from gossamer.texts import reference_text
 from gossamer.compress.sparse import SparsityRecipe, compress_sparse
 def stop(phase, done, total):
     if phase == "blocks":

@@ -19,7 +19,7 @@ from gossamer.cli.app import app
 from gossamer.compress import format_bitsandbytes
 from gossamer.compress.export import FORMATS, export
 from gossamer.compress.int8 import compress_int8
-from gossamer.compress.native import NativeCheckpoint
+from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.skeleton import Skeleton
 from gossamer.errors import (
     CheckpointError,

@@ -13,11 +13,11 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from gguf_files import export_model, read_model, read_tokenizer
-from gossamer.bench.text import reference_text
 from gossamer.compress.export import export
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models import resolve_model
 from gossamer.models.quiet import quiet_transformers
+from gossamer.texts import reference_text
 from native_checkpoints import (
     LLAMA3_ROPE,
     VOCAB,

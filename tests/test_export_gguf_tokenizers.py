@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from gguf_files import LLAMA3_WORDS, QWEN2_WORDS, as_transformers, export_model, read_tokenizer, sentencepiece
-from gossamer.bench.text import reference_text
 from gossamer.compress.export import export
 from gossamer.compress.gguf_tokenizer import Vocabulary, describe
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models import resolve_model
+from gossamer.texts import reference_text
 from native_checkpoints import (
     VOCAB,
     byte_level,

@@ -18,9 +18,9 @@ import transformers as hf
 from torch import Tensor
 
 from foreign_checkpoints import quantization_config, read_as_native
-from gossamer.bench.text import reference_text
 from gossamer.compress.export import export
 from gossamer.models import bitsandbytes_int8, compressed_tensors_int8, resolve_model
+from gossamer.texts import reference_text
 from native_checkpoints import (
     byte_level,
     dequantized_model,

@@ -13,7 +13,7 @@ from torch import Tensor
 from architectures import make_model
 from gossamer.errors import ConfigurationError
 from gossamer.ops.int8 import int8_linear, quantize_rowwise
-from gossamer.ops.int8_variants import (
+from gossamer.papers.int8_variants import (
     Quantized,
     Scheme,
     integer_product,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from assembly import innermost_loops
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,13 @@ NO_PRODUCTS = ("sample", "quantize")
 
 # Functions whose innermost loops are products, and how often each must be found: a test that finds nothing proves nothing.
 PRODUCTS = {
-    "avx2": {"tileINS_7Int8Dot": 4, "tileINS_9SparseDot": 4, "tileINS_8FloatDot": 4, "row_products": 2, "exponentials": 2},
+    "avx2": {
+        "tileINS_7Int8Dot": 4,
+        "tileINS_9SparseDot": 4,
+        "tileINS_8FloatDot": 4,
+        "row_products": 2,
+        "exponentials": 2,
+    },
     "avx512": {"tileINS_7Int8Dot": 8, "tileINS_8FloatDot": 8, "exponentials": 2},
     "avx512_vnni": {"tileINS_7Int8Dot": 8, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
     "avx512_vbmi2": {"tileINS_7Int8Dot": 16, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
@@ -62,7 +69,9 @@ def test_products_stay_in_registers(assembly: dict[str, str]) -> None:
     if not assembly:
         pytest.skip("not an x86 processor")
     for name, text in assembly.items():
-        loops = [loop for loop in innermost_loops(text) if loop.dots and not any(n in loop.function for n in NO_PRODUCTS)]
+        loops = [
+            loop for loop in innermost_loops(text) if loop.dots and not any(n in loop.function for n in NO_PRODUCTS)
+        ]
         for function, least in PRODUCTS[name].items():
             found = {loop.function for loop in loops if function in loop.function}
             assert len(found) >= least, f"{name}: only {len(found)} functions {function} have a loop with products"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.gaussian.paper import ALPHA, DENSITY_ERROR, FAILURE, GAMMA, MOST_POINTS, reference_paper
+from gossamer.papers.gaussian_kernel import ALPHA, DENSITY_ERROR, FAILURE, GAMMA, MOST_POINTS, reference_paper
 
 
 @dataclass

@@ -17,7 +17,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.models.load import load_model
 from gossamer.report import html
 from gossamer.report.ablation import ablate
-from gossamer.report.windows import token_windows
+from gossamer.texts import token_windows
 from html_page import Page
 from outlier_models import LAYERS, TOKENS, assert_close, plant, tiny_llama
 

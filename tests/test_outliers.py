@@ -23,7 +23,7 @@ from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models.load import load_model
 from gossamer.report.ablation import ablate
 from gossamer.report.outliers import CONTRACTION, RESIDUAL
-from gossamer.report.windows import token_windows
+from gossamer.texts import token_windows
 from outlier_models import LAYERS, TOKENS, WIDTH, assert_close, group, hooks, plant, tiny_llama
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_public_name() -> None:
 
 def test_smollm2_has_one_outlier_feature(smollm2_path: Path) -> None:
     """As the paper found in models of its size: one dimension, one-sided, that attention depends on."""
-    from gossamer.bench.text import reference_text
+    from gossamer.texts import reference_text
 
     model, tokenizer = load_model(smollm2_path, dtype="float32")
     windows = token_windows(tokenizer, reference_text(), 128, 1)

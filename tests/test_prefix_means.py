@@ -274,10 +274,9 @@ class TestEvaluation:
 
     @needs_native
     def test_windows_are_scored_with_and_without(self, smollm2_path: Path) -> None:
-        from gossamer.bench.text import reference_text
         from gossamer.llm import LLM
         from gossamer.report.prefix_tolerance import evaluate_tolerance
-        from gossamer.report.windows import token_windows
+        from gossamer.texts import reference_text, token_windows
 
         within, exact = (
             LLM(smollm2_path, prefix_eps=eps, max_num_batched_tokens=256, max_num_seqs=2) for eps in (0.05, 0)

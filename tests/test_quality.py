@@ -23,12 +23,11 @@ from typer.testing import CliRunner
 
 import gossamer.report.quality as quality_module
 from architectures import make_model
-from gossamer.bench.text import reference_text
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models.load import load_model
 from gossamer.report.quality import Evaluation, bootstrap_intervals, evaluate
-from gossamer.report.windows import token_windows
+from gossamer.texts import reference_text, token_windows
 
 VOCABULARY = 7
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from architectures import VOCAB, make_model
-from gossamer.bench.text import reference_text
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.models.load import load_model
-from gossamer.ops.int8_variants import linear_variant
+from gossamer.papers.int8_variants import linear_variant
+from gossamer.papers.rescale import LARGEST_FACTOR, emulate_outliers, rescale, scaled_inputs
 from gossamer.report.quality import window_logits
-from gossamer.report.rescale import LARGEST_FACTOR, emulate_outliers, rescale, scaled_inputs
-from gossamer.report.windows import token_windows
+from gossamer.texts import reference_text, token_windows
 
 SUPPORTED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite"]
 IDS = torch.arange(1, 41)[None] * 7 % VOCAB

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gossamer import LLM, SamplingParams
-from gossamer.bench.text import reference_text
 from gossamer.engine.engine import SHARING_MODES
+from gossamer.texts import reference_text
 
 QUESTIONS = ["What is this text about?", "Which statement is described here?", "Give an example of its use."]
 

@@ -20,7 +20,7 @@ from architectures import make_model
 from gossamer import LLM, GossamerInt8Config, SamplingParams, quantize
 from gossamer.compress.export import export
 from gossamer.compress.int8 import compress_int8
-from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from gossamer.models.load import load_model
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear, SparseInt8Linear
@@ -294,6 +294,16 @@ def test_damage_is_named(
     with pytest.raises(CheckpointError, match=r"up_proj"):
         export(broken, tmp_path / "out", "bitsandbytes")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_is_unknown_is_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints[0], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(tensors["model.norm.weight"].shape, dtype=torch.uint16)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight has the dtype U16"):
+        load_model(broken)
 
 
 def test_bits_beyond_the_last_column_are_damage() -> None:

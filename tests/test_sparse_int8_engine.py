@@ -9,15 +9,15 @@ import pytest
 
 from architectures import make_model
 from gossamer import quantize
-from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.engine.engine import Engine
-from gossamer.runners.native import NativeRunner
-from gossamer.runners.choose import make_runner
-from gossamer.native import sparse_timing
 from gossamer.kernels.library import instruction_set
+from gossamer.native import sparse_timing
 from gossamer.native.sparse_timing import SparsePacker, SparseTiming
 from gossamer.nn import Int8Linear, SparseInt8Linear
 from gossamer.nn.int8_linear import Decomposition
+from gossamer.runners.choose import make_runner
+from gossamer.runners.native import NativeRunner
+from gossamer.runners.transformers import IMPLEMENTATION
 from sparse_layers import ISAS, dense_layer, kinds, needs_native, prune
 from test_exactness import NumberTokenizer, answers
 

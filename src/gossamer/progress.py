@@ -12,6 +12,9 @@ from rich.console import Console
 if TYPE_CHECKING:
     from gossamer.engine.stats import EngineStats
 
+# Progress, notices and errors: what is not a result. Markup is off because messages quote what users and models wrote.
+stderr = Console(stderr=True, highlight=False, markup=False)
+
 
 class Progress:
     """``with Progress(10) as progress: ... progress.advance()``"""
@@ -27,7 +30,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not (enabled and sys.stderr.isatty()))
+        self._bar = Bar(*columns, console=stderr, disable=not (enabled and sys.stderr.isatty()))
         self._task = self._bar.add_task("computing", total=total, note="")
         self._start = time.perf_counter()
         self._generated: int | None = None

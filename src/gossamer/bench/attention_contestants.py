@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.engine.pages import zeros
+from gossamer.engine.large_pages import zeros
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import instruction_set
 from gossamer.native.recorder import EXACT, Recorder, rotary_tables

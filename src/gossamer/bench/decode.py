@@ -27,7 +27,6 @@ from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
 from gossamer.bench.no_attention import RunnerWithoutAttention
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
-from gossamer.bench.text import windows
 from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
@@ -40,6 +39,7 @@ from gossamer.runners.choose import KVDtype, RunnerChoice, make_runner
 from gossamer.runners.native import NativeRunner
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
+from gossamer.texts import prompts_of_one_prefix
 
 BOUND = "no-attention"  # attention left out: what no way of sharing can exceed (arXiv 2402.05099, section 4.1)
 WARM_UP_STEPS = 2
@@ -195,7 +195,7 @@ def bench_decode(
     with Contest(peers or PeerOptions(()), model, sizes, **settings, progress=progress) as contest:
         for batch in batches:
             for prefix in prefixes:
-                prompts = windows(tokenizer, prefix, suffix, batch)
+                prompts = prompts_of_one_prefix(tokenizer, prefix, suffix, batch)
                 contestants = []
                 for mode, native in itertools.product(sharing, natives):
                     if native is not None and native.tolerance is not None and mode != "attention":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.bench.machine import describe, seconds
-from gossamer.engine.pages import zeros
+from gossamer.engine.large_pages import zeros
 from gossamer.errors import ConfigurationError
 from gossamer.operators.gradient_store import GradientStore
 from gossamer.operators.inverse_fisher import InverseFisher

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gossamer.engine.pages import zeros
+from gossamer.engine.large_pages import zeros
 
 
 def describe() -> dict[str, Any]:

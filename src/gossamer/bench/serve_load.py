@@ -23,8 +23,8 @@ import numpy as np
 
 from gossamer.bench.http_client import Address, Connection, EventSplitter
 from gossamer.bench.memory_growth import anonymous_kilobytes, slope_per_minute
-from gossamer.bench.text import reference_text
 from gossamer.errors import ConfigurationError
+from gossamer.texts import reference_text
 
 PERCENTILES = (50, 90, 99)
 PAUSE = 0.1  # seconds that a client waits after an error

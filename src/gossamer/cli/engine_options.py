@@ -8,6 +8,7 @@ import typer
 
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
+from gossamer.native.architectures import native_names
 
 if TYPE_CHECKING:
     from gossamer import LLM
@@ -30,7 +31,7 @@ RunnerOption = Annotated[
     str,
     typer.Option(
         "--runner",
-        help="What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3, Gemma 3 on a CPU), "
+        help=f"What computes the model: native (kernels of our own; {native_names()} on a CPU), "
         "transformers (any supported model) or auto (the first where it can).",
     ),
 ]

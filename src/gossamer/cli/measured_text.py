@@ -23,13 +23,9 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 
 def read(text: Path | None) -> str:
     """The text of a file, or the default one."""
-    if text is None:
-        from gossamer.bench.text import reference_text
+    from gossamer.texts import read_text, reference_text
 
-        return reference_text()
-    from gossamer.report.windows import read_text
-
-    return read_text(text)
+    return reference_text() if text is None else read_text(text)
 
 
 def describe_text(text: Path | None) -> str:
@@ -55,7 +51,7 @@ def load(
 
 def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:
     """Windows of the text; says so if there are fewer than were asked for."""
-    from gossamer.report.windows import token_windows
+    from gossamer.texts import token_windows
 
     cut = token_windows(tokenizer, text, window, count)
     if count is not None and len(cut) < count:

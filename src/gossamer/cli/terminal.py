@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from gossamer.errors import GossamerError
-
-# Markup is off because messages quote what users and models wrote.
-stderr = Console(stderr=True, highlight=False, markup=False)
+from gossamer.progress import stderr as stderr
 
 
 def notice(text: str, style: str = "") -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gossamer.compress.format_bitsandbytes import export_bitsandbytes
 from gossamer.compress.format_compressed_tensors import export_compressed_tensors
 from gossamer.compress.format_gguf import export_gguf
-from gossamer.compress.native import NativeCheckpoint
+from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.output import all_or_nothing, check_output, size_of
 from gossamer.errors import ConfigurationError
 from gossamer.models.shards import Progress

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from gossamer.compress.native import NativeCheckpoint
+from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.safetensors_export import Entry, entry, stored, translate, unquantized, write_directory
 from gossamer.compress.skeleton import Skeleton, build_skeleton
 from gossamer.errors import UnsupportedModelError

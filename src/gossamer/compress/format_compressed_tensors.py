@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.compress.native import NativeCheckpoint
+from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.safetensors_export import Entry, entry, stored, translate, unquantized, write_directory
 from gossamer.compress.skeleton import Skeleton, build_skeleton
 from gossamer.errors import UnsupportedModelError

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from gossamer.compress.gguf_metadata import Architecture, add_metadata, find_architecture, rotary_factors
 from gossamer.compress.gguf_tokenizer import add_tokenizer
-from gossamer.compress.native import NativeCheckpoint
+from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.skeleton import build_skeleton
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.shards import Progress

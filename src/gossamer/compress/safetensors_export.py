@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gossamer.compress.native import LAYER_TENSORS, NativeCheckpoint
+from gossamer.compress.int8_checkpoint import LAYER_TENSORS, NativeCheckpoint
 from gossamer.compress.skeleton import Skeleton
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.checkpoint import WEIGHTS_INDEX

@@ -42,7 +42,7 @@ from gossamer.pruning.pruner import Pruner, Update
 from gossamer.pruning.reconstruction import Reconstruction
 from gossamer.pruning.report import PruneReport
 from gossamer.pruning.unfinished import Unfinished
-from gossamer.report.windows import token_windows
+from gossamer.texts import token_windows
 
 CURVATURES: dict[str, Callable[[], Curvature]] = {
     "gram": LayerGram,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gossamer.engine.beam import BeamSearch
+from gossamer.engine.branching import descend, hand_out
 from gossamer.engine.cost import calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
@@ -316,38 +316,14 @@ class Engine:
 
     def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
-        searches: dict[Request, BeamSearch] = {}
-        failed: dict[Request, RequestError] = {}
-        for row, sequence in rows.branching:
-            beam = sequence.request.beam
-            assert beam is not None
-            if logits[row].isnan().any():
-                failed[sequence.request] = RequestError(NO_TOKEN)
-            beam.push(sequence, logits[row])
-            searches[sequence.request] = beam
-        ended = [output for r, error in failed.items() if (output := self._fail(r, error)) is not None]
-        for request, beam in searches.items():
-            if request in failed or not beam.ready:
-                continue
-            branches = beam.advance()
-            last = {branch.parent: place for place, branch in enumerate(branches)}
-            living: dict[Sequence, float] = {}
-            for place, branch in enumerate(branches):
-                parent = branch.parent  # goes on itself with its last branch; the others are copies made before that
-                child = parent if last[parent] == place else self.scheduler.fork(parent)
-                child.tokens.append(branch.token)
-                child.output_ids.append(branch.token)
-                living[child] = branch.logprob
-            for sequence in request.sequences:
-                if sequence not in living:
-                    self.scheduler.release(sequence)
-                    sequence.status = Status.FINISHED
-            request.sequences = list(living)
-            beam.descend(living)
-            self.stats.generated_tokens += len(living)
+        ready, unsound = hand_out(rows.branching, logits)
+        ended = [self._fail(request, RequestError(NO_TOKEN)) for request in unsound]
+        for request in ready:
+            living = descend(request, self.scheduler)
+            self.stats.generated_tokens += living
             if not living:
                 ended.append(self._finish(request))
-        return ended
+        return [output for output in ended if output is not None]
 
     def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
         """Append a sampled token, and mark the sequence as finished if it is the last."""

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gossamer.engine.pages import zeros
+from gossamer.engine.large_pages import zeros
 from gossamer.errors import ConfigurationError
 
 GROUP_BYTES = 16 << 20  # what moves is copied group by group, so that no second cache is needed

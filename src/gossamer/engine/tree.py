@@ -37,7 +37,8 @@ class Node:
     Attributes:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
-        owner: which sequence computed it, by its order, for the statistics of tokens saved; of a root, its salt.
+        owner: which sequence computed it, by its order, for the statistics of tokens saved.
+        salt: of a root, whose prompts are below it; ``None`` for all other nodes.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
     """
@@ -53,6 +54,7 @@ class Node:
         "parent",
         "pins",
         "refs",
+        "salt",
         "serial",
         "start",
         "tokens",
@@ -70,6 +72,7 @@ class Node:
         self.pins = 0
         self.last_used = 0
         self.owner: object = None
+        self.salt: str | None = None
         self.serial = next(_serial)
 
     def hold(self, keys: list[Tensor] | None, values: list[Tensor] | None) -> None:
@@ -106,7 +109,7 @@ class PrefixTree:
         self.layout = layout
         self.budget = budget
         self.root = Node([], None)
-        self.roots: dict[Any, Node] = {None: self.root}  # by salt; without nodes, a salt has none
+        self.roots: dict[str | None, Node] = {None: self.root}  # by salt; without nodes, a salt has none
         self.clock = 0
         self.version = 0  # changes when a node is split or moved, so that plans made before are not used again
         self.evicted_tokens = 0
@@ -145,7 +148,7 @@ class PrefixTree:
             return self.root
         if salt not in self.roots:
             self.roots[salt] = Node([], None)
-            self.roots[salt].owner = salt
+            self.roots[salt].salt = salt
         node, matched = self.roots[salt], 0
         while matched < len(tokens):
             child = node.children.get(tokens[matched])
@@ -311,7 +314,7 @@ class PrefixTree:
             self.evicted_tokens += node.computed
         root = node.parent
         if root.parent is None and root is not self.root and not root.children:
-            del self.roots[root.owner]
+            del self.roots[root.salt]
         node.parent = None
         node.hold(None, None)
         return size

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.errors import CheckpointError, GossamerError
 from gossamer.models.int8_layout import sparse_layers
-from gossamer.models.shards import DTYPE_NAMES, TensorSpec
+from gossamer.models.shard_reader import ShardReader
+from gossamer.models.shards import TensorSpec
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition, Int8Linear
 from gossamer.nn.int8_weight import Int8Weight, Rows, is_conv1d, linear_weight, quantize_weight
@@ -44,7 +46,6 @@ from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_
 from gossamer.ops.int8 import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
@@ -193,13 +194,8 @@ class GossamerInt8Quantizer(HfQuantizer):
 
     def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
         """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
-        specs: dict[str, TensorSpec] = {}
-        for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dictionary
-                    entry = file.get_slice(name)
-                    dtype = _DTYPES.get(entry.get_dtype(), torch.float32)
-                    specs[name] = TensorSpec(name, dtype, tuple(entry.get_shape()))
+        with ShardReader(map(Path, self.files)) as reader:
+            specs = reader.specs
         return {path: (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"]) for path in sparse_layers(specs)}
 
     def _share_store(self, model: PreTrainedModel, head: str) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from gossamer.progress import stderr as console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-console = Console(stderr=True, highlight=False, markup=False)
 
 
 def say(sentence: str) -> None:

@@ -1,7 +1,8 @@
-"""The tensors of a checkpoint directory, read from its safetensors files one at a time."""
+"""The tensors of a checkpoint, read from its safetensors files one at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +19,13 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class ShardReader:
-    """Opens all safetensors files of a directory; a context manager.
+    """Opens all safetensors files of a checkpoint; a context manager.
 
     Tensors are views of the mapped files. Their pages are read when they are touched, and dropped by the system when
     memory is short: only what is computed from them counts.
 
     Args:
-        directory: a checkpoint directory.
+        source: a checkpoint directory, or the files.
 
     Attributes:
         specs: name -> dtype and shape of every tensor, in the files' order; known without reading any data.
@@ -34,12 +35,12 @@ class ShardReader:
         UnsupportedModelError: a tensor's dtype is unknown here.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, source: Path | Iterable[Path]) -> None:
         self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, Any] = {}
         self._open = ExitStack()
         try:
-            for path in weight_files(directory):
+            for path in weight_files(source) if isinstance(source, Path) else source:
                 self._add(path)
         except BaseException:
             self.close()

@@ -1,6 +1,6 @@
 """The decoders that run natively, as one definition over :class:`~gossamer.native.recorder.Recorder`.
 
-Llama, SmolLM, Mistral, Qwen2, Qwen3 and Gemma 3 are the same blocks: what one of them lacks is ``None``.
+The architectures of :mod:`gossamer.native.architectures` are the same blocks: what one of them lacks is ``None``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UnsupportedModelError
+from gossamer.native.architectures import NATIVE_ARCHITECTURES
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding
 from gossamer.nn import Int8TiedHead
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 Norm = tuple[Tensor, float]  # gain and epsilon
 
@@ -85,8 +85,8 @@ def record(p: Recorder, model: Decoder) -> None:
 def unsupported(config: Any) -> str:
     """Why a model of this configuration cannot run natively; an empty string if it can."""
     kind = config.model_type
-    if kind not in SUPPORTED:
-        return f"{kind} is not among {', '.join(SUPPORTED)}"
+    if kind not in NATIVE_ARCHITECTURES:
+        return f"{kind} is not among {', '.join(NATIVE_ARCHITECTURES)}"
     gate = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if gate not in _GATES:
         return f"its activation is {gate}"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gossamer.errors import ConfigurationError
 from gossamer.report.outliers import FeatureGroup, LinearInput, OutlierReport, attention_block, run
 from gossamer.report.quality import row_chunks, window_logits
-from gossamer.report.windows import check_tokens
+from gossamer.report.token_ids import check_tokens
 
 Dimensions = tuple[int, ...]
 

@@ -28,7 +28,8 @@ from transformers.masking_utils import sdpa_mask
 from gossamer.errors import ConfigurationError, GossamerError, UnsupportedModelError
 from gossamer.operators.gaussian.assumption import TAUS, AssumptionReport, attention_points, measure_assumption
 from gossamer.operators.gaussian.kernel import GaussianKernel
-from gossamer.report.windows import check_tokens, token_windows
+from gossamer.report.token_ids import check_tokens
+from gossamer.texts import token_windows
 
 IMPLEMENTATION = "gossamer_observed"  # the value of attn_implementation
 PREFIXES = 64  # lengths, evenly spaced

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import ConfigurationError, GossamerError
-from gossamer.report.windows import check_tokens
+from gossamer.report.token_ids import check_tokens
 
 RESIDUAL = "residual width"
 CONTRACTION = "feed-forward contraction"

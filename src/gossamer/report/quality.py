@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError, GossamerError
-from gossamer.report.windows import check_tokens
+from gossamer.report.token_ids import check_tokens
 
 Interval = tuple[float, float]
 

@@ -1,15 +1,31 @@
-"""A text becomes token windows of one length, which the reports are measured on."""
+"""Texts to measure on, and how they are cut into tokens: Python's language reference, or a file.
+
+Nothing here needs PyTorch until tokens are cut into windows.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gossamer.errors import ConfigurationError
-from gossamer.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def reference_topics() -> list[str]:
+    """The chapters of the language reference that comes with Python."""
+    from pydoc_data import topics  # half a megabyte
+
+    return [topics.topics[name] for name in sorted(topics.topics)]
+
+
+@cache
+def reference_text() -> str:
+    """All of them: 465,000 characters."""
+    return "\n\n".join(reference_topics())
 
 
 def read_text(path: Path) -> str:
@@ -53,6 +69,10 @@ def token_windows(tokenizer: Any, text: str, window: int, count: int | None = No
         raise ConfigurationError(f"a window needs at least 2 tokens, to predict one from the other; got {window}")
     if count is not None and count < 1:
         raise ConfigurationError(f"the number of windows must be at least 1, got {count}")
+    import torch
+
+    from gossamer.models.quiet import quiet_transformers
+
     with quiet_transformers():  # which warns of texts longer than the context
         first = _leading_tokens(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -76,32 +96,12 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
     return list(whole[: whole.index(bare[0])])
 
 
-def check_tokens(ids: Tensor, model: Any, where: str, *, dimensions: tuple[int, ...] = (1,), shortest: int = 1) -> None:
-    """Refuses token ids that a model cannot be run on.
-
-    Args:
-        ids: what should be token ids.
-        model: a transformers causal language model.
-        where: how messages name the ids, such as ``"window 3"``.
-        dimensions: the numbers of dimensions they may have; the last one is the sequence.
-        shortest: fewest tokens of a sequence.
-
-    Raises:
-        ConfigurationError: they are too few, longer than the model's context, of another type or shape, or outside the
-            vocabulary.
-    """
-    if ids.dim() not in dimensions or ids.is_floating_point() or ids.is_complex():
-        raise ConfigurationError(f"{where} must be integer token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
-    length = ids.shape[-1]
-    if length < shortest or not ids.numel():
-        raise ConfigurationError(f"{where} has {length} tokens; at least {shortest} are needed")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ConfigurationError(f"{where} has {length} tokens, and the model's context is {context}: use shorter ones")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= vocabulary:
-        raise ConfigurationError(
-            f"{where} holds token id {lowest if lowest < 0 else highest}, and the model's vocabulary has {vocabulary}: "
-            "use the model's own tokenizer"
-        )
+def prompts_of_one_prefix(tokenizer: Any, prefix: int, suffix: int, count: int) -> list[list[int]]:
+    """``count`` prompts of ``prefix`` common tokens and ``suffix`` tokens of their own, all of real text."""
+    text = reference_text()
+    # 8 characters per token are more than enough; encoding all of the text would take seconds
+    ids = tokenizer.encode(text[: 8 * (prefix + suffix * count)], add_special_tokens=False)
+    while len(ids) < prefix + suffix * count:
+        ids = ids + ids
+    own = ids[prefix : prefix + suffix * count]
+    return [ids[:prefix] + own[i * suffix : (i + 1) * suffix] for i in range(count)]
