@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from gossamer import LLM, SamplingParams
 from gossamer.bench.text import reference_text
-from gossamer.engine.engine import SHARING_MODES
+from gossamer.options import SHARING_MODES
 
 QUESTIONS = ["What is this text about?", "Which statement is described here?", "Give an example of its use."]
 

@@ -34,6 +34,7 @@ from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear, SparseInt8Linear
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.nn.sparse_int8_linear import check_codes, dense, pack_codes, sparse_if_smaller, unpack_codes
+from gossamer.options import RunnerOptions
 from native_checkpoints import save_model
 from test_exactness import NumberTokenizer, answers
 
@@ -360,7 +361,7 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     found, sizes = [], []
     for way in ("on", "off"):
-        runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
+        runner = NativeRunner(pruned_network(), RunnerOptions(sparse_weights=way), max_rows=64)  # type: ignore[arg-type]  # a literal
         packed = runner.sparse_weights
         assert packed["sparse" if way == "on" else "dense"] == 8 and packed["choice"] == way
         found.append(answers(Engine(runner, NumberTokenizer()), PROMPTS, 12))
@@ -371,7 +372,7 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
 def test_transformers_multiplies_layers_that_have_their_zeros() -> None:
     for way, kind in (("auto", Int8Linear), ("on", SparseInt8Linear)):
         network = pruned_network()
-        make_runner(network, "transformers", max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
+        make_runner(network, RunnerOptions("transformers", sparse_weights=way), max_rows=64)  # type: ignore[arg-type]  # a literal
         assert kinds(network) == {kind}
 
 

@@ -41,7 +41,7 @@ from gossamer.nn.quantize import (
     tied_head,
 )
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_if_smaller
-from gossamer.ops.int8 import Criterion, Outliers
+from gossamer.options import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

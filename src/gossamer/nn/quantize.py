@@ -15,7 +15,7 @@ from gossamer.nn.int8_linear import Decomposition, Int8Linear, is_int8
 from gossamer.nn.int8_weight import linear_weight, quantize_weight
 from gossamer.nn.outlier_store import find_outlier_columns, random_reading
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear, sparse_if_smaller
-from gossamer.ops.int8 import Criterion, Outliers
+from gossamer.options import Criterion, Outliers
 
 SKIP = ("lm_head",)
 OUTLIER_STORE = 0.015  # share of the columns; with it an int8 layer takes 0.52 of the bytes of a bf16 one
