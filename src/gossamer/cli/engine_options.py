@@ -79,8 +79,8 @@ def combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigurationError: a text that should be a number is none.
 
-    >>> list(combinations({"prefix_eps": "0,0.5", "seed": 3}))
-    [{'prefix_eps': 0.0, 'seed': 3}, {'prefix_eps': 0.5, 'seed': 3}]
+    >>> list(combinations({"sparse_weights": "off,on", "seed": 3}))
+    [{'sparse_weights': 'off', 'seed': 3}, {'sparse_weights': 'on', 'seed': 3}]
     """
     known = option_fields()
     choices = []
