@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gossamer import LLM, RequestOutput, SamplingParams
-from gossamer.engine.engine import SharingMode
 from gossamer.engine.stats import EngineStats
+from gossamer.options import SharingMode
 
 HERE = Path(__file__).parent / "harbour"
 LEVELS = {1: "document", 2: "topic examples"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gossamer import LLM, BeamSearchParams
-from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import RequestError
+from gossamer.options import SHARING_MODES
 from gossamer.outputs import BeamSearchOutput
 from references import assert_idle, generate, logprobs
 

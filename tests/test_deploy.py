@@ -14,12 +14,12 @@ import pytest
 import typer
 
 from gossamer.cli.app import app
-from gossamer.engine.memory import parse_bytes
 from gossamer.engine.stats import EngineStats
 from gossamer.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from gossamer.server import ServerOptions
 from gossamer.server.metrics import Metrics
 from gossamer.server.run import GRACE
+from gossamer.sizes import parse_bytes
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 SERVICE, CONTAINER, NGINX, PROMETHEUS, DASHBOARD = (

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from architectures import ARCHITECTURES, VOCAB, make_model, reference
 from gossamer.engine.cost import CostModel
-from gossamer.engine.engine import SHARING_MODES, Engine
+from gossamer.engine.engine import Engine
 from gossamer.engine.runner import Runner
 from gossamer.kernels.library import instruction_set
+from gossamer.options import SHARING_MODES, EngineOptions
 from gossamer.runners.native import NativeRunner, why_not_native
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
@@ -99,9 +100,7 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
         engine = Engine(
             make(runner, model),
             NumberTokenizer(),
-            sharing=sharing,
-            max_num_batched_tokens=chunk,
-            max_num_seqs=sequences,
+            EngineOptions(sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences),
         )
         assert answers(engine, prompts, 8) == expected
         cold = engine.stats.computed_tokens
@@ -142,9 +141,11 @@ def test_random_trees(mistral: Any, data: st.DataObject, runner: str) -> None:
     engine = Engine(
         make(runner, model),
         NumberTokenizer(),
-        sharing=data.draw(st.sampled_from(SHARING_MODES)),
-        max_num_batched_tokens=data.draw(st.integers(1, 64)),
-        max_num_seqs=data.draw(st.integers(1, 12)),
+        EngineOptions(
+            sharing=data.draw(st.sampled_from(SHARING_MODES)),
+            max_num_batched_tokens=data.draw(st.integers(1, 64)),
+            max_num_seqs=data.draw(st.integers(1, 12)),
+        ),
     )
     # every segment counts, however short: the cost model must not decide what is tested
     if data.draw(st.booleans()) and engine.scheduler.cost is not None:
@@ -162,7 +163,8 @@ def test_little_memory_changes_nothing_but_the_time(mistral: Any, kind: str) -> 
     expected = [generate(p, 90) for p in prompts]
     runner = make(kind, model)
     for sharing in SHARING_MODES:
-        engine = Engine(runner, NumberTokenizer(), sharing=sharing, memory=700 * runner.layout.bytes_per_token)
+        options = EngineOptions(sharing=sharing, memory=700 * runner.layout.bytes_per_token)
+        engine = Engine(runner, NumberTokenizer(), options)
         for _ in range(2):
             assert answers(engine, prompts, 90) == expected
         assert engine.stats.preemptions or engine.stats.evicted_tokens

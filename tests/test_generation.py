@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from gossamer import LLM, SamplingParams
-from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import ConfigurationError, InvalidPromptError
+from gossamer.options import SHARING_MODES
 from gossamer.outputs import Logprob, RequestOutput
 from references import assert_idle, greedy, logprobs
 

@@ -16,7 +16,7 @@ from gossamer.models.load import load_model
 from gossamer.models.quantize import quantize
 from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.nn.int8_head import quantize_head
-from gossamer.runners.choose import RunnerChoice
+from gossamer.options import ModelOptions, RunnerChoice
 
 TOKENS = torch.tensor([[3, 17, 42, 8, 5]])
 
@@ -69,6 +69,6 @@ def test_both_runners_serve_it_and_the_report_says_so(tiny: Path, quantization: 
 
 def test_the_real_table_is_not_rounded(smollm2_path: Path) -> None:
     plain, _ = load_model(smollm2_path)
-    model, _ = load_model(smollm2_path, int8_head=True)
+    model, _ = load_model(smollm2_path, options=ModelOptions(int8_head=True))
     assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
     assert model.get_output_embeddings().weight.dtype == torch.int8

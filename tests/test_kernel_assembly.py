@@ -1,4 +1,4 @@
-"""No innermost loop of a product moves vector registers to the stack and back, whichever processor compiles the kernels.
+"""No innermost loop of a product moves vector registers to the stack and back, on whichever processor this runs.
 
 The kernels of each instruction set are compiled to assembly with the flags of the project's own build, and read.
 """
@@ -22,7 +22,7 @@ COMPILERS = [each for each in ("g++", "clang++") if shutil.which(each)]
 # in these.
 NO_PRODUCTS = ("sample", "quantize")
 
-# Functions whose innermost loops are products, and how often each must be found: a test that finds nothing proves nothing.
+# Functions whose innermost loops are products, and how many of each must be found: what finds nothing proves nothing.
 PRODUCTS = {
     "avx2": {
         "tileINS_7Int8Dot": 4,

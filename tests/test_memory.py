@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.engine.large_pages import LARGE, zeros
-from gossamer.engine.memory import GROUP_BYTES, KVLayout, LayerShape, MemoryBudget, parse_bytes
+from gossamer.engine.memory import GROUP_BYTES, KVLayout, LayerShape, MemoryBudget
 from gossamer.errors import ConfigurationError
+from gossamer.sizes import parse_bytes
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 

@@ -18,6 +18,7 @@ from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set, instruction_sets
 from gossamer.models.quantize import quantize
 from gossamer.nn.int8_head import quantize_head
+from gossamer.options import EngineOptions, RunnerOptions
 from gossamer.runners.choose import make_runner
 from gossamer.runners.native import NativeRunner, why_not_native
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
@@ -35,7 +36,7 @@ def network(name: str = "llama") -> Any:
 
 
 def native(threads: int = 2, **changes: Any) -> Engine:
-    return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), **changes)
+    return Engine(NativeRunner(network(), max_rows=64, threads=threads), NumberTokenizer(), EngineOptions(**changes))
 
 
 def finish(engine: Engine) -> dict[str, Any]:
@@ -69,10 +70,10 @@ def test_where_there_is_a_compiler_there_are_kernels() -> None:
 def test_reference_switches_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_ISA", "reference")
     assert instruction_set() is None
-    made, note = make_runner(network(), "auto", max_rows=64)
+    made, note = make_runner(network(), RunnerOptions("auto"), max_rows=64)
     assert isinstance(made, TransformersRunner) and "switched off" in note
     with pytest.raises(UnsupportedModelError, match="switched off"):
-        make_runner(network(), "native", max_rows=64)
+        make_runner(network(), RunnerOptions("native"), max_rows=64)
 
 
 def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(monke
 
 @needs_native
 def test_unsupported_models_go_to_transformers_with_the_reason() -> None:
-    made, note = make_runner(network("gpt2"), "auto", max_rows=64)
+    made, note = make_runner(network("gpt2"), RunnerOptions("auto"), max_rows=64)
     assert isinstance(made, TransformersRunner) and "gpt2 is not among llama" in note
     assert why_not_native(network("mixtral"))
 
@@ -93,7 +94,7 @@ def test_layers_that_cannot_be_packed_together_leave_the_model_whole() -> None:
     """A partly quantized model runs on transformers, with all of its weights."""
     model = network()
     quantize(model, skip=("q_proj", "lm_head"))
-    made, note = make_runner(model, "auto", max_rows=64)
+    made, note = make_runner(model, RunnerOptions("auto"), max_rows=64)
     assert isinstance(made, TransformersRunner) and "partly int8" in note
     assert len(answers(Engine(made, NumberTokenizer()), PROMPTS, 4)) == 3
 
@@ -124,7 +125,9 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
         quantize(model)
         quantize_head(model)
         runner: Any = (
-            TransformersRunner(model) if kind == "reference" else NativeRunner(model, max_rows=64, kv_dtype=kind)
+            TransformersRunner(model)
+            if kind == "reference"
+            else NativeRunner(model, RunnerOptions(kv_dtype=kind), max_rows=64)
         )
         assert kind == "reference" or runner.layout.dtype == getattr(torch, kind)
         found[kind] = scores(runner)
@@ -136,10 +139,10 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
 @pytest.mark.parametrize("sharing", ["off", "storage", "attention"])
 def test_int8_keys_and_values_are_shared_split_and_moved_like_others(sharing: Any) -> None:
     """What is decoded over a shared prefix, from slots that grow, is as probable as when it is scored on its own."""
-    runner = NativeRunner(network(), max_rows=512, threads=2, kv_dtype="int8")
+    runner = NativeRunner(network(), RunnerOptions(kv_dtype="int8"), max_rows=512, threads=2)
     layout, shape = runner.layout, runner.layout.layers[0]
     assert layout.bytes_per_token == len(layout.layers) * shape.num_kv_heads * 2 * (shape.key_dim + 4)
-    engine = Engine(runner, NumberTokenizer(), sharing=sharing)
+    engine = Engine(runner, NumberTokenizer(), EngineOptions(sharing=sharing))
     prompts = [[*range(1, 30), *range(1 + 7 * i % 5, 20)] for i in range(6)] + PROMPTS
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, logprobs=0)
@@ -154,9 +157,9 @@ def test_int8_keys_and_values_are_shared_split_and_moved_like_others(sharing: An
 
 def test_a_type_of_keys_that_does_not_exist_or_does_not_apply_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="kv_dtype must be 'auto', 'float32', 'bfloat16', 'int8', got 'int4'"):
-        make_runner(network(), "auto", max_rows=64, kv_dtype="int4")  # type: ignore[arg-type]  # that is the point
+        RunnerOptions(kv_dtype="int4")  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ConfigurationError, match="that of transformers keeps the model's own type"):
-        make_runner(network(), "transformers", max_rows=64, kv_dtype="float32")
+        RunnerOptions("transformers", kv_dtype="float32")
 
 
 @needs_native

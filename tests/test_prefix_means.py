@@ -20,8 +20,9 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.tree import Node
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import core, instruction_sets
+from gossamer.options import EngineOptions, RunnerOptions
 from gossamer.runners.native import NativeRunner
-from gossamer.runners.tolerance import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, check_prefix_eps, near_together
+from gossamer.runners.tolerance import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, near_together
 from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer
@@ -183,8 +184,8 @@ def engine(eps: float, **changes: Any) -> Engine:
     torch.manual_seed(0)
     model = make_model("llama", max_position_embeddings=4096)
     model.set_attn_implementation(IMPLEMENTATION)
-    runner = NativeRunner(model, max_rows=2048, threads=2, prefix_eps=eps)
-    return Engine(runner, NumberTokenizer(), max_num_batched_tokens=2048, **changes)
+    runner = NativeRunner(model, RunnerOptions(prefix_eps=eps), max_rows=2048, threads=2)
+    return Engine(runner, NumberTokenizer(), EngineOptions(max_num_batched_tokens=2048, **changes))
 
 
 def tolerance_of(engine: Engine) -> PrefixTolerance:
@@ -266,7 +267,7 @@ class TestEngine:
 )
 def test_bad_tolerances(eps: float, runner: str, kv_dtype: str, part: str) -> None:
     with pytest.raises(ConfigurationError, match=part):
-        check_prefix_eps(eps, runner, kv_dtype)
+        RunnerOptions(runner, kv_dtype, prefix_eps=eps)  # type: ignore[arg-type]  # wrong on purpose
 
 
 class TestEvaluation:
@@ -288,5 +289,5 @@ class TestEvaluation:
         assert 0.9 < quality.perplexity_ratio < 1.1 and quality.perplexity_ratio != 1.0
         with pytest.raises(ConfigurationError, match="leaves 6 for the prefix"):
             evaluate_tolerance(within, exact, [windows[0][:70]], continuation=64)
-        with pytest.raises(ConfigurationError, match="without prefix_eps"):
+        with pytest.raises(ConfigurationError, match="without a tolerance"):
             evaluate_tolerance(exact, exact, windows)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gossamer import LLM
-from gossamer.engine.engine import SHARING_MODES
 from gossamer.errors import ConfigurationError, InvalidPromptError, PromptTooLongError
+from gossamer.options import SHARING_MODES
 from references import assert_idle, logprobs
 
 QUESTION = "Which animal spins gossamer? It is the"

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gossamer import LLM, SamplingParams
-from gossamer.engine.engine import SHARING_MODES
+from gossamer.options import SHARING_MODES
 from gossamer.texts import reference_text
 
 QUESTIONS = ["What is this text about?", "Which statement is described here?", "Give an example of its use."]

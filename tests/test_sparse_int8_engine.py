@@ -15,6 +15,7 @@ from gossamer.native import sparse_timing
 from gossamer.native.sparse_timing import SparsePacker, SparseTiming
 from gossamer.nn import Int8Linear, SparseInt8Linear
 from gossamer.nn.int8_linear import Decomposition
+from gossamer.options import RunnerOptions
 from gossamer.runners.choose import make_runner
 from gossamer.runners.native import NativeRunner
 from gossamer.runners.transformers import IMPLEMENTATION
@@ -38,8 +39,9 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     found, sizes = [], []
     for way in ("on", "off"):
-        runner = NativeRunner(pruned_network(), max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
-        packed = runner.sparse_weights
+        runner = NativeRunner(pruned_network(), RunnerOptions(sparse_weights=way), max_rows=64)  # type: ignore[arg-type]  # a literal
+        packed = runner.report().sparse_weights
+        assert packed is not None
         assert packed["sparse" if way == "on" else "dense"] == 8 and packed["choice"] == way
         found.append(answers(Engine(runner, NumberTokenizer()), PROMPTS, 12))
         sizes.append(runner.weight_bytes)
@@ -49,7 +51,7 @@ def test_a_model_gives_the_same_tokens_in_either_form(isa: str, monkeypatch: pyt
 def test_transformers_multiplies_layers_that_have_their_zeros() -> None:
     for way, kind in (("auto", Int8Linear), ("on", SparseInt8Linear)):
         network = pruned_network()
-        make_runner(network, "transformers", max_rows=64, sparse_weights=way)  # type: ignore[arg-type]  # a literal
+        make_runner(network, RunnerOptions("transformers", sparse_weights=way), max_rows=64)  # type: ignore[arg-type]  # a literal
         assert kinds(network) == {kind}
 
 

@@ -6,24 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
-from gossamer.engine.engine import Engine, SharingMode, check_options
+from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
-from gossamer.engine.memory import parse_bytes
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
-from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
-from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
 from gossamer.nn.quantize import QuantizationReport
-from gossamer.ops.int8 import Criterion, Outliers
+from gossamer.options import OptionArguments, Options, with_option_signature
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 from gossamer.progress import Progress
-from gossamer.runners.choose import KVDtype, RunnerChoice, check_kv_dtype, check_runner, make_runner
-from gossamer.runners.tolerance import check_prefix_eps
+from gossamer.runners.choose import make_runner
 from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -37,35 +33,11 @@ class LLM:
 
     Args:
         model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
-        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        quantization: ``"int8"`` makes the linear layers int8 while they are read (LLM.int8()); ``None`` takes the
-            checkpoint as it is, and one that is int8 already as int8.
-        int8_threshold, int8_criterion, int8_outliers: with ``quantization="int8"``, what counts as an outlier; see
-            :func:`gossamer.ops.int8.int8_linear`. The paper's setting is 6.0, ``"absolute"``, ``"batch"``.
-        int8_head: make the output layer int8 too, which LLM.int8() leaves as it is: faster by what is read less, at a
-            small cost (docs/how-to/int8.md has figures). The embedding stays as it is, also when they are tied.
-        sharing: ``"attention"`` (default), ``"storage"`` or ``"off"``; see :class:`~gossamer.engine.engine.Engine`.
-        runner: ``"native"`` runs Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on the CPU with kernels of its own,
-            ``"transformers"`` any supported model on any device; ``"auto"`` takes the first where it can.
-        kv_dtype: of keys and values in the native runner: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"auto"``,
-            which is fp32 for a model in fp32 and bf16 for one that is int8 or of a 16-bit type. Int8 ones have a scale
-            per token and head: half the memory of bf16 ones, at a small cost (docs/how-to/int8.md has figures).
-        sparse_weights: of int8 layers that are stored without their zeros, because they were pruned: ``"auto"`` packs
-            each shape with or without them as it is faster on this machine, which takes up to half a second each to
-            measure; ``"on"`` always without, in less memory; ``"off"`` with them. Outputs are the same. What is faster
-            may depend on how many sequences decode together, so ``max_num_seqs`` counts.
-        prefix_eps: attend to long shared prefixes (1,024 tokens or more) within this tolerance, and faster, in the
-            native runner; 0, the default, is exact. The error of a head's attention to the prefix, relative to how much
-            its values vary, is measured in some of the steps and kept near or below it (:meth:`stats` tells);
-            docs/how-to/prefix-eps.md has figures. 0.05 is a good first value.
-        memory: budget for keys and values, such as ``"4GB"`` or a number of bytes.
-        max_model_len: longest prompt plus output in tokens; the model's limit by default.
-        max_num_seqs: sequences that are computed at the same time.
-        max_num_batched_tokens: tokens per step.
-        seed: source of the random streams of requests without a seed.
-        device: where the model runs.
+        options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions` and
+            :class:`~gossamer.options.EngineOptions`; ``help(LLM.__init__)`` lists them.
 
     Attributes:
+        options: what it was loaded with.
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory, or GGUF file, the model was loaded from.
         runner_note: why the native runner is not used, if it might have been; otherwise empty.
@@ -85,73 +57,30 @@ class LLM:
             print(output.outputs[0].text)
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        dtype: str = "auto",
-        quantization: Literal["int8"] | None = None,
-        int8_threshold: float = 6.0,
-        int8_criterion: Criterion = "relative",
-        int8_outliers: Outliers | None = "token",
-        int8_head: bool = False,
-        sharing: SharingMode = "attention",
-        runner: RunnerChoice = "auto",
-        kv_dtype: KVDtype = "auto",
-        sparse_weights: SparseWeights = "auto",
-        prefix_eps: float = 0.0,
-        memory: str | int = "4GB",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        seed: int = 0,
-        device: str = "cpu",
-    ) -> None:
-        if quantization not in (None, "int8"):
-            raise ConfigurationError(f"quantization must be None or 'int8', got {quantization!r}")
-        int8 = GossamerInt8Config(int8_threshold, int8_criterion, int8_outliers) if quantization else None
-        check_runner(runner)
-        check_kv_dtype(kv_dtype, runner)
-        check_sparse_weights(sparse_weights)
-        check_prefix_eps(prefix_eps, runner, kv_dtype)
-        budget = parse_bytes(memory)
-        check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)  # before the weights are read
+    @with_option_signature
+    def __init__(self, model: str | Path, **options: Unpack[OptionArguments]) -> None:
+        """Load a model.
+
+        Args:
+            model: a catalogue name, a directory, a ``.gguf`` file, or a Hugging Face id.
+            options: see below.
+        """
+        self.options = Options.of(options)  # refused before the weights are read
         self.model_name = str(model)
-        self.model_path = resolve_model(model, for_int8=int8 is not None)
+        self.model_path = resolve_model(model, for_int8=self.options.model.quantization is not None)
         network, self.tokenizer = load_model(
-            self.model_path,
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
-            device=device,
-            quantization=int8,
-            int8_head=int8_head,
+            self.model_path, attn_implementation=IMPLEMENTATION, options=self.options.model
         )
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None
         )
         eos = eos_token_ids(network, self.tokenizer)
-        max_rows = max(max_num_batched_tokens, max_num_seqs)
+        engine = self.options.engine
         made, self.runner_note = make_runner(
-            network,
-            runner,
-            max_rows=max_rows,
-            kv_dtype=kv_dtype,
-            sparse_weights=sparse_weights,
-            max_seqs=max_num_seqs,
-            prefix_eps=prefix_eps,
+            network, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
         )
         self.sparse_weights: dict[str, Any] | None = made.report().sparse_weights
-        self.engine = Engine(
-            made,
-            self.tokenizer,
-            sharing=sharing,
-            memory=budget,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            seed=seed,
-            eos_token_ids=eos,
-        )
+        self.engine = Engine(made, self.tokenizer, engine, eos_token_ids=eos)
         self._calls = 0
         self._prompts = 0
         self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet

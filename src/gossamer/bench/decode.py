@@ -17,7 +17,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -27,15 +27,14 @@ from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
 from gossamer.bench.no_attention import RunnerWithoutAttention
 from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_per_token
-from gossamer.engine.engine import SHARING_MODES, Engine, SharingMode
+from gossamer.engine.engine import Engine
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
-from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
-from gossamer.native.sparse_timing import SparseWeights, check_sparse_weights
 from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
-from gossamer.runners.choose import KVDtype, RunnerChoice, make_runner
+from gossamer.options import SHARING_MODES, EngineOptions, ModelOptions, RunnerOptions, SharingMode
+from gossamer.runners.choose import make_runner
 from gossamer.runners.native import NativeRunner
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
@@ -128,14 +127,9 @@ def bench_decode(
     suffix: int = 32,
     new: int = 32,
     sharing: tuple[str, ...] = (*SHARING_MODES, BOUND),
-    dtype: str = "auto",
-    quantization: GossamerInt8Config | None = None,
-    int8_head: bool = False,
-    kv_dtype: KVDtype = "auto",
-    sparse_weights: tuple[str, ...] = ("auto",),
-    prefix_eps: tuple[float, ...] = (0.0,),
+    options: ModelOptions = ModelOptions(),
+    runners: Iterable[RunnerOptions] = (RunnerOptions(),),
     memory: int = 16 * 10**9,
-    runner: RunnerChoice = "auto",
     peers: PeerOptions | None = None,
     busy_processes: int = 0,
     progress: Callable[[str], None] = lambda note: None,
@@ -144,8 +138,8 @@ def bench_decode(
 
     With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
 
-    With several ``sparse_weights``, the model is packed in each of these ways, and each decodes in turn; and so with
-    several ``prefix_eps``, where all attend to the prefix together.
+    With several ``runners`` the model is packed in each of these ways, and each decodes in turn; those with a tolerance
+    only where all attend to the prefix together.
 
     With ``busy_processes``, so many other processes use a core each while the contestants decode.
 
@@ -158,27 +152,14 @@ def bench_decode(
     if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS + 2:
         raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
-    path = resolve_model(model, for_int8=quantization is not None)
-    for choice in sparse_weights:
-        check_sparse_weights(choice)
+    path = resolve_model(model, for_int8=options.quantization is not None)
     machine = describe() | {"busy_processes": busy_processes}
     results = []
     max_rows = max(2048, *batches)
     natives: list[NativeRunner | None] = []
-    for choice, eps in itertools.product(
-        dict.fromkeys(sparse_weights), dict.fromkeys(prefix_eps)
-    ):  # a runner takes the weights over: each has a model of its own
-        network, tokenizer = load_model(path, dtype, IMPLEMENTATION, quantization=quantization, int8_head=int8_head)
-        way = cast(SparseWeights, choice)
-        made, note = make_runner(
-            network,
-            runner,
-            max_rows=max_rows,
-            kv_dtype=kv_dtype,
-            sparse_weights=way,
-            max_seqs=max(batches),
-            prefix_eps=eps,
-        )
+    for runner in dict.fromkeys(runners):  # each takes the weights over, and so has a model of its own
+        network, tokenizer = load_model(path, attn_implementation=IMPLEMENTATION, options=options)
+        made, note = make_runner(network, runner, max_rows=max_rows, max_seqs=max(batches))
         if note:
             progress(f"not native: {note}")
         if not isinstance(made, NativeRunner):
@@ -234,7 +215,7 @@ def _prepare(
     """An engine whose sequences are all about to decode."""
     runner = native or (RunnerWithoutAttention if mode == BOUND else TransformersRunner)(network)
     sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
-    engine = Engine(runner, tokenizer, sharing=sharing, memory=memory, max_num_seqs=len(prompts))
+    engine = Engine(runner, tokenizer, EngineOptions(sharing=sharing, memory=memory, max_num_seqs=len(prompts)))
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
     if native is not None:
         said = native.report()
@@ -269,7 +250,7 @@ def _measure_prefix(contestant: _Contestant, tokenizer: Any, prefix: list[int], 
     """Compute the shared prefix alone, as peers do; in an engine of its own, since this one has it already."""
     if contestant.result.sharing == BOUND or contestant.result.error is not None:
         return
-    engine = Engine(contestant.engine.runner, tokenizer, memory=memory)
+    engine = Engine(contestant.engine.runner, tokenizer, EngineOptions(memory=memory))
     # another text first: what is set up on first use is not timed
     for tokens in (prefix[-512:][::-1], prefix):
         start = time.perf_counter()

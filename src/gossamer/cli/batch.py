@@ -5,33 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from gossamer.cli.engine_options import (
-    AsJson,
-    Dtype,
-    Int8Criterion,
-    Int8Head,
-    Int8Outliers,
-    Int8Threshold,
-    KVDtypeOption,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    Memory,
-    Model,
-    PrefixEps,
-    Quantization,
-    RunnerOption,
-    Sharing,
-    SparseWeightsOption,
-    Threads,
-    int8_options,
-    load_llm,
-)
+from gossamer.cli.engine_options import AsJson, Model, Threads, load_llm, takes_options
 from gossamer.cli.terminal import notice, stderr
+from gossamer.options import Options
 
 if TYPE_CHECKING:
     from gossamer.batch import BatchSummary
@@ -40,27 +20,14 @@ if TYPE_CHECKING:
 _PROMPTS_PER_SEQUENCE = 4
 
 
+@takes_options()
 def batch(
     model: Model,
     input: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, one per line.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where answers go, one per line.", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Keep the answers in the output, do the rest.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again without the existing output.")] = False,
-    sharing: Sharing = "attention",
-    dtype: Dtype = "auto",
-    runner: RunnerOption = "auto",
-    kv_dtype: KVDtypeOption = "auto",
-    sparse_weights: SparseWeightsOption = "auto",
-    prefix_eps: PrefixEps = 0.0,
-    quantization: Quantization = None,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
-    int8_head: Int8Head = False,
-    memory: Memory = "4GB",
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
-    max_model_len: MaxModelLen = None,
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     max_tokens: Annotated[
         int | None,
         typer.Option(
@@ -87,25 +54,10 @@ def batch(
         resume=resume,
         overwrite=overwrite,
         default_max_tokens=max_tokens,
-        max_in_flight=_PROMPTS_PER_SEQUENCE * max_num_seqs,
+        max_in_flight=_PROMPTS_PER_SEQUENCE * Options.of(options).engine.max_num_seqs,
         progress=progress.update,
     )
-    with load_llm(
-        model,
-        threads=threads,
-        sharing=sharing,
-        dtype=dtype,
-        memory=memory,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        runner=runner,
-        kv_dtype=kv_dtype,
-        sparse_weights=sparse_weights,
-        prefix_eps=prefix_eps,
-        int8_head=int8_head,
-        **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
-    ) as llm:
+    with load_llm(model, options, threads) as llm:
         interrupted = False
         try:
             with progress:

@@ -15,21 +15,9 @@ from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
 from gossamer.cli.bench_serve import serve
-from gossamer.cli.engine_options import (
-    AsJson,
-    Dtype,
-    Int8Criterion,
-    Int8Head,
-    Int8Outliers,
-    Int8Threshold,
-    KVDtypeOption,
-    Quantization,
-    RunnerOption,
-    Threads,
-    int8_config,
-)
+from gossamer.cli.engine_options import AsJson, Threads, combinations, takes_options
 from gossamer.cli.terminal import stderr
-from gossamer.errors import ConfigurationError
+from gossamer.options import ModelOptions, Options, RunnerOptions
 
 bench_app = typer.Typer(
     help="Measure on this machine: our figure, what it is compared with, and the machine's own limit.",
@@ -38,6 +26,7 @@ bench_app = typer.Typer(
 
 
 @bench_app.command()
+@takes_options(ModelOptions, RunnerOptions, compare=True)
 def decode(
     model: Annotated[str, typer.Option(help="As for `gossamer batch`.")] = "smollm2-135m",
     batch: Annotated[str, typer.Option(help="Sequences that decode together; several: 8,64.")] = "64",
@@ -51,30 +40,7 @@ def decode(
             "no-attention leaves attention out and shows what no way of sharing can exceed (for transformers)."
         ),
     ] = "attention,storage,off,no-attention",
-    runner: RunnerOption = "auto",
-    dtype: Dtype = "auto",
-    quantization: Quantization = None,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
-    int8_head: Int8Head = False,
-    kv_dtype: KVDtypeOption = "auto",
-    sparse_weights: Annotated[
-        str,
-        typer.Option(
-            "--sparse-weights",
-            help="As for `gossamer batch`; several, such as off,on, decode in turn, to see what leaving the zeros of a "
-            "pruned int8 model out gains.",
-        ),
-    ] = "auto",
-    prefix_eps: Annotated[
-        str,
-        typer.Option(
-            "--prefix-eps",
-            help="As for `gossamer batch`; several, such as 0,0.05, decode in turn, to see what it gains. It needs "
-            "some steps to settle: give 60 or more with --new.",
-        ),
-    ] = "0",
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -104,8 +70,9 @@ def decode(
         torch.set_num_threads(threads)
     from gossamer.bench.decode import bench_decode
     from gossamer.bench.peers.contest import PeerOptions, peer_names
-    from gossamer.engine.memory import parse_bytes
+    from gossamer.sizes import parse_bytes
 
+    choices = [Options.of(each) for each in combinations(options)]
     with stderr.status("starting") as status:
         report = bench_decode(
             model,
@@ -114,13 +81,8 @@ def decode(
             suffix=suffix,
             new=new,
             sharing=tuple(mode.strip() for mode in sharing.split(",")),
-            runner=runner,  # type: ignore[arg-type]  # checked there
-            dtype=dtype,
-            quantization=int8_config(quantization, int8_threshold, int8_criterion, int8_outliers),
-            int8_head=int8_head,
-            kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked there
-            sparse_weights=tuple(choice.strip() for choice in sparse_weights.split(",")),
-            prefix_eps=_tolerances(prefix_eps),
+            options=choices[0].model,
+            runners=[choice.runner for choice in choices],
             memory=parse_bytes(memory),
             busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
@@ -174,7 +136,7 @@ def _print_table(report: dict[str, Any]) -> None:
     if len(ways) > 1:
         for name in ("sparse\nweights", "weights\nMB", "over\ndense"):
             table.add_column(name, justify="right", no_wrap=True)
-    tolerances = any(row["prefix_eps"] for row in report["results"])
+    tolerances = any(row["prefix_tolerance"] for row in report["results"])
     if tolerances:
         for name in ("prefix\neps", "keys\nused", "error", "over\nexact"):
             table.add_column(name, justify="right", no_wrap=True)
@@ -201,17 +163,10 @@ def _print_table(report: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _tolerances(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(each) for each in text.split(","))
-    except ValueError:
-        raise ConfigurationError(f"--prefix-eps takes numbers, such as 0,0.05, got {text!r}") from None
-
-
 def _tolerance_cells(row: dict[str, Any]) -> list[str]:
-    found = row["prefix_tolerance"] or {"computed": None, "error": None}
+    found = row["prefix_tolerance"] or {"computed": None, "error": None, "eps": 0.0}
     cells = [optional(found["computed"], "{:.0%}"), optional(found["error"], "{:.3f}")]
-    return [f"{row['prefix_eps']:g}", *cells, optional(row["over_exact"], "{:.2f}x")]
+    return [f"{found['eps']:g}", *cells, optional(row["over_exact"], "{:.2f}x")]
 
 
 def _way_cells(row: dict[str, Any]) -> list[str]:

@@ -6,29 +6,12 @@ import contextlib
 import signal
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from gossamer.cli.conversation import Conversation, Turn
-from gossamer.cli.engine_options import (
-    Dtype,
-    Int8Criterion,
-    Int8Head,
-    Int8Outliers,
-    Int8Threshold,
-    KVDtypeOption,
-    MaxModelLen,
-    Memory,
-    Model,
-    PrefixEps,
-    Quantization,
-    RunnerOption,
-    SparseWeightsOption,
-    Threads,
-    int8_options,
-    load_llm,
-)
+from gossamer.cli.engine_options import Model, Threads, load_llm, takes_options
 from gossamer.cli.terminal import notice, print_error
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.sampling_params import SamplingParams
@@ -44,6 +27,7 @@ _HELP = """\
 Ctrl-C stops an answer; what was said until then is remembered."""
 
 
+@takes_options(max_num_seqs=1)
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="Instructions before the first message.")] = None,
@@ -51,37 +35,13 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Choose among the most probable tokens up to this sum.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
-    dtype: Dtype = "auto",
-    runner: RunnerOption = "auto",
-    kv_dtype: KVDtypeOption = "auto",
-    sparse_weights: SparseWeightsOption = "auto",
-    prefix_eps: PrefixEps = 0.0,
-    quantization: Quantization = None,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
-    int8_head: Int8Head = False,
-    memory: Memory = "4GB",
-    max_model_len: MaxModelLen = None,
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
 ) -> None:
     """Talk to a model. With text piped into it, answer that text as one message and leave."""
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     piped = None if sys.stdin.isatty() else _read_piped_message()
-    with load_llm(
-        model,
-        threads=threads,
-        dtype=dtype,
-        memory=memory,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-        runner=runner,
-        kv_dtype=kv_dtype,
-        sparse_weights=sparse_weights,
-        prefix_eps=prefix_eps,
-        int8_head=int8_head,
-        **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
-    ) as llm:
+    with load_llm(model, options, threads) as llm:
         conversation = Conversation(llm, params, system)
         if not conversation.has_template:
             notice(

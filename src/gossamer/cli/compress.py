@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import AsJson, Dtype, Int8Criterion, Int8Outliers, Int8Threshold, Model, Threads
+from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads, takes_options
 from gossamer.cli.terminal import notice, stderr
 from gossamer.errors import ConfigurationError
+from gossamer.options import Options
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gossamer.models.int8_quantizer import GossamerInt8Config
 
 
+@takes_options(only=("int8_threshold", "int8_criterion", "int8_outliers"))
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
@@ -66,9 +68,7 @@ def compress(
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Make the linear layers int8 (LLM.int8()).")] = False,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     outlier_store: Annotated[
         float,
         typer.Option(help="Share of each layer's input columns whose weights are kept in 16 bit as well, 0 to 1."),
@@ -118,13 +118,8 @@ def compress(
         # Imported here: PyTorch and transformers take seconds.
         from gossamer.models.int8_quantizer import GossamerInt8Config
 
-        config = GossamerInt8Config(
-            int8_threshold,
-            int8_criterion,  # type: ignore[arg-type]  # checked by the configuration
-            None if int8_outliers == "none" else int8_outliers,  # type: ignore[arg-type]  # likewise
-            outlier_store,
-            skipped,
-        )
+        own = Options.of(options).model
+        config = GossamerInt8Config(own.int8_threshold, own.int8_criterion, own.int8_outliers, outlier_store, skipped)
     if sparsity is None:
         if text is not None or memory is not None or pattern != "unstructured":
             raise ConfigurationError("--text, --memory and --pattern are for pruning: say how much with --sparsity")
@@ -183,7 +178,7 @@ def _prune(
 ) -> None:
     from gossamer.cli.measured_text import describe_text, read
     from gossamer.compress.sparse import SparsityRecipe, compress_sparse
-    from gossamer.engine.memory import parse_bytes
+    from gossamer.sizes import parse_bytes
 
     recipe = SparsityRecipe(**settings)
     content = read(text)

@@ -1,18 +1,22 @@
-"""The model argument and the engine options that several commands share, and loading the model they describe."""
+"""The model argument and the options that several commands share, and loading the model they describe."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import Field
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
-from gossamer.native.architectures import native_names
+from gossamer.options import GROUPS, option_fields
 
 if TYPE_CHECKING:
     from gossamer import LLM
-    from gossamer.models.int8_quantizer import GossamerInt8Config
 
 Model = Annotated[
     str,
@@ -20,106 +24,75 @@ Model = Annotated[
         help="A name `gossamer pull` knows, a Hugging Face id, or a local directory or GGUF file.", show_default=False
     ),
 ]
-Sharing = Annotated[
-    str,
-    typer.Option(
-        help="What requests with a common prefix share: attention (one product for all of them), "
-        "storage (keys and values only) or off."
-    ),
-]
-RunnerOption = Annotated[
-    str,
-    typer.Option(
-        "--runner",
-        help=f"What computes the model: native (kernels of our own; {native_names()} on a CPU), "
-        "transformers (any supported model) or auto (the first where it can).",
-    ),
-]
-KVDtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--kv-dtype",
-        help="Number format of keys and values in the native runner: float32, bfloat16, int8 (half the memory of "
-        "bfloat16) or auto (float32 for a model in float32, otherwise bfloat16).",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
-Quantization = Annotated[
-    str | None,
-    typer.Option(help="int8: make the linear layers int8 while they are read (LLM.int8()).", show_default=False),
-]
-Int8Threshold = Annotated[
-    float, typer.Option(help="With int8: entries beyond this are outliers and are multiplied in floating point.")
-]
-Int8Criterion = Annotated[
-    str, typer.Option(help="With int8: relative (to the mean magnitude of the token) or absolute (the paper's).")
-]
-Int8Outliers = Annotated[
-    str, typer.Option(help="With int8: token (single entries), batch (whole columns, the paper's), static or none.")
-]
-Int8Head = Annotated[
-    bool, typer.Option("--int8-head", help="Make the output layer int8 too; LLM.int8() leaves it as it is.")
-]
-SparseWeightsOption = Annotated[
-    str,
-    typer.Option(
-        "--sparse-weights",
-        help="How the native runner keeps int8 layers that are stored without their zeros: on (without, in less "
-        "memory), off (with them) or auto (as this machine multiplies each shape faster; up to half a second of "
-        "measuring for each). "
-        "The results are the same.",
-    ),
-]
-PrefixEps = Annotated[
-    float,
-    typer.Option(
-        "--prefix-eps",
-        min=0.0,
-        max=0.99,
-        help="Attend to long shared prefixes within this tolerance, and faster; native runner only. The error is "
-        "measured and kept near or below it. 0 is exact; 0.05 is a good first value.",
-    ),
-]
-Memory = Annotated[str, typer.Option(help="Budget for keys and values, such as 4GB.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens; the model's context by default.")
-]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences computed at a time.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(min=1, help="Tokens computed in one forward pass.")]
+Memory = Annotated[str, typer.Option(help=option_fields()["memory"].metadata["help"])]
+Dtype = Annotated[str, typer.Option(help=option_fields()["dtype"].metadata["help"])]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
-
-def int8_options(quantization: str | None, threshold: float, criterion: str, outliers: str) -> dict[str, Any]:
-    """The arguments of :class:`gossamer.LLM` that these options stand for."""
-    if quantization is None:
-        return {}
-    return {
-        "quantization": quantization,
-        "int8_threshold": threshold,
-        "int8_criterion": criterion,
-        "int8_outliers": None if outliers == "none" else outliers,
-    }
+_NONE = "none"  # how a text says that there is no value, where that is not the default
 
 
-def int8_config(quantization: str | None, threshold: float, criterion: str, outliers: str) -> GossamerInt8Config | None:
-    """What :func:`gossamer.models.load.load_model` takes for these options.
+def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ...] = (), **defaults: Any) -> Any:
+    """A decorator that gives a command a flag for each option, and hands it what was said about them.
+
+    The command has a parameter ``options``, a dictionary of the options that are not at their default. A parameter of
+    its own takes the place of an option of the same name.
+
+    Args:
+        groups: whose options; all by default.
+        compare: options that can be compared take several values, with commas between them; see :func:`combinations`.
+        only: these of them.
+        defaults: of this command, where they are other ones.
+    """
+    known = {name: each for name, each in option_fields(*groups).items() if not only or name in only}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = Signature.from_callable(command)
+        hints = get_type_hints(command, include_extras=True)
+        flags = [
+            _flag(each, defaults.get(name, each.default), compare and "compare" in each.metadata)
+            for name, each in known.items()
+            if name not in own.parameters
+        ]
+        names = [flag.name for flag in flags]
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {name: _value(known[name], arguments.pop(name)) for name in names}
+            said = {name: value for name, value in given.items() if value != known[name].default}
+            command(**arguments, options=said)
+
+        parameters: list[Parameter] = []
+        for each in own.parameters.values():
+            parameters += flags if each.name == "options" else [each.replace(annotation=hints[each.name])]
+        parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate
+
+
+def combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every choice among options that were given several values.
 
     Raises:
-        ConfigurationError: a value has no meaning.
+        ConfigurationError: a text that should be a number is none.
+
+    >>> list(combinations({"sparse_weights": "off,on", "seed": 3}))
+    [{'sparse_weights': 'off', 'seed': 3}, {'sparse_weights': 'on', 'seed': 3}]
     """
-    if quantization is None:
-        return None
-    if quantization != "int8":
-        raise ConfigurationError(f"--quantization takes int8, got {quantization!r}")
-    from gossamer.models.int8_quantizer import GossamerInt8Config
+    known = option_fields()
+    choices = []
+    for name, value in options.items():
+        several = isinstance(value, str) and "compare" in known[name].metadata
+        choices.append([_number(known[name], each.strip()) for each in value.split(",")] if several else [value])
+    for chosen in itertools.product(*choices):
+        yield dict(zip(options, chosen, strict=True))
 
-    # what the texts may be is checked by the configuration
-    return GossamerInt8Config(threshold, criterion, None if outliers == "none" else outliers)  # type: ignore[arg-type]
 
-
-def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:
-    """Load the model with the engine's arguments. Importing PyTorch takes seconds, so it happens only here."""
+def load_llm(model: str, options: dict[str, Any], threads: int | None) -> LLM:
+    """Load the model with these options. Importing PyTorch takes seconds, so it happens only here."""
     notice(f"Loading {model}", "dim")
     if threads is not None:
         import torch
@@ -127,7 +100,46 @@ def load_llm(model: str, *, threads: int | None, **arguments: Any) -> LLM:
         torch.set_num_threads(threads)
     from gossamer import LLM
 
-    llm = LLM(model, **arguments)
+    llm = LLM(model, **options)
     if llm.runner_note:
         notice(f"Computed by transformers, not natively: {llm.runner_note}", "dim")
     return llm
+
+
+def _flag(option: Field[Any], default: Any, several: bool) -> Parameter:
+    kind = type(option.default) if option.default is not None else str
+    hint = _HINTS[option.name]
+    if several:
+        kind, default = str, f"{default:g}" if isinstance(default, float) else default
+    elif option.default is None and int in get_args(hint):
+        kind = int
+    limits = {} if several else {name: option.metadata[name] for name in ("min", "max") if name in option.metadata}
+    text = option.metadata["help"] + (" " + option.metadata["compare"] if several else "")
+    info = typer.Option(_spelling(option), help=text, **limits)
+    annotation: Any = Annotated[kind if default is not None else kind | None, info]
+    return Parameter(option.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _spelling(option: Field[Any]) -> str:
+    return "--" + option.name.replace("_", "-")
+
+
+def _value(option: Field[Any], value: Any) -> Any:
+    """What a flag stands for. A number may have been given as a text, to be compared."""
+    if value == _NONE and type(None) in get_args(_HINTS[option.name]) and option.default is not None:
+        return None
+    if isinstance(value, str) and "compare" in option.metadata and "," not in value:
+        return _number(option, value)
+    return value
+
+
+def _number(option: Field[Any], value: str) -> Any:
+    if not isinstance(option.default, float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigurationError(f"{_spelling(option)} takes numbers, such as 0,0.05, got {value!r}") from None
+
+
+_HINTS: dict[str, Any] = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import (
-    AsJson,
-    Dtype,
-    Int8Criterion,
-    Int8Head,
-    Int8Outliers,
-    Int8Threshold,
-    Model,
-    PrefixEps,
-    Quantization,
-    Threads,
-    int8_config,
-    int8_options,
-)
+from gossamer.cli.engine_options import AsJson, Model, Threads, takes_options
 from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
+from gossamer.options import EngineOptions, ModelOptions, Options, RunnerOptions, option_fields
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,6 +21,7 @@ if TYPE_CHECKING:
     from gossamer.report.quality import Interval, Quality
 
 
+@takes_options()
 def evaluate(
     model: Model,
     reference: Annotated[
@@ -41,13 +30,7 @@ def evaluate(
     text: Text = None,
     window: Window = 1024,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows at most; all of the text by default.")] = None,
-    dtype: Dtype = "auto",
-    quantization: Quantization = None,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
-    int8_head: Int8Head = False,
-    prefix_eps: PrefixEps = 0.0,
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,23 +49,22 @@ def evaluate(
         gossamer eval smollm2-135m --prefix-eps 0.05 --window 4096 --windows 8
     """
     content = read(text)
-    if prefix_eps:
+    chosen = Options.of(options)
+    if not chosen.runner.exact:
         from gossamer.cli.eval_prefix import evaluate_prefix_tolerance
 
         if reference is not None:
             raise ConfigurationError(
                 "--prefix-eps compares with exact attention of the same model: leave --reference out"
             )
-        arguments = {"dtype": dtype} | int8_options(quantization, int8_threshold, int8_criterion, int8_outliers)
-        arguments |= {"int8_head": int8_head, "threads": threads}
-        evaluate_prefix_tolerance(model, arguments, prefix_eps, text, content, window, windows, as_json)
+        evaluate_prefix_tolerance(model, options, threads, text, content, window, windows, as_json)
         return
-    int8 = int8_config(quantization, int8_threshold, int8_criterion, int8_outliers)
-    network, tokenizer = load(model, dtype, threads, int8, int8_head)
+    _refuse_unused(options)
+    network, tokenizer = load(model, chosen.model, threads)
     cut = cut_windows(tokenizer, content, window, windows)
     other = None
     if reference is not None:
-        other, other_tokenizer = load(reference, "auto", threads)
+        other, other_tokenizer = load(reference, ModelOptions(), threads)
         if not _same(cut, cut_windows(other_tokenizer, content, window, windows)):
             raise ConfigurationError(
                 f"the tokenizers of {model} and {reference} split the text differently, so their predictions cannot be "
@@ -103,13 +85,29 @@ def evaluate(
         notice(f"Stopped after {evaluation.windows} of {len(cut)} windows.")
     quality = evaluation.quality() if evaluation.windows else None
     if as_json:
-        asked = {"model": model, "reference": reference, "text": text and str(text), "window": window, "dtype": dtype}
-        asked |= {"int8": int8 and int8.to_dict(), "int8_head": int8_head}
+        asked = {"model": model, "reference": reference, "text": text and str(text), "window": window}
+        asked |= _described(chosen.model)
         figures = quality.to_dict() if quality else {"windows": 0}
         typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
     elif quality:
         _print(quality, model, reference, text)
     raise typer.Exit(130 if interrupted else 0)
+
+
+def _refuse_unused(options: dict[str, Any]) -> None:
+    """Without a tolerance the windows are computed by transformers, by themselves: there is no engine."""
+    for name in option_fields(RunnerOptions, EngineOptions):
+        if name in options:
+            flag = name.replace("_", "-")
+            raise ConfigurationError(f"--{flag} is for the engine, which computes the windows only with --prefix-eps")
+
+
+def _described(options: ModelOptions) -> dict[str, Any]:
+    """What was asked of the model, for JSON."""
+    from gossamer.models.load import int8_config
+
+    int8 = int8_config(options)
+    return {"dtype": options.dtype, "int8": int8 and int8.to_dict(), "int8_head": options.int8_head}
 
 
 def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from gossamer.cli.engine_options import load_llm
 from gossamer.cli.measured_text import cut_windows, describe_text
+from gossamer.options import Options
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 def evaluate_prefix_tolerance(
     model: str,
-    arguments: dict[str, Any],
-    eps: float,
+    options: dict[str, Any],
+    threads: int | None,
     text: Path | None,
     content: str,
     window: int,
@@ -29,13 +31,14 @@ def evaluate_prefix_tolerance(
     """Scores the windows of a text twice and prints the difference."""
     from gossamer.report.prefix_tolerance import STEP, evaluate_tolerance
 
-    arguments |= {"runner": "native", "max_num_batched_tokens": STEP, "max_num_seqs": 2}
-    within, exact = (load_llm(model, prefix_eps=each, **arguments) for each in (eps, 0.0))
+    tolerant = Options.of({"runner": "native", "max_num_batched_tokens": STEP, "max_num_seqs": 2} | options)
+    exact_ones = replace(tolerant, runner=tolerant.runner.exactly())
+    within, exact = (load_llm(model, each.changed(), threads) for each in (tolerant, exact_ones))
     cut = cut_windows(within.tokenizer, content, window, windows)
     with Progress(len(cut)) as progress:
         quality = evaluate_tolerance(within, exact, cut, progress=progress.advance)
     if as_json:
-        asked = {"model": model, "text": text and str(text), "window": window, "prefix_eps": eps}
+        asked = {"model": model, "text": text and str(text), "window": window} | options
         typer.echo(json.dumps(asked | quality.to_dict()))
     else:
         _print(quality, f"{model} on {describe_text(text)}")

@@ -16,6 +16,7 @@ from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
 from gossamer.cli.inspect_attention import inspect_attention
 from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
 from gossamer.cli.terminal import notice
+from gossamer.options import ModelOptions
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def inspect(
         inspect_attention(model, text, length, html, dtype, threads, as_json)
         return
     content = read(text)
-    network, tokenizer = load(model, dtype, threads)
+    network, tokenizer = load(model, ModelOptions(dtype=dtype), threads)
     cut = cut_windows(tokenizer, content, window, windows)
     # Imported here: PyTorch takes seconds, and what is wrong with the arguments should show before.
     from gossamer.report.ablation import ablate, passes

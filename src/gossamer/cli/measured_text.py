@@ -12,7 +12,7 @@ from gossamer.cli.terminal import notice
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gossamer.models.int8_quantizer import GossamerInt8Config
+    from gossamer.options import ModelOptions
 
 Text = Annotated[
     Path | None,
@@ -32,9 +32,7 @@ def describe_text(text: Path | None) -> str:
     return "Python's language reference" if text is None else str(text)
 
 
-def load(
-    model: str, dtype: str, threads: int | None, int8: GossamerInt8Config | None = None, int8_head: bool = False
-) -> tuple[Any, Any]:
+def load(model: str, options: ModelOptions, threads: int | None) -> tuple[Any, Any]:
     """A model and its tokenizer."""
     notice(f"Loading {model}", "dim")
     import torch
@@ -44,9 +42,7 @@ def load(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(
-        resolve_model(model, for_int8=int8 is not None), dtype=dtype, quantization=int8, int8_head=int8_head
-    )
+    return load_model(resolve_model(model, for_int8=options.quantization is not None), options=options)
 
 
 def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:

@@ -4,31 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import (
-    Dtype,
-    Int8Criterion,
-    Int8Head,
-    Int8Outliers,
-    Int8Threshold,
-    KVDtypeOption,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    Memory,
-    Model,
-    PrefixEps,
-    Quantization,
-    RunnerOption,
-    Sharing,
-    SparseWeightsOption,
-    Threads,
-    int8_options,
-    load_llm,
-)
+from gossamer.cli.engine_options import Model, Threads, load_llm, takes_options
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -38,6 +18,7 @@ _API = "The API"
 _LIMITS = "Limits"
 
 
+@takes_options(max_num_batched_tokens=256)
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
@@ -92,21 +73,7 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="text or json; text on a terminal by default.", show_default=False)
     ] = None,
-    sharing: Sharing = "attention",
-    dtype: Dtype = "auto",
-    runner: RunnerOption = "auto",
-    kv_dtype: KVDtypeOption = "auto",
-    sparse_weights: SparseWeightsOption = "auto",
-    prefix_eps: PrefixEps = 0.0,
-    quantization: Quantization = None,
-    int8_threshold: Int8Threshold = 6.0,
-    int8_criterion: Int8Criterion = "relative",
-    int8_outliers: Int8Outliers = "token",
-    int8_head: Int8Head = False,
-    memory: Memory = "4GB",
-    max_num_seqs: MaxNumSeqs = 256,
-    max_num_batched_tokens: MaxNumBatchedTokens = 256,
-    max_model_len: MaxModelLen = None,
+    options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API.
@@ -118,16 +85,16 @@ def serve(
     allows; `--pin` keeps one in any case. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the
     engine has failed.
     """
-    from gossamer.engine.memory import parse_bytes
     from gossamer.server import ServerOptions
     from gossamer.server import serve as run
+    from gossamer.sizes import parse_bytes
 
     if log_format not in (None, "text", "json"):
         raise ConfigurationError(f"--log-format takes text or json, got {log_format!r}")
     for path in pin or ():
         if not path.is_file():
             raise ConfigurationError(f"cannot pin {path}: there is no such file")
-    options = ServerOptions(
+    settings = ServerOptions(
         host=host,
         port=port,
         model_names=tuple(served_model_name or [model]),
@@ -145,21 +112,6 @@ def serve(
     )
 
     def load() -> LLM:
-        return load_llm(
-            model,
-            threads=threads,
-            sharing=sharing,
-            dtype=dtype,
-            memory=memory,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            runner=runner,
-            kv_dtype=kv_dtype,
-            sparse_weights=sparse_weights,
-            prefix_eps=prefix_eps,
-            int8_head=int8_head,
-            **int8_options(quantization, int8_threshold, int8_criterion, int8_outliers),
-        )
+        return load_llm(model, options, threads)
 
-    raise typer.Exit(run(load, options))
+    raise typer.Exit(run(load, settings))

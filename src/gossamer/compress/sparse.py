@@ -19,12 +19,13 @@ from gossamer.compress.writing import write_model
 from gossamer.errors import ConfigurationError
 from gossamer.models.checkpoint import stored_dtype
 from gossamer.models.int8_quantizer import GossamerInt8Config
-from gossamer.models.load import DTYPES, load_config, load_model
+from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import write_manifest
 from gossamer.models.quantize import quantize
 from gossamer.models.resolve import resolve_model
 from gossamer.models.shards import Progress
 from gossamer.nn.quantize import QuantizationReport
+from gossamer.options import ModelOptions
 from gossamer.pruning.blocks import decoder_blocks
 from gossamer.pruning.curvature import (
     BlockFisher,
@@ -180,8 +181,7 @@ def compress_sparse(
             suffice.
         GossamerError: what loading raises, or ``output`` cannot be written.
     """
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    ModelOptions(dtype=dtype)  # refuses an unknown one
     target = Path(output).resolve()
     source = resolve_model(model)
     check_output(source.resolve(), target, is_file=False, overwrite=overwrite)

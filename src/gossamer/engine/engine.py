@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,33 +34,13 @@ from gossamer.engine.stats import EngineStats
 from gossamer.engine.stopping import Stop
 from gossamer.engine.tree import PrefixTree
 from gossamer.errors import ConfigurationError, EngineError, MemoryBudgetError, RequestError
+from gossamer.options import EngineOptions, is_integer
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
-SharingMode = Literal["attention", "storage", "off"]
-SHARING_MODES: tuple[SharingMode, ...] = ("attention", "storage", "off")
 NOT_FINITE = "the model's logits are not finite"
 NO_TOKEN = "no token can be sampled: the model's logits are not finite, or all tokens are excluded"
 SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
-
-
-def check_options(sharing: str, max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-    """Refuse what no model could be served with.
-
-    Raises:
-        ConfigurationError
-    """
-    if sharing not in SHARING_MODES:
-        raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {sharing!r}")
-    for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-        if not _is_int(value) or value < 1:
-            raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
-    if not _is_int(seed):
-        raise ConfigurationError(f"seed must be an integer, got {seed!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Engine:
@@ -69,58 +49,50 @@ class Engine:
     Args:
         runner: the model.
         tokenizer: a Hugging Face tokenizer.
-        sharing: ``"attention"`` computes, stores and attends to shared prefixes once; ``"storage"`` computes and stores
-            them once, but every sequence attends on its own; ``"off"`` shares nothing.
-        memory: bytes for all keys and values.
-        max_model_len: longest prompt plus output; at most the model's own limit.
-        max_num_seqs: sequences that are computed at the same time.
-        max_num_batched_tokens: tokens per step; longer prompts are computed in chunks.
-        seed: where the random streams of requests without a seed come from.
+        options: how requests share the model. With ``sharing="attention"`` shared prefixes are computed, stored and
+            attended to once; with ``"storage"`` they are computed and stored once, but every sequence attends on its
+            own; with ``"off"`` nothing is shared. Prompts longer than a step are computed in chunks.
+        eos_token_ids: every token that ends a text.
 
     Raises:
-        ConfigurationError: an argument is out of its range.
+        ConfigurationError: the model cannot take so long a text.
     """
 
     def __init__(
         self,
         runner: Runner,
         tokenizer: Any,
+        options: EngineOptions = EngineOptions(),
         *,
-        sharing: SharingMode = "attention",
-        memory: int = 4 * 10**9,
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        seed: int = 0,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        check_options(sharing, max_num_seqs, max_num_batched_tokens, seed)
-        if max_model_len is not None and not (_is_int(max_model_len) and 1 < max_model_len <= runner.max_model_len):
+        max_model_len, memory = options.max_model_len, options.memory_bytes
+        if max_model_len is not None and not (is_integer(max_model_len) and 1 < max_model_len <= runner.max_model_len):
             raise ConfigurationError(
                 f"max_model_len must be from 2 to {runner.max_model_len}, the model's own limit, got {max_model_len}"
             )
         self.runner = runner
         self.tokenizer = tokenizer
-        self.sharing = sharing
+        self.sharing = options.sharing
         self.max_model_len = max_model_len or runner.max_model_len
         self.budget = MemoryBudget(memory)
         self.tree = PrefixTree(runner.layout, self.budget)
         self.slots = SlotPool(runner.layout, self.budget)
-        cost = None if sharing == "off" else calibrate(runner)
+        cost = None if options.sharing == "off" else calibrate(runner)
         self.scheduler = Scheduler(
             self.tree,
             self.slots,
             cost,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
             max_scored_tokens=max(SCORED_LOGIT_BYTES // (4 * runner.vocab_size), 16),
         )
         self.stats = EngineStats()
         self.scheduler.on_start = self.stats.count_prompt
-        self.planner = Planner(self.tree, per_row=sharing == "storage")
+        self.planner = Planner(self.tree, per_row=options.sharing == "storage")
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
-        self.factory = RequestFactory(self.intake, eos_token_ids, sharing=sharing != "off", seed=seed)
+        self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(tokenizer)
         self.sampler = Sampler()
         self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before

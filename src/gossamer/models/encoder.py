@@ -13,10 +13,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.errors import CheckpointError
 from gossamer.models.checkpoint import check_directory, check_weights
-from gossamer.models.load import DTYPES, load_config, load_tokenizer
+from gossamer.models.load import load_config, load_tokenizer
 from gossamer.models.quiet import quiet_transformers
+from gossamer.options import ModelOptions
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
@@ -41,8 +42,7 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
         ConfigurationError: ``dtype`` is not one of the four.
         CheckpointError: a file is missing, damaged, or lacks tensors of the model.
     """
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    ModelOptions(dtype=dtype)  # refuses an unknown one
     config = load_config(path)
     check_directory(path)
     check_weights(path)

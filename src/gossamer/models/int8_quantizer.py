@@ -43,7 +43,7 @@ from gossamer.nn.quantize import (
     tied_head,
 )
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_if_smaller
-from gossamer.ops.int8 import Criterion, Outliers
+from gossamer.options import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory, check_weights, stored_dtype
 from gossamer.models.foreign_int8 import foreign_format, read_foreign
 from gossamer.models.gguf_weights import open_weights, read_gguf
@@ -27,17 +27,16 @@ from gossamer.models.support import check_supported
 from gossamer.nn.int8_embedding import Int8TiedHead
 from gossamer.nn.int8_head import quantize_head
 from gossamer.nn.int8_linear import Int8Linear
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from gossamer.options import ModelOptions
 
 
 def load_model(
     path: str | Path,
     dtype: str = "auto",
     attn_implementation: str | None = None,
-    device: str = "cpu",
     quantization: GossamerInt8Config | None = None,
-    int8_head: bool = False,
+    *,
+    options: ModelOptions | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
@@ -46,11 +45,10 @@ def load_model(
             quantized as it is read.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
-        device: where the weights go, for example ``cpu`` or ``cuda:0``.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
             such argument; its layers then take over what this one says about outliers.
-        int8_head: make the output layer int8 too, but not an embedding that is tied to it; see
-            :mod:`gossamer.nn.int8_head`.
+        options: the same and more, as a whole, in place of ``dtype``; see :mod:`gossamer.nn.int8_head` for the output
+            layer. ``quantization`` says more about int8 layers, and counts if both do.
 
     Returns:
         The model and its tokenizer.
@@ -60,8 +58,8 @@ def load_model(
         CheckpointError: a file is missing, damaged, or lacks tensors of the model.
         UnsupportedModelError: the architecture cannot be run exactly.
     """
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    options = options or ModelOptions(dtype=dtype)
+    dtype, quantization = options.dtype, quantization or int8_config(options)
     path = Path(path)
     if path.is_file():
         config, tokenizer = read_gguf(path)
@@ -73,24 +71,31 @@ def load_model(
     with quiet_transformers():
         if path.is_dir():
             tokenizer = load_tokenizer(path)
-        options: dict[str, Any] = {}
+        source: dict[str, Any] = {}
         if path.is_dir() and (foreign := foreign_format(config)):
-            options = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
+            source = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
             dtype = str(config.dtype or stored_dtype(path)).removeprefix("torch.") if dtype == "auto" else dtype
         if quantization and not is_int8_checkpoint(config):
             model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
         else:
-            model = _load_weights(path, config, dtype, attn_implementation, **options)
+            model = _load_weights(path, config, dtype, attn_implementation, **source)
             if quantization:
                 use_decomposition(model, quantization)
-    model = model.to(device).eval().requires_grad_(False)
-    if int8_head:
+    model = model.to(options.device).eval().requires_grad_(False)
+    if options.int8_head:
         done = quantize_head(model, quantization.decomposition() if quantization else None)
         report = getattr(getattr(model, "hf_quantizer", None), "report", None)
         if done and report is not None:
             report.skipped.pop(done.name, None)
             report.layers.append(done)
     return model, tokenizer
+
+
+def int8_config(options: ModelOptions) -> GossamerInt8Config | None:
+    """How the linear layers become int8, if they do."""
+    if options.quantization is None:
+        return None
+    return GossamerInt8Config(options.int8_threshold, options.int8_criterion, options.int8_outliers)
 
 
 def is_int8_checkpoint(config: PreTrainedConfig) -> bool:

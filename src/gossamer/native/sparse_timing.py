@@ -12,16 +12,14 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigurationError
 from gossamer.native.weights import PackedLinear, pack_linear
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear
-
-SparseWeights = Literal["auto", "on", "off"]
+from gossamer.options import SparseWeights
 
 FEW_ROWS = 9  # more than one register tile has, on any instruction set: expanding costs the most there
 MANY_ROWS = 64
@@ -76,15 +74,11 @@ class SparsePacker:
     Attributes:
         timings: what was measured, for each shape of the model.
         sparse, dense: how many weights without zeros the model has that are packed without them, and with them.
-
-    Raises:
-        ConfigurationError: an unknown choice.
     """
 
     def __init__(
         self, isa: str, float_type: str, threads: int, choice: SparseWeights = "auto", max_seqs: int = MANY_ROWS
     ) -> None:
-        check_sparse_weights(choice)
         self.few = max(1, min(FEW_ROWS, max_seqs))
         self.isa, self.float_type, self.threads, self.choice = isa, float_type, threads, choice
         self.timings: dict[tuple[Any, ...], SparseTiming] = {}
@@ -125,13 +119,6 @@ class SparsePacker:
                 for t in self.timings.values()
             ],
         }
-
-
-def check_sparse_weights(choice: str) -> None:
-    """Raises :class:`~gossamer.errors.ConfigurationError` for what is no way of storing sparse weights."""
-    if choice not in get_args(SparseWeights):
-        choices = ", ".join(map(repr, get_args(SparseWeights)))
-        raise ConfigurationError(f"sparse_weights must be {choices}, got {choice!r}")
 
 
 @dataclass(frozen=True)

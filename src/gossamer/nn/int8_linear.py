@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
 from gossamer.nn.int8_weight import Int8Weight, Rows, linear_weight, quantize_weight
-from gossamer.ops.int8 import Criterion, Outliers, check_settings, dequantize_rows, int8_linear, piece_rows
+from gossamer.ops.int8 import dequantize_rows, int8_linear, piece_rows
+from gossamer.options import Criterion, Outliers, check_decomposition
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Decomposition:
     outliers: Outliers | None = "token"
 
     def __post_init__(self) -> None:
-        check_settings(self.threshold, self.criterion, self.outliers)
+        check_decomposition(self.threshold, self.criterion, self.outliers)
 
 
 class Int8Linear(nn.Module):

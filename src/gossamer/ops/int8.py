@@ -32,15 +32,13 @@ True
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-
-Criterion = Literal["absolute", "relative"]
-Outliers = Literal["batch", "token", "static"]
+from gossamer.options import Criterion, Outliers, check_decomposition
 
 CODE_MAX = 127  # codes are symmetric: -128 is never produced, but accepted (other programs write it)
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,22 +154,6 @@ def outlier_mask(x: Tensor, threshold: float, criterion: Criterion, outliers: Li
     return mask.any(0, keepdim=True).expand_as(mask) if outliers == "batch" else mask
 
 
-def check_settings(threshold: float, criterion: str, outliers: str | None) -> None:
-    """Refuses settings of the decomposition that have no meaning.
-
-    Raises:
-        ConfigurationError: names the setting and what it may be.
-    """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
-        raise ConfigurationError(
-            f"threshold must be a number greater than 0, got {threshold!r}; outliers=None switches outliers off"
-        )
-    if criterion not in get_args(Criterion):
-        raise ConfigurationError(f"criterion must be 'absolute' or 'relative', got {criterion!r}")
-    if outliers is not None and outliers not in get_args(Outliers):
-        raise ConfigurationError(f"outliers must be 'batch', 'token', 'static' or None, got {outliers!r}")
-
-
 def int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -208,7 +190,7 @@ def int8_linear(
     Raises:
         ConfigurationError: types or shapes do not fit together, or a setting has no meaning.
     """
-    check_settings(threshold, criterion, outliers)
+    check_decomposition(threshold, criterion, outliers)
     _check_operands(x, weight, scale, bias, outlier_columns, outlier_weight)
     if outliers == "static" and outlier_columns is None:
         raise ConfigurationError("outliers='static' needs outlier_columns and outlier_weight")

@@ -61,7 +61,7 @@ def evaluate_tolerance(
     """Scores the last ``continuation`` tokens of each window over the others.
 
     Args:
-        within: loaded with ``prefix_eps``, and with ``max_num_batched_tokens`` of about :data:`STEP`.
+        within: loaded with a tolerance, and with steps of about :data:`STEP` tokens.
         exact: the same model without it.
         windows: each (T,) token ids.
         progress: called after each window.
@@ -71,13 +71,13 @@ def evaluate_tolerance(
         GossamerError: a window could not be scored.
     """
     if within.stats().prefix_tolerance is None:
-        raise ConfigurationError("the model was loaded without prefix_eps: there is nothing to measure")
+        raise ConfigurationError("the model was loaded without a tolerance of attention: there is nothing to measure")
     if not windows:
         raise ConfigurationError("there are no windows to evaluate; give at least one")
     shortest = min(map(len, windows))
     if shortest - continuation < LEAST_KEYS:
         raise ConfigurationError(
-            f"a window of {shortest} tokens leaves {shortest - continuation} for the prefix; prefix_eps is for "
+            f"a window of {shortest} tokens leaves {shortest - continuation} for the prefix; a tolerance is for "
             f"{LEAST_KEYS} tokens or more: give a window of at least {LEAST_KEYS + continuation}"
         )
     sums = torch.zeros(2, len(windows), dtype=torch.float64)

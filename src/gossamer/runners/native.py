@@ -16,8 +16,9 @@ from gossamer.kernels.library import instruction_set
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.recorder import EXACT, Recorder, rotary_tables
-from gossamer.native.sparse_timing import SparsePacker, SparseWeights
+from gossamer.native.sparse_timing import SparsePacker
 from gossamer.nn import Int8Linear
+from gossamer.options import RunnerOptions
 from gossamer.runners.step_input import StepArrays, WithinTolerance
 from gossamer.runners.tolerance import PrefixTolerance
 from gossamer.runners.transformers import TransformersRunner
@@ -43,18 +44,16 @@ class NativeRunner:
     Args:
         network: a model of transformers, loaded with ``attn_implementation="gossamer"``. Its weights are taken over:
             it is empty afterwards.
+        options: what is asked of it. Int8 keys and values have a scale each, for half the memory of bf16; pruned layers
+            are packed without their zeros or with them, with the same results; and attention to long shared prefixes
+            may have a tolerance, see :mod:`gossamer.runners.tolerance`.
         max_rows: most tokens of a step.
         threads: of a step; PyTorch's number by default.
-        kv_dtype: of keys and values: ``"float32"``, ``"bfloat16"``, ``"int8"`` (each with a scale of its own, half the
-            memory of bf16), or ``"auto"`` as above.
-        sparse_weights: of pruned int8 layers: ``"on"`` packs them without their zeros, ``"off"`` with them, ``"auto"``
-            as it is faster here by measurement. The results are the same.
-        max_seqs: most sequences that decode together, which this measurement asks for; ``max_rows`` by default.
-        prefix_eps: tolerance of attention to long shared prefixes; 0 is exact. See
-            :mod:`gossamer.runners.tolerance`.
+        max_seqs: most sequences that decode together, which the choice of how to pack pruned layers measures with;
+            ``max_rows`` by default.
 
     Attributes:
-        tolerance: what keeps attention to long shared prefixes within ``prefix_eps``, or ``None``.
+        tolerance: what keeps attention to long shared prefixes within what was asked for, or ``None``.
 
     Raises:
         UnsupportedModelError: says why the model cannot run natively.
@@ -65,13 +64,11 @@ class NativeRunner:
     def __init__(
         self,
         network: Any,
+        options: RunnerOptions = RunnerOptions(),
         *,
         max_rows: int,
         threads: int | None = None,
-        kv_dtype: str = "auto",
-        sparse_weights: SparseWeights = "auto",
         max_seqs: int | None = None,
-        prefix_eps: float = 0.0,
     ) -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
@@ -88,12 +85,12 @@ class NativeRunner:
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
         quantized = any(isinstance(module, Int8Linear) for module in network.modules())
         float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
-        self.kv_type = float_type if kv_dtype == "auto" else kv_dtype
+        self.kv_type = float_type if options.kv_dtype == "auto" else options.kv_dtype
         self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
-        pack = SparsePacker(isa, float_type, self.threads, sparse_weights, max_seqs or max_rows)
+        pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention)
         self._sparse_weights = pack.summary()
         recorder = Recorder(
@@ -107,7 +104,7 @@ class NativeRunner:
         )
         record(recorder, self.decoder)
         self._program = recorder.native
-        self.tolerance = PrefixTolerance(prefix_eps) if prefix_eps else None
+        self.tolerance = None if options.exact else PrefixTolerance(options.prefix_eps)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
         self._arrays: StepArrays | None = None  # of the last plan, which the next one may go on from

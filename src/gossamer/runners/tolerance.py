@@ -24,7 +24,6 @@ from torch import Tensor
 
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.tree import Node
-from gossamer.errors import ConfigurationError
 
 BLOCK = 32  # keys of a block
 LEAST_KEYS = 1024  # of a node: there is not much to save with fewer
@@ -37,16 +36,6 @@ _SETTLED = 24  # checks before a head may be found to need too many keys
 _AIM = 0.7  # of the tolerance
 _EXACT_FROM = 0.6  # share of the keys that a head needs, from which exact attention is not slower
 REPORT = 7  # figures of a head and step
-
-
-def check_prefix_eps(eps: float, runner: str, kv_dtype: str) -> None:
-    """Raises :class:`~gossamer.errors.ConfigurationError` for a tolerance that has no meaning, or nobody to keep it."""
-    if not 0 <= eps < 1:
-        raise ConfigurationError(f"prefix_eps must be at least 0, which is exact, and less than 1, got {eps!r}")
-    if eps and runner == "transformers":
-        raise ConfigurationError("prefix_eps is for the native runner; that of transformers attends exactly")
-    if eps and kv_dtype == "int8":
-        raise ConfigurationError("prefix_eps needs keys and values in bfloat16 or float32, not in int8")
 
 
 @dataclass

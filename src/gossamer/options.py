@@ -1,0 +1,279 @@
+"""What can be said about how a model is loaded and served: every option, its default, its meaning and its check, once.
+
+They are grouped by who reads them: :func:`~gossamer.models.load.load_model` takes :class:`ModelOptions`, the runner
+:class:`RunnerOptions`, the engine :class:`EngineOptions`. :class:`gossamer.LLM` takes all of them by name, and commands
+make their flags of the same fields (:mod:`gossamer.cli.engine_options`).
+
+>>> EngineOptions(memory="512MiB").memory_bytes
+536870912
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from inspect import Parameter, Signature
+from typing import Any, Literal, Self, TypedDict, get_args, get_type_hints
+
+from gossamer.errors import ConfigurationError
+from gossamer.sizes import parse_bytes
+
+Criterion = Literal["absolute", "relative"]
+Outliers = Literal["batch", "token", "static"]
+RunnerChoice = Literal["auto", "native", "transformers"]
+KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
+SparseWeights = Literal["auto", "on", "off"]
+SharingMode = Literal["attention", "storage", "off"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHARING_MODES: tuple[SharingMode, ...] = get_args(SharingMode)
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field with its meaning.
+
+    Args:
+        default: its value if nothing is said.
+        help: for people, in ``--help`` and :func:`help`.
+        about: ``min`` and ``max`` are limits that a command line checks as well; ``compare`` says what there is to see
+            in ``gossamer bench decode`` with several values.
+    """
+    return field(default=default, metadata={"help": help} | about)
+
+
+def check_decomposition(threshold: float, criterion: str, outliers: str | None) -> None:
+    """Refuses settings of the decomposition of LLM.int8() that have no meaning.
+
+    Raises:
+        ConfigurationError: names the setting and what it may be.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 0:
+        raise ConfigurationError(
+            f"threshold must be a number greater than 0, got {threshold!r}; outliers=None switches outliers off"
+        )
+    if criterion not in get_args(Criterion):
+        raise ConfigurationError(f"criterion must be 'absolute' or 'relative', got {criterion!r}")
+    if outliers is not None and outliers not in get_args(Outliers):
+        raise ConfigurationError(f"outliers must be 'batch', 'token', 'static' or None, got {outliers!r}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, which a truth value is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model is loaded as."""
+
+    dtype: str = option("auto", "Number format of the weights: auto, float32, bfloat16 or float16.")
+    quantization: Literal["int8"] | None = option(
+        None, "int8: make the linear layers int8 while they are read (LLM.int8())."
+    )
+    int8_threshold: float = option(
+        6.0, "With int8: entries beyond this are outliers and are multiplied in floating point."
+    )
+    int8_criterion: Criterion = option(
+        "relative", "With int8: relative (to the mean magnitude of the token) or absolute (the paper's)."
+    )
+    int8_outliers: Outliers | None = option(
+        "token", "With int8: token (single entries), batch (whole columns, the paper's), static or none."
+    )
+    int8_head: bool = option(False, "Make the output layer int8 too; LLM.int8() leaves it as it is.")
+    device: str = option("cpu", "Where the model runs, such as cpu or cuda:0.")
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigurationError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.quantization not in (None, "int8"):
+            raise ConfigurationError(f"quantization must be None or 'int8', got {self.quantization!r}")
+        if self.quantization:
+            check_decomposition(self.int8_threshold, self.int8_criterion, self.int8_outliers)
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What computes the model, and how."""
+
+    runner: RunnerChoice = option(
+        "auto",
+        "What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3, Gemma 3 on a CPU), "
+        "transformers (any supported model) or auto (the first where it can).",
+    )
+    kv_dtype: KVDtype = option(
+        "auto",
+        "Number format of keys and values in the native runner: float32, bfloat16, int8 (half the memory of "
+        "bfloat16) or auto (float32 for a model in float32, otherwise bfloat16).",
+    )
+    sparse_weights: SparseWeights = option(
+        "auto",
+        "How the native runner keeps int8 layers that are stored without their zeros: on (without, in less "
+        "memory), off (with them) or auto (as this machine multiplies each shape faster; up to half a second of "
+        "measuring for each). "
+        "The results are the same.",
+        compare="Several, such as off,on, decode in turn, to see what leaving the zeros of a pruned int8 model out "
+        "gains.",
+    )
+    prefix_eps: float = option(
+        0.0,
+        "Attend to long shared prefixes within this tolerance, and faster; native runner only. The error is "
+        "measured and kept near or below it. 0 is exact; 0.05 is a good first value.",
+        min=0.0,
+        max=0.99,
+        compare="Several, such as 0,0.05, decode in turn, to see what it gains. It needs some steps to settle: give 60 "
+        "or more with --new.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("runner", self.runner, get_args(RunnerChoice))
+        _check_choice("kv_dtype", self.kv_dtype, get_args(KVDtype))
+        if self.kv_dtype != "auto" and self.runner == "transformers":
+            raise ConfigurationError(
+                "kv_dtype is for the native runner; that of transformers keeps the model's own type"
+            )
+        _check_choice("sparse_weights", self.sparse_weights, get_args(SparseWeights))
+        eps = self.prefix_eps
+        if not 0 <= eps < 1:
+            raise ConfigurationError(f"prefix_eps must be at least 0, which is exact, and less than 1, got {eps!r}")
+        if eps and self.runner == "transformers":
+            raise ConfigurationError("prefix_eps is for the native runner; that of transformers attends exactly")
+        if eps and self.kv_dtype == "int8":
+            raise ConfigurationError("prefix_eps needs keys and values in bfloat16 or float32, not in int8")
+
+    @property
+    def exact(self) -> bool:
+        """Whether attention to prefixes has no tolerance."""
+        return not self.prefix_eps
+
+    def exactly(self) -> Self:
+        """The same without a tolerance."""
+        return replace(self, prefix_eps=0.0)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How requests share one model."""
+
+    sharing: SharingMode = option(
+        "attention",
+        "What requests with a common prefix share: attention (one product for all of them), "
+        "storage (keys and values only) or off.",
+    )
+    memory: str | int = option("4GB", "Budget for keys and values, such as 4GB.")
+    max_model_len: int | None = option(
+        None, "Longest prompt plus answer, in tokens; the model's context by default.", min=1
+    )
+    max_num_seqs: int = option(256, "Sequences computed at a time.", min=1)
+    max_num_batched_tokens: int = option(2048, "Tokens computed in one forward pass.", min=1)
+    seed: int = option(0, "Where the random streams of requests without a seed come from.")
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.memory)
+        if self.sharing not in SHARING_MODES:
+            raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {self.sharing!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if not is_integer(value) or value < 1:
+                raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not is_integer(self.seed):
+            raise ConfigurationError(f"seed must be an integer, got {self.seed!r}")
+
+    @property
+    def memory_bytes(self) -> int:
+        return parse_bytes(self.memory)
+
+    @property
+    def most_rows(self) -> int:
+        """Most tokens of a step: each sequence may have one."""
+        return max(self.max_num_batched_tokens, self.max_num_seqs)
+
+
+class OptionArguments(TypedDict, total=False):
+    """All options by name, as :class:`gossamer.LLM` takes them: for editors and type checkers."""
+
+    dtype: str
+    quantization: Literal["int8"] | None
+    int8_threshold: float
+    int8_criterion: Criterion
+    int8_outliers: Outliers | None
+    int8_head: bool
+    device: str
+    runner: RunnerChoice
+    kv_dtype: KVDtype
+    sparse_weights: SparseWeights
+    prefix_eps: float
+    sharing: SharingMode
+    memory: str | int
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    seed: int
+
+
+GROUPS = (ModelOptions, RunnerOptions, EngineOptions)
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options, by who reads them."""
+
+    model: ModelOptions = ModelOptions()
+    runner: RunnerOptions = RunnerOptions()
+    engine: EngineOptions = EngineOptions()
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Options by name.
+
+        Raises:
+            ConfigurationError: a name or a value has no meaning.
+
+        >>> Options.of({"prefix_epsilon": 0.1})
+        Traceback (most recent call last):
+        gossamer.errors.ConfigurationError: there is no option 'prefix_epsilon'; did you mean 'prefix_eps'?
+        """
+        known = option_fields()
+        for name in arguments:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+                raise ConfigurationError(f"there is no option {name!r}; {hint}")
+        parts = [{name: arguments[name] for name in option_fields(group) if name in arguments} for group in GROUPS]
+        return cls(ModelOptions(**parts[0]), RunnerOptions(**parts[1]), EngineOptions(**parts[2]))
+
+    def arguments(self) -> dict[str, Any]:
+        """By name; :meth:`of` takes them back."""
+        return asdict(self.model) | asdict(self.runner) | asdict(self.engine)
+
+    def changed(self) -> dict[str, Any]:
+        """By name, those that are not at their default."""
+        return {name: value for name, value in self.arguments().items() if value != option_fields()[name].default}
+
+
+def option_fields(*groups: type[Any]) -> dict[str, Field[Any]]:
+    """Fields by name, of the groups given or of all."""
+    return {each.name: each for group in groups or GROUPS for each in fields(group)}
+
+
+def option_parameters() -> list[Parameter]:
+    """All options as parameters of a function."""
+    hints = get_type_hints(OptionArguments)
+    return [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[name])
+        for name, each in option_fields().items()
+    ]
+
+
+def with_option_signature(function: Any) -> Any:
+    """Shows the options in place of ``**options``, in signature and documentation of a function."""
+    own = Signature.from_callable(function)
+    before = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    function.__signature__ = own.replace(parameters=[*before, *option_parameters()])
+    lines = [f"    {name}: {each.metadata['help']}" for name, each in option_fields().items()]
+    function.__doc__ = "\n".join([function.__doc__ or "", "", "Options:", *lines])
+    return function
