@@ -17,6 +17,8 @@ from gossamer.bench.decode import bench_decode
 from gossamer.bench.machine import Ceilings, best_of
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.library import instruction_sets
+from gossamer.options import RunnerOptions
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,21 @@ def test_other_processes_run_while_it_measures_and_not_longer(model: str, monkey
     report = bench_decode(model, batches=[2], prefixes=[20], new=8, sharing=("attention",), busy_processes=2)
     assert report["machine"]["busy_processes"] == 2
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
+def test_instruction_sets_take_turns(model: str) -> None:
+    report = bench_decode(
+        model,
+        batches=[2],
+        prefixes=[20],
+        new=8,
+        sharing=("attention",),
+        isas=("all",),
+        runners=[RunnerOptions("native")],
+    )
+    assert [row["isa"] for row in report["results"]] == instruction_sets()
+    assert all(row["step_ms"] > 0 for row in report["results"])
 
 
 def test_what_does_not_fit_is_reported_and_the_others_run(model: str) -> None:

@@ -15,6 +15,7 @@ from gossamer.bench.linear import bench_linear, random_activations
 from gossamer.bench.linear_contestants import PEER_NAMES, Contestant, Product, package_version
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.library import instruction_sets
 from gossamer.ops.int8 import outlier_mask
 
 TORCH = ("torch-fp32", "torch-bf16", "torch-int-mm")
@@ -47,6 +48,19 @@ def test_every_contestant_is_measured_at_every_shape() -> None:
         ("torch-fp32", 1e-6),
     ):
         assert all(row["relative_error"] < limit for (_, _, other), row in rows.items() if other == name)
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
+def test_instruction_sets_take_turns() -> None:
+    result = run("--dims", "64", "--rows", "3", "--repeats", "1", "--peers", "", "--isa", "all", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["results"]
+    assert [row["contestant"] for row in rows] == [f"gossamer-{isa}" for isa in instruction_sets()]
+    assert all(
+        row["ms"] > 0 and row["relative_error"] == pytest.approx(rows[0]["relative_error"], rel=1e-3) for row in rows
+    )
+    refused = run("--isa", "avx1024")
+    assert refused.exit_code != 0 and "avx1024" in str(refused.exception)
 
 
 def test_the_table_shows_each_shape_and_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

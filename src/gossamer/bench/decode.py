@@ -30,6 +30,7 @@ from gossamer.bench.peers.contest import Contest, PeerOptions, Sizes, numbers_pe
 from gossamer.engine.engine import Engine
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.library import compared, using
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
@@ -76,6 +77,7 @@ class DecodeResult:
         prefix_eps: tolerance of attention to the prefix; ``over_exact`` is the median, over the steps, of the time with
             exact attention over the time of the step beside it, and ``prefix_tolerance`` tells what was computed and
             the error measured, see :meth:`gossamer.runners.tolerance.PrefixTolerance.summary`.
+        isa: the instruction set that computes; of the native runner.
     """
 
     sharing: str
@@ -105,6 +107,7 @@ class DecodeResult:
     prefix_eps: float = 0.0
     over_exact: float | None = None
     prefix_tolerance: dict[str, Any] | None = None
+    isa: str | None = None
 
 
 @dataclass
@@ -129,6 +132,7 @@ def bench_decode(
     sharing: tuple[str, ...] = (*SHARING_MODES, BOUND),
     options: ModelOptions = ModelOptions(),
     runners: Iterable[RunnerOptions] = (RunnerOptions(),),
+    isas: tuple[str, ...] = (),
     memory: int = 16 * 10**9,
     peers: PeerOptions | None = None,
     busy_processes: int = 0,
@@ -139,12 +143,13 @@ def bench_decode(
     With ``peers`` there is also ``"peers"``: what they are, see :meth:`gossamer.bench.peers.contest.Contest.report`.
 
     With several ``runners`` the model is packed in each of these ways, and each decodes in turn; those with a tolerance
-    only where all attend to the prefix together.
+    only where all attend to the prefix together. So it does with each of several ``isas``, instruction sets of this
+    processor, or ``("all",)``.
 
     With ``busy_processes``, so many other processes use a core each while the contestants decode.
 
     Raises:
-        ConfigurationError: an unknown way of sharing, or sizes below 1.
+        ConfigurationError: an unknown way of sharing or instruction set, or sizes below 1.
     """
     unknown = [mode for mode in sharing if mode not in (*SHARING_MODES, BOUND)]
     if unknown:
@@ -157,9 +162,11 @@ def bench_decode(
     results = []
     max_rows = max(2048, *batches)
     natives: list[NativeRunner | None] = []
-    for runner in dict.fromkeys(runners):  # each takes the weights over, and so has a model of its own
+    # each takes the weights over, and so has a model of its own
+    for isa, runner in itertools.product(compared(isas) or [None], dict.fromkeys(runners)):
         network, tokenizer = load_model(path, attn_implementation=IMPLEMENTATION, options=options)
-        made, note = make_runner(network, runner, max_rows=max_rows, max_seqs=max(batches))
+        with using(isa):
+            made, note = make_runner(network, runner, max_rows=max_rows, max_seqs=max(batches))
         if note:
             progress(f"not native: {note}")
         if not isinstance(made, NativeRunner):
@@ -221,7 +228,7 @@ def _prepare(
         said = native.report()
         if said.sparse_weights is not None:
             result.sparse_weights = said.sparse_weights["choice"]
-        result.weight_bytes = native.weight_bytes
+        result.weight_bytes, result.isa = native.weight_bytes, native.isa
         result.prefix_eps = said.prefix_tolerance["eps"] if said.prefix_tolerance else 0.0
     contestant = _Contestant(result, engine)
     if mode == "off":
@@ -327,7 +334,7 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
     steps = contestant.steps[WARM_UP_STEPS:]
     result.step_ms = statistics.median(steps) * 1e3
     result.step_ms_range = (min(steps) * 1e3, max(steps) * 1e3)
-    for other in (each for each in others if each.steps):
+    for other in (each for each in others if each.steps and each.result.isa == result.isa):
         same_sharing = other.result.sharing == result.sharing
         same_weights = other.result.sparse_weights == result.sparse_weights
         same_eps = other.result.prefix_eps == result.prefix_eps

@@ -34,9 +34,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer.bench.linear_contestants import OWN, PEER_NAMES, PEERS, Contestant, Product, package_version
+from gossamer.bench.linear_contestants import (
+    OWN,
+    PEER_NAMES,
+    PEERS,
+    Contestant,
+    Product,
+    package_version,
+    with_instruction_set,
+)
 from gossamer.bench.machine import Int8Limits, describe, seconds
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.library import compared
 from gossamer.ops.int8 import quantize_rowwise
 
 DIMS = (768, 1024, 1536, 2048, 2560, 4096, 5120)
@@ -94,6 +103,7 @@ def bench_linear(
     dims: tuple[int, ...] = DIMS,
     rows: tuple[int, ...] = ROWS,
     peers: tuple[str, ...] = PEER_NAMES,
+    isas: tuple[str, ...] = (),
     repeats: int = 15,
     progress: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
@@ -103,6 +113,7 @@ def bench_linear(
         dims: inner dimensions K; N is 4 K.
         rows: of x.
         peers: among :data:`~gossamer.bench.linear_contestants.PEER_NAMES`; our own three are always measured.
+        isas: instruction sets that compute ours in turn, or ``("all",)``; the one in use by default.
         repeats: rounds that count.
         progress: told what is being measured.
 
@@ -110,14 +121,15 @@ def bench_linear(
         ``{"machine": {...}, "peers": {name: version or None}, "results": [...]}``, see :class:`LinearResult`.
 
     Raises:
-        ConfigurationError: an unknown peer, or sizes out of range.
+        ConfigurationError: an unknown peer or instruction set, or sizes out of range.
     """
     unknown = [name for name in peers if name not in PEER_NAMES]
     if unknown:
         raise ConfigurationError(f"peers must be among {', '.join(PEER_NAMES)}, got {unknown[0]!r}")
     if min(dims, default=0) < MINIMUM_DIM or min(rows, default=0) < 1 or repeats < 1:
         raise ConfigurationError(f"dims must be at least {MINIMUM_DIM}, rows and repeats at least 1")
-    contestants = [*OWN, *(peer for peer in PEERS if peer.name in peers)]
+    own = [with_instruction_set(isa) for isa in compared(isas)] or OWN
+    contestants = [*own, *(peer for peer in PEERS if peer.name in peers)]
     versions = {c.package: package_version(c.package) for c in contestants if c.package}
     installed = [c for c in contestants if c.package is None or versions[c.package]]
     limits = Int8Limits()

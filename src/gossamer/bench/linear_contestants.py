@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gossamer.errors import ConfigurationError
-from gossamer.kernels.library import instruction_set
+from gossamer.kernels.library import instruction_set, using
 from gossamer.native.weights import pack_linear
 from gossamer.nn import Int8Linear
 from gossamer.nn.int8_linear import Decomposition
@@ -113,6 +113,16 @@ def _torchao(weight: Tensor, columns: Tensor) -> Product:
     quantization.quantize_(holder, quantization.Int8DynamicActivationInt8WeightConfig())
     product: Product = torch.compile(holder, dynamic=False)
     return product
+
+
+def with_instruction_set(isa: str) -> Contestant:
+    """Ours, as ``isa`` computes it."""
+
+    def make(weight: Tensor, columns: Tensor) -> Product:
+        with using(isa):
+            return _gossamer(weight, columns)
+
+    return Contestant(f"gossamer-{isa}", torch.float32, make)
 
 
 OWN = (

@@ -10,7 +10,7 @@ import typer
 
 from gossamer.cli.bench_attention import attention
 from gossamer.cli.bench_fisher import fisher
-from gossamer.cli.bench_format import numbers, optional
+from gossamer.cli.bench_format import Isa, names, numbers, optional
 from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
@@ -41,6 +41,7 @@ def decode(
         ),
     ] = "attention,storage,off,no-attention",
     options: dict[str, Any] = {},  # noqa: B006  made by the decorator
+    isa: Isa = "",
     memory: Annotated[str, typer.Option(help="Budget for keys and values of each contestant.")] = "16GB",
     peers: Annotated[
         str,
@@ -83,6 +84,7 @@ def decode(
             sharing=tuple(mode.strip() for mode in sharing.split(",")),
             options=choices[0].model,
             runners=[choice.runner for choice in choices],
+            isas=names(isa),
             memory=parse_bytes(memory),
             busy_processes=busy,
             peers=PeerOptions(peer_names(peers), peers_in, peer_timeout) if peers else None,
@@ -132,6 +134,9 @@ def _print_table(report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
     if "peers" in report:
         table.add_column("prefix\ntok/s", justify="right", no_wrap=True)
+    several = len({row["isa"] for row in report["results"]} - {None}) > 1
+    if several:
+        table.add_column("isa", no_wrap=True)
     ways = {row["sparse_weights"] for row in report["results"]} - {None}
     if len(ways) > 1:
         for name in ("sparse\nweights", "weights\nMB", "over\ndense"):
@@ -157,6 +162,7 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["sampling_ms"], "{:.2f}"),
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
             *([optional(row["prefix_tokens_per_s"], "{:,.0f}")] if "peers" in report else []),
+            *([row["isa"] or ""] if several else []),
             *(_way_cells(row) if len(ways) > 1 else []),
             *(_tolerance_cells(row) if tolerances else []),
         )

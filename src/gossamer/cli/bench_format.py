@@ -1,15 +1,31 @@
-"""What the bench commands have in common: lists of numbers as options, figures as cells of a table."""
+"""What the bench commands have in common: lists as options, figures as cells of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+Isa = Annotated[
+    str,
+    typer.Option(
+        help="Instruction sets that take turns: all that this processor has, or some, such as avx2,portable; "
+        "the one in use by default."
+    ),
+]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``"a, b"`` -> ``("a", "b")``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gossamer.cli.bench_format import numbers, optional, print_grouped
+from gossamer.cli.bench_format import Isa, names, numbers, optional, print_grouped
 from gossamer.cli.engine_options import AsJson, Threads
 from gossamer.cli.terminal import stderr
 
@@ -20,6 +20,7 @@ def linear(
     peers: Annotated[
         str, typer.Option(help="What to compare with; those that are not installed are named and left out.")
     ] = "torch-fp32,torch-bf16,torch-int-mm,bitsandbytes,torchao",
+    isa: Isa = "",
     repeats: Annotated[
         int, typer.Option(min=1, help="Rounds that count; every contestant computes once in each.")
     ] = 15,
@@ -42,7 +43,8 @@ def linear(
         report = bench_linear(
             dims=tuple(numbers(dims, "dims")),
             rows=tuple(numbers(rows, "rows")),
-            peers=tuple(name.strip() for name in peers.split(",") if name.strip()),
+            peers=names(peers),
+            isas=names(isa),
             repeats=repeats,
             progress=status.update,
         )

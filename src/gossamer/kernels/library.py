@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -54,3 +56,33 @@ def instruction_set() -> str | None:
         choices = ", ".join([*there, REFERENCE])
         raise ConfigurationError(f"{VARIABLE} is {wanted!r}; this build on this processor has: {choices}")
     return wanted
+
+
+def compared(names: Sequence[str]) -> list[str]:
+    """The instruction sets that a benchmark compares: ``["all"]`` for every one there is, or some by name.
+
+    Raises:
+        ConfigurationError: one of them is not there.
+    """
+    there = instruction_sets()
+    if list(names) == ["all"]:
+        return there
+    for name in names:
+        if name not in there:
+            raise ConfigurationError(f"isa must be all, or among {', '.join(there)} on this processor; got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def using(isa: str | None) -> Iterator[None]:
+    """Within, :func:`instruction_set` is ``isa``; what it is anyway for ``None``."""
+    before = os.environ.get(VARIABLE)
+    if isa is not None:
+        os.environ[VARIABLE] = isa
+    try:
+        yield
+    finally:
+        if isa is not None:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
