@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer import LLM
 from gossamer.native.architectures import native_names
+from gossamer.options import option_fields
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,5 +17,5 @@ def test_the_documentation_quotes_the_list(path: str) -> None:
     assert native_names() in " ".join((ROOT / path).read_text().split())
 
 
-def test_the_docstring_quotes_the_list() -> None:
-    assert native_names() in " ".join(str(LLM.__doc__).split())
+def test_the_help_of_the_runner_quotes_the_list() -> None:
+    assert native_names() in option_fields()["runner"].metadata["help"]

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -52,6 +53,9 @@ class Process:
             self.lines.append(line)
             if found := re.search(r"listening on (http://\S+?)\"", line):
                 self.url = found[1]
+        # a pipe that nobody reads fills, and then the server waits for somebody to read it
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()), daemon=True)
+        self._reader.start()
 
     def wait_ready(self) -> None:
         wait_for(lambda: self.call("/health")[0] == 200, 60)
@@ -67,8 +71,7 @@ class Process:
 
     def end(self) -> tuple[int, list[dict[str, Any]]]:
         """Exit status, and the records of the log."""
-        assert self.process.stderr is not None
-        self.lines += self.process.stderr.readlines()
+        self._reader.join(60)
         return self.process.wait(30), [json.loads(line) for line in self.lines if line.startswith("{")]
 
 

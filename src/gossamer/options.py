@@ -102,7 +102,7 @@ class RunnerOptions:
 
     runner: RunnerChoice = option(
         "auto",
-        "What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3, Gemma 3 on a CPU), "
+        "What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on a CPU), "
         "transformers (any supported model) or auto (the first where it can).",
     )
     kv_dtype: KVDtype = option(

@@ -1,4 +1,4 @@
-"""The architectures that native kernels run: the one list, which help texts use and the documentation quotes."""
+"""The architectures that native kernels run: the one list, which help texts and the documentation quote."""
 
 from __future__ import annotations
 
