@@ -33,10 +33,6 @@ class Rows:
 ATTENTION = -1  # as a buffer: the merged result of the last attention
 
 
-# what a step is told of attention within a tolerance where there is none; see StepInput in csrc/program.h
-EXACT = (0, 0, 0, -1, 0)
-
-
 class Recorder:
     """See the module's documentation.
 
@@ -144,3 +140,13 @@ def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> t
     """Cosines and sines, (length, D / 2) fp32 each, of ``position * inverse_frequency``, times ``scaling``."""
     angles = torch.arange(length).float()[:, None] * inverse_frequencies.float()
     return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()
+
+
+def step_input(**fields: int) -> Any:
+    """What a program reads of a step, with these fields set: addresses and numbers; see csrc/runtime/program.h."""
+    library = core()
+    assert library is not None
+    step = library.StepInput()
+    for name, value in fields.items():
+        setattr(step, name, value)
+    return step

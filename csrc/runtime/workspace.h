@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "memory.h"
 #include "threads.h"
 
