@@ -7,6 +7,7 @@ Buffers have names, and layers use the same ones: the next layer overwrites what
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
