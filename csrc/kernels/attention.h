@@ -4,7 +4,8 @@
 // come multiplied with log2(e), and the state of a row is (max, sum of 2^(score - max)).
 #pragma once
 
-#include "linear.h"
+#include "gemm.h"
+#include "rows.h"
 #include "transpose.h"
 
 namespace GOSSAMER_NS {

@@ -39,10 +39,13 @@ GOSSAMER_NOINLINE void exponentials(const float* q, const float* row, int64_t d,
 #pragma GCC unroll 12
   for (int r = 0; r < GAUSSIAN_TILE; ++r)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const F exponent = DIFFERENCES ? sub(zero(), sum[r][half]) : sum[r][half];
-      store(out + r * GAUSSIAN_STRIDE + half * W, exp2(exponent));
-    }
+    for (int half = 0; half < 2; ++half)
+      store(out + r * GAUSSIAN_STRIDE + half * W, DIFFERENCES ? sub(zero(), sum[r][half]) : sum[r][half]);
+#pragma GCC unroll 1
+  for (int i = 0; i < 2 * GAUSSIAN_TILE; ++i) {
+    float* exponent = out + i / 2 * GAUSSIAN_STRIDE + i % 2 * W;
+    store(exponent, exp2(load(exponent)));
+  }
 }
 
 // y (2 rows, COLUMNS) += two rows of entries times x (COLUMNS, n), n a multiple of PANEL; `square` takes entries squared.

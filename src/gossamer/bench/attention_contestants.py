@@ -97,7 +97,7 @@ class Native(Contestant):
         self._program = recorder.native
 
         own = torch.zeros(2, kv_heads, batch, dim, dtype=torch.bfloat16)
-        own_keys, own_values = own[0].data_ptr(), own[1].data_ptr()
+        own_addresses = [own[0].data_ptr()] * layers + [own[1].data_ptr()] * layers
         rotary = rotary_tables(torch.zeros(dim // 2), 1.0, length + 1)
         addresses = [t.data_ptr() for t in (*problem.keys, *problem.values)]
         tokens = np.arange(batch)
@@ -106,9 +106,7 @@ class Native(Contestant):
             "tokens": tokens,
             "positions": np.full(batch, length),
             "place": np.stack([np.ones(batch, np.int64), tokens * dim], axis=1),  # a row's own key goes to target 1
-            "target": np.array(
-                [[*addresses, length * dim], [*[own_keys] * layers, *[own_values] * layers, batch * dim]]
-            ),
+            "target": np.array([[*addresses, length * dim], [*own_addresses, batch * dim]]),
             "item": np.array([[0, 0, length, 0, 0, batch]]),  # one: the prefix, for all rows
             "item_rows": tokens.astype(np.int32),
             "logit_row": tokens,

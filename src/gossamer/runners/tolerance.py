@@ -1,8 +1,8 @@
 """Attention to long shared prefixes within a tolerance: what stands for their keys, and how it is kept within it.
 
 Near keys of a node make blocks of 32, in a copy of keys and values. Rows that are multiplied together attend to the
-blocks that seem to matter to them, and to the mean key and value of each of the others (csrc/kernels/attention_within.h). What
-seems to matter is said by a threshold, one for each layer and head of each node, which follows what is measured: in
+blocks that seem to matter to them, and to the mean key and value of each of the others
+(csrc/kernels/attention_within.h). What seems to matter is said by a threshold, one for each layer and head of each node, which follows what is measured: in
 some of the steps some tokens are attended to exactly as well. With s the root mean square of what a head's values are
 off their mean, the error of a row is
 
