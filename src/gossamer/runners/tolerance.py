@@ -2,9 +2,9 @@
 
 Near keys of a node make blocks of 32, in a copy of keys and values. Rows that are multiplied together attend to the
 blocks that seem to matter to them, and to the mean key and value of each of the others
-(csrc/kernels/attention_within.h). What seems to matter is said by a threshold, one for each layer and head of each node, which follows what is measured: in
-some of the steps some tokens are attended to exactly as well. With s the root mean square of what a head's values are
-off their mean, the error of a row is
+(csrc/kernels/attention_within.h). What seems to matter is said by a threshold, one for each layer and head of each
+node, which follows what is measured: in some of the steps some tokens are attended to exactly as well. With s the root
+mean square of what a head's values are off their mean, the error of a row is
 
     sqrt(|out - exact|^2 / s^2 + (lse - exact lse)^2)
 
