@@ -134,7 +134,7 @@ GOSSAMER_NOINLINE inline void add_faded(float* out, float fade, const float* sum
 
 // --- a task ----------------------------------------------------------------------------------------------------------
 
-// What a task works on.
+// The scratch of a task, divided.
 template <class Entry>
 struct Workspace {
   int64_t dim, wide, rows, block;

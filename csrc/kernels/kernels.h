@@ -1,4 +1,4 @@
-// What the compiled instruction sets offer to the rest: one table of functions each, over plain memory.
+// The kernels of an instruction set as a table of functions over plain memory: the contract with everything else.
 //
 // Shapes: T rows (tokens), N outputs, K inputs. Matrices of activations are row-major with a stride in elements.
 #pragma once
@@ -28,7 +28,7 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
   return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
 }
 
-// How a packed weight stands in memory: the index of what multiplies it in Kernels::formats.
+// Formats of packed weights: the index of what multiplies it in Kernels::formats.
 enum class Format : int { int8, sparse_int8, bf16, f32 };
 constexpr int FORMATS = 4;
 constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8 : type == Type::bf16 ? Format::bf16 : Format::f32; }
@@ -130,7 +130,7 @@ struct AttentionTask {
   const void* next_values; // many of them as it has itself; or null
 };
 
-// What stands for keys of one head that a row need not attend to; see attention_within.h.
+// Means that stand for keys of one head that a row need not attend to; see attention_within.h.
 struct KeyMeans {
   const void* keys;     // (blocks) rows of kv_bytes(type, D): of each BLOCK_KEYS keys the mean
   const void* values;   // the same of the values
@@ -212,7 +212,7 @@ constexpr int64_t GAUSSIAN_KEYS = 512;                   // whose entries are th
 constexpr int64_t GAUSSIAN_STRIDE = GAUSSIAN_KEYS + 16;  // not a power of two, which would keep rows from the same cache
 constexpr int64_t gaussian_scratch(int64_t d) { return GAUSSIAN_ROWS * (d + 1 + GAUSSIAN_STRIDE) + 6 * GAUSSIAN_KEYS; }
 
-// What a weight format offers.
+// The kernels of a weight format.
 struct FormatKernels {
   // Packs rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`. Null for a format
   // that is made from another one.

@@ -78,7 +78,7 @@ inline int64_t list_outliers(const LinearCall& c) {
   return used;
 }
 
-// What is left to do with the sums (m1 - m0, 32) of rows [m0, m1) and a panel: scales, outliers, bias, activation.
+// The epilogue of the sums (m1 - m0, 32) of rows [m0, m1) and a panel: scales, outliers, bias, activation.
 template <class Format>
 GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, int64_t m1, const typename Format::Dot::Number* sums) {
   const PackedWeight& w = *c.weight;

@@ -16,7 +16,7 @@
 
 namespace gossamer {
 
-// What stands for the keys of a source, head by head; (L, H) is (layers, kv_heads).
+// Means that stand for the keys of a source, head by head; (L, H) is (layers, kv_heads).
 struct Summary {
   int64_t keys, values;       // (L, H, keys of the source, D): its keys and values, the near ones next to each other
   int64_t mean_keys, mean_values;  // (L, H, blocks, D)

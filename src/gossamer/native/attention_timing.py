@@ -1,4 +1,4 @@
-"""How long attention takes in a native program: what the engine's cost model is calibrated with."""
+"""Seconds of attention in a native program: what the engine's cost model is calibrated with."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> t
 
 
 def step_input(**fields: int) -> Any:
-    """What a program reads of a step, with these fields set: addresses and numbers; see csrc/runtime/program.h."""
+    """A ``StepInput`` (csrc/runtime/program.h) with these fields set: addresses and numbers."""
     library = core()
     assert library is not None
     step = library.StepInput()
