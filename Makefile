@@ -131,7 +131,7 @@ $(VENV)/.requirements-installed: requirements.txt $(VENV)/.created
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(VENV)/.package-installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(VENV)/.requirements-installed
+$(VENV)/.package-installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*) $(VENV)/.requirements-installed
 	$(IN_VENV) -m pip install --quiet --no-build-isolation -e .
 	@touch $@
 

@@ -9,12 +9,14 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
+#include <utility>
 
-#include "gaussian_products.h"
-#include "gradient_products.h"
-#include "program.h"
-#include "threads.h"
-#include "weight.h"
+#include "products/gaussian_products.h"
+#include "products/gradient_products.h"
+#include "runtime/program.h"
+#include "runtime/threads.h"
+#include "runtime/weight.h"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -56,6 +58,15 @@ std::vector<std::string> names() {
 Decomposition decomposition(const std::string& extent, bool relative, float threshold, int64_t columns) {
   const Extent kind = extent == "token" ? Extent::token : extent == "static" ? Extent::columns : Extent::none;
   return {kind, relative, threshold, at<const uint8_t>(columns)};
+}
+
+// A pointer of a step as an attribute that takes and gives an address.
+template <auto FIELD>
+void address(nb::class_<StepInput>& step, const char* name) {
+  using Pointer = std::remove_reference_t<decltype(std::declval<StepInput&>().*FIELD)>;
+  step.def_prop_rw(
+      name, [](const StepInput& self) { return reinterpret_cast<int64_t>(self.*FIELD); },
+      [](StepInput& self, int64_t value) { self.*FIELD = reinterpret_cast<Pointer>(value); });
 }
 
 // What a row asks for; columns of n entries.
@@ -190,7 +201,7 @@ NB_MODULE(_native, m) {
     gram(kernels, g, at<double>(out), threads);
   });
 
-  // Matrices of exponentials; see gossamer.native.gaussian. Addresses are of what csrc/gaussian_products.h describes.
+  // Matrices of exponentials; see gossamer.native.gaussian. Addresses are of what csrc/products/gaussian_products.h describes.
   nb::class_<GaussianQueries>(m, "GaussianQueries")
       .def("__init__", [](GaussianQueries* self, int64_t rows, int64_t d, int64_t q, int64_t row, bool differences, int64_t tiles,
                           int64_t start) {
@@ -222,6 +233,27 @@ NB_MODULE(_native, m) {
                   at<double>(squares), threads);
   });
 
+  nb::class_<StepInput> step(m, "StepInput");
+  step.def(nb::init<>())
+      .def_rw("rows", &StepInput::rows)
+      .def_rw("items", &StepInput::items)
+      .def_rw("logit_rows", &StepInput::logit_rows)
+      .def_rw("summaries", &StepInput::summaries)
+      .def_rw("check", &StepInput::check)
+      .def("attend_exactly", &StepInput::attend_exactly);
+  address<&StepInput::tokens>(step, "tokens");
+  address<&StepInput::positions>(step, "positions");
+  address<&StepInput::place>(step, "place");
+  address<&StepInput::target>(step, "target");
+  address<&StepInput::item>(step, "item");
+  address<&StepInput::item_rows>(step, "item_rows");
+  address<&StepInput::logit_row>(step, "logit_row");
+  address<&StepInput::tables>(step, "tables");
+  address<&StepInput::logits>(step, "logits");
+  address<&StepInput::best>(step, "best");
+  address<&StepInput::within>(step, "within");
+  address<&StepInput::summary>(step, "summary");
+  address<&StepInput::report>(step, "report");
   nb::class_<Program>(m, "Program")
       .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,
                           const std::string& kv, int64_t max_rows) {
@@ -247,16 +279,7 @@ NB_MODULE(_native, m) {
       })
       .def("attend", &Program::attend)
       .def("argmax", &Program::argmax)
-      .def("step", [](Program& self, int64_t rows, int64_t tokens, int64_t positions, int64_t place, int64_t target, int64_t items,
-                      int64_t item, int64_t item_rows, int64_t logit_rows, int64_t logit_row, int64_t tables, int64_t logits,
-                      int64_t best, int64_t within, int64_t summaries, int64_t summary, int64_t check, int64_t report, int threads) {
-        StepInput input{rows, logit_rows, items, at<const int64_t>(tokens), at<const int64_t>(positions),
-                        at<const int64_t>(place), at<const int64_t>(target), at<const int64_t>(item), at<const int32_t>(item_rows),
-                        at<const int64_t>(logit_row), at<const int64_t>(tables), at<float>(logits), at<int64_t>(best),
-                        at<const int64_t>(within), summaries, at<const Summary>(summary), check, at<double>(report)};
-        nb::gil_scoped_release release;
-        self.step(input, threads);
-      })
+      .def("step", &Program::step, nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Program::profile)
       .def_prop_ro("bytes", &Program::bytes);
 }

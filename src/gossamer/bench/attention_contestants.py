@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gossamer.engine.large_pages import zeros
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import instruction_set
-from gossamer.native.recorder import EXACT, Recorder, rotary_tables
+from gossamer.native.recorder import Recorder, rotary_tables, step_input
 from gossamer.native.weights import pack_embedding, pack_linear
 from gossamer.ops.attention import attend_prefix
 
@@ -97,31 +97,29 @@ class Native(Contestant):
         self._program = recorder.native
 
         own = torch.zeros(2, kv_heads, batch, dim, dtype=torch.bfloat16)
-        own_keys, own_values = own[0].data_ptr(), own[1].data_ptr()
+        own_addresses = [own[0].data_ptr()] * layers + [own[1].data_ptr()] * layers
         rotary = rotary_tables(torch.zeros(dim // 2), 1.0, length + 1)
         addresses = [t.data_ptr() for t in (*problem.keys, *problem.values)]
         tokens = np.arange(batch)
-        # all rows stand right behind the prefix, and attend to it alone; see StepInput in csrc/program.h
-        arrays = (
-            tokens,
-            np.full(batch, length),  # positions
-            np.stack([np.ones(batch, np.int64), tokens * dim], axis=1),  # where a row's own key goes: target 1
-            np.array([[*addresses, length * dim], [*[own_keys] * layers, *[own_values] * layers, batch * dim]]),
-            np.array([[0, 0, length, 0, 0, batch]]),  # one item: the prefix, for all rows
-            tokens.astype(np.int32),
-            np.array([[table.data_ptr() for table in rotary]]),
-        )
-        positions, place, target, item, item_rows, tables = (array.ctypes.data for array in arrays[1:])
+        # all rows stand right behind the prefix, and attend to it alone; see StepInput in csrc/runtime/program.h
+        arrays = {
+            "tokens": tokens,
+            "positions": np.full(batch, length),
+            "place": np.stack([np.ones(batch, np.int64), tokens * dim], axis=1),  # a row's own key goes to target 1
+            "target": np.array([[*addresses, length * dim], [*own_addresses, batch * dim]]),
+            "item": np.array([[0, 0, length, 0, 0, batch]]),  # one: the prefix, for all rows
+            "item_rows": tokens.astype(np.int32),
+            "logit_row": tokens,
+            "tables": np.array([[table.data_ptr() for table in rotary]]),
+        }
         self._out = torch.empty(batch, width)
-        self._arguments = (
-            batch, tokens.ctypes.data, positions, place, target, 1, item, item_rows, batch, tokens.ctypes.data, tables,
-            self._out.data_ptr(), 0, *EXACT, torch.get_num_threads(),
-        )  # fmt: skip
+        fields = {name: array.ctypes.data for name, array in arrays.items()}
+        self._step = step_input(rows=batch, items=1, logit_rows=batch, logits=self._out.data_ptr(), **fields)
         self._alive = problem, arrays, own, rotary
         self._shape = problem.query.shape
 
     def walk(self) -> tuple[float, Tensor]:
-        self._program.step(*self._arguments)
+        self._program.step(self._step, torch.get_num_threads())
         profile = self._program.profile()
         return profile["attention"] + profile["merge"], self._out.view(self._shape)
 

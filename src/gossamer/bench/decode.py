@@ -396,7 +396,7 @@ def _seconds(weights: list[Any], batch: int, flops: float, read: float, width: i
 
 
 def _code_bytes(layer: Any, sparse: bool) -> int:
-    """Of a layer's codes, as they are read at least."""
+    """Bytes of a layer's codes, as they are read at least."""
     if sparse and isinstance(layer, SparseInt8Linear):
         return int(layer.weight_codes.nbytes + layer.weight_mask.nbytes)
     return int(layer.in_features * layer.out_features)

@@ -45,7 +45,7 @@ class Contestant:
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed distribution; ``None`` if it is not installed."""
+    """The version of a distribution; ``None`` if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -154,7 +154,7 @@ class LoadResult:
 
     @property
     def cached_share(self) -> float | None:
-        """Of the prompts' tokens."""
+        """The share of the prompts' tokens that came from the cache."""
         return None if self.cached_tokens is None else self.cached_tokens / max(self.prompt_tokens, 1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What keys and values look like, layer by layer, and the one budget of bytes that all of them share."""
+"""The layout of keys and values, layer by layer, and the one budget of bytes that all of them share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished sequence leaves behind: its own tokens, in the prefix tree, for a conversation's next turn."""
+"""The tokens that a finished sequence leaves behind, in the prefix tree, for a conversation's next turn."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class StepPlan:
         return WindowedSegment(segment, first, (keys > positions[:, None] - window)[None])
 
     def bias(self, index: int, window: int | None) -> Tensor:
-        """Of group ``index``: (n, longest), 0 where the sequence sees the key and -inf where not."""
+        """The mask of group ``index``: (n, longest), 0 where the sequence sees the key and -inf where not."""
         self._catch_up()
         if (index, window) not in self.biases:
             group = self.groups[index]

@@ -1,4 +1,4 @@
-"""What the engine needs of a model: something that runs it over the packed tokens of one step."""
+"""The contract of what runs a model for the engine: something that runs it over the packed tokens of one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gossamer.engine.plan import StepPlan
 
 
 class Logits(NamedTuple):
-    """What a step gives.
+    """The result of a step.
 
     Attributes:
         values: (rows, vocab) the logits of the plan's ``logit_rows``.
@@ -27,7 +27,7 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunnerReport:
-    """What a runner has to say about itself.
+    """A runner's choices and measurements.
 
     Attributes:
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it;
@@ -61,7 +61,7 @@ class Runner(Protocol):
         ...
 
     def report(self) -> RunnerReport:
-        """What was chosen, and measured so far."""
+        """The choices that were made, and the measurements so far."""
         ...
 
     def attention_seconds(self, *, readers: int, own: int, common: int) -> float:

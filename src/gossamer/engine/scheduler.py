@@ -86,7 +86,7 @@ class Scheduler:
             if works or self.failed:
                 return works
             if self.active and self.waiting:
-                # What is active waits for the waiting: hypotheses of a beam search, for one that has no memory.
+                # Active sequences wait for waiting ones: hypotheses of a beam search, for one that has no memory.
                 self.preempt(self.active[-1], behind=True)
         return []
 

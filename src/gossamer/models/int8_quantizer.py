@@ -270,7 +270,7 @@ def _stored(
 
 
 def _check_sparse(name: str, specs: tuple[TensorSpec, TensorSpec], outputs: int, inputs: int) -> int:
-    """How many codes are not zero.
+    """The number of codes that are not zero.
 
     Raises:
         CheckpointError: the mask is not that of a weight (outputs, inputs), or there are more codes than weights.

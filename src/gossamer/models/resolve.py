@@ -1,4 +1,4 @@
-"""What the user typed as MODEL becomes a checkpoint directory on this machine."""
+"""A name that the user typed as MODEL becomes a checkpoint directory on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long attention takes in a native program: what the engine's cost model is calibrated with."""
+"""Seconds of attention in a native program: what the engine's cost model is calibrated with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gossamer.native.recorder import EXACT, Recorder
+from gossamer.native.recorder import Recorder, step_input
 from gossamer.native.weights import PackedLinear
 
 _LAYERS = 8  # each with keys and values of its own: between two visits to a layer, a step reads all of the others
@@ -56,7 +56,7 @@ def attention_seconds(
     targets[1, :-1] += first_common * dtype.itemsize
     targets[:, -1] = own * width, common * width  # entries from one head to the next
     rows = np.arange(readers)
-    items = np.zeros((readers, 6), np.int64)  # see StepInput in csrc/program.h
+    items = np.zeros((readers, 6), np.int64)  # see StepInput in csrc/runtime/program.h
     items[:, 1] = rows * kv_heads * own * width
     items[:, 2], items[:, 3], items[:, 4], items[:, 5] = own, common, rows, 1
     item_rows = rows
@@ -65,15 +65,21 @@ def attention_seconds(
         item_rows = np.concatenate([rows, rows])
     item_rows = item_rows.astype(np.int32)
     tokens, positions = np.zeros(readers, np.int64), np.full(readers, common + own - 1, np.int64)
-    place, nothing = np.zeros((readers, 2), np.int64), 0
-    arrays = (tokens, positions, place, targets)
+    place = np.zeros((readers, 2), np.int64)
+    step = step_input(
+        rows=readers,
+        items=len(items),
+        tokens=tokens.ctypes.data,
+        positions=positions.ctypes.data,
+        place=place.ctypes.data,
+        target=targets.ctypes.data,
+        item=items.ctypes.data,
+        item_rows=item_rows.ctypes.data,
+    )
 
     times = []
     for _ in range(1 + repeats):
-        program.step(
-            readers, *(array.ctypes.data for array in arrays), len(items), items.ctypes.data, item_rows.ctypes.data,
-            0, nothing, nothing, nothing, nothing, *EXACT, threads,
-        )  # fmt: skip
+        program.step(step, threads)
         profile = program.profile()
         times.append((profile["attention"] + profile["merge"]) / layers)
     return statistics.median(times[1:])  # the first one maps memory

@@ -7,6 +7,7 @@ Buffers have names, and layers use the same ones: the next layer overwrites what
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,6 @@ class Rows:
 
 
 ATTENTION = -1  # as a buffer: the merged result of the last attention
-
-
-# what a step is told of attention within a tolerance where there is none; see StepInput in csrc/program.h
-EXACT = (0, 0, 0, -1, 0)
 
 
 class Recorder:
@@ -144,3 +141,13 @@ def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> t
     """Cosines and sines, (length, D / 2) fp32 each, of ``position * inverse_frequency``, times ``scaling``."""
     angles = torch.arange(length).float()[:, None] * inverse_frequencies.float()
     return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()
+
+
+def step_input(**fields: int) -> Any:
+    """A ``StepInput`` (csrc/runtime/program.h) with these fields set: addresses and numbers."""
+    library = core()
+    assert library is not None
+    step = library.StepInput()
+    for name, value in fields.items():
+        setattr(step, name, value)
+    return step

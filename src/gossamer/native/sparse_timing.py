@@ -1,4 +1,4 @@
-"""Whether a pruned int8 weight is multiplied faster without its zeros: measured on this machine, for each shape.
+"""Products of pruned int8 weights with and without their zeros: measured on this machine, for each shape.
 
 One row is what a step of a single sequence multiplies: its time is that of reading the weight, of which there is less
 without zeros. More rows are multiplied after each panel was expanded, which takes time and saves little; with a few of
@@ -57,7 +57,7 @@ class SparseTiming:
         return self.one_row >= GAIN and min(self.few_rows, self.many_rows) * LOSS >= 1
 
 
-# What was measured in this process.
+# Measurements of this process.
 _measured: dict[tuple[Any, ...], SparseTiming] = {}
 
 
@@ -132,7 +132,7 @@ class _Pack:
 
     @property
     def weights(self) -> int:
-        """How many, zeros included."""
+        """The number of entries, zeros included."""
         return sum(layer.in_features * layer.out_features for layer in self.layers)
 
     @property
@@ -159,7 +159,7 @@ def _measure(pack: _Pack, threads: int, few: int) -> SparseTiming:
     y = torch.empty(MANY_ROWS, sum(layer.out_features + 31 for layer in pack.layers))
 
     def ratio(count: int, groups: list[list[list[Any]]], rounds: int) -> float:
-        """Of the sums of the shortest times of each group."""
+        """The ratio of the sums of the shortest times of each group."""
         best = torch.full((2, len(groups)), torch.inf, dtype=torch.float64)
         enough = time.perf_counter() + _BUDGET
         for number, group in itertools.chain.from_iterable([enumerate(groups)] * rounds):

@@ -15,7 +15,7 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
-from gossamer.native.recorder import EXACT, Recorder, rotary_tables
+from gossamer.native.recorder import Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.nn import Int8Linear
 from gossamer.options import RunnerOptions
@@ -134,14 +134,13 @@ class NativeRunner:
             self._results = Logits(self._logits[:wanted], self._largest[:wanted])
             self._addresses = self._logits.data_ptr(), self._largest.ctypes.data
         arrays.catch_up()
+        step = arrays.input
+        step.tables = self._rotary(arrays.last_position + 1)
+        step.logits, step.best = self._addresses
         within = self._within_of(plan, arrays)
-        self._program.step(
-            *arrays.addresses,
-            self._rotary(arrays.last_position + 1),
-            *self._addresses,
-            *(EXACT if within is None else within.addresses),
-            self.threads,
-        )
+        if within is None:
+            step.attend_exactly()
+        self._program.step(step, self.threads)
         if within is not None:
             within.learn()
         return self._results

@@ -1,4 +1,4 @@
-"""What a native program reads of a step; see ``StepInput`` in csrc/program.h."""
+"""What a native program reads of a step; see ``StepInput`` in csrc/runtime/program.h."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import Rows, StepPlan
 from gossamer.engine.slots import Bucket, Slot
 from gossamer.engine.tree import Node
+from gossamer.native.recorder import step_input
 from gossamer.runners.tolerance import REPORT, NodeMeans, PrefixTolerance
 
 
 class StepArrays:
-    """A plan as the arrays that the program reads, which go on with it; see ``StepInput`` in csrc/program.h.
+    """A plan as the arrays that the program reads, which go on with it; see ``StepInput`` in csrc/runtime/program.h.
 
     Attributes:
         tokens, positions: (rows).
@@ -24,7 +25,7 @@ class StepArrays:
         item_rows: the rows that attend to each item, one item after the other.
         logit_rows: the rows whose logits are needed.
         last_position: the highest of the step.
-        addresses: of all of these, and their lengths, in the order in which the program takes them.
+        input: the ``StepInput`` with the addresses of all of these, and their lengths.
     """
 
     def __init__(self, plan: StepPlan, layout: KVLayout) -> None:
@@ -79,12 +80,18 @@ class StepArrays:
         self._growing = self.items[computed:, 2]  # keys of the groups: one more with every step
         self._tables: list[object] = [None] * len(self._owners)
         self.targets = np.zeros((len(self._owners), 2 * len(layout.layers) + 1), np.int64)
-        arrays = (self.tokens, self.positions, self.place, self.targets, self.items, self.item_rows)
-        tokens, positions, place, targets, item, item_rows = (array.ctypes.data for array in arrays)
-        logit_rows = (len(self.logit_rows), self.logit_rows.data_ptr())
-        self.addresses = (
-            len(self.tokens), tokens, positions, place, targets, len(self.items), item, item_rows, *logit_rows
-        )  # fmt: skip
+        self.input = step_input(
+            rows=len(self.tokens),
+            items=len(self.items),
+            logit_rows=len(self.logit_rows),
+            tokens=self.tokens.ctypes.data,
+            positions=self.positions.ctypes.data,
+            place=self.place.ctypes.data,
+            target=self.targets.ctypes.data,
+            item=self.items.ctypes.data,
+            item_rows=self.item_rows.ctypes.data,
+            logit_row=self.logit_rows.data_ptr(),
+        )
 
     def catch_up(self) -> None:
         """To how far the plan is ahead now, and to where its keys and values are."""
@@ -123,7 +130,7 @@ class StepArrays:
 
 
 class WithinTolerance:
-    """Attention within a tolerance as the program reads it; see ``StepInput`` in csrc/program.h."""
+    """Attention within a tolerance as the program reads it; see ``StepInput`` in csrc/runtime/program.h."""
 
     def __init__(self, nodes: list[Node | None], tolerance: PrefixTolerance, arrays: StepArrays) -> None:
         self.means: list[NodeMeans] = []
@@ -134,10 +141,10 @@ class WithinTolerance:
                 self.means.append(tolerance.means_of(node))
         self._summary = np.array([means.address for means in self.means], np.int64)
         self._report = np.zeros((len(self.means), *self.means[0].control.shape[:2], REPORT))
-        check = tolerance.steps if any(means.checked for means in self.means) else -1
-        self.addresses = (
-            self._item.ctypes.data, len(self.means), self._summary.ctypes.data, check, self._report.ctypes.data
-        )  # fmt: skip
+        step = arrays.input
+        step.within, step.summaries, step.summary = self._item.ctypes.data, len(self.means), self._summary.ctypes.data
+        step.check = tolerance.steps if any(means.checked for means in self.means) else -1
+        step.report = self._report.ctypes.data
 
     def learn(self) -> None:
         """From what the step reported."""

@@ -1,10 +1,10 @@
 """Attention to long shared prefixes within a tolerance: what stands for their keys, and how it is kept within it.
 
 Near keys of a node make blocks of 32, in a copy of keys and values. Rows that are multiplied together attend to the
-blocks that seem to matter to them, and to the mean key and value of each of the others (csrc/attention_within.h). What
-seems to matter is said by a threshold, one for each layer and head of each node, which follows what is measured: in
-some of the steps some tokens are attended to exactly as well. With s the root mean square of what a head's values are
-off their mean, the error of a row is
+blocks that seem to matter to them, and to the mean key and value of each of the others
+(csrc/kernels/attention_within.h). What seems to matter is said by a threshold, one for each layer and head of each
+node, which follows what is measured: in some of the steps some tokens are attended to exactly as well. With s the root
+mean square of what a head's values are off their mean, the error of a row is
 
     sqrt(|out - exact|^2 / s^2 + (lse - exact lse)^2)
 
@@ -77,7 +77,7 @@ class NodeMeans:
     """Means of the blocks of a node's keys and values, and what is known of the error they cause.
 
     Attributes:
-        address: a ``Summary`` of csrc/program.h.
+        address: a ``Summary`` of csrc/runtime/program.h.
         tensors: keys and values, near ones next to each other; their means; the spread of the keys' blocks.
         variance: (layers, Hkv) fp64: mean square of what values are off their mean, s^2.
         control: (layers, Hkv, 2) fp32: threshold, 0 for exact; and log2 of what the weights of means are multiplied by.
@@ -122,7 +122,7 @@ class NodeMeans:
         return self.steps < _FIRST or self.steps % _EVERY == 0
 
     def learn(self, report: np.ndarray) -> None:
-        """From the report of a step, (layers, Hkv, 7); see KeyMeans in csrc/kernels.h."""
+        """From the report of a step, (layers, Hkv, 7); see KeyMeans in csrc/kernels/kernels.h."""
         computed, pairs, out, lse, rows, exact_light, light = np.moveaxis(report, -1, 0)
         self.steps += 1
         exact = self.control[..., 0] == 0  # nothing is reported of these: they compute all

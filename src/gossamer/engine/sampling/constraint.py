@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_GRAMMARS = 64  # compiled grammars that are kept
-# Of JSON: enough to indent, and too few for a model that does not know what to write to go on with them for ever.
+# Blanks in a row in JSON: enough to indent, and too few for a model that has nothing to write to go on with for ever.
 WHITESPACE = r"[\x20\x0A\x09]{0,16}"
 
 

@@ -5,7 +5,8 @@ row. So a sequence's tokens depend on its own logits and its own random stream a
 perturbs the logits in the last bit, the boundaries of the distribution move by as little. Sorted by probability, two
 nearly equal tokens could swap places.
 
-On a CPU, a kernel does all of this (csrc/sample.h). What follows is its reference, and for other devices and types.
+On a CPU, a kernel does all of this (csrc/kernels/sample.h). What follows is its reference, and for other devices and
+types.
 Where a row is truncated, the threshold is looked for among a few candidates; only a row whose threshold lies below
 them is sorted, and only a row of which that much is left is drawn from the whole vocabulary.
 """

@@ -12,6 +12,7 @@ Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has
                bool for_now)
     : kernels_(kernels) {
   PackedWeight& w = packed_;
+  w.format = format_of(type);
   w.type = type;
   w.n = n;
   w.k = k;
@@ -31,7 +32,7 @@ Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has
 }
 
 void Weight::pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale) {
-  kernels_.pack(packed_, source, type, rows, first, part, parts);
+  kernels_.of(packed_).pack(packed_, source, type, rows, first, part, parts);
   if (packed_.type != Type::int8) return;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t n = packed_row(first + r, part, parts);
@@ -59,6 +60,7 @@ void Weight::drop_zeros() {
   const int64_t entries = dense.steps * STEP_BYTES, store_bytes = dense.stride - entries;
   std::vector<int64_t> start(dense.panels + 1);
   PackedWeight sparse = dense;
+  sparse.format = Format::sparse_int8;
   sparse.start = start.data();
   for (int64_t p = 0; p < dense.panels; ++p) {
     const int64_t codes = entries - std::count(dense.panel(p), dense.panel(p) + entries, 128);

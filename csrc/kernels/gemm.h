@@ -11,7 +11,7 @@ constexpr int TILE = W == 16 ? 8 : 4;
 // A panel is walked in passes: pass p holds columns p W ... and 16 + p W ..., so that a gate and its factor meet.
 constexpr int PASSES = 16 / W;
 
-// What stands at a place of a panel.
+// Entries at a place of a panel.
 GOSSAMER_INLINE I entries(const uint8_t* panel, int64_t at) { return load_int(panel + at); }
 
 // The dot products of ROWS rows of `a` with columns [0, W) and [16, 16 + W) of `panel`, into sums + r * stride and 16

@@ -1,4 +1,4 @@
-// How the attention of a step is divided among threads.
+// The division of a step's attention among threads.
 #include <algorithm>
 #include <stdexcept>
 #include <utility>

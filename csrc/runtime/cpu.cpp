@@ -1,5 +1,5 @@
 // Which of the compiled instruction sets this processor can run.
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace avx512_vbmi2 { extern const gossamer::Kernels kernels; }
 namespace avx512_vnni { extern const gossamer::Kernels kernels; }

@@ -16,7 +16,7 @@ namespace GOSSAMER_NS {
 
 constexpr float LN2 = 0.69314718f;
 
-// What is chosen, and where: scratch of KeyMeans.
+// The blocks that each tile attends to, and the scratch of KeyMeans that says so.
 struct Choice {
   int64_t blocks, padded;
   float* score;    // (ATTENTION_ROWS, padded): of each row with each mean, in base 2

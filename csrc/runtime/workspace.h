@@ -1,10 +1,10 @@
-// What threads work in, and the parts of a product that they share: rows made ready, marked columns, pieces of panels.
+// Memory of threads, and the parts of a product that they share: rows made ready, marked columns, pieces of panels.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "memory.h"
 #include "threads.h"
 
@@ -12,10 +12,10 @@ namespace gossamer {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// How many of `count` a thread takes at a time, so that each takes about four times.
+// The number of `count` pieces that a thread takes at a time, so that each takes about four times.
 inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, (count + 4 * threads - 1) / (4 * threads)); }
 
-// What an op may use of its thread while it runs.
+// Memory that an op may use of its thread while it runs.
 struct Thread {
   int index = 0, count = 1;
   float* scratch;      // (largest k, 32) floats

@@ -1,7 +1,7 @@
 // Threads that work through the phases of a step together.
 //
 // They are OpenMP's, so that a process that runs PyTorch as well has one pool and not two that spin against each other.
-// Who waits for a phase to end spins for some microseconds only and then gives the processor away: where another program
+// A thread that waits for a phase to end spins for some microseconds only and then gives the processor away: where another program
 // runs on one of the cores, a thread that spins keeps the one it waits for from being scheduled.
 #pragma once
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "memory.h"
 #include "threads.h"
 #include "weight.h"
@@ -16,7 +16,7 @@
 
 namespace gossamer {
 
-// What stands for the keys of a source, head by head; (L, H) is (layers, kv_heads).
+// Means that stand for the keys of a source, head by head; (L, H) is (layers, kv_heads).
 struct Summary {
   int64_t keys, values;       // (L, H, keys of the source, D): its keys and values, the near ones next to each other
   int64_t mean_keys, mean_values;  // (L, H, blocks, D)
@@ -27,25 +27,31 @@ struct Summary {
 
 // Keys, values and rows of one step. All arrays belong to the caller.
 struct StepInput {
-  int64_t rows = 0, logit_rows = 0, items = 0;
-  const int64_t* tokens;      // (rows)
-  const int64_t* positions;   // (rows)
-  const int64_t* place;       // (rows, 2): target, and where in it the row's key goes, in entries
-  const int64_t* target;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
-  const int64_t* item;        // (items, 6): target, first entry, keys, position of the first key, first of item_rows, count
-  const int32_t* item_rows;   // rows that attend to an item
-  const int64_t* logit_row;   // (logit_rows)
-  const int64_t* tables;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
-  float* logits;              // (logit_rows, vocabulary)
-  int64_t* best;              // (logit_rows), or null: the index of the largest logit
-  // Attention within a tolerance; see attention_within.h.
-  const int64_t* within;      // (items): which means stand for keys of the item, or -1; or null
-  int64_t summaries = 0;      // of how many sources there are means
-  const Summary* summary;     // (summaries)
-  int64_t check = -1;         // which token of each task is checked; -1: none
-  double* report;             // (summaries, layers, kv_heads, MEANS_REPORT), added to
+  int64_t rows = 0, items = 0, logit_rows = 0;
+  const int64_t* tokens = nullptr;      // (rows)
+  const int64_t* positions = nullptr;   // (rows)
+  const int64_t* place = nullptr;       // (rows, 2): target, and where in it the row's key goes, in entries
+  const int64_t* target = nullptr;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
+  const int64_t* item = nullptr;        // (items, 6): target, first entry, keys, position of the first key, first of
+                                        // item_rows, count
+  const int32_t* item_rows = nullptr;   // rows that attend to an item
+  const int64_t* logit_row = nullptr;   // (logit_rows)
+  const int64_t* tables = nullptr;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
+  float* logits = nullptr;              // (logit_rows, vocabulary)
+  int64_t* best = nullptr;              // (logit_rows), or null: the index of the largest logit
+  // Attention within a tolerance; see kernels/attention_within.h.
+  const int64_t* within = nullptr;      // (items): which means stand for keys of the item, or -1; null: all is exact
+  int64_t summaries = 0;                // of how many sources there are means
+  const Summary* summary = nullptr;     // (summaries)
+  int64_t check = -1;                   // which token of each task is checked; -1: none
+  double* report = nullptr;             // (summaries, layers, kv_heads, MEANS_REPORT), added to
 
   bool has_means(int64_t item_index, int64_t window) const { return within && within[item_index] >= 0 && !window; }
+  void attend_exactly() {
+    within = nullptr;
+    summaries = 0;
+    check = -1;
+  }
 };
 
 struct Shape {

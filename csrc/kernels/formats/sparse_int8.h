@@ -1,8 +1,10 @@
+// Int8 weights without their zeros.
+//
 // Panels without their zeros: the codes that are left, one after the other, and a mask of where they stand. What is
 // computed is what the panel with its zeros gives, to the bit: the sums are sums of the same integers.
 #pragma once
 
-#include "gemm.h"
+#include "../gemm.h"
 
 namespace GOSSAMER_NS {
 
@@ -136,5 +138,50 @@ inline void inflate(Sparse place, int64_t steps, uint8_t* out) {
 }
 
 #endif
+
+struct SparseFormat {
+  using Dot = SparseDot;
+  static constexpr bool CODED = true;
+  static constexpr int AHEAD = 1, FLIP = EXPANDED ^ 128;
+
+  static bool few(const LinearCall& c, int64_t panel, int32_t* sums) {
+    [[maybe_unused]] const PackedWeight& w = *c.weight;
+    [[maybe_unused]] const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;
+    [[maybe_unused]] const uint8_t* a = static_cast<const uint8_t*>(c.x->data) + c.first_row * stride;
+#if defined(__AVX512VBMI2__)
+    if (rows > TILE) return false;
+    tile_of<Dot>(static_cast<int>(rows), sparse_at(w, panel, 0), a, stride, w.steps, nullptr, sums, PANEL);
+    return true;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    if (rows == 1) row_products<1>(sparse_at(w, panel, 0), a, stride, w.steps, sums);
+    if (rows == 2) row_products<2>(sparse_at(w, panel, 0), a, stride, w.steps, sums);
+    return rows <= 2;
+#else
+    (void)panel, (void)sums;
+    return false;
+#endif
+  }
+
+  static const uint8_t* entries(const LinearCall& c, int64_t panel) {
+    inflate(sparse_at(*c.weight, panel, 0), c.weight->steps, c.entries);
+    return c.entries;
+  }
+
+  static const uint8_t* step(const PackedWeight& w, int64_t panel, int64_t k, uint8_t* buffer) {
+    inflate(sparse_at(w, panel, k), 1, buffer);
+    return buffer;
+  }
+
+  // Zeros are dropped from an int8 weight that is packed already: there is nothing to pack here.
+  static constexpr decltype(FormatKernels::pack) pack = nullptr;
+  static void look_up(const PackedWeight& w, int64_t n, float factor, float* out) {
+    alignas(64) uint8_t buffer[STEP_BYTES];
+    const float scale = w.scale(n / PANEL)[n % PANEL];
+    for (int64_t k = 0; k < w.k; ++k) {
+      if (k % 4 == 0) step(w, n / PANEL, k / 4, buffer);
+      out[k] = static_cast<float>((buffer[n % PANEL * 4 + k % 4] ^ FLIP) - 128) * scale * factor;
+    }
+  }
+};
 
 }  // namespace GOSSAMER_NS

@@ -20,27 +20,9 @@ struct Embed final : Op {
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) look_up(step.tokens[r], program.buffers[to].row(r));
+      for (int64_t r = first; r < last; ++r)
+        program.kernels.of(table).look_up(table, step.tokens[r], factor, program.buffers[to].row(r));
     });
-  }
-  void look_up(int64_t token, float* out) const {
-    const int64_t size = step_of(table.type);
-    const uint8_t* column = table.panel(token / PANEL) + token % PANEL * 4;
-    for (int64_t k = 0; k < table.k; ++k) {
-      const uint8_t* from = column + k / size * STEP_BYTES + k % size * bytes_of(table.type);
-      if (table.type == Type::int8) {
-        out[k] = static_cast<float>(*from - 128) * table.scale(token / PANEL)[token % PANEL] * factor;
-      } else if (table.type == Type::bf16) {
-        uint16_t bits;
-        std::memcpy(&bits, from, 2);
-        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-        std::memcpy(&out[k], &wide, 4);
-        out[k] *= factor;
-      } else {
-        std::memcpy(&out[k], from, 4);
-        out[k] *= factor;
-      }
-    }
   }
 };
 

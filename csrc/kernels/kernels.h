@@ -1,4 +1,4 @@
-// What the compiled instruction sets offer to the rest: one table of functions each, over plain memory.
+// The kernels of an instruction set as a table of functions over plain memory: the contract with everything else.
 //
 // Shapes: T rows (tokens), N outputs, K inputs. Matrices of activations are row-major with a stride in elements.
 #pragma once
@@ -28,6 +28,11 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
   return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
 }
 
+// Formats of packed weights: the index of what multiplies it in Kernels::formats.
+enum class Format : int { int8, sparse_int8, bf16, f32 };
+constexpr int FORMATS = 4;
+constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8 : type == Type::bf16 ? Format::bf16 : Format::f32; }
+
 // A weight (N, K), packed: panels of 32 outputs. A panel is one run of memory, so that reading it is reading ahead:
 // its entries, [K / step][32][step], and for int8, which is stored as code + 128, the outlier store (S, 32) in 16 bit
 // and the scales (32).
@@ -35,7 +40,8 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
 // A sparse panel, of int8 only, has in the place of its entries the mask of those that are not zero, in the same order
 // (bit i of a byte is entry i of eight), and how many codes come before each 32 steps; behind the scales these codes.
 struct PackedWeight {
-  Type type;
+  Format format;
+  Type type;                   // of the rows that it is multiplied with
   int64_t n, k;                // as the layer has them
   int64_t panels, steps;       // rounded up; what was added is zero
   int64_t stored;              // S, columns of the outlier store
@@ -46,7 +52,7 @@ struct PackedWeight {
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 
-  bool sparse() const { return start; }
+  bool sparse() const { return format == Format::sparse_int8; }
   int64_t blocks() const { return (steps + RANK_STEPS - 1) / RANK_STEPS; }
   int64_t entry_bytes() const { return sparse() ? steps * MASK_BYTES + blocks() * 4 : steps * STEP_BYTES; }
   int64_t fixed_bytes() const { return entry_bytes() + PANEL * (2 * stored + 4); }  // of an int8 panel, but for sparse codes
@@ -124,7 +130,7 @@ struct AttentionTask {
   const void* next_values; // many of them as it has itself; or null
 };
 
-// What stands for keys of one head that a row need not attend to; see attention_within.h.
+// Means that stand for keys of one head that a row need not attend to; see attention_within.h.
 struct KeyMeans {
   const void* keys;     // (blocks) rows of kv_bytes(type, D): of each BLOCK_KEYS keys the mean
   const void* values;   // the same of the values
@@ -206,15 +212,24 @@ constexpr int64_t GAUSSIAN_KEYS = 512;                   // whose entries are th
 constexpr int64_t GAUSSIAN_STRIDE = GAUSSIAN_KEYS + 16;  // not a power of two, which would keep rows from the same cache
 constexpr int64_t gaussian_scratch(int64_t d) { return GAUSSIAN_ROWS * (d + 1 + GAUSSIAN_STRIDE) + 6 * GAUSSIAN_KEYS; }
 
+// The kernels of a weight format.
+struct FormatKernels {
+  // Packs rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`. Null for a format
+  // that is made from another one.
+  void (*pack)(PackedWeight& weight, const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  void (*multiply)(const LinearCall& call);
+  // out (K) = the weights of one output, times `factor`.
+  void (*look_up)(const PackedWeight& weight, int64_t output, float factor, float* out);
+};
+
 struct Kernels {
   const char* name;
-  // Pack rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`.
-  void (*pack)(PackedWeight& weight, const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts);
+  FormatKernels formats[FORMATS];
+  const FormatKernels& of(const PackedWeight& weight) const { return formats[static_cast<int>(weight.format)]; }
   // Row `row` of x from k floats; `inverse` multiplies them first, `gain` (k) too unless null.
   void (*prepare)(const Prepared& x, int64_t row, const float* source, float inverse, const float* gain,
                   const Decomposition& outliers, float* scratch);
   float (*square_sum)(const float* x, int64_t k);
-  void (*linear)(const LinearCall& call);
   void (*attend)(const AttentionTask& task);
   void (*attend_within)(const AttentionTask& task, const KeyMeans& means);
   // x (D) -> rotated by cos and sin (D / 2), halves paired; scaled; stored as `type`.

@@ -4,7 +4,8 @@
 // come multiplied with log2(e), and the state of a row is (max, sum of 2^(score - max)).
 #pragma once
 
-#include "linear.h"
+#include "gemm.h"
+#include "rows.h"
 #include "transpose.h"
 
 namespace GOSSAMER_NS {
@@ -133,7 +134,7 @@ GOSSAMER_NOINLINE inline void add_faded(float* out, float fade, const float* sum
 
 // --- a task ----------------------------------------------------------------------------------------------------------
 
-// What a task works on.
+// The scratch of a task, divided.
 template <class Entry>
 struct Workspace {
   int64_t dim, wide, rows, block;

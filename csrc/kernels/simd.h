@@ -1,8 +1,4 @@
 // Vectors of W floats or 32-bit integers, in one spelling for every instruction set.
-//
-// A source file that includes this is compiled once per instruction set, with GOSSAMER_NS naming the namespace. Nothing
-// here, nor in what includes it, may instantiate templates of the standard library: the linker would keep one copy of
-// each for all instruction sets, perhaps one that this processor cannot run.
 #pragma once
 
 #include <cstdint>
