@@ -1,5 +1,5 @@
-// The Python side. Tensors come as addresses, because asking a tensor for more costs microseconds; gossamer/native
-// checks types, shapes and strides, and keeps the tensors alive, before it passes an address on.
+// The Python side. Tensors come as addresses, because asking a tensor for more costs microseconds: gossamer.kernels and
+// gossamer.native check types, shapes and strides, and keep the tensors alive, before they pass an address on.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
@@ -102,7 +102,7 @@ void sample(const Kernels& kernels, const float* logits, int64_t vocabulary, int
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.doc() = "Native kernels; see gossamer.native.";
+  m.doc() = "Native kernels; see gossamer.kernels.";
   m.def("instruction_sets", &names);
 
   nb::class_<Weight>(m, "Weight")
@@ -201,7 +201,7 @@ NB_MODULE(_native, m) {
     gram(kernels, g, at<double>(out), threads);
   });
 
-  // Matrices of exponentials; see gossamer.native.gaussian. Addresses are of what csrc/products/gaussian_products.h describes.
+  // Matrices of exponentials; see gossamer.kernels and gossamer.operators.gaussian. Addresses are of what csrc/products/gaussian_products.h describes.
   nb::class_<GaussianQueries>(m, "GaussianQueries")
       .def("__init__", [](GaussianQueries* self, int64_t rows, int64_t d, int64_t q, int64_t row, bool differences, int64_t tiles,
                           int64_t start) {

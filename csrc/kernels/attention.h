@@ -136,7 +136,7 @@ GOSSAMER_NOINLINE inline void add_faded(float* out, float fade, const float* sum
 
 // The scratch of a task, divided.
 template <class Entry>
-struct Workspace {
+struct AttentionScratch {
   int64_t dim, wide, rows, block;
   Entry* q;             // (rows, dim)
   float* out;           // (rows, wide)
@@ -149,7 +149,7 @@ struct Workspace {
   Entry* plain;         // (block, dim): int8 keys or values
   int64_t first, last;  // the keys that any row sees
 
-  explicit Workspace(const AttentionTask& task)
+  explicit AttentionScratch(const AttentionTask& task)
       : dim(task.dim), wide((task.dim + 31) / 32 * 32), rows(task.rows * task.group), block(attention_keys(task.dim)) {
     uint8_t* scratch = task.scratch;
     const auto take = [&](int64_t bytes) {
@@ -283,7 +283,7 @@ struct Workspace {
 
 template <class Dot, class Entry>
 inline void attend_rows(const AttentionTask& task) {
-  Workspace<Entry> w(task);
+  AttentionScratch<Entry> w(task);
   const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
   // a tile fetches half as many bytes as a packed block of keys has
   const int64_t parts = row_bytes < 2 * stored ? 2 : 1;
@@ -407,7 +407,7 @@ GOSSAMER_NOINLINE void add_values_few(const uint8_t* v, int64_t d, int64_t dim, 
 // read once, in the order in which they stand. D is a multiple of 32.
 template <int ROWS, bool CODED>
 inline void attend_few(const AttentionTask& task) {
-  Workspace<uint16_t> w(task);
+  AttentionScratch<uint16_t> w(task);
   const int64_t words = w.dim / 2, block = 8 / ROWS * w.block, stored = kv_bytes(task.type, w.dim);
   const uint32_t* q = reinterpret_cast<const uint32_t*>(w.q);
   const auto distance = [](const void* next, const void* from) {

@@ -68,7 +68,7 @@ struct Choice {
 
 // Adds products of `shares` (height, 32 per panel) with panels of values to the output of rows [r0, ...).
 template <class Dot, class Entry>
-inline void add_values(Workspace<Entry>& w, int64_t r0, int height, const float* fade, const int64_t* panels, int64_t count) {
+inline void add_values(AttentionScratch<Entry>& w, int64_t r0, int height, const float* fade, const int64_t* panels, int64_t count) {
   const int64_t steps = PANEL / Dot::step;
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < w.wide; d += PANEL)
@@ -79,7 +79,7 @@ inline void add_values(Workspace<Entry>& w, int64_t r0, int height, const float*
 
 template <class Dot, class Entry>
 inline void attend_rows_within(const AttentionTask& task, const KeyMeans& means) {
-  Workspace<Entry> w(task);
+  AttentionScratch<Entry> w(task);
   Choice choice(means);
   const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
   const int64_t tiles = (w.rows + TILE - 1) / TILE, room = w.block / PANEL;

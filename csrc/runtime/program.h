@@ -119,7 +119,7 @@ class Program {
   const Shape shape;
   const int64_t max_rows;
   std::vector<Buffer> buffers;
-  std::vector<Rows> rows;
+  std::vector<PreparedRows> rows;
   Memory queries;         // (max_rows, heads, D) of the type of the keys
   Memory partial_out;     // (partials, heads, D)
   Memory partial_state;   // (partials, heads, 2)

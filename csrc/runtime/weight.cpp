@@ -122,7 +122,7 @@ void Weight::multiply(const float* x, int64_t rows, float* y, const Decompositio
     std::lock_guard lock(mutex_);  // another thread that multiplies meanwhile makes its own
     work = std::move(idle_);
   }
-  if (!work || work->max_rows < rows) work.reset(new Workspace{Rows(w.type, w.k, rows), rows, {}});
+  if (!work || work->max_rows < rows) work.reset(new Workspace{PreparedRows(w.type, w.k, rows), rows, {}});
   std::vector<Thread>& own = work->threads;
   while (static_cast<int>(own.size()) < threads) own.emplace_back(static_cast<int>(own.size()), w.k, 0);
   const Prepared& prepared = work->rows.view;

@@ -21,7 +21,7 @@ class Weight {
   const Kernels& kernels() const { return kernels_; }
   int64_t bytes() const { return static_cast<int64_t>(memory_.bytes()); }
 
-  // Rows of the source matrix (rows, k); see Kernels::pack. For int8, `scale` (rows) too.
+  // Rows of the source matrix (rows, k); see FormatKernels::pack. For int8, `scale` (rows) too.
   void pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale);
   void set_bias(const float* bias, int64_t rows, int64_t first, int64_t part, int64_t parts);
   // `columns` (stored), and `store` (rows, stored) of their weights.
@@ -37,7 +37,7 @@ class Weight {
 
  private:
   struct Workspace {
-    Rows rows;
+    PreparedRows rows;
     int64_t max_rows;
     std::vector<Thread> threads;
   };

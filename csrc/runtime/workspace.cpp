@@ -24,7 +24,7 @@ Thread::Thread(int index, int64_t largest_k, int64_t attention_bytes) : index(in
   std::fill(index_of, index_of + k, -1);
 }
 
-Rows::Rows(Type type, int64_t k, int64_t max_rows) {
+PreparedRows::PreparedRows(Type type, int64_t k, int64_t max_rows) {
   Prepared& x = view;
   x.type = type;
   x.k = k;

@@ -34,10 +34,10 @@ struct Thread {
 };
 
 // Prepared rows and the memory they live in.
-struct Rows {
+struct PreparedRows {
   Prepared view{};
   Memory memory;
-  Rows(Type type, int64_t k, int64_t max_rows);
+  PreparedRows(Type type, int64_t k, int64_t max_rows);
 };
 
 // Notes the columns in which row r has outliers. The mask of a thread belongs to the phase in which it was last written.

@@ -162,8 +162,9 @@ def bench_decode(
     results = []
     max_rows = max(2048, *batches)
     natives: list[NativeRunner | None] = []
+    sets: list[str | None] = [*compared(isas)] or [None]
     # each takes the weights over, and so has a model of its own
-    for isa, runner in itertools.product(compared(isas) or [None], dict.fromkeys(runners)):
+    for isa, runner in itertools.product(sets, dict.fromkeys(runners)):
         network, tokenizer = load_model(path, attn_implementation=IMPLEMENTATION, options=options)
         with using(isa):
             made, note = make_runner(network, runner, max_rows=max_rows, max_seqs=max(batches))

@@ -19,7 +19,7 @@ LOGITS = 0  # the buffer that the caller provides
 
 
 @dataclass(frozen=True)
-class Rows:
+class Recorded:
     """Rows of a buffer, (tokens, width) fp32, perhaps to be normalized when they are read.
 
     ``gain`` (width) fp32 and ``epsilon`` make it ``x / sqrt(mean(x^2) + epsilon) * gain`` (RMSNorm, arXiv 1910.07467).
@@ -52,42 +52,42 @@ class Recorder:
         assert library is not None
         self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows)
         self.heads, self.dim = heads, dim
-        self._buffers: dict[str, Rows] = {}
+        self._buffers: dict[str, Recorded] = {}
         self._prepared: dict[tuple[str, int], int] = {}
 
-    def _buffer(self, name: str, width: int) -> Rows:
+    def _buffer(self, name: str, width: int) -> Recorded:
         if name not in self._buffers:
-            self._buffers[name] = Rows(self.native.buffer(width), width)
+            self._buffers[name] = Recorded(self.native.buffer(width), width)
         return self._buffers[name]
 
-    def embed(self, table: PackedLinear, factor: float = 1.0, *, into: str) -> Rows:
+    def embed(self, table: PackedLinear, factor: float = 1.0, *, into: str) -> Recorded:
         """Rows of the table, times ``factor``."""
         out = self._buffer(into, table.inputs)
         self.native.embed(table.handle, factor, out.buffer)
         return out
 
-    def rms_norm(self, x: Rows, gain: Tensor, epsilon: float) -> Rows:
+    def rms_norm(self, x: Recorded, gain: Tensor, epsilon: float) -> Recorded:
         """RMSNorm of x. It costs nothing here: whoever reads the result computes it."""
-        return Rows(x.buffer, x.width, gain.detach().float().contiguous(), epsilon)
+        return Recorded(x.buffer, x.width, gain.detach().float().contiguous(), epsilon)
 
-    def linear(self, x: Rows, weight: PackedLinear, *, into: str, gate: str = "") -> Rows:
+    def linear(self, x: Recorded, weight: PackedLinear, *, into: str, gate: str = "") -> Recorded:
         """``x W^T + b``; for a gated weight ``gate(x G^T) * (x U^T)``."""
         out = self._buffer(into, weight.outputs)
         self._linear(x, weight, out.buffer, add=False, gate=gate)
         return out
 
-    def linear_add(self, x: Rows, weight: PackedLinear, total: Rows) -> None:
+    def linear_add(self, x: Recorded, weight: PackedLinear, total: Recorded) -> None:
         """``total += x W^T + b``."""
         self._linear(x, weight, total.buffer, add=True)
 
-    def add_rms_norm(self, x: Rows, gain: Tensor, epsilon: float, total: Rows) -> None:
+    def add_rms_norm(self, x: Recorded, gain: Tensor, epsilon: float, total: Recorded) -> None:
         """``total += rms_norm(x)``."""
         gain = gain.detach().float().contiguous()
         self.native.add_normed(x.buffer, gain.data_ptr(), epsilon, x.width, total.buffer)
 
     def attention(
         self,
-        qkv: Rows,
+        qkv: Recorded,
         layer: int,
         *,
         table: int,
@@ -95,7 +95,7 @@ class Recorder:
         window: int | None,
         query_norm: tuple[Tensor, float] | None = None,
         key_norm: tuple[Tensor, float] | None = None,
-    ) -> Rows:
+    ) -> Recorded:
         """Rotate queries and keys, store keys and values, attend to what the step's plan says.
 
         Args:
@@ -112,7 +112,7 @@ class Recorder:
         to_base_2 = scale * 1.4426950408889634  # the kernels' exponentials have base 2
         self.native.rotate_and_store(qkv.buffer, layer, table, self.dim, *addresses, epsilon, to_base_2)
         self.native.attend(layer, window or 0)
-        return Rows(ATTENTION, self.heads * self.dim)
+        return Recorded(ATTENTION, self.heads * self.dim)
 
     def attention_alone(self, layer: int) -> None:
         """Attention of queries that are 0, and the merging of its partial results: to be timed."""
@@ -123,12 +123,14 @@ class Recorder:
             self._prepared[key] = self.native.prepared(*key)
         self.native.prepare(ATTENTION, 0, 0.0, width, self._prepared[key], "none", False, 0.0, 0, False)
 
-    def logits(self, x: Rows, head: PackedLinear) -> None:
+    def logits(self, x: Recorded, head: PackedLinear) -> None:
         """The output layer, for the rows whose logits are needed; and the largest of each."""
         self._linear(x, head, LOGITS, add=False, last=True)
         self.native.argmax(head.outputs)
 
-    def _linear(self, x: Rows, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False) -> None:
+    def _linear(
+        self, x: Recorded, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False
+    ) -> None:
         key = (weight.type, x.width)
         if key not in self._prepared:
             self._prepared[key] = self.native.prepared(*key)
