@@ -10,7 +10,6 @@ make their flags of the same fields (:mod:`gossamer.cli.engine_options`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from inspect import Parameter, Signature
@@ -240,6 +239,8 @@ class Options:
         known = option_fields()
         for name in arguments:
             if name not in known:
+                import difflib  # `--help` does without it
+
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ConfigurationError(f"there is no option {name!r}; {hint}")
