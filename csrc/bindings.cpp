@@ -108,7 +108,7 @@ NB_MODULE(_native, m) {
   nb::class_<Weight>(m, "Weight")
       .def("__init__", [](Weight* self, const std::string& isa, const std::string& type, int64_t n, int64_t k, bool bias,
                           int64_t stored, const std::string& stored_type, bool for_now) {
-        new (self) Weight(kernels_of(isa), type_of(type), n, k, bias, stored, type_of(stored_type), for_now);
+        new (self) Weight(kernels_of(isa), format_of(type_of(type)), n, k, bias, stored, type_of(stored_type), for_now);
       })
       .def("pack", [](Weight& self, int64_t source, const std::string& type, int64_t rows, int64_t first, int64_t part,
                       int64_t parts, int64_t scale) {

@@ -28,7 +28,7 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
   return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
 }
 
-// Formats of packed weights: the index of what multiplies it in Kernels::formats.
+// Formats of packed weights: indices of Kernels::formats.
 enum class Format : int { int8, sparse_int8, bf16, f32 };
 constexpr int FORMATS = 4;
 constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8 : type == Type::bf16 ? Format::bf16 : Format::f32; }
@@ -44,6 +44,7 @@ struct PackedWeight {
   Type type;                   // of the rows that it is multiplied with
   int64_t n, k;                // as the layer has them
   int64_t panels, steps;       // rounded up; what was added is zero
+  int64_t entry_bytes;         // of a panel, as FormatKernels says
   int64_t stored;              // S, columns of the outlier store
   Type stored_type;            // bf16 or fp16
   int64_t stride;              // bytes from panel to panel, for what is not sparse
@@ -52,16 +53,13 @@ struct PackedWeight {
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 
-  bool sparse() const { return format == Format::sparse_int8; }
-  int64_t blocks() const { return (steps + RANK_STEPS - 1) / RANK_STEPS; }
-  int64_t entry_bytes() const { return sparse() ? steps * MASK_BYTES + blocks() * 4 : steps * STEP_BYTES; }
-  int64_t fixed_bytes() const { return entry_bytes() + PANEL * (2 * stored + 4); }  // of an int8 panel, but for sparse codes
+  int64_t scaled_bytes() const { return entry_bytes + PANEL * (2 * stored + 4); }  // with the store and the scales
 
   uint8_t* panel(int64_t index) const { return data + (start ? start[index] : index * stride); }
-  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes()); }
-  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes() + stored * PANEL * 2); }
+  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes); }
+  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes + stored * PANEL * 2); }
   int32_t* rank(int64_t index) const { return reinterpret_cast<int32_t*>(panel(index) + steps * MASK_BYTES); }
-  uint8_t* codes(int64_t index) const { return panel(index) + fixed_bytes(); }
+  uint8_t* codes(int64_t index) const { return panel(index) + scaled_bytes(); }
 };
 
 // Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.
@@ -212,8 +210,12 @@ constexpr int64_t GAUSSIAN_KEYS = 512;                   // whose entries are th
 constexpr int64_t GAUSSIAN_STRIDE = GAUSSIAN_KEYS + 16;  // not a power of two, which would keep rows from the same cache
 constexpr int64_t gaussian_scratch(int64_t d) { return GAUSSIAN_ROWS * (d + 1 + GAUSSIAN_STRIDE) + 6 * GAUSSIAN_KEYS; }
 
-// The kernels of a weight format.
+// A weight format: its sizes and its kernels.
 struct FormatKernels {
+  Type type;                              // of the rows that it is multiplied with
+  bool scaled;                            // an outlier store and scales stand behind the entries
+  uint8_t padding;                        // each byte of an entry that is zero
+  int64_t (*entry_bytes)(int64_t steps);  // of a panel, without the store, the scales and sparse codes
   // Packs rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`. Null for a format
   // that is made from another one.
   void (*pack)(PackedWeight& weight, const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts);
@@ -225,7 +227,7 @@ struct FormatKernels {
 struct Kernels {
   const char* name;
   FormatKernels formats[FORMATS];
-  const FormatKernels& of(const PackedWeight& weight) const { return formats[static_cast<int>(weight.format)]; }
+  const FormatKernels& of(Format format) const { return formats[static_cast<int>(format)]; }
   // Row `row` of x from k floats; `inverse` multiplies them first, `gain` (k) too unless null.
   void (*prepare)(const Prepared& x, int64_t row, const float* source, float inverse, const float* gain,
                   const Decomposition& outliers, float* scratch);

@@ -150,7 +150,13 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
-  return {.pack = Format::pack, .multiply = multiply<Format>, .look_up = Format::look_up};
+  return {.type = Format::TYPE,
+          .scaled = Format::CODED,
+          .padding = Format::PADDING,
+          .entry_bytes = Format::entry_bytes,
+          .pack = Format::pack,
+          .multiply = multiply<Format>,
+          .look_up = Format::look_up};
 }
 
 }  // namespace GOSSAMER_NS

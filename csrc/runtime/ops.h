@@ -21,7 +21,7 @@ struct Embed final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        program.kernels.of(table).look_up(table, step.tokens[r], factor, program.buffers[to].row(r));
+        program.kernels.of(table.format).look_up(table, step.tokens[r], factor, program.buffers[to].row(r));
     });
   }
 };

@@ -72,7 +72,7 @@ void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Pha
     call.last_row = count * (block + 1) / blocks;
     call.first_panel = panel;
     call.last_panel = std::min(panel + grain, panels);
-    kernels.of(*call.weight).multiply(call);
+    kernels.of(call.weight->format).multiply(call);
   });
 }
 

@@ -66,7 +66,7 @@ def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ..
         for each in own.parameters.values():
             parameters += flags if each.name == "options" else [each.replace(annotation=hints[each.name])]
         parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # a name that inspect looks for
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return run
 

@@ -108,12 +108,12 @@ def _int8_modules(
         weight = weight.detach()
         quantized = quantize_weight(weight, f"the weight of {name}")
         if layer is head:
-            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # of transformers models
             embedding = Int8Embedding.from_embedding(old, quantized)
             replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition)}
             report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))
             continue
-        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]  # a linear layer has it
         int8 = Int8Linear.from_weight(
             quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
         )
