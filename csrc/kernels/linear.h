@@ -7,7 +7,7 @@
 //   entries(call, panel)   the panel as tiles read it
 //   few(call, panel, sums) the products of a few rows with a panel whose entries never leave the registers, (rows, 32);
 //                          false where that is not the faster way
-//   pack, look_up          see FormatKernels
+//   TYPE, PADDING, entry_bytes, pack, look_up   see FormatKernels
 // and where CODED: FLIP, what makes an entry code + 128 (exclusive or), and step(weight, panel, step, buffer), the
 // entries of one step.
 #pragma once
