@@ -124,6 +124,7 @@ struct AttentionTask {
   float* state;            // (rows, heads, 2): the maximum, in base 2, and the sum; `state_stride` between tokens
   int64_t state_stride;
   uint8_t* scratch;        // of the thread: attention_scratch(dim) bytes
+  bool invariant;          // rows come out the same, to the bit, however many there are; at most INVARIANT_KEYS keys
   const void* next_keys;   // of the task that this thread does next, which a task of a few rows fetches meanwhile, as
   const void* next_values; // many of them as it has itself; or null
 };
@@ -145,6 +146,7 @@ struct KeyMeans {
 };
 constexpr int64_t BLOCK_KEYS = 32, MEANS_REPORT = 7;
 
+constexpr int64_t INVARIANT_KEYS = 128;
 constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted
 constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }  // keys of a block
 constexpr int64_t attention_scratch(int64_t dim) {
@@ -241,6 +243,8 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t n, uint8_t* out);         // to kv_bytes(int8, n): absmax scale
   // out (D) = sum over parts of weight * part, for states of base 2.
   void (*merge)(const float* const* parts, const float* const* states, int64_t count, int64_t dim, float* out);
+  // (out (D), state) = what a row gets from the keys of both states; `state` as in AttentionTask.
+  void (*join)(float* out, float* state, const float* other, const float* other_state, int64_t dim);
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
   int64_t (*argmax)(const float* x, int64_t n);
