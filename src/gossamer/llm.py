@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
+from gossamer.engine.chat_template import Message, render
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
-from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
+from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn.quantize import QuantizationReport
@@ -23,7 +24,6 @@ from gossamer.runners.choose import make_runner
 from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
-Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 OnError = Literal["raise", "return"]
 Output = TypeVar("Output", RequestOutput, ScoreOutput, BeamSearchOutput)
 
@@ -261,16 +261,11 @@ class LLM:
             tokenizer: a copy of the model's, for other threads.
 
         Raises:
-            ConfigurationError: the model has no chat template, or it refuses the messages.
+            ConfigurationError: the model has no chat template.
+            InvalidPromptError: a message is none, or the template refuses them.
         """
         self._check_chat_template()
-        try:
-            encoded = (tokenizer or self.tokenizer).apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, return_dict=True
-            )
-        except Exception as error:  # templates are programs that come with the model and raise what they like
-            raise InvalidPromptError(f"the chat template refused the messages: {error}", param="messages") from error
-        return list(encoded["input_ids"])
+        return render(tokenizer or self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
     def pin(self, prompt: Prompt) -> int:
         """Keep a prefix's keys and values in memory once they are computed; returns its number of tokens."""
@@ -286,7 +281,7 @@ class LLM:
     def _check_chat_template(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigurationError(
-                f"{self.model_name} has no chat template: it was not trained for conversations; use generate()"
+                "this model has no chat template: it was not trained for conversations; use generate()"
             )
 
     def _serve(

@@ -27,8 +27,7 @@ def extend_text(
     hidden = stop is not None and stop.hides_token
     if logprobs is not None:
         assert text is not None
-        for candidate, logprob in logprobs.items():
-            text.describe(candidate, logprob)
+        text.describe(logprobs, token)
         if hidden:
             logprobs[token].token_bytes = b""
         sequence.logprobs.append(logprobs)
@@ -46,6 +45,16 @@ def extend_text(
     if params.detokenize:
         sequence.text = text.text if stop is None or stop.text is None else stop.text
     return stop
+
+
+def describe_prompt(sequence: Sequence, start: int, tokens: TokenBytes, entries: list[dict[int, Logprob]]) -> None:
+    """Tell the log-probabilities of the tokens of a prompt from ``start`` on their texts, each behind those before."""
+    params = sequence.request.params
+    assert params is not None
+    text = IncrementalDetokenizer(tokens, params.skip_special_tokens, sequence.tokens[:start])
+    for token, candidates in zip(sequence.tokens[start:], entries, strict=False):
+        text.describe(candidates, token)
+        text.push([token])
 
 
 def _complete_last(sequence: Sequence, rest: str) -> None:

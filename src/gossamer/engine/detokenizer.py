@@ -7,7 +7,7 @@ held back until further tokens complete the character; so no piece of text ends 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gossamer.engine.token_bytes import TokenBytes
@@ -44,9 +44,7 @@ class IncrementalDetokenizer:
     ' Hi'
     """
 
-    def __init__(
-        self, tokenizer: Any, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()) -> None:
         self.text = ""
         self._tokens = TokenBytes.of(tokenizer)
         self._skip_special_tokens = skip_special_tokens
@@ -67,15 +65,21 @@ class IncrementalDetokenizer:
         self.text += text
         return text
 
-    def describe(self, token: int, logprob: Logprob) -> None:
-        """Tell what ``token`` would add if it came next: the text that it completes, and its own bytes."""
-        if self._is_hidden(token):
-            logprob.decoded_token, logprob.token_bytes = self._tokens.spelling(token), b""
-            return
-        logprob.token_bytes = self._tokens.added(self._previous, token)
+    def describe(self, candidates: Mapping[int, Logprob], chosen: int) -> None:
+        """Tell candidates for the next token what they would add: the text that each completes, and its own bytes.
+
+        At the beginning of a text all but the ``chosen`` one keep the space that would be dropped there: it tells them
+        apart.
+        """
         state = self._utf8.getstate()
-        logprob.decoded_token = self._utf8.decode(logprob.token_bytes)
-        self._utf8.setstate(state)
+        for token, logprob in candidates.items():
+            if self._is_hidden(token):
+                logprob.decoded_token, logprob.token_bytes = self._tokens.spelling(token), b""
+                continue
+            previous = token if self._previous is None and token != chosen else self._previous
+            logprob.token_bytes = self._tokens.added(previous, token)
+            logprob.decoded_token = self._utf8.decode(logprob.token_bytes)
+            self._utf8.setstate(state)
 
     def _append(self, token: int) -> str:
         added = self._tokens.added(self._previous, token)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.branching import descend, hand_out
-from gossamer.engine.completion_text import extend_text
+from gossamer.engine.completion_text import describe_prompt, extend_text
 from gossamer.engine.cost import calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
@@ -324,7 +324,9 @@ class Engine:
             sequence.scores += token_logprobs(part, targets).tolist()
             params = sequence.request.params
             if params is not None and params.prompt_logprobs is not None:
-                sequence.top_scores += top_logprobs(part, targets, params.prompt_logprobs)
+                top = top_logprobs(part, targets, params.prompt_logprobs)
+                describe_prompt(sequence, target, self.factory.tokens, top)
+                sequence.top_scores += top
             first += count
             if any(math.isnan(value) for value in sequence.scores[-count:]):
                 failed.append(self._fail(sequence.request, RequestError(NOT_FINITE)))

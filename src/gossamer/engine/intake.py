@@ -7,6 +7,7 @@ from typing import Any
 
 from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
 from gossamer.sampling_params import SamplingParams
+from gossamer.texts import find_lone_surrogate
 
 # Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt".
 Prompt = str | Mapping[str, Any]
@@ -77,12 +78,10 @@ class Intake:
         return encoded
 
     def _tokenize(self, text: str, request_id: str, param: str, **options: bool) -> list[int]:
-        try:
-            return list(self.tokenizer.encode(text, **options))
-        except (UnicodeError, TypeError):  # lone surrogates cannot be written as UTF-8
-            raise InvalidPromptError(
-                f"{param} is not valid Unicode (lone surrogates)", request_id=request_id, param=param
-            ) from None
+        found = find_lone_surrogate(text, param)
+        if found is not None:
+            raise InvalidPromptError(found.reason, request_id=request_id, param=param)
+        return list(self.tokenizer.encode(text, **options))
 
     def check_ids(self, ids: Any, request_id: str, param: str = "prompt_token_ids") -> list[int]:
         """``ids`` as a list of token ids of this model, at least one."""
@@ -140,6 +139,11 @@ class Intake:
                     request_id=request_id,
                     param=name,
                 )
+        form = params.structured_outputs
+        for name, texts in (("stop", params.stop), ("structured_outputs", None if form is None else form.to_dict())):
+            found = find_lone_surrogate(texts, name)
+            if found is not None:
+                raise InvalidSamplingParamsError(found.reason, request_id=request_id, param=name)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and value > self.vocab_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gossamer.engine.beam import BeamSearch
-from gossamer.engine.detokenizer import IncrementalDetokenizer, decode
+from gossamer.engine.detokenizer import decode
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import RequestError
@@ -45,7 +45,6 @@ class ResultBuilder:
             # Completions beyond the first share the prompt with the first; only that one tells what was cached.
             output.num_cached_tokens = request.sequences[0].num_cached
             if request.params.prompt_logprobs is not None and request.sequences[0].output_ids:
-                self._describe_prompt(request.sequences[0], request.params.skip_special_tokens)
                 output.prompt_logprobs = [None, *request.sequences[0].top_scores]
         return output
 
@@ -84,17 +83,6 @@ class ResultBuilder:
                 entry[token].logprob for entry, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
             )
         return completion
-
-    def _describe_prompt(self, sequence: Sequence, skip_special_tokens: bool) -> None:
-        """Tell the log-probabilities of a prompt their texts, each behind the tokens before it."""
-        entries = sequence.top_scores
-        if not entries or all(logprob.decoded_token is not None for logprob in entries[-1].values()):
-            return  # an output before this one has told them
-        text = IncrementalDetokenizer(self.tokens, skip_special_tokens)
-        for token, entry in zip(sequence.tokens, entries, strict=False):
-            text.push([token])
-            for candidate, logprob in entry.items():
-                text.describe(candidate, logprob)
 
     def _scores(self, request: Request, error: RequestError | None) -> ScoreOutput:
         output = ScoreOutput(request.request_id, request.prompt_token_ids, error=error)
