@@ -186,7 +186,7 @@ def test_an_answer_of_openais_client_is_history():
     [
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages.0.content"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a\udfff"}]}]},
+            {"messages": [{"role": "user", "content": [{"text": "a\udfff"}]}]},
             "messages.0.content.0.text",
         ),
         ({"stop": ["a", "\ud83d"]}, "stop.1"),
@@ -196,7 +196,7 @@ def test_an_answer_of_openais_client_is_history():
     ],
 )
 def test_a_lone_surrogate_is_named(fields, where):
-    with pytest.raises(RequestError, match="lone surrogate .U.D") as caught:
+    with pytest.raises(RequestError, match=r"lone surrogate \(U\+D") as caught:
         ChatCompletionRequest.parse({"messages": HELLO} | fields)
     assert caught.value.param == where
     json.dumps(error_body(caught.value), ensure_ascii=False).encode()

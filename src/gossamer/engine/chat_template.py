@@ -25,6 +25,11 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
 
     Raises:
         InvalidPromptError: a message is none, has no content or holds a lone surrogate, or the template refuses them.
+
+    >>> from types import SimpleNamespace
+    >>> write = lambda messages, **options: {"input_ids": [len(message["content"]) for message in messages]}
+    >>> render(SimpleNamespace(apply_chat_template=write), [{"role": "assistant", "content": None}])
+    [0]
     """
     given = [_given(message, f"messages.{place}") for place, message in enumerate(messages)]
     try:
