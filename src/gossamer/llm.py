@@ -225,12 +225,11 @@ class LLM:
 
         Args:
             prompts: one or many.
-            continuations: candidate endings, texts or lists of token ids: one list for all prompts, or one list per
-                prompt. All candidates of all prompts are scored in one shared pass, which computes each common prefix
-                once. The tokens of a text are those that it adds to the prompt: ``encode(prompt + text)`` without
-                ``encode(prompt)``. (If the border falls inside a token, those that it has behind other texts.)
-            delimiter: stands between a prompt and each text: a space, if the endings are words without one. Its
-                tokens are scored with the ending's.
+            continuations: candidate endings, texts or lists of token ids: one list for all prompts, or one per prompt.
+                All are scored in one shared pass, which computes each common prefix once. The tokens of a text are
+                those that it adds to the prompt: ``encode(prompt + text)`` without ``encode(prompt)``. (If the border
+                falls inside a token, those that it has behind other texts.)
+            delimiter: stands between a prompt and each text, and is scored with it: a space, if these are words.
 
         Returns:
             One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or

@@ -108,7 +108,7 @@ class GeneratingBody(Fields, BaseModel):
         Args:
             outputs: one per prompt, in the order of ``prompts()``.
             model: the name of the model that answered.
-            decode: token ids -> text.
+            decode: token ids -> text; takes ``skip_special_tokens`` by name.
         """
 
     @abstractmethod
