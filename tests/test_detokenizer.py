@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 import metaspace_tokenizer
@@ -153,6 +154,32 @@ def test_a_prompt_costs_no_more_when_it_is_long() -> None:
 
     IncrementalDetokenizer(Recording(SENTENCEPIECE), prompt_token_ids=[metaspace_tokenizer.IDS["▁dog"]] * 10_000)
     assert len(asked) < 10
+
+
+DECODERS = {
+    "none": None,
+    "word-piece": decoders.WordPiece(prefix="##", cleanup=True),
+    "suffix": decoders.BPEDecoder(suffix="</w>"),
+    "metaspace": decoders.Metaspace(prepend_scheme="always"),
+    "metaspace, no space": decoders.Metaspace(prepend_scheme="never"),
+    "as in GGUF files": decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
+@given(ids=st.lists(st.integers(0, 12), max_size=12), border=st.integers(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_other_decoders_are_followed(decoder: Any, ids: list[int], border: int) -> None:
+    words = ["<s>", "web", "##ing", ".", "n't", "do", "spin</w>", "er</w>", "▁web", "▁", "▁▁", "é</w>", ","]
+    other = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<s>"))
+    other.add_special_tokens(["<s>"])
+    if decoder is not None:
+        other.decoder = decoder
+    whole = other.decode(ids, skip_special_tokens=True)
+    before = decode(other, ids[:border])
+    assert before + "".join(stream(other, ids[border:], [1], prompt=ids[:border])) == whole
 
 
 def test_a_tokenizer_that_only_decodes_is_asked_for_each_token_behind_the_one_before() -> None:

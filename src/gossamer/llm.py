@@ -244,7 +244,6 @@ class LLM:
         endings = self._endings_for(many, continuations)
 
         def add(place: int, request_id: str) -> None:
-            # without continuations, the prompt itself is scored
             prompt, tails = many[place], None
             if continuations is not None:
                 tails = self.engine.intake.encode_endings(endings[place], prompt, request_id, delimiter=delimiter)
