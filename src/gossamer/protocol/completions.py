@@ -181,11 +181,12 @@ def _logprob(step: Step) -> float | None:
 def _top(step: Step, count: int, *, as_ids: bool) -> Json:
     """The most probable tokens and the chosen one, by text; of several with one text, the others by their ids."""
     ranked = most_probable(step, count)
-    names = {} if as_ids else {step.text: step.token}
-    for token, logprob in ranked:
-        names.setdefault(token_id_text(token) if as_ids else token_text(logprob), token)
-    texts = {token: name for name, token in names.items()}
-    return {texts.get(token, token_id_text(token)): finite(logprob.logprob) for token, logprob in ranked}
+    named: dict[str, int] = {}
+    if not as_ids:
+        texts = [(step.text, step.token), *((token_text(logprob), token) for token, logprob in ranked)]
+        named = dict(reversed(texts))  # of one text, the chosen token has it, or the most probable one
+    names = {token: text for text, token in named.items()}
+    return {names.get(token, token_id_text(token)): finite(logprob.logprob) for token, logprob in ranked}
 
 
 def _is_token_ids(value: object) -> bool:

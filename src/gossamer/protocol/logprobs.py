@@ -83,6 +83,8 @@ def prompt_steps(output: RequestOutput, text: str, spell_first: str) -> list[Ste
     offset = 0
     for token, candidates in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
         spelled = spell_first if candidates is None else token_text(candidates[token])
+        if candidates is None and "\ufffd" in spelled and not text.startswith(spelled):
+            spelled = ""  # it ends inside a character
         place = text.find(spelled, offset, offset + len(spelled) + (_SKIPPED if _adds_text(token, candidates) else 0))
         steps.append(Step(token, spelled, max(place, offset), place >= 0, candidates))
         offset = steps[-1].end
