@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from gossamer.errors import InvalidPromptError
-from gossamer.texts import find_lone_surrogate
+from gossamer.surrogates import find_lone_surrogate
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 # A path of at least two names, not part of a URL or of a closing tag.

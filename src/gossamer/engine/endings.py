@@ -18,6 +18,12 @@ class EndingEncoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt: its text.
+
+    >>> class Letters:
+    ...     def encode(self, text, *, add_special_tokens):
+    ...         return [ord(letter) for letter in " " + text]  # with a space in front, as SentencePiece
+    >>> EndingEncoder(Letters(), "a").encode("b"), Letters().encode("b", add_special_tokens=False)
+    ([98], [32, 98])
     """
 
     def __init__(self, tokenizer: Any, prompt: str) -> None:

@@ -9,7 +9,7 @@ from gossamer.engine.detokenizer import decode
 from gossamer.engine.endings import EndingEncoder, is_token_list
 from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
 from gossamer.sampling_params import SamplingParams
-from gossamer.texts import find_lone_surrogate
+from gossamer.surrogates import find_lone_surrogate
 
 # Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt".
 Prompt = str | Mapping[str, Any]

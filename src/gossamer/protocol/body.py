@@ -31,7 +31,7 @@ from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
 
 
-class GeneratingBody(Fields, BaseModel):
+class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
     """Body of an endpoint that generates text."""
 
     #: The path of the endpoint, in batch files as well.

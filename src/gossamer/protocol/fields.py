@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gossamer.errors import RequestError
-from gossamer.texts import find_lone_surrogate
+from gossamer.surrogates import find_lone_surrogate
 
 M = TypeVar("M", bound=BaseModel)
 
