@@ -113,7 +113,7 @@ class FakeLLM:
         self.engine = FakeEngine(float(os.environ.get("FAKE_LLM_DELAY", 0)))
         self.tokenizer = SimpleNamespace(
             chat_template=None if model == "base" else "{{ messages }}",
-            decode=lambda ids: "".join(map(chr, ids)),
+            decode=lambda ids, **options: "".join(map(chr, ids)),
         )
 
     def __enter__(self) -> FakeLLM:

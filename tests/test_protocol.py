@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from fake_llm import FakeLLM, expected_answer
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
@@ -79,9 +80,30 @@ def test_null_means_not_given():
     assert (params.temperature, params.n, params.stop, params.max_tokens) == (1.0, 1, (), None)
 
 
-def test_a_misspelled_field_is_refused_even_when_it_is_null():
-    with pytest.raises(RequestError, match="temprature"):
-        ChatCompletionRequest.parse({"messages": HELLO, "temprature": None})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"anything": None},
+        {"stream": True, "stream_options": {"include_usage": None, "other": None}},
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"structured_outputs": {"choice": ["a"], "regex": None, "grammar": None}},
+        {"messages": [{"role": "user", "content": "Hello", "audio": None, "anything": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": None}]}]},
+    ],
+)
+def test_null_means_not_given_in_any_object(fields):
+    request = ChatCompletionRequest.parse({"messages": HELLO} | fields)
+    assert request.chat_messages() == HELLO
+    without = {name: value for name, value in fields.items() if value is not None}
+    if "structured_outputs" in without:
+        assert request.to_sampling_params().structured_outputs.to_dict() == {"choice": ["a"]}
+
+
+def test_null_in_a_schema_is_a_value():
+    schema = {"enum": [None, "a"], "default": None}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": None}}
+    request = ChatCompletionRequest.parse({"messages": HELLO, "response_format": form})
+    assert request.to_sampling_params().structured_outputs.json == schema
 
 
 @pytest.mark.parametrize(
@@ -133,6 +155,11 @@ def test_messages_in_parts_and_from_developers_become_what_templates_know():
                 {"role": "developer", "content": "Be brief"},
                 {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
                 {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+                {"role": "user", "content": "d", "name": "me", "type": "message"},
+                {"role": "assistant", "content": "e", "annotations": [], "tool_calls": [], "reasoning_content": "f"},
+                {"role": "assistant", "content": None, "refusal": "No."},
+                {"role": "assistant", "content": None},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "g"}], "reasoning": "h"},
             ]
         }
     )
@@ -140,7 +167,39 @@ def test_messages_in_parts_and_from_developers_become_what_templates_know():
         {"role": "system", "content": "Be brief"},
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d", "name": "me"},
+        {"role": "assistant", "content": "e", "reasoning_content": "f"},
+        {"role": "assistant", "content": "No."},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "g", "reasoning_content": "h"},
     ]
+
+
+def test_an_answer_of_openais_client_is_history():
+    answer = ChatCompletionMessage(role="assistant", content="Four.").model_dump()
+    request = ChatCompletionRequest.parse({"messages": [*HELLO, answer, *HELLO]})
+    assert request.chat_messages() == [*HELLO, {"role": "assistant", "content": "Four."}, *HELLO]
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "a\udfff"}]}]},
+            "messages.0.content.0.text",
+        ),
+        ({"stop": ["a", "\ud83d"]}, "stop.1"),
+        ({"model": "\ud83d"}, "model"),
+        ({"structured_outputs": {"json": {"const": "\ud83d"}}}, "structured_outputs.json.const"),
+        ({"\ud83d": 1}, "a name in it"),
+    ],
+)
+def test_a_lone_surrogate_is_named(fields, where):
+    with pytest.raises(RequestError, match=r"lone surrogate \(U\+D") as caught:
+        ChatCompletionRequest.parse({"messages": HELLO} | fields)
+    assert caught.value.param == where
+    json.dumps(error_body(caught.value), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +210,9 @@ def test_messages_in_parts_and_from_developers_become_what_templates_know():
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "user", "content": [{"type": "text", "text": 1}]},
-        {"role": "user", "content": "x", "name": "me"},
+        {"role": "user", "content": [{"type": "text", "refusal": "x"}]},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "call"}]},
+        {"role": "assistant", "content": "x", "type": "reasoning"},
         "hello",
     ],
 )
@@ -182,7 +243,8 @@ def test_completion_logprobs_line_up_with_the_text():
     assert "".join(logprobs["tokens"]) == choice["text"]
     assert logprobs["token_logprobs"] == [-1.0] * 4
     assert logprobs["text_offset"] == [0, 1, 2, 3]
-    assert [list(top.values()) for top in logprobs["top_logprobs"]] == [[-0.5]] * 4  # the chosen one has rank 2
+    # The chosen one has rank 2; it is there besides the most probable one.
+    assert [list(top.values()) for top in logprobs["top_logprobs"]] == [[-0.5, -1.0]] * 4
 
 
 @pytest.mark.parametrize("prompt", ["abc", [97, 98, 99]])
@@ -214,12 +276,6 @@ def test_a_chat_answer_has_openais_shape():
     assert entry["top_logprobs"] == [{"token": "é", "logprob": -0.25, "bytes": [0xC3, 0xA9]}]
     assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
     assert body["usage"]["completion_tokens"] == 3
-
-
-def test_part_of_a_character_has_no_bytes():
-    request = ChatCompletionRequest.parse({"messages": HELLO, "logprobs": True})
-    body = request.answer([chat_output("\ufffd", logprobs=True)], model="m", decode=str)
-    assert body["choices"][0]["logprobs"]["content"][0]["bytes"] is None
 
 
 def test_top_logprobs_needs_logprobs():

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import metaspace_tokenizer
 from gossamer import LLM
 from gossamer.errors import ConfigurationError, InvalidPromptError, PromptTooLongError
 from gossamer.options import SHARING_MODES
+from gossamer.outputs import ScoreOutput
+from metaspace_tokenizer import IDS
 from references import assert_idle, logprobs
 
 QUESTION = "Which animal spins gossamer? It is the"
@@ -124,3 +128,55 @@ def test_no_endings_at_all(llm: LLM) -> None:
     with pytest.raises(InvalidPromptError, match="prompt-0: continuations is empty"):
         llm.score("one", [])
     assert llm.score([]) == []
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A model whose tokenizer puts a space in front of a text."""
+    return LLM(metaspace_tokenizer.save_llama(tmp_path_factory.mktemp("spaced")))
+
+
+def ids_of(output: ScoreOutput) -> list[list[int]]:
+    return [each.token_ids for each in output.continuations]
+
+
+@pytest.mark.parametrize("prompt", ["dog", "ok dog", {"prompt": "dog"}, {"prompt_token_ids": [1, IDS["▁dog"]]}])
+def test_an_ending_has_the_tokens_that_it_adds_to_the_prompt(spaced: LLM, prompt: Any) -> None:
+    endings = ["!", "s", "\n", " dog", "é", " ok!"]
+    (output,) = spaced.score(prompt, endings, use_tqdm=False)
+    encode = spaced.tokenizer.encode
+    assert ids_of(output) == [encode("dog" + ending)[len(encode("dog")) :] for ending in endings]
+
+
+def test_an_ending_that_melts_into_the_prompt_gets_no_space_of_its_own(spaced: LLM) -> None:
+    (output,) = spaced.score("do", ["g", "gs"], use_tqdm=False)
+    assert ids_of(output) == [[IDS["g"]], [IDS["g"], IDS["s"]]]
+
+
+def test_a_delimiter_stands_before_texts_and_is_scored_with_them(spaced: LLM) -> None:
+    endings = ["dog", "ok"]
+    (given,) = spaced.score("dog", [" dog", " ok"], use_tqdm=False)
+    (output,) = spaced.score("dog", endings, use_tqdm=False, delimiter=" ")
+    assert ids_of(output) == ids_of(given)
+    assert [each.text for each in output.continuations] == endings
+    assert output.continuations[0].logprob == pytest.approx(given.continuations[0].logprob, abs=1e-4)
+
+
+def test_endings_may_be_token_ids(spaced: LLM) -> None:
+    (texts,) = spaced.score("dog", [" dog", "s"], use_tqdm=False)
+    ids = ids_of(texts)
+    tensors = [torch.tensor(each) for each in ids]
+    for endings in (ids, tensors, [ids], [ids[0], "s"]):
+        (output,) = spaced.score("dog", endings, use_tqdm=False, delimiter="")
+        assert ids_of(output) == ids
+        scores = [each.logprob for each in texts.continuations]
+        assert [each.logprob for each in output.continuations] == pytest.approx(scores, abs=1e-4)
+    assert [each.text for each in output.continuations] == [None, "s"]
+    one, other = spaced.score(["dog", "ok"], [[[IDS["s"]]], [[IDS["!"], IDS["s"]]]], use_tqdm=False)
+    assert (ids_of(one), ids_of(other)) == ([[IDS["s"]]], [[IDS["!"], IDS["s"]]])
+
+
+@pytest.mark.parametrize("ending", [[True], [10**9], [-1], "", 5])
+def test_what_is_no_ending_is_refused_by_its_place(spaced: LLM, ending: Any) -> None:
+    with pytest.raises(InvalidPromptError, match=r"continuations\[1\]"):
+        spaced.score("dog", [["s", ending]], use_tqdm=False)

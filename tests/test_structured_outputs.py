@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import metaspace_tokenizer
 from gossamer import LLM, SamplingParams, StructuredOutputsParams
 from gossamer.errors import InvalidSamplingParamsError
 
@@ -121,3 +123,23 @@ def test_schemas_that_differ_in_order_only_are_two(llm: LLM) -> None:
 def test_texts_that_end_need_their_end() -> None:
     with pytest.raises(InvalidSamplingParamsError, match="ignore_eos"):
         SamplingParams(ignore_eos=True, structured_outputs=StructuredOutputsParams(json_object=True))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_a_form_may_spell_special_tokens(llm: LLM, kind: str, tmp_path: Path) -> None:
+    model, spelled = (llm, "<eos>") if kind == "byte-level" else (LLM(metaspace_tokenizer.save_llama(tmp_path)), "</s>")
+    texts = [f"a{spelled}b", f"{spelled}dog", f"dog {spelled}{spelled}"]
+    forms: list[dict[str, Any]] = [{"choice": texts}, *({"choice": [text]} for text in texts)]
+    forms += [{"regex": re.escape(text)} for text in texts] + [{"json": {"const": text}} for text in texts]
+    forms += [{"json": {"enum": ["b", spelled]}}, {"regex": f"(a/|{spelled})x"}]
+    asked = [params(seed, **form) for seed, form in enumerate(forms)]
+    for given, output in zip(asked, model.generate(["Answer:"] * len(asked), asked, use_tqdm=False), strict=True):
+        form, text = given.structured_outputs, output.outputs[0].text
+        assert form is not None and output.outputs[0].finish_reason == "stop"
+        if form.regex is not None:
+            assert re.fullmatch(form.regex, text)
+        elif form.choice is not None:
+            assert text in form.choice
+        else:
+            assert isinstance(form.json, dict)
+            assert json.loads(text) in form.json.get("enum", [form.json.get("const")])

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
+from gossamer.engine.chat_template import Message, render
+from gossamer.engine.endings import is_token_list
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
-from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
+from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn.quantize import QuantizationReport
@@ -23,7 +25,7 @@ from gossamer.runners.choose import make_runner
 from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
-Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+Ending = str | Sequence[int]  # of a prompt
 OnError = Literal["raise", "return"]
 Output = TypeVar("Output", RequestOutput, ScoreOutput, BeamSearchOutput)
 
@@ -213,18 +215,21 @@ class LLM:
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],
-        continuations: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        continuations: Sequence[Ending] | Sequence[Sequence[Ending]] | None = None,
         use_tqdm: bool = True,
         *,
+        delimiter: str = "",
         on_error: OnError = "raise",
     ) -> list[ScoreOutput]:
         """Log-likelihoods (natural) of prompts, or of candidate endings of them.
 
         Args:
             prompts: one or many.
-            continuations: candidate endings: one list for all prompts, or one list per prompt. All candidates of all
-                prompts are scored in one shared pass, which computes each common prefix once. A continuation is
-                tokenized by itself and appended to the prompt's tokens, so begin it with the space it needs.
+            continuations: candidate endings, texts or lists of token ids: one list for all prompts, or one per prompt.
+                All are scored in one shared pass, which computes each common prefix once. The tokens of a text are
+                those that it adds to the prompt: ``encode(prompt + text)`` without ``encode(prompt)``. (If the border
+                falls inside a token, those that it has behind other texts.)
+            delimiter: stands between a prompt and each text, and is scored with it: a space, if these are words.
 
         Returns:
             One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or
@@ -233,14 +238,16 @@ class LLM:
         Raises:
             RequestError: as in :meth:`generate`.
         """
+        if not isinstance(delimiter, str):
+            raise ConfigurationError(f"delimiter must be a string, got {type(delimiter).__name__}")
         many = _as_list(prompts)
         endings = self._endings_for(many, continuations)
 
         def add(place: int, request_id: str) -> None:
-            # without continuations, the prompt itself is scored
-            texts = endings[place]
-            tails = None if continuations is None else self.engine.intake.encode_continuations(texts, request_id)
-            self.engine.add_score(request_id, many[place], tails)
+            prompt, tails = many[place], None
+            if continuations is not None:
+                tails = self.engine.intake.encode_endings(endings[place], prompt, request_id, delimiter=delimiter)
+            self.engine.add_score(request_id, prompt, tails)
 
         return self._serve(len(many), add, ScoreOutput, use_tqdm, on_error)
 
@@ -261,16 +268,11 @@ class LLM:
             tokenizer: a copy of the model's, for other threads.
 
         Raises:
-            ConfigurationError: the model has no chat template, or it refuses the messages.
+            ConfigurationError: the model has no chat template.
+            InvalidPromptError: a message is none, or the template refuses them.
         """
         self._check_chat_template()
-        try:
-            encoded = (tokenizer or self.tokenizer).apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, return_dict=True
-            )
-        except Exception as error:  # templates are programs that come with the model and raise what they like
-            raise InvalidPromptError(f"the chat template refused the messages: {error}", param="messages") from error
-        return list(encoded["input_ids"])
+        return render(tokenizer or self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
     def pin(self, prompt: Prompt) -> int:
         """Keep a prefix's keys and values in memory once they are computed; returns its number of tokens."""
@@ -286,7 +288,7 @@ class LLM:
     def _check_chat_template(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigurationError(
-                f"{self.model_name} has no chat template: it was not trained for conversations; use generate()"
+                "this model has no chat template: it was not trained for conversations; use generate()"
             )
 
     def _serve(
@@ -344,15 +346,15 @@ class LLM:
         return [f"{call}{kind}-{place}" for place in range(count)]
 
     def _endings_for(self, prompts: list[Prompt], continuations: Any) -> list[Any]:
-        """What was given for each prompt; whether it is a list of strings is checked with the prompt."""
+        """What was given for each prompt; whether it is a list of endings is checked with the prompt."""
         if continuations is None:
             return [None] * len(prompts)
         if not isinstance(continuations, Sequence) or isinstance(continuations, (str, bytes)):
             raise ConfigurationError(
-                "continuations must be a list of strings, or one such list per prompt, got "
+                "continuations must be a list of strings or of lists of token ids, or one such list per prompt, got "
                 f"{type(continuations).__name__}"
             )
-        if all(isinstance(each, str) for each in continuations):
+        if all(isinstance(each, str) or is_token_list(each) for each in continuations):
             return [continuations] * len(prompts)
         if len(continuations) != len(prompts):
             raise ConfigurationError(

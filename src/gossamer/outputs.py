@@ -9,11 +9,19 @@ from gossamer.errors import RequestError
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability (natural) of one token, its rank (1 is the most probable) and its text."""
+    """Log-probability (natural) of one token, its rank (1 is the most probable) and its text.
+
+    Attributes:
+        decoded_token: the text that the token completes behind those before it: the texts of the tokens of a completion
+            add up to its text. It is empty for a token that ends inside a character, whose last token has all of it.
+            A token that is no part of the text, such as the one that ended it, stands here as it is spelled.
+        token_bytes: the bytes that the token adds to the text; none for one that is no part of it.
+    """
 
     logprob: float
     rank: int
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 @dataclass(slots=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_lines
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
+from gossamer.engine.detokenizer import decode
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import GeneratingBody
@@ -197,7 +199,7 @@ class BatchRunner:
         self._write_refused(job.line, error)
 
     def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
-        answer = job.body.answer(outputs, model=llm.model_name, decode=llm.tokenizer.decode)
+        answer = job.body.answer(outputs, model=llm.model_name, decode=partial(decode, llm.tokenizer, unfinished=True))
         self._output.append(answer_record(job.line, answer))
         usage = answer["usage"]
         self.summary.completed += 1

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.branching import descend, hand_out
+from gossamer.engine.completion_text import describe_prompt, extend_text
 from gossamer.engine.cost import calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
@@ -93,7 +94,7 @@ class Engine:
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
-        self.results = ResultBuilder(tokenizer)
+        self.results = ResultBuilder(self.factory.tokens)
         self.sampler = Sampler()
         self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
         self.requests: dict[str, Request] = {}
@@ -301,36 +302,17 @@ class Engine:
         """Append a sampled token, and mark the sequence as finished if it is the last."""
         sequence.tokens.append(token)
         sequence.output_ids.append(token)
-        if logprobs is not None:
-            sequence.logprobs.append(logprobs)
         self.stats.generated_tokens += 1
-        checker, text, state = sequence.stop, sequence.detokenizer, sequence.sampling
+        checker, state = sequence.stop, sequence.sampling
         assert checker is not None and state is not None
         stop = checker.check_token(token, len(sequence.output_ids))
         if state.constraint is not None and (stop is None or not stop.hides_token):
             state.constraint.accept(token)
             if state.constraint.complete:
                 stop = Stop("stop")
-        if text is not None:
-            if stop is None or not stop.hides_token:
-                text.push([token])
-            if stop is not None:
-                text.flush()
-            if checker.needs_text:
-                stop = checker.check_text(text.text, len(sequence.output_ids)) or stop
-            sequence.text = text.text if stop is None or stop.text is None else stop.text
+        stop = extend_text(sequence, self.factory.tokens, logprobs, stop)
         if stop is not None:
             sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
-            if text is None:
-                self._set_text(sequence, hide_last=stop.hides_token)
-
-    def _set_text(self, sequence: Sequence, *, hide_last: bool) -> None:
-        """The text of a sequence that needed none until now."""
-        params = sequence.request.params
-        assert params is not None
-        if params.detokenize:
-            ids = sequence.output_ids[:-1] if hide_last else sequence.output_ids
-            sequence.text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
 
     def _score(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Log-probabilities of given tokens; returns requests that failed over them."""
@@ -342,7 +324,9 @@ class Engine:
             sequence.scores += token_logprobs(part, targets).tolist()
             params = sequence.request.params
             if params is not None and params.prompt_logprobs is not None:
-                sequence.top_scores += top_logprobs(part, targets, params.prompt_logprobs)
+                top = top_logprobs(part, targets, params.prompt_logprobs)
+                describe_prompt(sequence, target, self.factory.tokens, top)
+                sequence.top_scores += top
             first += count
             if any(math.isnan(value) for value in sequence.scores[-count:]):
                 failed.append(self._fail(sequence.request, RequestError(NOT_FINITE)))

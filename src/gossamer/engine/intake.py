@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gossamer.engine.detokenizer import decode
+from gossamer.engine.endings import EndingEncoder, is_token_list
 from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
 from gossamer.sampling_params import SamplingParams
+from gossamer.surrogates import find_lone_surrogate
 
 # Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt".
 Prompt = str | Mapping[str, Any]
@@ -54,35 +57,55 @@ class Intake:
             raise InvalidPromptError("cache_salt must be a non-empty string", request_id=request_id, param="cache_salt")
         return salt
 
-    def encode_continuations(self, texts: Any, request_id: str) -> list[tuple[str, list[int]]]:
-        """Each text with its token ids, without special tokens: it goes on after a prompt.
+    def encode_endings(
+        self, endings: Any, prompt: Prompt, request_id: str, *, delimiter: str = ""
+    ) -> list[tuple[str | None, list[int]]]:
+        """Each ending of a prompt: its text, if it is one, and its token ids.
+
+        Args:
+            endings: texts, or token ids.
+            prompt: the tokens of a text depend on what it goes on after.
+            delimiter: stands between the prompt and each text.
 
         Raises:
-            InvalidPromptError: not a list of strings.
+            InvalidPromptError: not a list of endings, or one is empty.
         """
-        if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
+        if not isinstance(endings, Sequence) or isinstance(endings, (str, bytes)):
             raise InvalidPromptError(
-                f"continuations must be a list of strings, got {type(texts).__name__}",
+                f"continuations must be a list of strings or lists of token ids, got {type(endings).__name__}",
                 request_id=request_id,
                 param="continuations",
             )
-        encoded = []
-        for place, text in enumerate(texts):
+        encoder: EndingEncoder | None = None
+        encoded: list[tuple[str | None, list[int]]] = []
+        for place, ending in enumerate(endings):
             param = f"continuations[{place}]"
-            if not isinstance(text, str):
+            if isinstance(ending, str):
+                self._check_unicode(ending, request_id, param)
+                encoder = encoder or EndingEncoder(self.tokenizer, self._text_of(prompt, request_id))
+                encoded.append((ending, encoder.encode(delimiter + ending)))
+            elif is_token_list(ending):
+                encoded.append((None, self.check_ids(ending, request_id, param)))
+            else:
                 raise InvalidPromptError(
-                    f"{param} must be a string, got {type(text).__name__}", request_id=request_id, param=param
+                    f"{param} must be a string or a list of token ids, got {type(ending).__name__}",
+                    request_id=request_id,
+                    param=param,
                 )
-            encoded.append((text, self._tokenize(text, request_id, param, add_special_tokens=False)))
         return encoded
 
+    def _text_of(self, prompt: Prompt, request_id: str) -> str:
+        text, ids = self.encode(prompt, request_id)
+        return text if text is not None else decode(self.tokenizer, ids)
+
     def _tokenize(self, text: str, request_id: str, param: str, **options: bool) -> list[int]:
-        try:
-            return list(self.tokenizer.encode(text, **options))
-        except (UnicodeError, TypeError):  # lone surrogates cannot be written as UTF-8
-            raise InvalidPromptError(
-                f"{param} is not valid Unicode (lone surrogates)", request_id=request_id, param=param
-            ) from None
+        self._check_unicode(text, request_id, param)
+        return list(self.tokenizer.encode(text, **options))
+
+    def _check_unicode(self, text: str, request_id: str, param: str) -> None:
+        found = find_lone_surrogate(text, param)
+        if found is not None:
+            raise InvalidPromptError(found.reason, request_id=request_id, param=param)
 
     def check_ids(self, ids: Any, request_id: str, param: str = "prompt_token_ids") -> list[int]:
         """``ids`` as a list of token ids of this model, at least one."""
@@ -140,6 +163,11 @@ class Intake:
                     request_id=request_id,
                     param=name,
                 )
+        form = params.structured_outputs
+        for name, texts in (("stop", params.stop), ("structured_outputs", None if form is None else form.to_dict())):
+            found = find_lone_surrogate(texts, name)
+            if found is not None:
+                raise InvalidSamplingParamsError(found.reason, request_id=request_id, param=name)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(params, name)
             if value is not None and value > self.vocab_size:

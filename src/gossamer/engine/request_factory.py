@@ -10,6 +10,7 @@ from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.sampling import GrammarCompiler, SamplingState, make_random
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.stopping import StopChecker
+from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidPromptError
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -30,6 +31,7 @@ class RequestFactory:
         self.eos_token_ids = eos_token_ids
         self.sharing = sharing
         self.seed = seed
+        self.tokens = TokenBytes(intake.tokenizer)
         self._number = 0
 
     def generation(
@@ -61,8 +63,8 @@ class RequestFactory:
             constraint = None if form is None else self.grammars.constraint(form)
             sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
-            if params.stop or (stream and params.detokenize):
-                sequence.detokenizer = IncrementalDetokenizer(self.intake.tokenizer, params.skip_special_tokens)
+            if params.stop or (stream and params.detokenize) or params.logprobs is not None:
+                sequence.detokenizer = IncrementalDetokenizer(self.tokens, params.skip_special_tokens, ids)
             request.sequences.append(sequence)
         return request
 

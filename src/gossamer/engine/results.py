@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
-from typing import Any
-
 from gossamer.engine.beam import BeamSearch
+from gossamer.engine.detokenizer import decode
 from gossamer.engine.sequence import Request, Sequence
+from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import RequestError
 from gossamer.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
     CompletionOutput,
     ContinuationScore,
-    Logprob,
     RequestMetrics,
     RequestOutput,
     ScoreOutput,
@@ -23,10 +21,10 @@ Output = RequestOutput | ScoreOutput | BeamSearchOutput
 
 
 class ResultBuilder:
-    """Builds outputs; the tokenizer is needed for the texts of tokens."""
+    """Builds outputs; the vocabulary is needed for the texts of tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokens: TokenBytes) -> None:
+        self.tokens = tokens
 
     def build(self, request: Request, error: RequestError | None = None) -> Output:
         """The output of a request as it stands, finished or not."""
@@ -47,9 +45,7 @@ class ResultBuilder:
             # Completions beyond the first share the prompt with the first; only that one tells what was cached.
             output.num_cached_tokens = request.sequences[0].num_cached
             if request.params.prompt_logprobs is not None and request.sequences[0].output_ids:
-                top = request.sequences[0].top_scores
-                self._decode(top)
-                output.prompt_logprobs = [None, *top]
+                output.prompt_logprobs = [None, *request.sequences[0].top_scores]
         return output
 
     def _hypotheses(self, request: Request, beam: BeamSearch, error: RequestError | None) -> BeamSearchOutput:
@@ -57,7 +53,11 @@ class ResultBuilder:
         if error is None:
             output.sequences = [
                 BeamSearchSequence(
-                    self.tokenizer.decode(each.output_ids, skip_special_tokens=True),
+                    decode(
+                        self.tokens,
+                        each.output_ids[:-1] if each.finish_reason == "stop" else each.output_ids,
+                        prompt_token_ids=request.prompt_token_ids,
+                    ),
                     each.output_ids,
                     each.logprob,
                     each.score,
@@ -78,20 +78,11 @@ class ResultBuilder:
             stop_reason=sequence.stop_reason,
         )
         if params.logprobs is not None:
-            self._decode(sequence.logprobs)
             completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(
                 entry[token].logprob for entry, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
             )
         return completion
-
-    def _decode(self, entries: Many[dict[int, Logprob]]) -> None:
-        for entry in reversed(entries):
-            if all(logprob.decoded_token is not None for logprob in entry.values()):
-                break  # a stream has had this one before, and those in front of it
-            for token, logprob in entry.items():
-                if logprob.decoded_token is None:
-                    logprob.decoded_token = self.tokenizer.decode([token])
 
     def _scores(self, request: Request, error: RequestError | None) -> ScoreOutput:
         output = ScoreOutput(request.request_id, request.prompt_token_ids, error=error)

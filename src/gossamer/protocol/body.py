@@ -13,35 +13,26 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
     Count,
+    Fields,
     PositiveCount,
     ResponseFormat,
     StreamOptions,
     Strings,
     StructuredOutputs,
-    as_request_error,
-    drop_nulls,
+    parse_fields,
 )
 from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
 
-# Fields of OpenAI's API that Gossamer does not offer. Clients write them out as null; only a value is refused.
-_NOT_OFFERED = frozenset(
-    {"suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"}
-    | {"modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"}
-    | {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-)
 
-
-class GeneratingBody(BaseModel):
+class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
     """Body of an endpoint that generates text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     #: The path of the endpoint, in batch files as well.
     url: ClassVar[str]
@@ -77,12 +68,8 @@ class GeneratingBody(BaseModel):
     include_stop_str_in_output: bool = False
     prompt_logprobs: Count | None = None
     structured_outputs: StructuredOutputs | None = None
+    return_tokens_as_token_ids: bool = False  # in log-probabilities: "token_id:N" instead of texts
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, body: object) -> object:
-        return drop_nulls(body, _NOT_OFFERED | cls.model_fields.keys())
 
     @classmethod
     def parse(cls, body: object) -> Self:
@@ -97,10 +84,7 @@ class GeneratingBody(BaseModel):
         ...
         gossamer.errors.RequestError: suffix is not supported
         """
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            raise as_request_error(error) from None
+        return parse_fields(cls, body)
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -124,7 +108,7 @@ class GeneratingBody(BaseModel):
         Args:
             outputs: one per prompt, in the order of ``prompts()``.
             model: the name of the model that answered.
-            decode: token ids -> text.
+            decode: token ids -> text; takes ``skip_special_tokens`` by name.
         """
 
     @abstractmethod

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gossamer.outputs import Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.fields import Count, PositiveCount, drop_nulls
-from gossamer.protocol.logprobs import Step, finite, most_probable, pair_steps, prompt_logprobs, token_text
+from gossamer.protocol.fields import Count, Fields, PositiveCount, drop_nulls
+from gossamer.protocol.logprobs import (
+    Step,
+    finite,
+    most_probable,
+    prompt_logprobs,
+    steps_of,
+    token_id_text,
+    token_text,
+    within,
+)
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
-
-# Fields of messages that Gossamer does not offer: answers that are sent back as history carry these as null.
-_NOT_OFFERED_IN_MESSAGES = frozenset({"name", "refusal", "tool_calls", "tool_call_id", "function_call", "audio"})
 
 
 def _joined_parts(content: object) -> object:
@@ -24,34 +30,59 @@ def _joined_parts(content: object) -> object:
         return content
     texts = []
     for part in content:
-        if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"):
+        given = drop_nulls(part)
+        # An answer that is sent back may hold a part that says why there is no other.
+        kind = "refusal" if isinstance(given, dict) and given.get("type") == "refusal" else "text"
+        if not isinstance(given, dict) or given.keys() - {"annotations"} != {"type", kind} or given["type"] != kind:
             raise ValueError('a content part must be {"type": "text", "text": ...}; other types are not supported')
-        if not isinstance(part["text"], str):
+        if not isinstance(given[kind], str):
             raise ValueError("the text of a content part must be a string")
-        texts.append(part["text"])
+        texts.append(given[kind])
     return "\n".join(texts)
 
 
-class ChatMessage(BaseModel):
-    """One turn of a conversation, text only."""
+class ChatMessage(Fields):
+    """One turn of a conversation, text only.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    Attributes:
+        name: who speaks, if several share a role.
+        refusal: of an answer without content, what it said instead.
+        reasoning_content, reasoning: what a model thought before its answer; servers name it so or so.
+        type, annotations: what answers hold besides; they do not influence what follows.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_joined_parts)]
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    type: Literal["message"] | None = None
+    annotations: list[Any] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_not_given(cls, message: object) -> object:
-        return drop_nulls(message, _NOT_OFFERED_IN_MESSAGES)
+    def _answers_come_back(cls, message: object) -> object:
+        """Answers are sent back as history with the fields that they were given."""
+        if not isinstance(message, dict):
+            return message
+        given: dict[str, Any] = {name: each for name, each in message.items() if each is not None}
+        if given.get("tool_calls") == []:
+            del given["tool_calls"]
+        if given.get("role") == "assistant" and "content" not in given:
+            given["content"] = given.get("refusal", "")
+        return given
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know it. ``developer`` is OpenAI's later name of ``system``."""
+        role = "system" if self.role == "developer" else self.role
+        given = {"name": self.name, "reasoning_content": self.reasoning_content or self.reasoning}
+        return {"role": role, "content": self.content} | {key: each for key, each in given.items() if each is not None}
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages for a chat template. ``developer`` is OpenAI's later name of ``system``; templates know that."""
-    return [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-        for message in messages
-    ]
+    """Messages for a chat template."""
+    return [message.for_template() for message in messages]
 
 
 class ChatCompletionRequest(GeneratingBody):
@@ -60,7 +91,7 @@ class ChatCompletionRequest(GeneratingBody):
     Attributes:
         max_completion_tokens: OpenAI's present name of ``max_tokens``; a body may use either.
         logprobs: return log-probabilities of the chosen tokens.
-        top_logprobs: and of this many most probable ones at each position.
+        top_logprobs: and of this many most probable ones at each position; the chosen one is always among them.
 
     >>> ChatCompletionRequest.parse({"messages": [{"role": "user", "content": "Hi"}]}).chat_messages()
     [{'role': 'user', 'content': 'Hi'}]
@@ -96,7 +127,9 @@ class ChatCompletionRequest(GeneratingBody):
             {
                 "index": completion.index,
                 "message": {"role": "assistant", "content": completion.text, "refusal": None},
-                "logprobs": self.logprobs_of(pair_steps(completion.token_ids, completion.logprobs)),
+                "logprobs": self.logprobs_of(
+                    within(steps_of(completion.token_ids, completion.logprobs), len(completion.text))
+                ),
                 "finish_reason": completion.finish_reason,
                 "stop_reason": completion.stop_reason,
             }
@@ -112,7 +145,26 @@ class ChatCompletionRequest(GeneratingBody):
 
     def logprobs_of(self, steps: list[Step]) -> Json | None:
         """The log-probabilities that the body asks for, if it does."""
-        return _logprobs(steps, self.top_logprobs) if self.logprobs else None
+        if not self.logprobs:
+            return None
+        content = [
+            self._token(step.token, step.candidates[step.token])
+            | {"top_logprobs": [self._token(*each) for each in self._top(step)]}
+            for step in steps
+            if step.candidates is not None
+        ]
+        return {"content": content, "refusal": None}
+
+    def _top(self, step: Step) -> list[tuple[int, Logprob]]:
+        return most_probable(step, self.top_logprobs) if self.top_logprobs else []
+
+    def _token(self, token: int, logprob: Logprob) -> Json:
+        text, added = token_text(logprob), logprob.token_bytes
+        return {
+            "token": token_id_text(token) if self.return_tokens_as_token_ids else text,
+            "logprob": finite(logprob.logprob),
+            "bytes": list(text.encode() if added is None else added) or None,
+        }
 
     def _token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -129,24 +181,7 @@ class _Events(StreamedAnswer):
     def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
         if news.first:
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        if news.text or news.steps or news.finished:
+        steps = within(news.steps, news.length)
+        if news.text or steps or news.finished:
             delta = {"content": news.text} if news.text else {}
-            yield {"index": index, "delta": delta, "logprobs": self._body.logprobs_of(news.steps)} | news.ending
-
-
-def _logprobs(steps: list[Step], count: int) -> Json:
-    """OpenAI's newer form: an object per token."""
-    content = [
-        _chat_token(candidates[token])
-        | {"top_logprobs": [_chat_token(candidate) for candidate in most_probable(candidates, count)]}
-        for token, candidates in steps
-        if candidates is not None
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(logprob: Logprob) -> Json:
-    text = token_text(logprob)
-    # A token may hold only part of a character; its text is then a replacement sign, whose bytes would be wrong.
-    exact = "\N{REPLACEMENT CHARACTER}" not in text
-    return {"token": text, "logprob": finite(logprob.logprob), "bytes": list(text.encode()) if exact else None}
+            yield {"index": index, "delta": delta, "logprobs": self._body.logprobs_of(steps)} | news.ending

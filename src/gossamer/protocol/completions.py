@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import WithJsonSchema, field_validator, model_validator
@@ -10,7 +11,16 @@ from pydantic import WithJsonSchema, field_validator, model_validator
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.fields import Count, PositiveCount
-from gossamer.protocol.logprobs import Step, finite, most_probable, pair_steps, prompt_logprobs, token_text
+from gossamer.protocol.logprobs import (
+    Step,
+    finite,
+    most_probable,
+    prompt_logprobs,
+    prompt_steps,
+    steps_of,
+    token_id_text,
+    token_text,
+)
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
 
@@ -31,7 +41,7 @@ class CompletionRequest(GeneratingBody):
     Attributes:
         prompt: one or several prompts, each a string or a list of token ids; normalised to a list of prompts.
         best_of: generate this many completions, and return the ``n`` whose tokens are most probable on average.
-        logprobs: log-probabilities of this many most probable tokens at each position.
+        logprobs: log-probabilities of this many most probable tokens at each position, and of the chosen one.
         echo: put the prompt (and its log-probabilities, if asked for) before the completion.
 
     >>> CompletionRequest.parse({"prompt": [1, 2, 3]}).prompt
@@ -57,8 +67,6 @@ class CompletionRequest(GeneratingBody):
         all_text = all(isinstance(prompt, str) for prompt in prompts)
         if not prompts or not (all_text or all(_is_token_ids(prompt) for prompt in prompts)):
             raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
-        if all_text and any(_has_lone_surrogate(prompt) for prompt in prompts):
-            raise ValueError("holds half of a surrogate pair, which is no character")
         return prompts
 
     @model_validator(mode="after")
@@ -83,13 +91,12 @@ class CompletionRequest(GeneratingBody):
         choices: list[Json] = []
         for output in outputs:
             for completion in _best(output.outputs, self.n):
-                text, steps = completion.text, pair_steps(completion.token_ids, completion.logprobs)
-                if self.echo:
-                    text, steps = _echoed(output, text, steps, decode)
+                prompt, steps = self.echoed(output, decode) if self.echo else ("", [])
+                steps += steps_of(completion.token_ids, completion.logprobs, len(prompt))
                 choice = {
                     "index": len(choices),  # = prompt index * n + completion index
-                    "text": text,
-                    "logprobs": None if self.logprobs is None else _logprobs(steps, self.logprobs, decode),
+                    "text": prompt + completion.text,
+                    "logprobs": self.logprobs_of(steps),
                     "finish_reason": completion.finish_reason,
                     "stop_reason": completion.stop_reason,
                 }
@@ -100,6 +107,22 @@ class CompletionRequest(GeneratingBody):
 
     def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
         return _Events(self, new_head("cmpl", "text_completion", model), decode)
+
+    def echoed(self, output: RequestOutput, decode: Decode) -> tuple[str, list[Step]]:
+        """The text of the prompt, and its tokens if log-probabilities are asked for."""
+        ids = output.prompt_token_ids
+        text = output.prompt
+        if text is None:
+            text = decode(ids, skip_special_tokens=self.skip_special_tokens)
+        if self.logprobs is None:
+            return text, []
+        return text, prompt_steps(output, text, decode(ids[:1], skip_special_tokens=False))
+
+    def logprobs_of(self, steps: list[Step]) -> Json | None:
+        """The log-probabilities that the body asks for, if it does."""
+        if self.logprobs is None:
+            return None
+        return _logprobs(steps, self.logprobs, as_ids=self.return_tokens_as_token_ids)
 
     def _logprob_count(self) -> int | None:
         return 0 if self.logprobs is None and self.num_drawn > self.n else self.logprobs
@@ -115,24 +138,18 @@ class _Events(StreamedAnswer):
         super().__init__(head, n=body.n, include_usage=body.include_usage)
         self._body = body
         self._decode = decode
-        self._offsets: dict[int, int] = {}  # characters of the tokens' texts of each choice; logprobs tell it
+        self._begin: dict[int, int] = {}  # where the completion of each choice begins: behind an echoed prompt
 
     def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
-        text, steps, logprobs = news.text, news.steps, None
+        text = news.text
+        steps: list[Step] = []
         if news.first and self._body.echo:
-            text, steps = _echoed(output, text, steps, self._decode)
-        if self._body.logprobs is not None:
-            offset = self._offsets.get(index, 0)
-            logprobs = _logprobs(steps, self._body.logprobs, self._decode, offset)
-            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
+            prompt, steps = self._body.echoed(output, self._decode)
+            text, self._begin[index] = prompt + text, len(prompt)
+        begin = self._begin.get(index, 0)
+        steps += [replace(step, offset=step.offset + begin) for step in news.steps]
         if text or steps or news.finished:
-            yield {"index": index, "text": text, "logprobs": logprobs} | news.ending
-
-
-def _echoed(output: RequestOutput, text: str, steps: list[Step], decode: Decode) -> tuple[str, list[Step]]:
-    """Text and steps with those of the prompt before them."""
-    prompt = output.prompt if output.prompt is not None else decode(output.prompt_token_ids)
-    return prompt + text, [*pair_steps(output.prompt_token_ids, output.prompt_logprobs), *steps]
+            yield {"index": index, "text": text, "logprobs": self._body.logprobs_of(steps)} | news.ending
 
 
 def _best(completions: list[CompletionOutput], count: int) -> list[CompletionOutput]:
@@ -147,21 +164,29 @@ def _best(completions: list[CompletionOutput], count: int) -> list[CompletionOut
     return sorted(completions, key=mean, reverse=True)[:count]
 
 
-def _logprobs(steps: list[Step], count: int, decode: Decode, offset: int = 0) -> Json:
-    """OpenAI's older form: parallel lists. Offsets count characters from the start of ``text``."""
-    form: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, candidates in steps:
-        if candidates is None:  # the first token of an echoed prompt: nothing precedes it that could predict it
-            text, logprob, top = decode([token]), None, None
-        else:
-            text, logprob = token_text(candidates[token]), finite(candidates[token].logprob)
-            top = {token_text(candidate): finite(candidate.logprob) for candidate in most_probable(candidates, count)}
-        form["tokens"].append(text)
-        form["token_logprobs"].append(logprob)
-        form["top_logprobs"].append(top)
-        form["text_offset"].append(offset)
-        offset += len(text)
-    return form
+def _logprobs(steps: list[Step], count: int, *, as_ids: bool) -> Json:
+    """OpenAI's older form: parallel lists. Offsets count characters from the start of the choice's ``text``."""
+    return {
+        "tokens": [token_id_text(step.token) if as_ids else step.text for step in steps],
+        "token_logprobs": [_logprob(step) for step in steps],
+        "top_logprobs": [None if step.candidates is None else _top(step, count, as_ids=as_ids) for step in steps],
+        "text_offset": [step.offset for step in steps],
+    }
+
+
+def _logprob(step: Step) -> float | None:
+    return None if step.candidates is None else finite(step.candidates[step.token].logprob)
+
+
+def _top(step: Step, count: int, *, as_ids: bool) -> Json:
+    """The most probable tokens and the chosen one, by text; of several with one text, the others by their ids."""
+    ranked = most_probable(step, count)
+    named: dict[str, int] = {}
+    if not as_ids:
+        texts = [(step.text, step.token), *((token_text(logprob), token) for token, logprob in ranked)]
+        named = dict(reversed(texts))  # of one text, the chosen token has it, or the most probable one
+    names = {token: text for text, token in named.items()}
+    return {names.get(token, token_id_text(token)): finite(logprob.logprob) for token, logprob in ranked}
 
 
 def _is_token_ids(value: object) -> bool:
@@ -170,8 +195,3 @@ def _is_token_ids(value: object) -> bool:
 
 def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    # JSON can spell what UTF-8 cannot encode ("\ud800"); a tokenizer would fail on it much later.
-    return any("\ud800" <= character <= "\udfff" for character in text)

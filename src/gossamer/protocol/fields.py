@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gossamer.errors import RequestError
+from gossamer.surrogates import find_lone_surrogate
+
+M = TypeVar("M", bound=BaseModel)
 
 
-def drop_nulls(body: object, known: frozenset[str]) -> object:
-    """The body without those known fields that are null: that means "not given"."""
-    if not isinstance(body, dict):
-        return body
-    return {name: value for name, value in body.items() if value is not None or name not in known}
+class Fields(BaseModel):
+    """An object of a body. Unknown fields and values of another type are refused; null means "not given"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, value: object) -> object:
+        return drop_nulls(value)
+
+
+def drop_nulls(value: object) -> object:
+    """An object without the fields that are null."""
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 def _listed(value: object) -> object:
@@ -25,18 +37,16 @@ Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """``include_usage``: one more event at the end of a stream, with the usage."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Fields):
     """A schema with OpenAI's wrapping. The name and the description are for readers."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     name: str
     description: str | None = None
@@ -44,10 +54,8 @@ class JsonSchema(BaseModel):
     strict: bool | None = None  # an answer is always valid under the schema
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Fields):
     """OpenAI's ``response_format``: plain text, any JSON object, or JSON that is valid under a schema."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -59,15 +67,28 @@ class ResponseFormat(BaseModel):
         return self
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Fields):
     """vLLM's ``structured_outputs``: one of these forms."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     json_object: bool = False
     regex: str | None = None
     choice: list[str] | None = None
+
+
+def parse_fields(model: type[M], body: object) -> M:
+    """Read a decoded JSON body.
+
+    Raises:
+        RequestError: a field is missing, unknown or of the wrong type, or a text is none; ``param`` names it.
+    """
+    found = find_lone_surrogate(body, "")
+    if found is not None:
+        raise RequestError(found.reason, param=found.where)
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise as_request_error(error) from None
 
 
 def as_request_error(error: ValidationError) -> RequestError:

@@ -14,7 +14,7 @@ from typing import Any
 from gossamer.outputs import RequestOutput
 
 Json = dict[str, Any]
-Decode = Callable[[list[int]], str]
+Decode = Callable[..., str]  # token ids, and by name skip_special_tokens -> text
 
 
 def new_head(prefix: str, kind: str, model: str) -> Json:

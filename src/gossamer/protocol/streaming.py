@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gossamer.outputs import CompletionOutput, RequestOutput
-from gossamer.protocol.logprobs import Step, pair_steps
+from gossamer.protocol.logprobs import Step, settled, steps_of
 from gossamer.protocol.responses import Json, usage
 
 DONE = b"data: [DONE]\n\n"
@@ -38,20 +38,25 @@ class _Sent:
 
     characters: int = 0
     tokens: int = 0
+    offset: int = 0  # characters that those tokens complete
     begun: bool = False
     finished: bool = False
 
     def take(self, completion: CompletionOutput) -> News:
         """What is new; from now on it counts as sent."""
         text = completion.text[self.characters :]
-        steps = pair_steps(completion.token_ids, completion.logprobs)[self.tokens :]
+        new = None if completion.logprobs is None else completion.logprobs[self.tokens :]
+        steps = steps_of(completion.token_ids[self.tokens :], new, self.offset)
         first = not self.begun
         self.begun = True
         self.characters += len(text)
-        self.tokens = len(completion.token_ids)
         self.finished = completion.finish_reason is not None
+        if not self.finished:
+            steps = steps[: settled(steps, self.characters)]
+        self.tokens += len(steps)
+        self.offset = steps[-1].end if steps else self.offset
         ending = {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
-        return News(text, steps, first, self.finished, ending)
+        return News(text, self.characters, steps, first, self.finished, ending)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +65,15 @@ class News:
 
     Attributes:
         text: what the text goes on with.
-        steps: the new tokens with their log-probabilities; empty if these were not asked for.
+        length: characters of the text, these included.
+        steps: the tokens whose text is sent now, with their log-probabilities, if these were asked for.
         first: nothing of the choice has been sent before.
         finished: nothing comes after this.
         ending: the fields that say how the choice ended, or has not yet.
     """
 
     text: str
+    length: int
     steps: list[Step]
     first: bool
     finished: bool

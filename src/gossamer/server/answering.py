@@ -11,7 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gossamer.engine.detokenizer import decode
 from gossamer.engine.intake import Intake
+from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import GeneratingBody, StreamedAnswer
@@ -40,6 +42,8 @@ class Answering:
         self.max_sequences = max_sequences
         # A copy, and one thread, for what takes longer with long texts: neither the event loop nor the engine waits.
         self._tokenizer = copy.deepcopy(llm.tokenizer)
+        self._tokens = TokenBytes(self._tokenizer)
+        self._decode_prompt = partial(decode, self._tokens, unfinished=True)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = llm.engine
         self._intake = Intake(self._tokenizer, engine.intake.vocab_size, engine.max_model_len, 0)
@@ -56,7 +60,7 @@ class Answering:
         """
         async with self._submitted(body, stream=False) as tickets:
             outputs = [await _last(ticket) for ticket in tickets]
-        return body.answer(outputs, model=self.model_name, decode=self._tokenizer.decode)
+        return body.answer(outputs, model=self.model_name, decode=self._decode_prompt)
 
     @asynccontextmanager
     async def stream(self, body: GeneratingBody) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -66,7 +70,7 @@ class Answering:
             GossamerError: refused. What fails later is raised by the iterator.
         """
         async with self._submitted(body, stream=True) as tickets:
-            yield _events(body.events(model=self.model_name, decode=self._tokenizer.decode), tickets)
+            yield _events(body.events(model=self.model_name, decode=self._decode_prompt), tickets)
 
     def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """A body's prompt with its token ids, as the engine takes it. Runs in the worker.
@@ -111,8 +115,7 @@ class Answering:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids. Runs in the worker."""
-        text: str = self._tokenizer.decode(ids)
-        return text
+        return decode(self._tokens, ids, skip_special_tokens=False)
 
     async def in_worker(self, function: Callable[[], T]) -> T:
         """Run something that takes a while."""

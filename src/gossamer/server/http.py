@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import GossamerError, RequestError
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
-from gossamer.protocol.fields import as_request_error
+from gossamer.protocol.fields import parse_fields
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
 
@@ -48,17 +48,12 @@ async def read_json(request: Request) -> Any:
 
 
 def parse_body(model: type[M], body: Any) -> M:
-    """``body`` as ``model``; ``null`` means "not given".
+    """``body`` as ``model``.
 
     Raises:
         RequestError: a field is missing, unknown or of the wrong type; ``param`` names it.
     """
-    if isinstance(body, dict):
-        body = {name: value for name, value in body.items() if value is not None or name not in model.model_fields}
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise as_request_error(error) from None
+    return parse_fields(model, body)
 
 
 async def while_connected(receive: Receive, work: Awaitable[T], timeout: float) -> T:

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
 
 from gossamer.errors import RequestError
 from gossamer.protocol import BODIES
+from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -39,10 +40,8 @@ _UPLOAD = {
 }
 
 
-class BatchRequest(BaseModel):
+class BatchRequest(Fields):
     """A batch over an uploaded file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     input_file_id: str
     endpoint: Literal[tuple(BODIES)]  # type: ignore[valid-type]

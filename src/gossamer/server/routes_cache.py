@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
 from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -18,10 +19,8 @@ from gossamer.server.service import Service
 router = APIRouter(tags=["prefixes"])
 
 
-class PinRequest(BaseModel):
+class PinRequest(Fields):
     """A prefix: a text, token ids, or the first messages of conversations."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None

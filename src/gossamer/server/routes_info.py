@@ -6,13 +6,14 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import gossamer
 from gossamer.errors import RequestError
 from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -21,10 +22,8 @@ router = APIRouter(tags=["information"])
 _STARTED = int(time.time())
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Fields):
     """A text, or a conversation as the model sees it."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -33,10 +32,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Fields):
     """Token ids."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 64  # compiled grammars that are kept
 # Blanks in a row in JSON: enough to indent, and too few for a model that has nothing to write to go on with for ever.
 WHITESPACE = r"[\x20\x0A\x09]{0,16}"
+# Where only one text can come, llguidance would force the tokens that the tokenizer makes of it. That may be a special
+# token, if it is spelled like that text, and that one is no text: the answer could not go on. So all tokens compete.
+UNFORCED = '%llguidance {"no_forcing": true}\n'
 
 
 class Constraint:
@@ -120,10 +123,17 @@ def _grammar(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
+        return _unforced(LLMatcher.grammar_from_regex(params.regex))
     if params.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
+        return UNFORCED + "start: " + " | ".join(json.dumps(text) for text in params.choice)
     schema = {"type": "object"} if params.json_object else params.json
-    return LLMatcher.grammar_from_json_schema(
-        schema if isinstance(schema, str) else json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+    return _unforced(
+        LLMatcher.grammar_from_json_schema(
+            schema if isinstance(schema, str) else json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+        )
     )
+
+
+def _unforced(grammar: str) -> str:
+    (part,) = json.loads(grammar)["grammars"]
+    return UNFORCED + (part["lark_grammar"] or "start: %json " + json.dumps(part["json_schema"]))
