@@ -94,7 +94,9 @@ def test_without_the_option_rounding_shows_that_the_test_can_fail() -> None:
     generator = random.Random(1)
     prompt = generator.choices(range(VOCAB), k=300)
     alone = answer_among(engine(runner, generator), prompt, [], generator)
-    found = [answer_among(engine(runner, generator), prompt, companions(prompt, generator), generator) for _ in range(6)]
+    found = [
+        answer_among(engine(runner, generator), prompt, companions(prompt, generator), generator) for _ in range(6)
+    ]
     assert any(logprobs != alone[1] for _, logprobs in found)
 
 

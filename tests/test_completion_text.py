@@ -279,7 +279,7 @@ def test_hypotheses_of_a_beam_search_go_on_behind_the_prompt(llama: LLM) -> None
 @pytest.mark.parametrize("prompt", ["dog", " dog é", "<s>ok", "d o g", [IDS["<s>"], IDS["▁dog"], IDS["▁"]]])
 def test_an_echoed_prompt_is_indexed_up_to_the_last_token(llama: LLM, prompt: Any) -> None:
     body = CompletionRequest.parse({"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 8, "temperature": 0})
-    outputs = llama.generate(body.prompts(), body.to_sampling_params(), use_tqdm=False)
+    outputs = llama.generate(body.engine_prompts(), body.to_sampling_params(), use_tqdm=False)
     choice = body.answer(outputs, model="m", decode=llama.tokenizer.decode)["choices"][0]
     text, logprobs = choice["text"], choice["logprobs"]
     assert_offsets(text, logprobs, set(metaspace_tokenizer.SPECIAL))

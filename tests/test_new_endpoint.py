@@ -27,7 +27,7 @@ class ShoutRequest(GeneratingBody):
 
     words: list[str]
 
-    def prompts(self) -> list[Json]:
+    def engine_prompts(self) -> list[Json]:
         return [{"prompt": " ".join(self.words), "cache_salt": self.cache_salt}]
 
     def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:

@@ -24,7 +24,7 @@ def complete(body: dict) -> dict:
     """A completion request, all the way through a fake engine."""
     llm = FakeLLM()
     request = CompletionRequest.parse(body)
-    for index, prompt in enumerate(request.prompts()):
+    for index, prompt in enumerate(request.engine_prompts()):
         llm.engine.add_request(str(index), prompt, request.to_sampling_params())
     outputs = {}
     while llm.engine.has_unfinished_requests():

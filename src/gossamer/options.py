@@ -130,8 +130,8 @@ class RunnerOptions:
 
     batch_invariant: bool = option(
         False,
-        "Answer every request the same, to the last bit, whatever else is computed with it; native runner only. Without "
-        "it rounding differs, and with it, now and then, a token that is drawn or nearly a tie.",
+        "Answer every request the same, to the last bit, whatever else is computed with it; native runner only. "
+        "Without it rounding differs, and with it, now and then, a token that is drawn or nearly a tie.",
         compare="off,on decode in turn, to see what it costs.",
     )
 

@@ -160,7 +160,7 @@ class BatchRunner:
             try:
                 body = read_body(line)
                 params = body.to_sampling_params(self._default_max_tokens)
-                prompts = [_engine_prompt(llm, prompt) for prompt in body.prompts()]
+                prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
             except GossamerError as error:
                 self._write_refused(line, error)
                 continue

@@ -4,11 +4,10 @@ A body class refuses, by name, whatever would otherwise be ignored; it says what
 goes back. `BODIES` lists these classes. Nothing here knows whether a body came from a batch file or over HTTP.
 """
 
-from gossamer.protocol.bodies import BODIES
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.chat import ChatCompletionRequest
-from gossamer.protocol.completions import CompletionRequest
 from gossamer.protocol.errors import error_body
+from gossamer.protocol.requests import BODIES, ChatCompletionRequest, CompletionRequest
+from gossamer.protocol.responses import chat_completion_response, completion_response
 from gossamer.protocol.streaming import StreamedAnswer
 
 __all__ = [
@@ -17,5 +16,7 @@ __all__ = [
     "CompletionRequest",
     "GeneratingBody",
     "StreamedAnswer",
+    "chat_completion_response",
+    "completion_response",
     "error_body",
 ]

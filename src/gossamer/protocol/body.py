@@ -97,7 +97,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         return self
 
     @abstractmethod
-    def prompts(self) -> list[Json]:
+    def engine_prompts(self) -> list[Json]:
         """The prompts in the form the engine takes, but a conversation is ``{"messages": ...}`` and still to be written
         with the chat template. Each holds the body's ``cache_salt``."""
 
@@ -106,7 +106,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         """The whole answer.
 
         Args:
-            outputs: one per prompt, in the order of ``prompts()``.
+            outputs: one per prompt, in the order of ``engine_prompts()``.
             model: the name of the model that answered.
             decode: token ids -> text; takes ``skip_special_tokens`` by name.
         """

@@ -118,7 +118,7 @@ class ChatCompletionRequest(GeneratingBody):
         """The messages for a chat template."""
         return template_messages(self.messages)
 
-    def prompts(self) -> list[Json]:
+    def engine_prompts(self) -> list[Json]:
         return [{"messages": self.chat_messages(), "cache_salt": self.cache_salt}]
 
     def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:

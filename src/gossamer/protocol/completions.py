@@ -81,7 +81,7 @@ class CompletionRequest(GeneratingBody):
     def num_drawn(self) -> int:
         return self.best_of or self.n
 
-    def prompts(self) -> list[Json]:
+    def engine_prompts(self) -> list[Json]:
         return [
             {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "cache_salt": self.cache_salt}
             for prompt in self.prompt

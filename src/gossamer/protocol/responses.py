@@ -9,12 +9,31 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gossamer.outputs import RequestOutput
 
+if TYPE_CHECKING:
+    from gossamer.protocol.requests import ChatCompletionRequest, CompletionRequest
+
 Json = dict[str, Any]
 Decode = Callable[..., str]  # token ids, and by name skip_special_tokens -> text
+
+
+def completion_response(
+    request: CompletionRequest, outputs: Sequence[RequestOutput], *, model: str, decode: Decode
+) -> Json:
+    """The answer to a request for completions, from what the engine put out for each of its prompts."""
+    return request.answer(outputs, model=model, decode=decode)
+
+
+def chat_completion_response(request: ChatCompletionRequest, output: RequestOutput, *, model: str) -> Json:
+    """The answer to a conversation, from what the engine put out for it."""
+    return request.answer([output], model=model, decode=_never)
+
+
+def _never(*_: Any, **__: Any) -> str:
+    raise AssertionError("the answer to a conversation does not repeat the prompt")
 
 
 def new_head(prefix: str, kind: str, model: str) -> Json:

@@ -198,6 +198,6 @@ def _refuse_shared_outliers(network: Any) -> None:
     for name, module in network.named_modules():
         if isinstance(module, Int8Linear | Int8TiedHead) and module.decomposition.outliers == "batch":
             raise ConfigurationError(
-                f"batch_invariant cannot be kept: {name} takes the outlier columns of all tokens of a step out of the int8 "
-                "product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
+                f"batch_invariant cannot be kept: {name} takes the outlier columns of all tokens of a step out of the "
+                "int8 product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
             )

@@ -133,7 +133,7 @@ class Answering:
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
         params = body.to_sampling_params()
-        prompts = body.prompts()
+        prompts = body.engine_prompts()
         count = params.n * len(prompts)
         if count > self.max_sequences:
             raise RequestError(f"{count} completions are more than the {self.max_sequences} of one request", param="n")
