@@ -16,7 +16,7 @@ import gossamer
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
-BESIDE = {"errors", "sampling_params", "outputs", "progress", "system", "timing", "options", "sizes"}
+BESIDE = {"errors", "locks", "sampling_params", "outputs", "progress", "system", "timing", "options", "sizes"}
 
 Graph = Mapping[str, set[str]]
 

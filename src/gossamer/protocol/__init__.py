@@ -8,7 +8,7 @@ from gossamer.protocol.bodies import BODIES
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat import ChatCompletionRequest
 from gossamer.protocol.completions import CompletionRequest
-from gossamer.protocol.errors import error_body
+from gossamer.protocol.errors import error_body, shortened
 from gossamer.protocol.streaming import StreamedAnswer
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "GeneratingBody",
     "StreamedAnswer",
     "error_body",
+    "shortened",
 ]

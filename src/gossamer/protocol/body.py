@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
+    ChoiceCount,
     Count,
     PositiveCount,
     ResponseFormat,
@@ -53,7 +54,7 @@ class GeneratingBody(BaseModel):
     openai_max_tokens: ClassVar[int | None] = None
 
     model: str | None = None
-    n: PositiveCount = 1
+    n: ChoiceCount = 1
     max_tokens: PositiveCount | None = None
     temperature: float = 1.0
     top_p: float = 1.0

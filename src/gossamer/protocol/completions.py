@@ -9,7 +9,7 @@ from pydantic import WithJsonSchema, field_validator, model_validator
 
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.fields import Count, PositiveCount
+from gossamer.protocol.fields import ChoiceCount, Count
 from gossamer.protocol.logprobs import Step, finite, most_probable, pair_steps, prompt_logprobs, token_text
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
@@ -46,7 +46,7 @@ class CompletionRequest(GeneratingBody):
     openai_max_tokens: ClassVar[int | None] = 16
 
     prompt: Annotated[list[str | list[int]], WithJsonSchema(_PROMPT_SCHEMA)]
-    best_of: PositiveCount | None = None
+    best_of: ChoiceCount | None = None
     logprobs: Count | None = None
     echo: bool = False
 
