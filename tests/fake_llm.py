@@ -62,7 +62,9 @@ class FakeEngine:
             raise InvalidPromptError("the prompt is empty", request_id=request_id, param="prompt")
         if len(ids) >= CONTEXT:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens; the context holds {CONTEXT}", request_id=request_id, param="prompt"
+                f"This model's maximum context length is {CONTEXT} tokens. However, the prompt has {len(ids)} tokens",
+                request_id=request_id,
+                param="prompt",
             )
         self.prompts.append(text)
         output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, ids, num_cached_tokens=1)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,8 +197,7 @@ class Batches:
         if batch.status == "validating":
             batch.status, batch.in_progress_at = "in_progress", int(time.time())
         await self._once_written(batch, lambda: self._save(batch))
-        opened = await self._once_written(batch, lambda: asyncio.to_thread(self._open_parts, batch))
-        answers, failures, parts = opened
+        answers, failures, parts = await self._once_written(batch, lambda: self._open_parts(batch), in_thread=True)
         with parts:
             batch.completed, batch.failed = len(answers.answered), 0
             lines = read_lines(path)
@@ -245,14 +243,13 @@ class Batches:
             except ServerBusyError:
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _once_written(self, batch: Batch, write: Callable[[], Awaitable[T] | T]) -> T:
+    async def _once_written(self, batch: Batch, write: Callable[[], T], *, in_thread: bool = False) -> T:
         """What ``write`` returns. While the disk is full or gone, this waits: nothing that was computed is given up."""
         while True:
             try:
-                result = write()
-                written = await result if inspect.isawaitable(result) else result
+                result = await asyncio.to_thread(write) if in_thread else write()
                 batch.hindrance = None
-                return written
+                return result
             except (OutputError, OSError) as error:
                 if batch.hindrance is None:
                     logger.warning("a batch waits until it can be written: %s", error, extra={"batch_id": batch.id})
@@ -268,7 +265,7 @@ class Batches:
         batch.output_file_id = batch.output_file_id or new_id("file")
         batch.error_file_id = batch.error_file_id or new_id("file")
         await self._once_written(batch, lambda: self._save(batch))
-        found = await self._once_written(batch, lambda: asyncio.to_thread(self._adopt_parts, batch))
+        found = await self._once_written(batch, lambda: self._adopt_parts(batch), in_thread=True)
         batch.completed, batch.failed = (lines for _, lines in found)
         batch.output_file_id, batch.error_file_id = (file_id for file_id, _ in found)
         batch.status, batch.ended_at = outcome, int(time.time())
@@ -286,9 +283,10 @@ class Batches:
             return answers, failures, stack.pop_all()
 
     def _adopt_parts(self, batch: Batch) -> list[tuple[str | None, int]]:
-        """Make files of the batch's lines, as far as that is not done: the id, unless it has no lines, and their number."""
+        """Make files of the batch's lines, as far as that is not done: the id of each that has lines, and how many."""
+        assert batch.output_file_id is not None and batch.error_file_id is not None
         ids = (batch.output_file_id, batch.error_file_id)
-        return [self._adopt(self._part(batch, kind), file_id) for kind, file_id in zip(_KINDS, ids, strict=True) if file_id]
+        return [self._adopt(self._part(batch, kind), file_id) for kind, file_id in zip(_KINDS, ids, strict=True)]
 
     def _adopt(self, part: Path, file_id: str) -> tuple[str | None, int]:
         content = self._files.path(file_id)
@@ -299,7 +297,8 @@ class Batches:
         if lines == 0:
             path.unlink()
             return None, 0
-        stored = StoredFile(file_id, part.name.replace(".", "_", 1), "batch_output", path.stat().st_size, int(time.time()))
+        name, size = part.name.replace(".", "_", 1), path.stat().st_size
+        stored = StoredFile(file_id, name, "batch_output", size, int(time.time()))
         return self._files.adopt(part, stored).id, lines
 
     def _save(self, batch: Batch) -> None:

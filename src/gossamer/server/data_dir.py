@@ -45,8 +45,8 @@ class DataDirectory:
             if not holder.endswith("draining"):
                 closer()
                 raise ConfigurationError(
-                    f"{self.path} is in use by another server ({holder or 'which has just started'}); stop that one, or "
-                    "give this one a --data-dir of its own"
+                    f"{self.path} is in use by another server ({holder or 'which has just started'}); stop that one, "
+                    "or give this one a --data-dir of its own"
                 )
             if not told:
                 logger.info("waiting for the server before this one to end: %s, in %s", holder, self.path)
