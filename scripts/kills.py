@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -26,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,41 +37,62 @@ from typing import Any
 
 from gossamer.models.manifest import verify
 
-MAIN = "from gossamer.cli.app import main; main()"
 KILLS_PER_ROUND = 3
-LINES = 60
+LINES = 160
+
+
+# Forked from a process that has imported everything, a command begins at once: most of the time is that of its work.
+CONTEXT = multiprocessing.get_context("forkserver")
+IMPORTED = ["torch", "transformers.models.llama.modeling_llama", "gossamer.cli.app", "gossamer.llm", "gossamer.server.run"]
+IMPORTED += ["gossamer.batch", "gossamer.compress.int8", "gossamer.compress.export", "gossamer.models.convert"]
+
+
+def run(arguments: tuple[str, ...], environment: dict[str, str], log: str) -> None:
+    """``gossamer`` with these arguments, in this process."""
+    from gossamer.cli.app import main
+
+    os.environ.update(environment)
+    file = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["gossamer", *arguments]
+    main()
 
 
 class Subject:
     """One command of gossamer, in a process."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-            stdout=self.log,
-            stderr=self.log,
-        )
+        handle, self._log = tempfile.mkstemp()
+        os.close(handle)
+        self.process = CONTEXT.Process(target=run, args=(arguments, environment, self._log))
+        self.process.start()
 
     def text(self) -> str:
         """What it has written until now."""
-        self.log.seek(0)
-        return self.log.read()
+        return Path(self._log).read_text(errors="replace")
 
     def kill_after(self, seconds: float, condition: Callable[[], bool] = lambda: True) -> bool:
         """Kill it that long after the condition holds. Whether it still ran."""
-        while self.process.poll() is None and not condition():
+        while self.process.is_alive() and not condition():
             time.sleep(0.005)
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGKILL)
-        return self.process.wait() == -signal.SIGKILL
+        self.process.join(seconds)
+        self.process.kill()
+        return self.end() == -signal.SIGKILL
+
+    def outcome(self) -> tuple[int, str]:
+        """Its exit status, and what it wrote."""
+        self.process.join()
+        text = self.text()
+        return self.end(), text
 
     def end(self, seconds: float = 300) -> int:
         """Its exit status."""
-        return self.process.wait(seconds)
+        self.process.join(seconds)
+        status = self.process.exitcode
+        assert status is not None, f"it does not end: {self.text()}"
+        Path(self._log).unlink()
+        return status
 
 
 class Report:
@@ -92,18 +113,19 @@ class Report:
 
 
 def make_model(directory: Path) -> Path:
-    """A random Llama with a token per byte, of some megabytes, and the same as int8 and as GGUF."""
+    """A random Llama with about a token per byte, of some megabytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["<eos>", *alphabet])}, merges=[]))
+    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))  # GGUF takes none without merges
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(alphabet) + 1,
+        vocab_size=len(vocabulary),
         hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=4,
@@ -166,16 +188,17 @@ class Harness:
         self.input = directory / "in.jsonl"
         self.input.write_text("".join(json.dumps(each) + "\n" for each in requests()))
         output = directory / "undisturbed.jsonl"
+        assert Subject("--version").end() == 0  # now there is a process to fork
         start = time.monotonic()
         assert Subject("batch", str(self.model), str(self.input), "-o", str(output)).end() == 1  # some are refused
-        self.seconds = {"batch": time.monotonic() - start}
+        self.seconds = dict.fromkeys(("batch", "serve"), time.monotonic() - start)
         self.expected = {key: text for key, (_, text) in answered(records(output)).items()}
         assert len(self.expected) == LINES - LINES // 20
 
-    def killed(self, what: str, subject: Subject, seconds: float, condition: Callable[[], bool]) -> bool:
-        """Kill it within ``seconds`` of the condition; sometimes without waiting for that."""
-        if self.random.random() < 0.15:
-            done = subject.kill_after(self.random.uniform(0, self.seconds["batch"]))
+    def killed(self, what: str, subject: Subject, condition: Callable[[], bool], seconds: float) -> bool:
+        """Kill it at a random moment: of its whole life, or within ``seconds`` of the condition."""
+        if self.random.random() < 0.3:
+            done = subject.kill_after(self.random.uniform(0, self.seconds[what]))
         else:
             done = subject.kill_after(self.random.uniform(0, seconds), condition)
         self.report.kills[what] = self.report.kills.get(what, 0) + done
@@ -191,7 +214,7 @@ class Harness:
             size = output.stat().st_size if output.exists() else -1
             subject = Subject(*command)
             begun = lambda size=size: output.exists() and output.stat().st_size != size  # noqa: E731  one line
-            self.killed("batch", subject, 1.2, begun)
+            self.killed("batch", subject, begun, self.seconds["batch"] / 4)
             kept |= {key: record_id for key, (record_id, _) in answered(records(output)).items()}
         self.report.check(Subject(*command).end() in (0, 1), "batch: resuming failed")
         check_lines(self.report, "batch", records(output), kept, self.expected)
@@ -219,7 +242,7 @@ class Harness:
                     else part.exists() and part.stat().st_size != size
                 )
                 ended = lambda moved=moved: moved() or self.status(url, batch_id) == "completed"  # noqa: E731
-                self.killed("serve", subject, 0.15 if end else 1.5, ended)
+                self.killed("serve", subject, ended, 0.1 if end else self.seconds["batch"] / 3)
                 lines = records(part)
                 for path in (directory / "files").glob("file-*"):
                     if path.suffix == "" and path.read_bytes().startswith(b'{"id": "batch_req_'):
@@ -230,20 +253,20 @@ class Harness:
     def server(self, directory: Path) -> Iterator[tuple[Subject, str]]:
         subject = Subject(
             "serve", str(self.model), "--port", "0", "--data-dir", str(directory), "--log-format", "json",
-            "--max-num-seqs", "4", "--served-model-name", "tiny",
+            "--max-num-seqs", "4", "--served-model-name", "tiny", "--threads", "1",
         )  # fmt: skip
         try:
             while not (found := re.search(r"listening on (http://\S+?)\"", subject.text())):
-                assert subject.process.poll() is None, subject.text()
+                assert subject.process.is_alive(), subject.text()
                 time.sleep(0.02)
             while self.call(found[1], "/health")[0] != 200:
-                assert subject.process.poll() is None, subject.text()
+                assert subject.process.is_alive(), subject.text()
                 time.sleep(0.02)
             yield subject, found[1]
         finally:
-            if subject.process.poll() is None:
+            if subject.process.is_alive():
                 subject.process.kill()
-                subject.process.wait()
+                subject.end()
 
     @staticmethod
     def call(url: str, path: str, data: bytes | None = None, kind: str = "application/json") -> tuple[int, bytes]:
@@ -289,20 +312,23 @@ class Harness:
         self.report.check(len(listed) == 3, f"serve: {len(listed)} files are listed")
 
     def compress(self) -> None:
-        """An output that is replaced: at every kill the old one or the new one is there."""
-        self.replaced("compress", self.directory / "int8", ["compress", str(self.model), "--int8", "--overwrite", "-o"])
+        """An output that is replaced, over and over."""
+        output = self.directory / "int8"
+        command = ["compress", str(self.model), "--int8", "--overwrite", "-o", str(output)]
+        if "compress" not in self.seconds:
+            start = time.monotonic()
+            assert Subject(*command).end() == 0
+            self.seconds["compress"] = time.monotonic() - start
+        self.replaced("compress", output, command)
 
     def replaced(self, what: str, output: Path, command: list[str], **environment: str) -> None:
-        if what not in self.seconds:
-            start = time.monotonic()
-            assert Subject(*command, str(output), **environment).end() == 0
-            self.seconds[what] = time.monotonic() - start
+        """At every kill the old one or the new one is there, whole."""
         for _ in range(KILLS_PER_ROUND):
-            subject = Subject(*command, str(output), **environment)
+            subject = Subject(*command, **environment)
             scratch = lambda: any(output.parent.glob(f".{output.name}.*.tmp"))  # noqa: E731  one condition
-            self.killed(what, subject, 0.4, scratch)
+            self.killed(what, subject, scratch, 0.2)
             self.report.check(verify(output, full=True) == [], f"{what}: the output is damaged or gone")
-        self.report.check(Subject(*command, str(output), **environment).end() == 0, f"{what}: failed after kills")
+        self.report.check(Subject(*command, **environment).end() == 0, f"{what}: failed after kills")
         self.report.check(verify(output, full=True) == [], f"{what}: the output is damaged")
         self.report.check(not any(output.parent.glob(".*.tmp")), f"{what}: leftovers")
 
@@ -314,18 +340,13 @@ class Harness:
                 assert Subject("compress", str(self.model), "--int8", "-o", str(self.directory / "int8")).end() == 0
             assert Subject("export", str(self.directory / "int8"), "--format", "gguf", "-o", str(gguf)).end() == 0
         cache = self.directory / "cache"
+        command = ["pull", str(gguf), "--force"]
         if "pull" not in self.seconds:
             start = time.monotonic()
-            assert Subject("pull", str(gguf), GOSSAMER_CACHE=str(cache)).end() == 0
+            assert Subject(*command, GOSSAMER_CACHE=str(cache)).end() == 0
             self.seconds["pull"] = time.monotonic() - start
         [entry] = (cache / "models").glob("gguf-*")
-        for _ in range(KILLS_PER_ROUND):
-            subject = Subject("pull", str(gguf), "--force", GOSSAMER_CACHE=str(cache))
-            scratch = lambda: any(entry.parent.glob(f".{entry.name}.*.tmp"))  # noqa: E731  one condition
-            self.killed("pull", subject, self.seconds["pull"] / 2, scratch)
-            self.report.check(verify(entry, full=True) == [], "pull: the entry is damaged or gone")
-        self.report.check(Subject("pull", str(gguf), GOSSAMER_CACHE=str(cache)).end() == 0, "pull: failed after kills")
-        self.report.check(not any(entry.parent.glob(".*.tmp")), "pull: leftovers")
+        self.replaced("pull", entry, command, GOSSAMER_CACHE=str(cache))
 
     # --- full disks -------------------------------------------------------------------------------------------------
 
@@ -347,7 +368,7 @@ class Harness:
             output = directory / "out.jsonl"
             command = ("batch", str(self.model), str(self.input), "-o", str(output), "--resume")
             subject = Subject(*command)
-            status, text = subject.end(), subject.text()
+            status, text = subject.outcome()
             self.report.check(status == 2 and "No space left" in text, f"full batch: {status}, {text[-300:]}")
             self.report.check("Traceback" not in text, f"full batch: {text[-900:]}")
             lines = records(output)
@@ -374,7 +395,7 @@ class Harness:
     def full_compress(self) -> None:
         with self.disk(self.random.randrange(8, 700) * 4096) as directory:
             subject = Subject("compress", str(self.model), "--int8", "-o", str(directory / "int8"))
-            status, text = subject.end(), subject.text()
+            status, text = subject.outcome()
             self.report.check(status == 2 and "No space left" in text, f"full compress: {status}, {text[-300:]}")
             self.report.check("Traceback" not in text, f"full compress: {text[-900:]}")
             self.report.check(not any(directory.iterdir()), "full compress: leftovers")
@@ -382,7 +403,7 @@ class Harness:
     def full_pull(self) -> None:
         with self.disk(self.random.randrange(8, 2500) * 4096) as directory:
             subject = Subject("pull", str(self.directory / "model.gguf"), GOSSAMER_CACHE=str(directory))
-            status, text = subject.end(), subject.text()
+            status, text = subject.outcome()
             self.report.check(status == 2 and "No space left" in text, f"full pull: {status}, {text[-300:]}")
             self.report.check("Traceback" not in text, f"full pull: {text[-900:]}")
             left = [path.name for path in (directory / "models").iterdir() if not path.name.endswith(".lock")]
@@ -396,6 +417,8 @@ def main() -> int:
     parser.add_argument("--only", choices=("batch", "serve", "compress", "pull"), action="append")
     parser.add_argument("--full-disk", type=int, default=0, metavar="ROUNDS", help="full disks of each subject")
     options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    CONTEXT.set_forkserver_preload(IMPORTED)
     report = Report()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gossamer-kills-") as directory:

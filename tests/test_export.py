@@ -28,7 +28,6 @@ from gossamer.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-
 from gossamer.models import bitsandbytes_int8, scratch
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from native_checkpoints import dequantized_tensors, save_model, write_native
