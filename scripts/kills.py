@@ -43,7 +43,13 @@ LINES = 160
 
 # Forked from a process that has imported everything, a command begins at once: most of the time is that of its work.
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTED = ["torch", "transformers.models.llama.modeling_llama", "gossamer.cli.app", "gossamer.llm", "gossamer.server.run"]
+IMPORTED = [
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "gossamer.cli.app",
+    "gossamer.llm",
+    "gossamer.server.run",
+]
 IMPORTED += ["gossamer.batch", "gossamer.compress.int8", "gossamer.compress.export", "gossamer.models.convert"]
 
 

@@ -93,8 +93,10 @@ class OutputFile:
                 self._keep_answers_only()
             elif stat.S_ISREG(os.fstat(self._file).st_mode):
                 os.ftruncate(self._file, 0)
-        except OSError as error:
+        except BaseException as error:
             self._close()
+            if not isinstance(error, OSError):
+                raise
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
         return self
 

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -266,10 +266,12 @@ class Batches:
         batch.error_file_id = batch.error_file_id or new_id("file")
         await self._once_written(batch, lambda: self._save(batch))
         found = await self._once_written(batch, lambda: self._adopt_parts(batch), in_thread=True)
-        batch.completed, batch.failed = (lines for _, lines in found)
-        batch.output_file_id, batch.error_file_id = (file_id for file_id, _ in found)
-        batch.status, batch.ended_at = outcome, int(time.time())
-        await self._once_written(batch, lambda: self._save(batch))
+        (output_file_id, completed), (error_file_id, failed) = found
+        end: dict[str, Any] = {"output_file_id": output_file_id, "error_file_id": error_file_id}
+        end |= {"completed": completed, "failed": failed, "status": outcome, "ended_at": int(time.time())}
+        await self._once_written(batch, lambda: self._save(replace(batch, **end)))
+        for name, value in end.items():  # which nobody is told before it is written
+            setattr(batch, name, value)
 
     def _part(self, batch: Batch, kind: str) -> Path:
         return self._directory / f"{batch.id}.{kind}.jsonl"
