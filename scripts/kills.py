@@ -3,8 +3,8 @@
     python scripts/kills.py --seed 1 --kills 15
 
 Four subjects, each killed (SIGKILL) that many times: `gossamer batch`, `gossamer serve` while it runs a batch of
-`/v1/batches`, `gossamer compress`, and `gossamer pull` of a GGUF file. The model is random and small. A round starts the
-subject, kills it until it has been killed a few times, lets it end, and checks its invariants:
+`/v1/batches`, `gossamer compress`, and `gossamer pull` of a GGUF file. The model is random and small. A round starts
+the subject a few times, kills it each time, lets it end, and checks its invariants:
 
 - batch, serve: every line that was complete at a kill is in the end there, under the same id (so it was not computed
   again); each request has one answer, the one of an undisturbed run; the files of a batch can be read; nothing else is
@@ -18,6 +18,7 @@ subject, kills it until it has been killed a few times, lets it end, and checks 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -240,20 +241,25 @@ class Harness:
                     return
                 part = directory / "batches" / f"{batch_id}.answers.jsonl"
                 size = part.stat().st_size if part.exists() else -1
-                # Two in three somewhere between the lines, one in three around the end of the batch.
-                end = self.random.random() < 0.33
-                moved = lambda part=part, size=size, end=end: (  # noqa: E731  one condition
-                    len(records(part)) >= len(self.expected) - 1 or not part.exists() and size >= 0
-                    if end
-                    else part.exists() and part.stat().st_size != size
-                )
-                ended = lambda moved=moved: moved() or self.status(url, batch_id) == "completed"  # noqa: E731
-                self.killed("serve", subject, ended, 0.1 if end else self.seconds["batch"] / 3)
+                if self.random.random() < 0.33:  # around the end of the batch
+                    due, seconds = functools.partial(self.at_the_end, part, url, batch_id), 0.1
+                else:  # somewhere between its lines
+                    due, seconds = (
+                        functools.partial(self.under_way, part, size, url, batch_id),
+                        self.seconds["batch"] / 3,
+                    )
+                self.killed("serve", subject, due, seconds)
                 lines = records(part)
                 for path in (directory / "files").glob("file-*"):
                     if path.suffix == "" and path.read_bytes().startswith(b'{"id": "batch_req_'):
                         lines += records(path)
                 kept |= {key: record_id for key, (record_id, _) in answered(lines).items()}
+
+    def under_way(self, part: Path, size: int, url: str, batch_id: str) -> bool:
+        return (part.exists() and part.stat().st_size != size) or self.status(url, batch_id) == "completed"
+
+    def at_the_end(self, part: Path, url: str, batch_id: str) -> bool:
+        return len(records(part)) >= len(self.expected) - 1 or self.status(url, batch_id) in ("finalizing", "completed")
 
     @contextmanager
     def server(self, directory: Path) -> Iterator[tuple[Subject, str]]:
