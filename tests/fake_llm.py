@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from gossamer.errors import ConfigurationError, InvalidPromptError, PromptTooLongError
+from gossamer.errors import ConfigurationError, EngineError, InvalidPromptError, PromptTooLongError
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 
 CONTEXT = 400
@@ -42,6 +42,7 @@ class FakeEngine:
         self._delay = delay
         self._requests: dict[str, _Request] = {}
         self.peak = 0
+        self.steps = 0
         self.aborted: list[str] = []
         self.prompts: list[str] = []
 
@@ -62,7 +63,9 @@ class FakeEngine:
             raise InvalidPromptError("the prompt is empty", request_id=request_id, param="prompt")
         if len(ids) >= CONTEXT:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens; the context holds {CONTEXT}", request_id=request_id, param="prompt"
+                f"This model's maximum context length is {CONTEXT} tokens. However, the prompt has {len(ids)} tokens",
+                request_id=request_id,
+                param="prompt",
             )
         self.prompts.append(text)
         output = RequestOutput(request_id, prompt if isinstance(prompt, str) else None, ids, num_cached_tokens=1)
@@ -77,7 +80,28 @@ class FakeEngine:
         if self._requests.pop(request_id, None) is not None:
             self.aborted.append(request_id)
 
+    @property
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(steps=self.steps)
+
+    def step_apart(self) -> list[RequestOutput]:
+        """A step for each request alone, as the real engine does it: those whose step raises end with the error."""
+        requests, ended = self._requests, []
+        for request_id, request in list(requests.items()):
+            self._requests = {request_id: request}
+            try:
+                ended += self.step()
+            except Exception as error:  # what the tests raise, of any kind
+                request.output.error = EngineError(f"the engine failed on this request: {error!r}")
+                request.output.finished = True
+                self._requests = {}
+                ended.append(request.output)
+            requests = {k: v for k, v in requests.items() if k != request_id} | self._requests
+        self._requests = requests
+        return ended
+
     def step(self) -> list[RequestOutput]:
+        self.steps += 1
         time.sleep(self._delay)
         changed = []
         for request_id, request in list(self._requests.items()):

@@ -16,7 +16,29 @@ import gossamer
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
-BESIDE = {"errors", "sampling_params", "outputs", "progress", "system", "timing", "options", "sizes", "surrogates"}
+BESIDE = {
+    "errors",
+    "locks",
+    "options",
+    "outputs",
+    "progress",
+    "sampling_params",
+    "sizes",
+    "surrogates",
+    "system",
+    "timing",
+}
+    "errors",
+    "locks",
+    "options",
+    "outputs",
+    "progress",
+    "sampling_params",
+    "sizes",
+    "surrogates",
+    "system",
+    "timing",
+}
 
 Graph = Mapping[str, set[str]]
 

@@ -3,8 +3,8 @@
 All of them derive from :class:`GossamerError`, say what was wrong, where, and what to do about it. Errors that concern
 one request of many derive from :class:`RequestError` and carry ``request_id``: the other requests finish regardless.
 
->>> str(PromptTooLongError("the prompt has 9000 tokens; the context holds 8192", request_id="request-7"))
-'request-7: the prompt has 9000 tokens; the context holds 8192'
+>>> str(PromptTooLongError("the prompt is too long", request_id="request-7"))
+'request-7: the prompt is too long'
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class DownloadError(GossamerError):
 
 class CheckpointError(GossamerError):
     """A checkpoint or download on disk is damaged or incomplete."""
+
+
+class OutputError(GossamerError):
+    """What was made cannot be written: the disk is full or gone, or the file grew beyond what is allowed."""
 
 
 class PeerError(GossamerError):

@@ -12,7 +12,14 @@ from gossamer.errors import InvalidSamplingParamsError
 
 def _require(condition: bool, param: str, value: object, expected: str) -> None:
     if not condition:
-        raise InvalidSamplingParamsError(f"{param} must be {expected}, got {value!r}", param=param)
+        raise InvalidSamplingParamsError(f"{param} must be {expected}, got {_shown(value)}", param=param)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes out
+        return "a number of too many digits"
 
 
 def _is_int(value: object) -> bool:
@@ -183,8 +190,8 @@ class SamplingParams:
         given = {} if self.logit_bias is None else self.logit_bias
         expected = "a mapping of token ids >= 0 to finite numbers"
         _require(isinstance(given, Mapping), "logit_bias", given, expected)
-        # JSON has only strings for keys
-        bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in given.items()}
+        # JSON has only strings for keys; one of more digits is no token id, and Python may refuse to read it
+        bias = {int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 20 else k: v for k, v in given.items()}
         valid = all(_is_int(token) and token >= 0 and _is_number(value) for token, value in bias.items())
         _require(valid, "logit_bias", given, expected)
         # The class is frozen so that one object can serve many requests; these are its canonical forms.

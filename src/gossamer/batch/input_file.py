@@ -98,6 +98,8 @@ def _parse(number: int, raw: bytes | None, first_seen: dict[str, int]) -> BatchL
         return BatchLine(number, custom_id, *_request(fields))
     except _Invalid as error:
         return InvalidLine(number, custom_id, error.code, error.message, error.param)
+    except Exception as error:  # whatever a line may hold: it is wrong with this line, and the others are read
+        return InvalidLine(number, custom_id, "invalid_line", f"the line cannot be read: {error!r}")
 
 
 def _decode(raw: bytes | None) -> dict[str, Any]:

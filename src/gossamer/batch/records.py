@@ -7,7 +7,7 @@ from typing import Any
 
 from gossamer.batch.input_file import BatchLine, InvalidLine
 from gossamer.errors import EngineError, GossamerError, RequestError
-from gossamer.protocol import BODIES, GeneratingBody, error_body
+from gossamer.protocol import BODIES, GeneratingBody, error_body, shortened
 
 Record = dict[str, Any]
 
@@ -29,16 +29,18 @@ def answer_record(line: BatchLine, body: Record) -> Record:
     return _record(line.custom_id, response=_response(200, body))
 
 
-def refusal_record(line: BatchLine, error: GossamerError) -> Record:
-    """A line was refused, or failed."""
+def refusal_record(line: BatchLine, error: Exception) -> Record:
+    """A line was refused, or failed, for whatever reason."""
     body = error_body(error, BODIES[line.url].prompt_field)
     body["error"]["line"] = line.number
-    return _record(line.custom_id, response=_response(500 if isinstance(error, EngineError) else 400, body))
+    ours = isinstance(error, EngineError) or not isinstance(error, GossamerError)
+    return _record(line.custom_id, response=_response(500 if ours else 400, body))
 
 
 def invalid_record(line: InvalidLine) -> Record:
     """A line was no request."""
-    error = {"code": line.code, "message": line.message, "param": line.param, "line": line.number}
+    param = None if line.param is None else shortened(line.param)
+    error = {"code": line.code, "message": shortened(line.message), "param": param, "line": line.number}
     return _record(line.custom_id, error=error)
 
 

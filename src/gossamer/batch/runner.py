@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.engine.detokenizer import decode
-from gossamer.errors import ConfigurationError, GossamerError, RequestError
+from gossamer.engine.stepping import PatientSteps
+from gossamer.errors import ConfigurationError, GossamerError, OutputError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import GeneratingBody
+from gossamer.protocol import GeneratingBody, shortened
 from gossamer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 Prompt = dict[str, Any]
 
+logger = logging.getLogger("gossamer.batch")
 _FAILURES_KEPT = 5
 
 
@@ -119,7 +122,7 @@ class BatchRunner:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the answers so far are in the output, ``summary`` says how many.
-            GossamerError: the output cannot be written any more.
+            OutputError: the output cannot be written any more.
         """
         self._started = time.perf_counter()
         try:
@@ -134,6 +137,7 @@ class BatchRunner:
 
     def _run(self, llm: LLM) -> None:
         prompts = self._prompts(llm)
+        steps = PatientSteps(llm.engine)
         more = True
         while more or self._in_flight:
             while more and len(self._in_flight) < self._max_in_flight:
@@ -143,7 +147,7 @@ class BatchRunner:
                 else:
                     self._submit(llm, *prompt)
             if self._in_flight:
-                for output in llm.engine.step():
+                for output in steps.step():
                     assert isinstance(output, RequestOutput)  # we ask for no scores
                     self._collect(llm, output)
             self._report()
@@ -161,7 +165,7 @@ class BatchRunner:
                 body = read_body(line)
                 params = body.to_sampling_params(self._default_max_tokens)
                 prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
-            except GossamerError as error:
+            except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on
                 self._write_refused(line, error)
                 continue
             job = _Job(line, body, [None] * len(prompts))
@@ -173,7 +177,7 @@ class BatchRunner:
         request_id = f"line-{job.line.number}-prompt-{index}"
         try:
             llm.engine.add_request(request_id, prompt, params)
-        except RequestError as error:
+        except Exception as error:  # whatever it is, it belongs to this line alone
             self._fail(llm, job, error)
         else:
             self._in_flight[request_id] = (job, index)
@@ -190,7 +194,7 @@ class BatchRunner:
         if len(outputs) == len(job.outputs):
             self._write_answer(llm, job, outputs)
 
-    def _fail(self, llm: LLM, job: _Job, error: RequestError) -> None:
+    def _fail(self, llm: LLM, job: _Job, error: Exception) -> None:
         """One prompt of a body failed, so the body has no answer: stop its other prompts."""
         job.failed = True
         for request_id in [request_id for request_id, (other, _) in self._in_flight.items() if other is job]:
@@ -199,22 +203,31 @@ class BatchRunner:
         self._write_refused(job.line, error)
 
     def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
-        answer = job.body.answer(outputs, model=llm.model_name, decode=partial(decode, llm.tokenizer, unfinished=True))
-        self._output.append(answer_record(job.line, answer))
+        try:
+            decoded = partial(decode, llm.tokenizer, unfinished=True)
+            answer = job.body.answer(outputs, model=llm.model_name, decode=decoded)
+            self._output.append(answer_record(job.line, answer))
+        except OutputError:
+            raise
+        except Exception as error:  # of the tokenizer, or a number that JSON cannot hold: the line's
+            self._write_refused(job.line, error)
+            return
         usage = answer["usage"]
         self.summary.completed += 1
         self.summary.prompt_tokens += usage["prompt_tokens"]
         self.summary.completion_tokens += usage["completion_tokens"]
         self.summary.tokens_saved += usage["prompt_tokens_details"]["cached_tokens"]
 
-    def _write_refused(self, line: BatchLine, error: GossamerError) -> None:
+    def _write_refused(self, line: BatchLine, error: Exception) -> None:
+        if not isinstance(error, GossamerError):
+            logger.error("line %d cannot be answered", line.number, exc_info=error)
         record = refusal_record(line, error)
         self._output.append(record)
         self._count_failure(line.number, record["response"]["body"]["error"]["message"])
 
     def _write_invalid(self, line: InvalidLine) -> None:
         self._output.append(invalid_record(line))
-        self._count_failure(line.number, line.message)
+        self._count_failure(line.number, shortened(line.message))
 
     def _count_failure(self, number: int, message: str) -> None:
         self.summary.failed += 1

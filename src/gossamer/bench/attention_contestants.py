@@ -81,8 +81,7 @@ class Native(Contestant):
         batch, heads, dim = problem.query.shape
         kv_heads, length, _ = problem.keys[0].shape
         layers, width = len(problem.keys), heads * dim
-        shape = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "dim": dim, "max_rows": batch}
-        recorder = Recorder(isa, kv="bfloat16", **shape)
+        recorder = Recorder(isa, layers=layers, heads=heads, kv_heads=kv_heads, dim=dim, kv="bfloat16", max_rows=batch)
         # token i is sequence i: its "embedding" is its query, and a key and value of its own, which nobody reads
         table = torch.zeros(batch, width + 2 * kv_heads * dim)
         table[:, :width] = problem.query.reshape(batch, width)

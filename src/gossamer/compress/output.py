@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gossamer.errors import ConfigurationError, GossamerError
+from gossamer.errors import ConfigurationError, GossamerError, OutputError
+from gossamer.models.scratch import os_error_in, put_in_place, scratch_directory
 
 
 def check_output(source: Path | None, target: Path, *, is_file: bool, overwrite: bool) -> None:
@@ -49,26 +48,16 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         GossamerError: ``target`` cannot be written.
     """
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as error:
-        raise GossamerError(f"cannot write into {target.parent}: {error.strerror}") from error
-    try:
-        yield scratch / target.name
-        replaced = scratch / "replaced"
-        try:
-            if target.exists():
-                target.rename(replaced)
-            (scratch / target.name).rename(target)
-        except BaseException:
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            raise
+        with scratch_directory(target) as scratch:
+            yield scratch / target.name
+            put_in_place(scratch / target.name, target)
     except GossamerError:  # some are OSErrors as well
         raise
-    except OSError as error:
-        raise GossamerError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except Exception as error:  # a full disk is an exception of its own kind in each library that writes
+        cause = os_error_in(error)
+        if cause is None:
+            raise
+        raise OutputError(f"cannot write {target}: {cause.strerror or cause}; make room, and run it again") from error
 
 
 def size_of(path: Path) -> int:

@@ -131,9 +131,11 @@ class Intake:
             PromptTooLongError, MemoryBudgetError
         """
         if num_tokens + new_tokens > self.max_model_len:
+            left = f", and at least {new_tokens} must be left to generate" if new_tokens else ""
             raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; the context holds {self.max_model_len}"
-                + (f", of which at least {new_tokens} must be left to generate" if new_tokens else ""),
+                # OpenAI's and vLLM's words, by which clients know that they have to shorten a prompt.
+                f"This model's maximum context length is {self.max_model_len} tokens. However, the prompt has "
+                f"{num_tokens} tokens{left}",
                 request_id=request_id,
                 param="prompt",
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Literal
 from gossamer.errors import DownloadError, GossamerError
 from gossamer.models.manifest import verify
 from gossamer.models.progress import console, say
+from gossamer.models.scratch import os_error_in, put_in_place, remove_leftovers, scratch_directory
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def get_or_build(
     """
     target = entry_path(key)
     if not force and not verify(target, full=full):
+        remove_leftovers(target)
         return CacheEntry(target, "present")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,15 +78,17 @@ def get_or_build(
                     return CacheEntry(target, "present")
                 if existed:
                     say(f"The cached copy of {key} is damaged ({faults[0]}); fetching it again.")
-            _remove_leftovers(key)
-            _check_space(target.parent, key, space)
-            with _scratch_directory(key) as scratch:
-                _replace(target, build(scratch), scratch)
+            with scratch_directory(target) as scratch:
+                _check_space(target.parent, key, space)  # without what a killed build had left
+                put_in_place(build(scratch), target)  # processes that read the old one keep their open files
     except GossamerError:  # some are OSErrors as well
         raise
-    except OSError as error:
+    except Exception as error:  # a full disk is an exception of its own kind in each library that writes
+        cause = os_error_in(error)
+        if cause is None:
+            raise
         raise DownloadError(
-            f"cannot write {key} to the model cache {target.parent}: {error}. Make room there, or set GOSSAMER_CACHE "
+            f"cannot write {key} to the model cache {target.parent}: {cause}. Make room there, or set GOSSAMER_CACHE "
             "to a directory on another disk."
         ) from error
     return CacheEntry(target, "repaired" if existed else "built")
@@ -107,12 +110,6 @@ def _lock(key: str) -> Iterator[None]:
         lock.release()
 
 
-def _remove_leftovers(key: str) -> None:
-    # We hold the entry's lock, so nobody is working in any scratch directory of this entry.
-    for leftover in entry_path(key).parent.glob(f".{key}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _check_space(directory: Path, key: str, space: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < space:
@@ -120,19 +117,3 @@ def _check_space(directory: Path, key: str, space: int) -> None:
             f"{key} needs {space / 1e9:.1f} GB in {directory}, where {free / 1e9:.1f} GB are free. Make room there, or "
             "set GOSSAMER_CACHE to a directory on another disk."
         )
-
-
-@contextmanager
-def _scratch_directory(key: str) -> Iterator[Path]:
-    scratch = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".tmp", dir=entry_path(key).parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace(target: Path, built: Path, scratch: Path) -> None:
-    # A directory that is not empty cannot be renamed over. Processes that read the old one keep their open files.
-    if target.exists():
-        target.rename(scratch / "replaced")
-    built.rename(target)

@@ -5,7 +5,7 @@ goes back. `BODIES` lists these classes. Nothing here knows whether a body came 
 """
 
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.errors import error_body
+from gossamer.protocol.errors import error_body, shortened
 from gossamer.protocol.requests import BODIES, ChatCompletionRequest, CompletionRequest
 from gossamer.protocol.responses import chat_completion_response, completion_response
 from gossamer.protocol.streaming import StreamedAnswer
@@ -19,4 +19,5 @@ __all__ = [
     "chat_completion_response",
     "completion_response",
     "error_body",
+    "shortened",
 ]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
+    ChoiceCount,
     Count,
     Fields,
     PositiveCount,
@@ -44,7 +45,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     openai_max_tokens: ClassVar[int | None] = None
 
     model: str | None = None
-    n: PositiveCount = 1
+    n: ChoiceCount = 1
     max_tokens: PositiveCount | None = None
     temperature: float = 1.0
     top_p: float = 1.0

@@ -10,7 +10,7 @@ from pydantic import WithJsonSchema, field_validator, model_validator
 
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.fields import Count, PositiveCount
+from gossamer.protocol.fields import ChoiceCount, Count
 from gossamer.protocol.logprobs import (
     Step,
     finite,
@@ -56,7 +56,7 @@ class CompletionRequest(GeneratingBody):
     openai_max_tokens: ClassVar[int | None] = 16
 
     prompt: Annotated[list[str | list[int]], WithJsonSchema(_PROMPT_SCHEMA)]
-    best_of: PositiveCount | None = None
+    best_of: ChoiceCount | None = None
     logprobs: Count | None = None
     echo: bool = False
 

@@ -24,20 +24,38 @@ _KINDS: tuple[tuple[type[GossamerError], str, str], ...] = (
     (EngineError, "server_error", "engine_error"),
     (GossamerError, _INVALID, "invalid_value"),
 )
+MAX_MESSAGE = 1000  # characters; messages quote values, and those may be as long as a request
 
 
-def error_body(error: GossamerError, prompt_field: str = "prompt") -> dict[str, Any]:
+def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
+    """``text`` as messages may quote it: bounded, by leaving out its middle, and writable as UTF-8.
+
+    >>> shortened("x" * 90, 20)
+    'xxxxxxx ... xxxxxxxx'
+    >>> shortened("half of a pair: \\ud800")
+    'half of a pair: \\\\ud800'
+    """
+    text = text if len(text) <= limit else f"{text[: (limit - 5) // 2]} ... {text[-((limit - 4) // 2) :]}"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def error_body(error: Exception, prompt_field: str = "prompt") -> dict[str, Any]:
     """What a refused or failed request gets instead of an answer.
 
     Args:
+        error: what was not raised on purpose may hold anything, and is not told to strangers.
         prompt_field: the field of the body that the prompt was made from; the engine does not know it.
 
     >>> error_body(RequestError("top_p must be in (0, 1], got 2", param="top_p"))["error"]["param"]
     'top_p'
     """
+    if not isinstance(error, GossamerError):
+        body = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
+        return {"error": body}
     # The request knows which request it is: its id would only repeat that in the message.
     message, param = (error.message, error.param) if isinstance(error, RequestError) else (str(error), None)
     if param in ("prompt", "prompt_token_ids"):
         param = prompt_field
     kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = None if param is None else shortened(param)
+    return {"error": {"message": shortened(message), "type": kind, "param": param, "code": code}}

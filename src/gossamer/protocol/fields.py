@@ -35,6 +35,7 @@ def _listed(value: object) -> object:
 Strings = Annotated[list[str], BeforeValidator(_listed)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+ChoiceCount = Annotated[int, Field(ge=1, le=1024)]  # each is a sequence, and some objects, before anything is computed
 
 
 class StreamOptions(Fields):

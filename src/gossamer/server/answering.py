@@ -124,8 +124,8 @@ class Answering:
     def _check_characters(self, count: int) -> None:
         if count > self._max_characters:
             raise PromptTooLongError(
-                f"the prompt has {count} characters, more than fit into the context of "
-                f"{self.llm.engine.max_model_len} tokens",
+                f"This model's maximum context length is {self.llm.engine.max_model_len} tokens. However, the prompt "
+                f"has {count} characters, which are more tokens than that",
                 param="prompt",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -13,15 +14,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 import gossamer
 from gossamer.errors import GossamerError, RequestError
 from gossamer.server import routes_batches, routes_cache, routes_info, routes_playground
-from gossamer.server.errors import HttpError, error_response
+from gossamer.server.errors import HttpError, error_response, no_space
 from gossamer.server.generating import generating_routes
 from gossamer.server.http import Disconnected, client_gone
 from gossamer.server.middleware import ApiKeys, Limits, RequestLog
 from gossamer.server.options import ServerOptions
+from gossamer.server.paths import Paths
 from gossamer.server.service import Service
 
 if TYPE_CHECKING:
@@ -51,15 +54,18 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
         lifespan=life,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # `Paths` does it better
     )
-    for routes in (routes_info, routes_batches, routes_cache, routes_playground):
-        app.include_router(routes.router)
-    app.include_router(generating_routes())
+    routers = [each.router for each in (routes_info, routes_batches, routes_cache, routes_playground)]
+    routers.append(generating_routes())
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(GossamerError, _gossamer_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Disconnected, _disconnected)
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(RequestValidationError, _invalid_query)
+    app.add_exception_handler(OSError, _full_disk)
     # The last one added is the first one to see a request.
     app.add_middleware(ApiKeys, keys=options.api_keys)
     app.add_middleware(Limits, max_body=options.max_body, max_file=options.max_file, idle_timeout=options.idle_timeout)
@@ -71,6 +77,8 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    routes = [route.path for router in routers for route in router.routes if isinstance(route, Route)]
+    app.add_middleware(Paths, routes=routes)
     app.add_middleware(RequestLog)
     return app
 
@@ -97,6 +105,14 @@ async def _invalid_query(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     name = str(first["loc"][-1])
     return error_response(RequestError(f"{name}: {first['msg']}", param=name))
+
+
+async def _full_disk(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise error
+    request.scope["gossamer.error"] = str(error)
+    return error_response(no_space(error))
 
 
 async def _disconnected(request: Request, error: Exception) -> Response:

@@ -33,6 +33,7 @@ _MEANINGS = {
     500: "The engine failed on this request.",
     503: "The server is loading its model, or shutting down.",
     504: "The answer took too long.",
+    507: "The server's disk is full.",
 }
 
 

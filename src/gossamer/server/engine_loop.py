@@ -18,13 +18,13 @@ from typing import TypeVar
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output
+from gossamer.engine.stepping import PatientSteps
 from gossamer.errors import EngineError, ServerBusyError, ShuttingDownError
 from gossamer.outputs import RequestOutput
 from gossamer.sampling_params import SamplingParams
 
 T = TypeVar("T")
 logger = logging.getLogger("gossamer.engine")
-MAX_FAILURES = 3  # steps in a row that fail without any request to blame
 
 
 class Ticket:
@@ -175,7 +175,7 @@ class EngineLoop:
     # --- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
+        steps = PatientSteps(self.engine)
         try:
             while not self._stopping:
                 with self._wake:
@@ -185,16 +185,7 @@ class EngineLoop:
                     self._asked.popleft()()
                 if not self.engine.has_unfinished_requests() or self._stopping:
                     continue
-                try:
-                    outputs = self.engine.step()
-                    failures = 0
-                except Exception:  # of the model or our own: the thread must go on for everybody else
-                    logger.exception("a step of the engine failed; trying its requests one by one")
-                    steps = self.engine.stats.steps
-                    outputs = self.engine.step_apart()
-                    failures = 0 if outputs or self.engine.stats.steps > steps else failures + 1
-                    if failures == MAX_FAILURES:
-                        raise
+                outputs = steps.step()
                 self._on_outputs(outputs)
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from gossamer.errors import EngineError, GossamerError, ServerBusyError, ShuttingDownError
-from gossamer.protocol import error_body
+from gossamer.protocol import error_body, shortened
 
 
 class HttpError(GossamerError):
@@ -48,6 +48,12 @@ def unavailable(message: str, retry_after: int = 1) -> HttpError:
     return HttpError(503, message, code="unavailable", type="server_error", headers=headers)
 
 
+def no_space(error: OSError) -> HttpError:
+    """The disk does not take what a request brings."""
+    message = f"the server cannot store this: {error.strerror}"
+    return HttpError(507, message, code="insufficient_storage", type="server_error")
+
+
 def timed_out(seconds: float) -> HttpError:
     """An answer took too long. OpenAI's clients would try the same again; the header tells them not to."""
     return HttpError(
@@ -62,14 +68,14 @@ def timed_out(seconds: float) -> HttpError:
 def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error. What we did not raise on purpose is not told to strangers."""
     if isinstance(error, HttpError):
-        body = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+        param = None if error.param is None else shortened(error.param)
+        body = {"message": shortened(str(error)), "type": error.type, "param": param, "code": error.code}
         return error.status, {"error": body}, error.headers
-    if not isinstance(error, GossamerError):
-        body = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
-        return 500, {"error": body}, {}
     status, headers = 400, {}
     if isinstance(error, ServerBusyError):
         status, headers = 429, {"retry-after": str(error.retry_after)}
+    elif not isinstance(error, GossamerError):
+        status = 500
     elif isinstance(error, EngineError):
         status = 503 if isinstance(error, ShuttingDownError) else 500
     return status, error_body(error, prompt_field), headers

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,26 @@ class FileStore:
             temporary.unlink(missing_ok=True)
 
     def adopt(self, path: Path, stored: StoredFile) -> StoredFile:
-        """Take over a file that is complete."""
-        os.replace(path, self.path(stored.id))
-        write_json(self.directory / f"{stored.id}.json", asdict(stored))
+        """Take over a file that is complete.
+
+        If this ends in the middle, by an error or with the process, the same call can be made again.
+        """
+        with drafted(self.directory / f"{stored.id}.json", asdict(stored)):  # first what needs space
+            if path.exists():
+                os.replace(path, self.path(stored.id))
         return stored
+
+    def remove_leftovers(self, wanted: set[str]) -> None:
+        """Remove what a server that was killed had not finished: uploads, deletions, drafts.
+
+        Args:
+            wanted: ids of files that will be adopted, and may be there in part.
+        """
+        for path in self.directory.iterdir():
+            unfinished = path.suffix in (".part", ".tmp")
+            nameless = bool(_ID.fullmatch(path.name)) and not path.with_suffix(".json").exists()
+            if unfinished or (nameless and path.name not in wanted):
+                path.unlink(missing_ok=True)
 
     def path(self, file_id: str) -> Path:
         """Where a file's content is.
@@ -91,13 +107,13 @@ class FileStore:
         except (OSError, ValueError, TypeError):
             raise not_found(f"there is no file {file_id!r}", "file_id") from None
 
-    def all(self) -> list[StoredFile]:
-        """Every file, the newest first."""
+    def all(self, *, oldest_first: bool = False) -> list[StoredFile]:
+        """Every file, the newest first unless told otherwise."""
         files = []
         for path in self.directory.glob("file-*.json"):
             with suppress(HttpError):  # a damaged one does not hide the others
                 files.append(self.get(path.stem))
-        return sorted(files, key=lambda each: (each.created_at, each.id), reverse=True)
+        return sorted(files, key=lambda each: (each.created_at, each.id), reverse=not oldest_first)
 
     def delete(self, file_id: str) -> None:
         """Remove a file.
@@ -111,12 +127,24 @@ class FileStore:
 
 
 def new_id(kind: str) -> str:
-    """``kind-`` and 32 hexadecimal digits that nobody can guess."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    """``kind-`` and 32 hexadecimal digits: the time, so that ids sort by it, and 64 bits that nobody can guess."""
+    return f"{kind}-{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a small file in one step."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
-    os.replace(temporary, path)
+    with drafted(path, value):
+        pass
+
+
+@contextmanager
+def drafted(path: Path, value: dict[str, Any]) -> Iterator[None]:
+    """A small file that is written before the body and appears after it, if the body succeeds."""
+    draft = path.with_suffix(".tmp")
+    try:
+        draft.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+        yield
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

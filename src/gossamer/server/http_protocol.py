@@ -1,21 +1,31 @@
-"""Connections that do not become requests: bounded in time and in size."""
+"""Connections: heads that are bounded in time and in size, clients that say no more, clients of HTTP/1.0."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD = 64 * 2**10  # bytes of a request line with its headers
+PROBE_SECONDS = 5.0  # until a client that says no more is asked whether it listens
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which closes connections that are idle between two requests, but not those that are before
-    the first one, or in the middle of headers. Here the head of a request has ``idle_timeout`` seconds and
-    :data:`MAX_HEAD` bytes, wherever it begins.
+    """uvicorn's protocol, and beyond it:
+
+    - The head of a request has ``idle_timeout`` seconds and :data:`MAX_HEAD` bytes, wherever it begins. uvicorn closes
+      connections that are idle between two requests, but not those that are before the first one, or within headers.
+    - A client that has closed its half of the connection gets its answer. It looks like one that is gone, until
+      something is sent: a stream does so anyway; before the status, an interim response 100 does (RFC 9110, 15.2: any
+      client of HTTP/1.1 skips it), and the connection of a client that is gone then breaks.
+    - A client of HTTP/1.0 gets bodies without chunks, which the connection's end ends.
     """
 
     idle_timeout = 60.0
+    _probe: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
     _reading_head = True
     _head = 0
@@ -44,8 +54,31 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reading_head, self._head = True, 0
         super().on_message_complete()
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never keeps the connection
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False  # nothing to answer, or not all of the question: asyncio closes
+        cycle.keep_alive = False
+        self._probe = self.loop.call_later(PROBE_SECONDS, self._ask_whether_it_listens)
+        return True
+
+    def _ask_whether_it_listens(self) -> None:
+        begun = self.cycle.response_started or bool(self.pipeline)
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if not begun and self.cycle.scope["http_version"] == "1.1":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._probe = self.loop.call_later(PROBE_SECONDS, self._ask_whether_it_listens)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = functools.partial(_until_the_end, cycle, app)
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._probe is not None:
+            self._probe.cancel()
         super().connection_lost(exc)
 
     def _arm(self) -> None:
@@ -61,3 +94,20 @@ class BoundedProtocol(HttpToolsProtocol):
         answering = self.cycle is not None and not self.cycle.response_complete
         if not answering and self.transport is not None and not self.transport.is_closing():
             self.transport.close()
+
+
+async def _until_the_end(cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run ``app`` for a client that knows no chunks: where no length is given, the connection's end is the body's."""
+    endless = False
+
+    async def send_without_chunks(message: Message) -> None:
+        nonlocal endless
+        if message["type"] == "http.response.start":
+            endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if endless:
+                cycle.chunked_encoding = False
+        elif endless:
+            cycle.expected_content_length = len(message.get("body", b""))  # of what is sent now; uvicorn counts
+        await send(message)
+
+    await app(scope, receive, send_without_chunks)

@@ -65,7 +65,7 @@ def _page(objects: list[dict[str, Any]], after: str | None, limit: int) -> dict[
     return {"object": "list", "data": objects, "has_more": more} | ends
 
 
-@router.post("/v1/files", responses=errors(400, 408, 413, 415), openapi_extra=_UPLOAD)
+@router.post("/v1/files", responses=errors(400, 408, 413, 415, 507), openapi_extra=_UPLOAD)
 async def upload(request: Request) -> JSONResponse:
     """Upload the input of a batch: one request per line."""
     files = _service(request).ready.files
@@ -91,10 +91,14 @@ async def _parts(file: UploadFile) -> AsyncIterator[bytes]:
 
 @router.get("/v1/files", responses=errors(400))
 async def list_files(
-    request: Request, after: str | None = None, limit: Limit = 10_000, purpose: str | None = None
+    request: Request,
+    after: str | None = None,
+    limit: Limit = 10_000,
+    purpose: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    """All files, the newest first."""
-    files = _service(request).ready.files.all()
+    """All files, the newest first; with ``order`` ``asc`` the oldest."""
+    files = _service(request).ready.files.all(oldest_first=order == "asc")
     return _page([each.to_dict() for each in files if purpose in (None, each.purpose)], after, limit)
 
 
@@ -119,7 +123,7 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@router.post("/v1/batches", responses=errors(400, 404, 408, 413, 415), openapi_extra=json_body(BatchRequest))
+@router.post("/v1/batches", responses=errors(400, 404, 408, 413, 415, 507), openapi_extra=json_body(BatchRequest))
 async def create_batch(request: Request) -> JSONResponse:
     """Answer a file of requests, beside those of other clients."""
     batches = _service(request).ready.batches

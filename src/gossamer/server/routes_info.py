@@ -71,8 +71,10 @@ async def models(request: Request) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}", responses=errors(404))
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
-    _service(request).check_model(model)
-    return _model(_service(request), model)
+    names = _service(request).options.model_names
+    name = next((name for name in names if name.rstrip("/") == model), model)  # of a path, the slash at its end is gone
+    _service(request).check_model(name)
+    return _model(_service(request), name)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

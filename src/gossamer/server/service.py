@@ -17,6 +17,7 @@ from gossamer.errors import GossamerError
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.answering import Answering
 from gossamer.server.batches import Batches
+from gossamer.server.data_dir import DataDirectory
 from gossamer.server.engine_loop import EngineLoop
 from gossamer.server.errors import not_found, unavailable
 from gossamer.server.files import FileStore
@@ -59,19 +60,20 @@ class Service:
         self.failed = asyncio.Event()
         self._load = load
         self._temporary: TemporaryDirectory[str] | None = None
+        self._data_dir: DataDirectory | None = None
         self._loaded: _Loaded | None = None
 
     async def start(self) -> None:
-        """Load the model and warm it up; then the server is ready. A failure is kept in ``reason``."""
+        """Load the model and warm it up; then the server is ready. A failure is logged, and ends the server."""
         try:
             await self._start()
         except Exception as error:  # models and their files can raise anything; the server says so and ends
             # Why is for the log: it may name paths, and everybody may ask for /health.
             if isinstance(error, GossamerError):
-                logger.error("the model could not be loaded: %s", error)
+                logger.error("cannot start: %s", error)
             else:
-                logger.exception("the model could not be loaded")
-            self._fail("the model could not be loaded")
+                logger.exception("cannot start")
+            self._fail("the server could not start")
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
@@ -82,7 +84,10 @@ class Service:
         if directory is None:
             self._temporary = TemporaryDirectory(prefix="gossamer-")
             directory = Path(self._temporary.name)
-        files = FileStore(directory / "files")  # before the model: that should not have to be loaded to find out
+        # Before the model, which should not have to be loaded to find out
+        self._data_dir = DataDirectory(directory)
+        await self._data_dir.acquire()
+        files = FileStore(directory / "files")
         llm = await _in_daemon(self._load)
         await _in_daemon(lambda: _warm_up(llm))
         metrics = Metrics(llm.engine, self.options.model_names[0])
@@ -97,6 +102,7 @@ class Service:
         )
         engine_loop.start()
         batches = Batches(directory / "batches", files, answering, max_in_flight=answering.max_sequences)
+        files.remove_leftovers(batches.expected_files)
         self._loaded = _Loaded(answering, engine_loop, metrics, PinnedPrefixes(answering), files, batches)
         for path in self.options.pinned:
             await self._loaded.prefixes.pin_file(path)
@@ -104,6 +110,8 @@ class Service:
         gc.collect()  # and counts from here on: it searches all once there is a quarter more than now
         if self.state == "loading":
             self.state, self.reason = "ready", ""
+        elif self.state == "draining":
+            batches.drain()
         logger.info("ready: %s", ", ".join(self.options.model_names))
 
     async def stop(self) -> None:
@@ -113,6 +121,8 @@ class Service:
             await self._loaded.engine_loop.stop()
             self._loaded.answering.close()
         gc.unfreeze()
+        if self._data_dir is not None:
+            self._data_dir.release()
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -120,6 +130,10 @@ class Service:
         """From now on take no more requests."""
         if self.state != "failed":
             self.state, self.reason = "draining", "the server is shutting down"
+        if self._loaded is not None:
+            self._loaded.batches.drain()
+        if self._data_dir is not None:
+            self._data_dir.drain()
 
     def check_health(self) -> None:
         """Whether requests are answered.
