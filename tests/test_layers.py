@@ -28,17 +28,6 @@ BESIDE = {
     "system",
     "timing",
 }
-    "errors",
-    "locks",
-    "options",
-    "outputs",
-    "progress",
-    "sampling_params",
-    "sizes",
-    "surrogates",
-    "system",
-    "timing",
-}
 
 Graph = Mapping[str, set[str]]
 
