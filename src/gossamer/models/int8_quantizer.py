@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.errors import CheckpointError, GossamerError
+from gossamer.models.described import settle_ties
 from gossamer.models.int8_layout import sparse_layers
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import TensorSpec
@@ -49,6 +50,8 @@ QUANT_METHOD = "gossamer_int8"
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
+# Of the checkpoint that is being loaded; set it with :func:`reading`.
+_reader: ContextVar[ShardReader | None] = ContextVar("reader", default=None)
 
 
 @contextmanager
@@ -59,6 +62,16 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def reading(reader: ShardReader) -> Iterator[None]:
+    """Have models that are loaded in the body take what they need besides their weights from ``reader``."""
+    token = _reader.set(reader)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -135,7 +148,7 @@ class GossamerInt8Quantizer(HfQuantizer):
         self.report = QuantizationReport()
         self.sources: dict[str, Callable[[], Rows]] = {}  # by layer: opens the weight it was quantized from
         self.conv1d: set[str] = set()  # layers whose weights are transposed in the checkpoint
-        self.files: list[str] = []
+        self.reader: ShardReader | None = None
         self.faults: list[GossamerError] = []  # raised at the end; transformers swallows it before
 
     @property
@@ -162,7 +175,11 @@ class GossamerInt8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self.files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        self.reader = _reader.get()
+        if self.reader is None and (files := [Path(file) for file in checkpoint_files or ()]):
+            if files[0].suffix == ".safetensors":  # transformers reads them by itself
+                self.reader = ShardReader(files)
+                settle_ties(model, self.reader)
         refuse_quantized(model)
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)
@@ -194,8 +211,7 @@ class GossamerInt8Quantizer(HfQuantizer):
 
     def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
         """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
-        with ShardReader(map(Path, self.files)) as reader:
-            specs = reader.specs
+        specs = self.reader.specs if self.reader else {}
         return {path: (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"]) for path in sparse_layers(specs)}
 
     def _share_store(self, model: PreTrainedModel, head: str) -> None:
@@ -218,6 +234,7 @@ class GossamerInt8Quantizer(HfQuantizer):
             self._fill_outlier_stores(model)
             self._drop_zeros(model)
         self.sources.clear()
+        self.reader = None
         return model
 
     def _drop_zeros(self, model: PreTrainedModel) -> None:
@@ -328,21 +345,13 @@ class _QuantizeWhileLoading(ConversionOps):
         """How to read the weight again, for the columns of the outlier store; not the weight itself."""
         if not isinstance(weight, Tensor):
             self.quantizer.sources[name] = lambda: weight  # a reader, which holds no memory
-        elif len(keys) == 1 and (file := self._file_of(keys[0])):
-            self.quantizer.sources[name] = lambda: _read(file, keys[0], transposed)
-
-    def _file_of(self, key: str) -> str | None:
-        for path in self.quantizer.files:
-            with safe_open(path, framework="pt") as file:
-                if key in file.keys():  # noqa: SIM118  it is no dictionary
-                    return path
-        return None
+        elif self.quantizer.reader and len(keys) == 1 and keys[0] in self.quantizer.reader.specs:
+            self.quantizer.sources[name] = partial(_read, self.quantizer.reader, keys[0], transposed)
 
 
-def _read(path: str, key: str, transposed: bool) -> Tensor:
+def _read(reader: ShardReader, key: str, transposed: bool) -> Tensor:
     """The tensor as it lies in the file, mapped, not copied."""
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(key)
+    tensor = reader.tensor(key)
     return tensor.t() if transposed else tensor
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gossamer
+from gossamer.errors import CheckpointError
+from gossamer.models.json_file import read_object
 
 MANIFEST = "gossamer.json"
 
@@ -51,10 +53,12 @@ def verify(directory: str | Path, *, full: bool = False) -> list[str]:
     """
     directory = Path(directory)
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"].items()
+        if not (directory / MANIFEST).exists():
+            return [f"{MANIFEST} is missing"]
+        files = read_object(directory / MANIFEST)["files"].items()
         return [fault for name, expected in files if (fault := _fault(directory / name, expected, full))]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
+    except CheckpointError as error:
+        return [str(error)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"it cannot be checked against its {MANIFEST}: {error!r}"]
 

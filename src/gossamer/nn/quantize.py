@@ -143,9 +143,12 @@ def tied_head(model: nn.Module) -> nn.Module | None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is None or embedding is None:
         return None
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_meta:  # the weights decide, not what the configuration declares
+        return head if weight is getattr(embedding, "weight", 0) else None
     to_be_tied: Any = getattr(model, "all_tied_weights_keys", {})
     declared = any(module is head and f"{name}.weight" in to_be_tied for name, module in model.named_modules())
-    return head if declared or getattr(head, "weight", None) is getattr(embedding, "weight", 0) else None
+    return head if declared else None
 
 
 def check_store(share: float) -> None:
