@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -362,12 +363,22 @@ class LLM:
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a text, by the generation configuration, the model's configuration and the tokenizer."""
+    """Every token that ends a text, by the generation configuration, the model's configuration and the tokenizer.
+
+    An id that the model does not have is none, with a warning; some configurations write -1 for that.
+    """
+    config = model.config.get_text_config()
     found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
+    for source in (getattr(model, "generation_config", None), config, tokenizer):
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or ())
-    return frozenset(found)
+    if unknown := sorted(token for token in found if not 0 <= token < config.vocab_size):
+        warnings.warn(
+            f"eos_token_id {', '.join(map(str, unknown))} is not among the {config.vocab_size} tokens of the model, and "
+            "ends no text",
+            stacklevel=3,
+        )
+    return frozenset(found.difference(unknown))
 
 
 def _itself(prompt: Prompt) -> Prompt:

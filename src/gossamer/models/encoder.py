@@ -16,6 +16,7 @@ from transformers import (
 from gossamer.errors import CheckpointError
 from gossamer.models.checkpoint import check_directory
 from gossamer.models.checkpoint_weights import check_loaded, open_checkpoint
+from gossamer.models.described import described_model
 from gossamer.models.load import load_config, load_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.options import ModelOptions

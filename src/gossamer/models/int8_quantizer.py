@@ -186,7 +186,7 @@ class GossamerInt8Quantizer(HfQuantizer):
         stored = self._sparse_shapes() if self.pre_quantized else {}
         for name, layer in list(model.named_modules()):
             weight = linear_weight(layer)
-            if weight is None or name in self.report.skipped:
+            if weight is None or self._stays(name, model.base_model_prefix):
                 continue
             if layer is head:
                 self._share_store(model, name)
@@ -209,6 +209,14 @@ class GossamerInt8Quantizer(HfQuantizer):
                 self.conv1d.add(name)
             model.set_submodule(name, Int8Linear(inputs, outputs, biased, **settings))
 
+    def _stays(self, name: str, prefix: str) -> bool:
+        """Whether a layer is left in floating point: as the checkpoint has it, or as the settings say."""
+        if self.pre_quantized and self.reader:
+            for each in _names(name, prefix):
+                if stored := self.reader.specs.get(f"{each}.weight") or self.reader.specs.get(f"{each}.weight_codes"):
+                    return stored.dtype != torch.int8
+        return name in self.report.skipped
+
     def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
         """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
         specs = self.reader.specs if self.reader else {}
@@ -217,7 +225,8 @@ class GossamerInt8Quantizer(HfQuantizer):
     def _share_store(self, model: PreTrainedModel, head: str) -> None:
         embedding = Int8Embedding.like(model.get_input_embeddings(), device="meta")
         model.set_input_embeddings(embedding)
-        model.set_submodule(head, Int8TiedHead(embedding, self.quantization_config.decomposition()))
+        bias = model.get_submodule(head).bias
+        model.set_submodule(head, Int8TiedHead(embedding, self.quantization_config.decomposition(), bias))
         model.all_tied_weights_keys.pop(f"{head}.weight", None)  # tied by what the modules are
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -281,9 +290,12 @@ def _element_size(report: LayerReport) -> int:
 def _stored(
     stored: dict[str, tuple[TensorSpec, TensorSpec]], name: str, prefix: str
 ) -> tuple[TensorSpec, TensorSpec] | None:
-    """What is stored of a module, whether model and checkpoint have the output layer or only the body."""
-    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((stored[each] for each in names if each in stored), None)
+    return next((stored[each] for each in _names(name, prefix) if each in stored), None)
+
+
+def _names(name: str, prefix: str) -> tuple[str, ...]:
+    """Of a module in a checkpoint, whether model and checkpoint have the output layer or only the body."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def _check_sparse(name: str, specs: tuple[TensorSpec, TensorSpec], outputs: int, inputs: int) -> int:
