@@ -223,7 +223,9 @@ def named_parts(gradient: Gradient) -> list[tuple[str, Tensor]]:
 
 
 def check_finite(numbers: Tensor, name: str) -> None:
-    """Raises :class:`~gossamer.errors.ConfigurationError` if a number is NaN or infinite."""
+    """Raises :class:`~gossamer.errors.ConfigurationError` if a number is NaN, infinite or complex."""
+    if numbers.is_complex():
+        raise ConfigurationError(f"{name} is complex; pass its real view (torch.view_as_real)")
     # the sum of finite numbers may overflow, but then the slow answer decides
     if not math.isfinite(float(numbers.sum())) and not bool(numbers.isfinite().all()):
         raise ConfigurationError(f"{name} has NaN or infinite entries; nothing was stored")
