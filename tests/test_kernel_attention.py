@@ -38,7 +38,7 @@ def errors(found: AttentionState, wanted: AttentionState, v: Tensor) -> float:
 def test_few_keys_are_exact(n_q: int, n_k: int, causal: bool) -> None:
     q, k, v = head(n_q, n_k)
     product = KernelAttention(q, k, causal).apply(v, 0.1)
-    assert product.report.mode == "exact"
+    assert product.report.mode == "exact" and product.report.entries == pytest.approx(1)
     assert errors(product.state, exact(q, k, v, causal), v) < 1e-5
 
 
@@ -48,6 +48,7 @@ def test_within_the_tolerance(n_q: int, n_k: int, causal: bool) -> None:
     product = KernelAttention(q, k, causal).apply(v, 0.1)
     error = errors(product.state, exact(q, k, v, causal), v)
     assert product.report.mode == "sampled" and error <= 0.1
+    assert 0 < product.report.near < product.report.entries <= 1  # of all parts together
     if error > 0.03:
         assert 0.6 < product.report.error / error < 1.6
 

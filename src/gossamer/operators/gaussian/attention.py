@@ -136,6 +136,7 @@ class KernelAttention:
         if (last - middle) * (middle - first) < _FEWEST_ENTRIES:
             with report.timed("exact"):
                 part = slice(first + shift, last + shift)
+                report.entries += (last - first) * (last - first + 1) / 2 / self._seen
                 return self._attend(slice(first, last), part, values[part], causal=True)
         above = self._triangle(first, middle, values, report)
         below = self._triangle(middle, last, values, report)
@@ -143,7 +144,24 @@ class KernelAttention:
         below = merge_states([left, below])
         return AttentionState(torch.cat([above.out, below.out], 2), torch.cat([above.lse, below.lse], 2))
 
+    @property
+    def _seen(self) -> int:
+        """How many pairs of a query and a key there are."""
+        n_q, n_k = len(self.queries), len(self.keys)
+        return n_q * n_k - (n_q * (n_q - 1) // 2 if self.causal else 0)
+
     def _rectangle(self, where: Rectangle, values: Tensor, report: ProductReport) -> AttentionState:
+        """A part of the product; what the report counts is made a share of the whole."""
+        others = report.entries, report.near, report.drawn
+        report.entries = report.near = report.drawn = 0.0
+        state = self._part(where, values, report)
+        rows = where[1] - where[0]
+        of_pairs, of_rows = rows * (where[3] - where[2]) / self._seen, rows / len(self.queries)
+        report.entries = others[0] + of_pairs * min(report.entries, 1.0)
+        report.near, report.drawn = others[1] + of_pairs * report.near, others[2] + of_rows * report.drawn
+        return state
+
+    def _part(self, where: Rectangle, values: Tensor, report: ProductReport) -> AttentionState:
         rows, columns = slice(*where[:2]), slice(*where[2:])
         values = values[columns]
         centre = values.mean(0)
@@ -154,6 +172,7 @@ class KernelAttention:
             with report.timed("index"):
                 if where not in self._parts:
                     self._parts[where] = self._build(rows, columns)
+                    report.entries += self._parts[where].index.entries / entries
                 part = self._parts[where]
             right = torch.cat([values - centre, torch.full((len(values), 1), spread)], 1)
             unit = spread * math.sqrt(where[1] - where[0])
