@@ -11,6 +11,7 @@ from gossamer.models.json_file import check_regular, read_object
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+_LONGEST_NAME = 255  # bytes of a file's name, on the usual file systems
 _READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -96,6 +97,14 @@ def weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index} is not a safetensors index: it has no weight_map from tensors to files")
     for tensor, name in names.items():
-        if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\0" in name:
-            raise CheckpointError(f"{index}: weight_map.{tensor} is {name!r}; it has to be the name of a file beside it")
+        if not _is_file_name(name):
+            shown = repr(name)[:80]
+            raise CheckpointError(f"{index}: weight_map.{tensor} is {shown}; it has to be the name of a file beside it")
     return names
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file in a directory, whatever the system."""
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable():
+        return False
+    return not {"/", "\\"} & set(name) and len(name.encode()) <= _LONGEST_NAME
