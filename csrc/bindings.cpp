@@ -108,7 +108,7 @@ NB_MODULE(_native, m) {
   nb::class_<Weight>(m, "Weight")
       .def("__init__", [](Weight* self, const std::string& isa, const std::string& type, int64_t n, int64_t k, bool bias,
                           int64_t stored, const std::string& stored_type, bool for_now) {
-        new (self) Weight(kernels_of(isa), type_of(type), n, k, bias, stored, type_of(stored_type), for_now);
+        new (self) Weight(kernels_of(isa), format_of(type_of(type)), n, k, bias, stored, type_of(stored_type), for_now);
       })
       .def("pack", [](Weight& self, int64_t source, const std::string& type, int64_t rows, int64_t first, int64_t part,
                       int64_t parts, int64_t scale) {
@@ -256,8 +256,8 @@ NB_MODULE(_native, m) {
   address<&StepInput::report>(step, "report");
   nb::class_<Program>(m, "Program")
       .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,
-                          const std::string& kv, int64_t max_rows) {
-        new (self) Program(kernels_of(isa), Shape{layers, heads, kv_heads, dim, type_of(kv)}, max_rows);
+                          const std::string& kv, int64_t max_rows, bool invariant) {
+        new (self) Program(kernels_of(isa), Shape{layers, heads, kv_heads, dim, type_of(kv), invariant}, max_rows);
       })
       .def("buffer", &Program::buffer)
       .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })

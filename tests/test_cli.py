@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,20 +57,14 @@ def run_main(*arguments: str, script: str = MAIN, **variables: str) -> subproces
 # --- the command itself ----------------------------------------------------------------------------------------------
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_only_what_prints_it():
+    """It is fast for that reason: PyTorch alone takes seconds, and pydantic a good part of one."""
     script = f"import sys; sys.argv = ['gossamer', '--help']\ntry: {MAIN}\nexcept SystemExit: pass\n"
-    script += "print([name for name in ('torch', 'transformers', 'numpy', 'pydantic') if name in sys.modules])"
-    assert run_main(script=script).stdout.splitlines()[-1] == "[]"
-
-
-def test_help_is_fast():
-    def seconds() -> float:
-        started = time.perf_counter()
-        assert run_main("--help").returncode == 0
-        return time.perf_counter() - started
-
-    # The best of some: the claim is about the command, not about what else the machine does.
-    assert any(seconds() < 0.5 for _ in range(10))
+    script += "print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    imported = set(run_main(script=script).stdout.splitlines()[-1].split())
+    prints = {"typer", "annotated_doc", "shellingham", "rich", "pygments", "markdown_it", "mdurl"}
+    installed = {name for name in imported if name.startswith(("_", "sitecustomize", "distutils-"))}
+    assert imported - prints - installed == {"gossamer", "safetensors"}
 
 
 @pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench"])

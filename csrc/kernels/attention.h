@@ -468,7 +468,8 @@ inline bool attend_if_few(const AttentionTask& task) {
 inline void attend(const AttentionTask& task) {
   // without instructions for bf16, a block is converted once to be multiplied in fp32
 #if defined(__AVX512BF16__)
-  if (task.type == Type::int8 ? attend_if_few<true>(task) : task.type == Type::bf16 && attend_if_few<false>(task)) return;
+  if (!task.invariant && (task.type == Type::int8 ? attend_if_few<true>(task) : task.type == Type::bf16 && attend_if_few<false>(task)))
+    return;
   if (task.type != Type::f32) return attend_rows<Bf16Dot, uint16_t>(task);
 #endif
   attend_rows<FloatDot, float>(task);
@@ -486,6 +487,16 @@ inline void merge(const float* const* parts, const float* const* states, int64_t
     const float share = states[i][1] > 0 ? scalar_exp2(states[i][0] - peak) / total : 0.0f;
     scale_row(parts[i], share, nullptr, dim, out, i > 0);
   }
+}
+
+inline void join(float* out, float* state, const float* other, const float* other_state, int64_t dim) {
+  if (!(other_state[1] > 0)) return;
+  const float peak = other_state[0] > state[0] ? other_state[0] : state[0];
+  const float fade = state[1] > 0 ? scalar_exp2(state[0] - peak) : 0.0f, gain = scalar_exp2(other_state[0] - peak);
+  scale_row(out, fade, nullptr, dim, out, false);
+  scale_row(other, gain, nullptr, dim, out, true);
+  state[0] = peak;
+  state[1] = state[1] * fade + other_state[1] * gain;
 }
 
 inline void rotate(const float* x, const float* cosine, const float* sine, int64_t dim, int64_t rotated, float scale,

@@ -31,6 +31,7 @@ const gossamer::Kernels kernels = {
     .convert = convert,
     .quantize = quantize,
     .merge = merge,
+    .join = join,
     .scale_row = scale_row,
     .argmax = argmax,
     .sample = sample,

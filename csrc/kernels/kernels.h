@@ -28,7 +28,7 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
   return parts == 1 ? row : row / 16 * 32 + part * 16 + row % 16;
 }
 
-// Formats of packed weights: the index of what multiplies it in Kernels::formats.
+// Formats of packed weights: indices of Kernels::formats.
 enum class Format : int { int8, sparse_int8, bf16, f32 };
 constexpr int FORMATS = 4;
 constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8 : type == Type::bf16 ? Format::bf16 : Format::f32; }
@@ -44,6 +44,7 @@ struct PackedWeight {
   Type type;                   // of the rows that it is multiplied with
   int64_t n, k;                // as the layer has them
   int64_t panels, steps;       // rounded up; what was added is zero
+  int64_t entry_bytes;         // of a panel, as FormatKernels says
   int64_t stored;              // S, columns of the outlier store
   Type stored_type;            // bf16 or fp16
   int64_t stride;              // bytes from panel to panel, for what is not sparse
@@ -52,16 +53,13 @@ struct PackedWeight {
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 
-  bool sparse() const { return format == Format::sparse_int8; }
-  int64_t blocks() const { return (steps + RANK_STEPS - 1) / RANK_STEPS; }
-  int64_t entry_bytes() const { return sparse() ? steps * MASK_BYTES + blocks() * 4 : steps * STEP_BYTES; }
-  int64_t fixed_bytes() const { return entry_bytes() + PANEL * (2 * stored + 4); }  // of an int8 panel, but for sparse codes
+  int64_t scaled_bytes() const { return entry_bytes + PANEL * (2 * stored + 4); }  // with the store and the scales
 
   uint8_t* panel(int64_t index) const { return data + (start ? start[index] : index * stride); }
-  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes()); }
-  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes() + stored * PANEL * 2); }
+  uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes); }
+  float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes + stored * PANEL * 2); }
   int32_t* rank(int64_t index) const { return reinterpret_cast<int32_t*>(panel(index) + steps * MASK_BYTES); }
-  uint8_t* codes(int64_t index) const { return panel(index) + fixed_bytes(); }
+  uint8_t* codes(int64_t index) const { return panel(index) + scaled_bytes(); }
 };
 
 // Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.
@@ -126,6 +124,7 @@ struct AttentionTask {
   float* state;            // (rows, heads, 2): the maximum, in base 2, and the sum; `state_stride` between tokens
   int64_t state_stride;
   uint8_t* scratch;        // of the thread: attention_scratch(dim) bytes
+  bool invariant;          // rows come out the same, to the bit, however many there are; at most INVARIANT_KEYS keys
   const void* next_keys;   // of the task that this thread does next, which a task of a few rows fetches meanwhile, as
   const void* next_values; // many of them as it has itself; or null
 };
@@ -147,6 +146,7 @@ struct KeyMeans {
 };
 constexpr int64_t BLOCK_KEYS = 32, MEANS_REPORT = 7;
 
+constexpr int64_t INVARIANT_KEYS = 128;
 constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted
 constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }  // keys of a block
 constexpr int64_t attention_scratch(int64_t dim) {
@@ -212,8 +212,12 @@ constexpr int64_t GAUSSIAN_KEYS = 512;                   // whose entries are th
 constexpr int64_t GAUSSIAN_STRIDE = GAUSSIAN_KEYS + 16;  // not a power of two, which would keep rows from the same cache
 constexpr int64_t gaussian_scratch(int64_t d) { return GAUSSIAN_ROWS * (d + 1 + GAUSSIAN_STRIDE) + 6 * GAUSSIAN_KEYS; }
 
-// The kernels of a weight format.
+// A weight format: its sizes and its kernels.
 struct FormatKernels {
+  Type type;                              // of the rows that it is multiplied with
+  bool scaled;                            // an outlier store and scales stand behind the entries
+  uint8_t padding;                        // each byte of an entry that is zero
+  int64_t (*entry_bytes)(int64_t steps);  // of a panel, without the store, the scales and sparse codes
   // Packs rows [first, first + rows) of a weight: physical output first + r. `source` (rows, K) of `type`. Null for a format
   // that is made from another one.
   void (*pack)(PackedWeight& weight, const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts);
@@ -225,7 +229,7 @@ struct FormatKernels {
 struct Kernels {
   const char* name;
   FormatKernels formats[FORMATS];
-  const FormatKernels& of(const PackedWeight& weight) const { return formats[static_cast<int>(weight.format)]; }
+  const FormatKernels& of(Format format) const { return formats[static_cast<int>(format)]; }
   // Row `row` of x from k floats; `inverse` multiplies them first, `gain` (k) too unless null.
   void (*prepare)(const Prepared& x, int64_t row, const float* source, float inverse, const float* gain,
                   const Decomposition& outliers, float* scratch);
@@ -239,6 +243,8 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t n, uint8_t* out);         // to kv_bytes(int8, n): absmax scale
   // out (D) = sum over parts of weight * part, for states of base 2.
   void (*merge)(const float* const* parts, const float* const* states, int64_t count, int64_t dim, float* out);
+  // (out (D), state) = what a row gets from the keys of both states; `state` as in AttentionTask.
+  void (*join)(float* out, float* state, const float* other, const float* other_state, int64_t dim);
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
   int64_t (*argmax)(const float* x, int64_t n);

@@ -7,7 +7,7 @@
 //   entries(call, panel)   the panel as tiles read it
 //   few(call, panel, sums) the products of a few rows with a panel whose entries never leave the registers, (rows, 32);
 //                          false where that is not the faster way
-//   pack, look_up          see FormatKernels
+//   TYPE, PADDING, entry_bytes, pack, look_up   see FormatKernels
 // and where CODED: FLIP, what makes an entry code + 128 (exclusive or), and step(weight, panel, step, buffer), the
 // entries of one step.
 #pragma once
@@ -150,7 +150,13 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
-  return {.pack = Format::pack, .multiply = multiply<Format>, .look_up = Format::look_up};
+  return {.type = Format::TYPE,
+          .scaled = Format::CODED,
+          .padding = Format::PADDING,
+          .entry_bytes = Format::entry_bytes,
+          .pack = Format::pack,
+          .multiply = multiply<Format>,
+          .look_up = Format::look_up};
 }
 
 }  // namespace GOSSAMER_NS

@@ -401,7 +401,8 @@ GOSSAMER_INLINE void store_int8(int8_t* p, I v) {
 // --- the products of packed panels -----------------------------------------------------------------------------------
 // Every lane holds four bytes of one column of the weight: four int8, two bf16 or one fp32. They are multiplied with the
 // four bytes of the activation, which are the same in all lanes, and added up. SUMS: how many sums of one row have to take
-// turns, so that no product waits for the one before it.
+// turns, so that no product waits for the one before it; one sum where its order changes it, for rows in tiles of another
+// height would come out differently.
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Signed weights times signed activations in [-127, 127], exact: |w| sign(w) a, in sums of two, which are at most
@@ -459,7 +460,7 @@ struct Int8Dot {
 struct Bf16Dot {
   using Accumulator = F;
   using Number = float;
-  static constexpr int step = 2, SUMS = 4;
+  static constexpr int step = 2, SUMS = 1;
   static GOSSAMER_INLINE F start() { return zero(); }
   static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
   static GOSSAMER_INLINE F dot(F sum, I weight, I activation) {
@@ -476,7 +477,7 @@ struct Bf16Dot {
 struct FloatDot {
   using Accumulator = F;
   using Number = float;
-  static constexpr int step = 1, SUMS = 4;
+  static constexpr int step = 1, SUMS = 1;
   static GOSSAMER_INLINE F start() { return zero(); }
   static GOSSAMER_INLINE F join(F a, F b) { return add(a, b); }
   static GOSSAMER_INLINE F dot(F sum, I weight, I activation) { return fma(as_float(weight), as_float(activation), sum); }

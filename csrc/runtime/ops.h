@@ -21,7 +21,7 @@ struct Embed final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        program.kernels.of(table).look_up(table, step.tokens[r], factor, program.buffers[to].row(r));
+        program.kernels.of(table.format).look_up(table, step.tokens[r], factor, program.buffers[to].row(r));
     });
   }
 };
@@ -79,9 +79,26 @@ struct Prepare final : Op {
         thread.outs[i] = program.partial_out.as<float>() + place * shape.dim;
         thread.states[i] = program.partial_state.as<float>() + place * 2;
       }
-      program.kernels.merge(thread.outs.data(), thread.states.data(), count, shape.dim, thread.merged + h * shape.dim);
+      const int64_t joined = shape.invariant ? join_ranges(program, tasks, begin, count, thread) : count;
+      program.kernels.merge(thread.outs.data(), thread.states.data(), joined, shape.dim, thread.merged + h * shape.dim);
     }
     return thread.merged;
+  }
+
+  // Joins the thread's results of each range into the first of them; how many ranges there are.
+  static int64_t join_ranges(Program& program, const Program::Tasks& tasks, int64_t begin, int64_t count, Thread& thread) {
+    int64_t ranges = 0, before = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t range = tasks.range_of[tasks.parts[begin + i]];
+      if (range == before) {
+        program.kernels.join(thread.outs[ranges - 1], thread.states[ranges - 1], thread.outs[i], thread.states[i], program.shape.dim);
+        continue;
+      }
+      thread.outs[ranges] = thread.outs[i];
+      thread.states[ranges++] = thread.states[i];
+      before = range;
+    }
+    return ranges;
   }
 };
 
@@ -230,6 +247,11 @@ struct Attend final : Op {
         task.start = item[3] + t.first_key;
         task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;
         task.state = program.partial_state.as<float>() + (t.partial * s.heads + task.head) * 2;
+        if (s.invariant) {
+          if (t.sources) gather(program, step, t, thread, task);
+          attend_invariantly(program, thread, task);
+          continue;
+        }
         if (step.has_means(t.item, window)) {
           const Summary& summary = step.summary[step.within[t.item]];
           const int64_t at = layer * s.kv_heads + t.head, blocks = summary.blocks;
@@ -249,6 +271,49 @@ struct Attend final : Op {
         program.kernels.attend(task);
       }
     });
+  }
+
+  // The task's keys and values from all over the step.
+  void gather(Program& program, const StepInput& step, const Program::Task& t, Thread& thread, AttentionTask& task) const {
+    const Shape& s = program.shape;
+    const int64_t width = bytes_of(s.kv), row_bytes = kv_bytes(s.kv, s.dim), fields = 2 * s.layers + 1;
+    uint8_t *keys = thread.gathered, *values = thread.gathered + INVARIANT_KEYS * row_bytes;
+    task.keys = keys;
+    task.values = values;
+    const auto& sources = program.tasks(window).sources;
+    for (int64_t i = t.first_source; i < t.first_source + t.sources; ++i) {
+      const int64_t* item = step.item + 6 * sources[i].item;
+      const int64_t* target = step.target + item[0] * fields;
+      const int64_t first = (item[1] + t.head * target[2 * s.layers]) * width + sources[i].first_key * row_bytes;
+      const int64_t bytes = sources[i].keys * row_bytes;
+      std::memcpy(keys, reinterpret_cast<const uint8_t*>(target[layer]) + first, bytes);
+      std::memcpy(values, reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + first, bytes);
+      keys += bytes;
+      values += bytes;
+    }
+  }
+
+  // Block by block, each joined to those before it.
+  static void attend_invariantly(Program& program, Thread& thread, AttentionTask task) {
+    const int64_t row_bytes = kv_bytes(task.type, task.dim), keys = task.n;
+    const AttentionTask whole = task;
+    task.invariant = true;
+    for (int64_t first = 0; first < keys; first += INVARIANT_KEYS) {
+      task.n = std::min(INVARIANT_KEYS, keys - first);
+      program.kernels.attend(task);
+      if (first)
+        for (int64_t r = 0; r < task.rows; ++r)
+          for (int64_t g = 0; g < task.group; ++g)
+            program.kernels.join(whole.out + r * whole.out_stride + g * task.dim, whole.state + r * whole.state_stride + 2 * g,
+                                 task.out + r * task.out_stride + g * task.dim, task.state + r * task.state_stride + 2 * g, task.dim);
+      task.start += INVARIANT_KEYS;
+      task.keys = static_cast<const uint8_t*>(task.keys) + INVARIANT_KEYS * row_bytes;
+      task.values = static_cast<const uint8_t*>(task.values) + INVARIANT_KEYS * row_bytes;
+      task.out = thread.block_out;
+      task.out_stride = task.group * task.dim;
+      task.state = thread.block_state;
+      task.state_stride = 2 * task.group;
+    }
   }
 };
 

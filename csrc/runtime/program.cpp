@@ -83,8 +83,10 @@ void Program::step(const StepInput& input, int threads) {
   if (input.rows > max_rows) throw std::invalid_argument("a step has more rows than the program was made for");
   for (int64_t r = 0; r < input.rows; ++r)
     if (input.tokens[r] < 0 || input.tokens[r] >= vocabulary_) throw std::invalid_argument("a token id is outside of the vocabulary");
-  while (static_cast<int>(threads_.size()) < threads)
+  while (static_cast<int>(threads_.size()) < threads) {
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
+    if (shape.invariant) threads_.back().hold_blocks(shape.kv, shape.dim);
+  }
   for (auto& [window, tasks] : tasks_) plan(input, window, threads);
   make_room(input, threads);
   for (auto& op : ops_) op->phase.reset();

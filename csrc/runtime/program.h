@@ -57,6 +57,7 @@ struct StepInput {
 struct Shape {
   int64_t layers, heads, kv_heads, dim;
   Type kv;
+  bool invariant;  // a row's results are the same, to the bit, whatever other rows and items the step has; see plan.cpp
 };
 
 class Program;
@@ -98,14 +99,20 @@ class Program {
     Memory memory;
     float* row(int64_t r) const { return memory.as<float>() + r * width; }
   };
+  struct Source {
+    int64_t item, first_key, keys;
+  };
   struct Task {
     int64_t item, first_row, rows, head, first_key, keys, partial;
+    int64_t first_source, sources;         // that its keys are gathered from; none: they stand in the item from first_key on
   };
   struct Tasks {
     std::vector<Task> all;
+    std::vector<Source> sources;
     std::vector<int64_t> groups;           // tasks [groups[i], groups[i + 1]) are taken together
     std::vector<int64_t> part_of_row;      // row r has the partial results parts[part_of_row[r] ... part_of_row[r + 1])
-    std::vector<int64_t> parts;
+    std::vector<int64_t> parts;            // in the order of their keys
+    std::vector<int64_t> range_of;         // (partials) their results are joined range by range, where the shape is invariant
     int64_t partials = 0;
   };
   const Tasks& tasks(int64_t window) const { return tasks_.at(window); }
@@ -128,6 +135,8 @@ class Program {
   using Clock = std::chrono::steady_clock;
 
   void plan(const StepInput& step, int64_t window, int threads);
+  void divide(const StepInput& step, int64_t window, int threads, Tasks& tasks) const;
+  void divide_invariantly(const StepInput& step, int64_t window, int threads, Tasks& tasks) const;
   void make_room(const StepInput& step, int threads);
   void report(const StepInput& step) const;
 

@@ -8,32 +8,34 @@
 
 namespace gossamer {
 
-Weight::Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type,
+Weight::Weight(const Kernels& kernels, Format format, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type,
                bool for_now)
     : kernels_(kernels) {
   PackedWeight& w = packed_;
-  w.format = format_of(type);
-  w.type = type;
+  const FormatKernels& of = kernels.of(format);
+  w.format = format;
+  w.type = of.type;
   w.n = n;
   w.k = k;
   w.panels = (n + PANEL - 1) / PANEL;
-  w.steps = (k + step_of(type) - 1) / step_of(type);
+  w.steps = (k + step_of(of.type) - 1) / step_of(of.type);
+  w.entry_bytes = of.entry_bytes(w.steps);
   w.stored = stored;
   w.stored_type = stored_type;
-  const int64_t codes = w.steps * STEP_BYTES;
-  w.stride = codes + (type == Type::int8 ? PANEL * (2 * stored + 4) : 0);
+  w.stride = of.scaled ? w.scaled_bytes() : w.entry_bytes;
   const int64_t data = w.panels * w.stride, place = stored ? round_up(k * 4, 64) : 0;
-  memory_ = SharedMemory(data + place + (has_bias ? w.panels * PANEL * 4 : 0), for_now);
+  memory_ = SharedMemory(data + place + (has_bias ? w.panels * PANEL * 4 : 0), for_now);  // zeros
   w.data = memory_.data();
   if (stored) w.place = reinterpret_cast<int32_t*>(w.data + data);
   if (has_bias) w.bias = reinterpret_cast<float*>(w.data + data + place);
-  if (type == Type::int8)
-    for (int64_t p = 0; p < w.panels; ++p) std::memset(w.panel(p), 128, codes);  // padding is zero, stored as 128
+  if (of.padding)
+    for (int64_t p = 0; p < w.panels; ++p) std::memset(w.panel(p), of.padding, w.entry_bytes);
 }
 
 void Weight::pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale) {
-  kernels_.of(packed_).pack(packed_, source, type, rows, first, part, parts);
-  if (packed_.type != Type::int8) return;
+  const FormatKernels& of = kernels_.of(packed_.format);
+  of.pack(packed_, source, type, rows, first, part, parts);
+  if (!of.scaled) return;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t n = packed_row(first + r, part, parts);
     packed_.scale(n / PANEL)[n % PANEL] = scale[r];
@@ -56,15 +58,16 @@ void Weight::set_store(const int64_t* columns, const uint16_t* store, int64_t ro
 
 void Weight::drop_zeros() {
   const PackedWeight dense = packed_;
-  if (dense.type != Type::int8 || dense.sparse()) throw std::logic_error("only an int8 weight with its zeros can drop them");
-  const int64_t entries = dense.steps * STEP_BYTES, store_bytes = dense.stride - entries;
+  if (dense.format != Format::int8) throw std::logic_error("only an int8 weight with its zeros can drop them");
+  const int64_t entries = dense.entry_bytes, store_bytes = dense.stride - entries;
   std::vector<int64_t> start(dense.panels + 1);
   PackedWeight sparse = dense;
   sparse.format = Format::sparse_int8;
+  sparse.entry_bytes = kernels_.of(sparse.format).entry_bytes(dense.steps);
   sparse.start = start.data();
   for (int64_t p = 0; p < dense.panels; ++p) {
     const int64_t codes = entries - std::count(dense.panel(p), dense.panel(p) + entries, 128);
-    start[p + 1] = round_up(start[p] + sparse.fixed_bytes() + codes, 16);
+    start[p + 1] = round_up(start[p] + sparse.scaled_bytes() + codes, 16);
   }
   const int64_t data = round_up(start.back() + READ_AHEAD, 64), place = dense.place ? round_up(dense.k * 4, 64) : 0;
   const int64_t starts = round_up((dense.panels + 1) * 8, 64), bias = dense.bias ? dense.panels * PANEL * 4 : 0;

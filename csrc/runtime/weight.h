@@ -15,7 +15,7 @@ namespace gossamer {
 class Weight {
  public:
   // `for_now`: it will soon be gone, or lose its zeros.
-  Weight(const Kernels& kernels, Type type, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type, bool for_now);
+  Weight(const Kernels& kernels, Format format, int64_t n, int64_t k, bool has_bias, int64_t stored, Type stored_type, bool for_now);
   Weight(const Weight& from, SharedMemory memory);  // a copy that stands there
   PackedWeight& packed() { return packed_; }
   const Kernels& kernels() const { return kernels_; }

@@ -24,6 +24,14 @@ Thread::Thread(int index, int64_t largest_k, int64_t attention_bytes) : index(in
   std::fill(index_of, index_of + k, -1);
 }
 
+void Thread::hold_blocks(Type type, int64_t dim) {
+  const int64_t keys = round_up(2 * INVARIANT_KEYS * kv_bytes(type, dim), 64), out = ATTENTION_ROWS * dim * 4;
+  blocks = Memory(keys + out + ATTENTION_ROWS * 2 * 4);
+  gathered = blocks.as<uint8_t>();
+  block_out = reinterpret_cast<float*>(gathered + keys);
+  block_state = reinterpret_cast<float*>(gathered + keys + out);
+}
+
 PreparedRows::PreparedRows(Type type, int64_t k, int64_t max_rows) {
   Prepared& x = view;
   x.type = type;
@@ -72,7 +80,7 @@ void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Pha
     call.last_row = count * (block + 1) / blocks;
     call.first_panel = panel;
     call.last_panel = std::min(panel + grain, panels);
-    kernels.of(*call.weight).multiply(call);
+    kernels.of(call.weight->format).multiply(call);
   });
 }
 

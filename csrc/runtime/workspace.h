@@ -27,10 +27,15 @@ struct Thread {
   uint8_t* entries;    // (largest k, 32): of a panel
   const void* marks = nullptr;  // the phase that the mask belongs to
   uint8_t* attention;
-  std::vector<const float*> outs, states;
-  Memory memory;
+  std::vector<float*> outs, states;
+  // Of a block of keys, where the shape is invariant: keys and values from several items, and what rows get from it.
+  uint8_t* gathered = nullptr;
+  float *block_out = nullptr, *block_state = nullptr;
+  Memory memory, blocks;
 
   Thread(int index, int64_t largest_k, int64_t attention_bytes);
+  // Room for what is of a block of keys, of heads of this type and size.
+  void hold_blocks(Type type, int64_t dim);
 };
 
 // Prepared rows and the memory they live in.

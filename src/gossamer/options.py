@@ -128,6 +128,13 @@ class RunnerOptions:
         "or more with --new.",
     )
 
+    batch_invariant: bool = option(
+        False,
+        "Answer every request the same, to the last bit, whatever else is computed with it; native runner only. Without "
+        "it rounding differs, and with it, now and then, a token that is drawn or nearly a tie.",
+        compare="off,on decode in turn, to see what it costs.",
+    )
+
     def __post_init__(self) -> None:
         _check_choice("runner", self.runner, get_args(RunnerChoice))
         _check_choice("kv_dtype", self.kv_dtype, get_args(KVDtype))
@@ -143,6 +150,12 @@ class RunnerOptions:
             raise ConfigurationError("prefix_eps is for the native runner; that of transformers attends exactly")
         if eps and self.kv_dtype == "int8":
             raise ConfigurationError("prefix_eps needs keys and values in bfloat16 or float32, not in int8")
+        if self.batch_invariant and self.runner == "transformers":
+            raise ConfigurationError("batch_invariant is for the native runner; the products of PyTorch round by shape")
+        if self.batch_invariant and eps:
+            raise ConfigurationError(
+                "batch_invariant and prefix_eps exclude each other: a tolerance is spent on what is shared at the time"
+            )
 
     @property
     def exact(self) -> bool:
@@ -206,6 +219,7 @@ class OptionArguments(TypedDict, total=False):
     kv_dtype: KVDtype
     sparse_weights: SparseWeights
     prefix_eps: float
+    batch_invariant: bool
     sharing: SharingMode
     memory: str | int
     max_model_len: int | None

@@ -83,7 +83,8 @@ class SamplingParams:
         presence_penalty: subtracted once from logits of tokens that were generated already.
         frequency_penalty: subtracted once per earlier occurrence in the output.
         logit_bias: token id -> value added to its logit.
-        seed: makes this request reproducible whatever else is in the batch.
+        seed: of this request's draws, which are then the same whatever else is in the batch; the probabilities are up to
+            rounding, or to the last bit with the option ``batch_invariant``.
         stop: strings that end the completion; the text is cut before them.
         stop_token_ids: tokens that end the completion.
         include_stop_str_in_output: keep the stop string in the text.

@@ -24,12 +24,15 @@ inline void put_number(float* to, const void* source, Type type, int64_t i) { *t
 inline float number(uint16_t bits) { return bf16_value(bits); }
 inline float number(float x) { return x; }
 
-template <class Product, class Number>
+template <Type OF, class Product, class Number>
 struct FloatingFormat {
   using Dot = Product;
+  static constexpr Type TYPE = OF;
   static constexpr bool CODED = false;
+  static constexpr uint8_t PADDING = 0;
   static constexpr int AHEAD = 2;
 
+  static int64_t entry_bytes(int64_t steps) { return steps * STEP_BYTES; }
   static const uint8_t* entries(const LinearCall& c, int64_t panel) { return c.weight->panel(panel); }
   static bool few(const LinearCall&, int64_t, float*) { return false; }
 
@@ -55,7 +58,7 @@ struct FloatingFormat {
   }
 };
 
-using Bf16Format = FloatingFormat<Bf16Dot, uint16_t>;
-using FloatFormat = FloatingFormat<FloatDot, float>;
+using Bf16Format = FloatingFormat<Type::bf16, Bf16Dot, uint16_t>;
+using FloatFormat = FloatingFormat<Type::f32, FloatDot, float>;
 
 }  // namespace GOSSAMER_NS

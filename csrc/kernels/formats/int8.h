@@ -9,9 +9,12 @@ using namespace gossamer;
 
 struct Int8Format {
   using Dot = Int8Dot;
+  static constexpr Type TYPE = Type::int8;
   static constexpr bool CODED = true;
+  static constexpr uint8_t PADDING = 128;
   static constexpr int AHEAD = 2, FLIP = 0;
 
+  static int64_t entry_bytes(int64_t steps) { return steps * STEP_BYTES; }
   static const uint8_t* entries(const LinearCall& c, int64_t panel) { return c.weight->panel(panel); }
   static bool few(const LinearCall&, int64_t, int32_t*) { return false; }
   static const uint8_t* step(const PackedWeight& w, int64_t panel, int64_t k, uint8_t*) { return w.panel(panel) + k * STEP_BYTES; }

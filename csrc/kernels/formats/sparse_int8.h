@@ -141,9 +141,12 @@ inline void inflate(Sparse place, int64_t steps, uint8_t* out) {
 
 struct SparseFormat {
   using Dot = SparseDot;
+  static constexpr Type TYPE = Type::int8;
   static constexpr bool CODED = true;
+  static constexpr uint8_t PADDING = 0;  // of the mask
   static constexpr int AHEAD = 1, FLIP = EXPANDED ^ 128;
 
+  static int64_t entry_bytes(int64_t steps) { return steps * MASK_BYTES + (steps + RANK_STEPS - 1) / RANK_STEPS * 4; }
   static bool few(const LinearCall& c, int64_t panel, int32_t* sums) {
     [[maybe_unused]] const PackedWeight& w = *c.weight;
     [[maybe_unused]] const int64_t rows = c.last_row - c.first_row, stride = c.x->stride;

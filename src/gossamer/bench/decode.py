@@ -77,6 +77,8 @@ class DecodeResult:
         prefix_eps: tolerance of attention to the prefix; ``over_exact`` is the median, over the steps, of the time with
             exact attention over the time of the step beside it, and ``prefix_tolerance`` tells what was computed and
             the error measured, see :meth:`gossamer.runners.tolerance.PrefixTolerance.summary`.
+        batch_invariant: whether answers depend on nothing else in the batch; ``over_variant`` is then the median of the
+            time without this over the time of the step beside it.
         isa: the instruction set that computes; of the native runner.
     """
 
@@ -107,6 +109,8 @@ class DecodeResult:
     prefix_eps: float = 0.0
     over_exact: float | None = None
     prefix_tolerance: dict[str, Any] | None = None
+    batch_invariant: bool = False
+    over_variant: float | None = None
     isa: str | None = None
 
 
@@ -230,6 +234,7 @@ def _prepare(
         if said.sparse_weights is not None:
             result.sparse_weights = said.sparse_weights["choice"]
         result.weight_bytes, result.isa = native.weight_bytes, native.isa
+        result.batch_invariant = native.batch_invariant
         result.prefix_eps = said.prefix_tolerance["eps"] if said.prefix_tolerance else 0.0
     contestant = _Contestant(result, engine)
     if mode == "off":
@@ -340,6 +345,11 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
         same_weights = other.result.sparse_weights == result.sparse_weights
         same_eps = other.result.prefix_eps == result.prefix_eps
         ratio = statistics.median(theirs / own for theirs, own in zip(other.steps, contestant.steps, strict=True))
+        same_bits = other.result.batch_invariant == result.batch_invariant
+        if result.batch_invariant and not same_bits and same_sharing and same_weights:
+            result.over_variant = ratio
+        if not same_bits:
+            continue
         if other.result.sharing == "off" and same_weights:
             result.speedup = ratio
         if other.result.sparse_weights == "off" and same_sharing and same_eps and not same_weights:

@@ -145,6 +145,10 @@ def _print_table(report: dict[str, Any]) -> None:
     if tolerances:
         for name in ("prefix\neps", "keys\nused", "error", "over\nexact"):
             table.add_column(name, justify="right", no_wrap=True)
+    invariant = any(row["batch_invariant"] for row in report["results"])
+    if invariant:
+        for name in ("batch\ninvariant", "over\nvariant"):
+            table.add_column(name, justify="right", no_wrap=True)
     for row in report["results"]:
         contestant = row["runner"] if row["sharing"] == "peer" else row["sharing"]
         cells = [str(row["batch"]), str(row["prefix"]), contestant]
@@ -165,6 +169,7 @@ def _print_table(report: dict[str, Any]) -> None:
             *([row["isa"] or ""] if several else []),
             *(_way_cells(row) if len(ways) > 1 else []),
             *(_tolerance_cells(row) if tolerances else []),
+            *(["yes" if row["batch_invariant"] else "", optional(row["over_variant"], "{:.2f}x")] if invariant else []),
         )
     console.print(table)
 

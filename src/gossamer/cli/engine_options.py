@@ -66,7 +66,7 @@ def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ..
         for each in own.parameters.values():
             parameters += flags if each.name == "options" else [each.replace(annotation=hints[each.name])]
         parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
-        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # a name that inspect looks for
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return run
 
@@ -86,7 +86,7 @@ def combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     choices = []
     for name, value in options.items():
         several = isinstance(value, str) and "compare" in known[name].metadata
-        choices.append([_number(known[name], each.strip()) for each in value.split(",")] if several else [value])
+        choices.append([_parsed(known[name], each.strip()) for each in value.split(",")] if several else [value])
     for chosen in itertools.product(*choices):
         yield dict(zip(options, chosen, strict=True))
 
@@ -110,7 +110,7 @@ def _flag(option: Field[Any], default: Any, several: bool) -> Parameter:
     kind = type(option.default) if option.default is not None else str
     hint = _HINTS[option.name]
     if several:
-        kind, default = str, f"{default:g}" if isinstance(default, float) else default
+        kind, default = str, _written(default)
     elif option.default is None and int in get_args(hint):
         kind = int
     limits = {} if several else {name: option.metadata[name] for name in ("min", "max") if name in option.metadata}
@@ -129,11 +129,22 @@ def _value(option: Field[Any], value: Any) -> Any:
     if value == _NONE and type(None) in get_args(_HINTS[option.name]) and option.default is not None:
         return None
     if isinstance(value, str) and "compare" in option.metadata and "," not in value:
-        return _number(option, value)
+        return _parsed(option, value)
     return value
 
 
-def _number(option: Field[Any], value: str) -> Any:
+def _written(value: Any) -> str:
+    """As it is given where several values are compared; :func:`_parsed` reads it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _parsed(option: Field[Any], value: str) -> Any:
+    if isinstance(option.default, bool):
+        if value not in ("on", "off"):
+            raise ConfigurationError(f"{_spelling(option)} takes on, off or both, got {value!r}")
+        return value == "on"
     if not isinstance(option.default, float):
         return value
     try:

@@ -111,7 +111,7 @@ def _int8_modules(
         weight = weight.detach()
         quantized = quantize_weight(weight, f"the weight of {name}")
         if layer is head:
-            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+            old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # of transformers models
             embedding = Int8Embedding.from_embedding(old, quantized)
             replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition, layer.bias)}
             report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))

@@ -45,12 +45,24 @@ class Recorder:
         dim: entries of a head.
         kv: type of keys and values, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
         max_rows: most tokens of a step.
+        invariant: a token's results are the same, to the bit, whatever other tokens the step has.
     """
 
-    def __init__(self, isa: str, *, layers: int, heads: int, kv_heads: int, dim: int, kv: str, max_rows: int) -> None:
+    def __init__(
+        self,
+        isa: str,
+        *,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        kv: str,
+        max_rows: int,
+        invariant: bool = False,
+    ) -> None:
         library = core()
         assert library is not None
-        self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows)
+        self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows, invariant)
         self.heads, self.dim = heads, dim
         self._buffers: dict[str, Recorded] = {}
         self._prepared: dict[tuple[str, int], int] = {}

@@ -39,6 +39,8 @@ def make_runner(
             if choice == "native":
                 raise
             reason = str(error)
+    if options.batch_invariant:
+        raise UnsupportedModelError(f"batch_invariant needs the native runner, which cannot run this model: {reason}")
     if not options.exact:
         raise UnsupportedModelError(f"prefix_eps needs the native runner, which cannot run this model: {reason}")
     if options.sparse_weights != "on":

@@ -11,13 +11,13 @@ from torch import Tensor
 from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
-from gossamer.errors import UnsupportedModelError
+from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.recorder import Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker
-from gossamer.nn import Int8Linear
+from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.options import RunnerOptions
 from gossamer.runners.step_input import StepArrays, WithinTolerance
 from gossamer.runners.tolerance import PrefixTolerance
@@ -53,9 +53,11 @@ class NativeRunner:
             ``max_rows`` by default.
 
     Attributes:
+        batch_invariant: whether the bits of a token's results are the same whatever other tokens a step has.
         tolerance: what keeps attention to long shared prefixes within what was asked for, or ``None``.
 
     Raises:
+        ConfigurationError: results should not depend on the batch, but the model's outliers are found in it.
         UnsupportedModelError: says why the model cannot run natively.
     """
 
@@ -89,6 +91,9 @@ class NativeRunner:
         self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
+        self.batch_invariant = options.batch_invariant
+        if options.batch_invariant:
+            _refuse_shared_outliers(network)
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention)
@@ -101,6 +106,7 @@ class NativeRunner:
             dim=shape.key_dim,
             kv=self.kv_type,
             max_rows=max_rows,
+            invariant=options.batch_invariant,
         )
         record(recorder, self.decoder)
         self._program = recorder.native
@@ -186,3 +192,12 @@ class NativeRunner:
             self._table_addresses = np.array(addresses, np.int64)
             self._table_address = self._table_addresses.ctypes.data
         return self._table_address
+
+
+def _refuse_shared_outliers(network: Any) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, Int8Linear | Int8TiedHead) and module.decomposition.outliers == "batch":
+            raise ConfigurationError(
+                f"batch_invariant cannot be kept: {name} takes the outlier columns of all tokens of a step out of the int8 "
+                "product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
+            )
