@@ -15,7 +15,7 @@ from gossamer.models.cache import entry_path
 from gossamer.models.catalog import CATALOG, CatalogModel, find_model
 from gossamer.models.manifest import MANIFEST
 from gossamer.models.manifest import verify as find_faults
-from gossamer.models.pull import import_gguf, pull_model
+from gossamer.models.pull import CONVERSION, import_gguf, pull_model
 from gossamer.models.resolve import local_path, resolve_model
 
 
@@ -113,7 +113,7 @@ def _list(as_json: bool) -> None:
 
 def _describe(model: CatalogModel) -> dict[str, Any]:
     path = entry_path(model.name)
-    state = "no" if not path.exists() else "damaged" if find_faults(path) else "yes"
+    state = "no" if not path.exists() else "damaged" if find_faults(path, conversion=CONVERSION) else "yes"
     return {
         "name": model.name,
         "summary": model.summary,

@@ -20,6 +20,7 @@ from transformers import (
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory, check_weights, stored_dtype
 from gossamer.models.foreign_int8 import foreign_format, read_foreign
+from gossamer.models.gguf_file import GGUFFile
 from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.quiet import quiet_transformers
@@ -61,8 +62,9 @@ def load_model(
     options = options or ModelOptions(dtype=dtype)
     dtype, quantization = options.dtype, quantization or int8_config(options)
     path = Path(path)
+    gguf: GGUFFile | None = None
     if path.is_file():
-        config, tokenizer = read_gguf(path)
+        gguf, config, tokenizer = read_gguf(path)
     else:
         config = load_config(path)
         check_directory(path)
@@ -76,7 +78,7 @@ def load_model(
             source = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
             dtype = str(config.dtype or stored_dtype(path)).removeprefix("torch.") if dtype == "auto" else dtype
         if quantization and not is_int8_checkpoint(config):
-            model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
+            model = _quantize_weights(path, gguf, config, dtype, attn_implementation, quantization)
         else:
             model = _load_weights(path, config, dtype, attn_implementation, **source)
             if quantization:
@@ -142,13 +144,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _quantize_weights(
-    path: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, quantization: GossamerInt8Config
+    path: Path,
+    gguf: GGUFFile | None,
+    config: PreTrainedConfig,
+    dtype: str,
+    attn_implementation: str | None,
+    quantization: GossamerInt8Config,
 ) -> PreTrainedModel:
     """Reads the weights in the type they are stored in, so that none is rounded before it is quantized."""
     options: dict[str, Any] = {"quantization_config": quantization}
     stored = "float32"
-    if path.is_file():
-        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config, quantization.skip)}
+    if gguf is not None:
+        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(gguf, config, quantization.skip)}
     else:
         stored = stored_dtype(path)
     model = _load_weights(path, config, stored, attn_implementation, **options)
