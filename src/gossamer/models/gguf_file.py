@@ -21,6 +21,7 @@ from gossamer.models.gguf_parts import parts_of
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_MOST_VERSIONS = 2**16  # beyond it are bytes in the other order, or no number at all
 # Formats of struct, by the number of the type. Text (8) and lists (9) are of any length.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
@@ -148,6 +149,8 @@ class _Part:
         self.values: dict[str, Any] = {}
         self.tensors: list[GGUFTensor] = []
         (version,) = self._numbers("I", 1)
+        if not 0 < version <= _MOST_VERSIONS:
+            raise self._damage(f"it says that it is of version {version} of GGUF")
         if version not in _VERSIONS:
             raise UnsupportedModelError(f"{path} is of version {version} of GGUF; versions 2 and 3 are read")
         num_tensors, num_values = self._numbers("Q", 2)

@@ -18,6 +18,7 @@ from gossamer.models.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _SPACE = "\u2581"  # stands for a space in SentencePiece
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
+_SPECIAL = (_UNKNOWN, _CONTROL)
 # What a file of the kind "llama" means when it does not say.
 _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 _SETTINGS_OF_OTHERS = ("precompiled_charsmap", "normalizer.lowercase", "normalizer.strip_accents")
@@ -63,17 +64,30 @@ class GGUFVocabulary:
             for key in file.keys()
             if key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
         }
-        defaults = _SENTENCEPIECE_IDS if self.kind == "llama" else {}
+        typed = "tokenizer.ggml.token_type" in file
+        defaults = {
+            name: number
+            for name, number in _SENTENCEPIECE_IDS.items()
+            if self.kind == "llama" and number < len(tokens) and (not typed or self.types[number] in _SPECIAL)
+        }
         self.ids = {
             name: number
             for name, number in (defaults | given).items()
             if isinstance(number, int) and 0 <= number < len(tokens)
         }
+        if not typed:  # special tokens are known by their keys only
+            for number in self.ids.values():
+                self.types[number] = _CONTROL
         self.ends = end_ids(self.ids, self.tokens)
 
     def spelling(self, name: str) -> str | None:
-        """Of a special token."""
+        """Of the token that a key names."""
         return self.tokens[self.ids[name]] if name in self.ids else None
+
+    def special(self, name: str) -> str | None:
+        """Its spelling, unless it is a token of ordinary text, which would vanish from texts if it were special."""
+        ordinary = name in self.ids and self.types[self.ids[name]] == _NORMAL
+        return None if ordinary else self.spelling(name)
 
 
 def read_tokenizer(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedTokenizerFast:
@@ -101,8 +115,8 @@ def read_tokenizer(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedToke
         tokenizer_object=backend,
         bos_token=bos,
         eos_token=eos,
-        unk_token=vocabulary.spelling("unknown"),
-        pad_token=vocabulary.spelling("padding"),
+        unk_token=vocabulary.special("unknown"),
+        pad_token=vocabulary.special("padding"),
         add_bos_token=bool(begins) and bos is not None,
         add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token", False)) and eos is not None,
         clean_up_tokenization_spaces=False,
@@ -160,7 +174,7 @@ def _sentencepiece(file: GGUFFile, vocabulary: GGUFVocabulary) -> Tokenizer:
         for cut in range(1, len(token))
         if token[:cut] in known and token[cut:] in known
     ]
-    unknown = vocabulary.spelling("unknown")
+    unknown = vocabulary.special("unknown")
     backend = Tokenizer(_bpe(file, vocabulary, merges, byte_fallback=True, unk_token=unknown, fuse_unk=True))
     escape = normalizers.Replace(" ", _SPACE)
     prefix = file.get("tokenizer.ggml.add_space_prefix", True)
@@ -193,7 +207,7 @@ def _add_tokens(backend: Tokenizer, file: GGUFFile, vocabulary: GGUFVocabulary) 
     special, others = [], []
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=False):
         options = {"normalized": False, "rstrip": swallows and token not in keeps}
-        if kind in (_CONTROL, _UNKNOWN) or token in END_TEXTS:
+        if kind in _SPECIAL or token in END_TEXTS:
             special.append(AddedToken(token, special=True, **options))
         elif kind == _USER_DEFINED:
             others.append(AddedToken(token, special=False, **options))
