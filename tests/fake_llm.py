@@ -107,6 +107,7 @@ class FakeEngine:
 
 class FakeLLM:
     def __init__(self, model: str = "fake", **arguments: object) -> None:
+        self.sampling_defaults: dict[str, float] = {}
         self.model_name = model
         self.runner_note = ""
         self.arguments = arguments

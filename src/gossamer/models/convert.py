@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-from gossamer.errors import CheckpointError
-from gossamer.models.gguf_weights import open_weights, read_gguf
+from gossamer.models.load import load_model
 from gossamer.models.quiet import quiet_transformers
 
 
@@ -29,20 +25,8 @@ def convert_gguf(gguf: Path, directory: Path, sampling: Mapping[str, Any] | None
         CheckpointError: the file is damaged or incomplete.
         UnsupportedModelError: the file says something that is not known here, or its model cannot be run.
     """
-    file, config, tokenizer = read_gguf(gguf)
+    model, tokenizer = load_model(gguf, "float32")
     with quiet_transformers():
-        try:
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None,
-                config=config,
-                state_dict=open_weights(file, config),
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-        except (RuntimeError, ValueError) as error:  # tensors of the wrong shape
-            raise CheckpointError(f"the weights in {gguf} do not fit its keys: {error}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(f"{gguf} lacks {len(missing)} tensors of its model, among them {missing[0]}")
         if sampling:
             model.generation_config.update(do_sample=True, **sampling)
         model.save_pretrained(directory)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from gossamer.errors import UnsupportedModelError
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
 from gossamer.models.gguf_rope import ROPE_TENSORS
@@ -93,6 +93,7 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
             layers will be; ``None`` if none will be.
 
     Raises:
+        CheckpointError: a tensor has another size than the keys say.
         UnsupportedModelError: the model has no place for a tensor of the file; names it.
     """
     with quiet_transformers(), torch.device("meta"):
@@ -111,7 +112,10 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
         elif len(tensor.shape) == 3:
             experts.setdefault(name, []).append(tensor)
         else:
-            weights[name] = _open(tensor, processor, name in kept)
+            try:
+                weights[name] = _open(tensor, processor, name in kept)
+            except ValueError as error:  # rows that cannot be divided among the heads
+                raise CheckpointError(f"{file.path}: {tensor.name} does not fit the keys of the file: {error}") from None
     if unknown:
         raise UnsupportedModelError(
             f"{file.path}: {config.model_type} of transformers has no place for {len(unknown)} of its tensors, among "

@@ -42,8 +42,8 @@ def load_model(
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
     Args:
-        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, to be
-            quantized as it is read.
+        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, whose
+            weights are dequantized.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
@@ -80,6 +80,9 @@ def load_model(
         if quantization and not is_int8_checkpoint(config):
             model = _quantize_weights(path, gguf, config, dtype, attn_implementation, quantization)
         else:
+            if gguf is not None:
+                source = {"pretrained_model_name_or_path": None, "state_dict": open_weights(gguf, config)}
+                dtype = "float32" if dtype == "auto" else dtype
             model = _load_weights(path, config, dtype, attn_implementation, **source)
             if quantization:
                 use_decomposition(model, quantization)
@@ -181,7 +184,7 @@ def _load_weights(
     except ImportError as error:  # a quantized checkpoint whose quantizer is not installed, for example
         raise UnsupportedModelError(f"{path} needs a package that is not installed: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
-        raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
+        raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
     # transformers would fill these with random numbers and go on.
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")
