@@ -45,6 +45,7 @@ class LLM:
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
         quantization_report: which layers became int8 and which did not, or ``None``.
+        stored_weights: how the GGUF file that the weights came from stored them, such as ``Q4_1``, or ``None``.
         sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
             ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
             it where a request says nothing else; ``SamplingParams()`` does not.
@@ -80,6 +81,7 @@ class LLM:
         )
         eos = end_token_ids(network, self.tokenizer, self.model_name)
         self.sampling_defaults = advised_sampling(network, self.model_name)
+        self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
         engine = self.options.engine
         made, self.runner_note = make_runner(
             network, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs

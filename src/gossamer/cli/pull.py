@@ -103,7 +103,7 @@ def _list(as_json: bool) -> None:
         table.add_column(heading, justify="right" if heading in ("download", "on disk") else "left")
     for row in rows:
         sizes = [f"{row[size] / 1e6:.0f} MB" for size in ("download_bytes", "disk_bytes")]
-        table.add_row(row["name"], row["summary"], *sizes, row["licence"], row["state"])
+        table.add_row(row["name"], f"{row['summary']}; weights {row['weights']}", *sizes, row["licence"], row["state"])
     console = Console()
     console.print(table)
     console.print(
@@ -117,6 +117,7 @@ def _describe(model: CatalogModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "summary": model.summary,
+        "weights": model.weights,
         "download_bytes": model.download_size,
         "disk_bytes": model.converted_size,
         "licence": model.licence,

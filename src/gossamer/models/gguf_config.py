@@ -6,10 +6,12 @@ nor known to change nothing is refused by name, since the model would be another
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gguf import LlamaFileType
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
@@ -149,6 +151,17 @@ def embedding_rows(file: GGUFFile) -> int:
     return file.tensors[_EMBEDDING].shape[0]
 
 
+def stored_as(file: GGUFFile) -> str:
+    """How a file stores its weights, such as ``Q4_1``: what it says, or the type of most of its bytes."""
+    try:
+        return LlamaFileType(file.get("general.file_type")).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        bytes_of = Counter[str]()
+        for tensor in file.tensors.values():
+            bytes_of[tensor.type.name] += tensor.data.nbytes
+        return bytes_of.most_common(1)[0][0]
+
+
 def read_config(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedConfig:
     """The configuration of a file.
 
@@ -174,6 +187,7 @@ def read_config(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedConfig:
     fields["vocab_size"] = embedding_rows(file)
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     fields |= _special_tokens(vocabulary)
+    fields["gguf_file_type"] = stored_as(file)
     try:
         with quiet_transformers():
             return CONFIG_MAPPING[architecture.model_type](**fields)
