@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 import transformers as hf
 from tokenizers import Tokenizer
@@ -59,3 +60,72 @@ def sentencepiece(*, metaspace: bool = False, prefix: bool = False) -> Any:
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     more = {"add_prefix_space": prefix} if metaspace else {"pad_token": "</s>", "mask_token": "<unk>"}
     return cls(vocab=vocabulary, merges=merges, **names, **more)
+
+
+# --- vocabularies without a model ------------------------------------------------------------------------------------
+
+
+def write_vocabulary(
+    path: Path,
+    *,
+    tokens: list[str],
+    types: list[int],
+    kind: str = "gpt2",
+    pre: str | None = None,
+    merges: list[str] | None = None,
+    scores: list[float] | None = None,
+    **more: Any,
+) -> Path:
+    """A GGUF file with a tokenizer and nothing else; ``more`` are further keys of ``tokenizer.ggml``."""
+    writer = gguf.GGUFWriter(path, "llama")
+    # llama.cpp wants some measures even where it reads the vocabulary only.
+    writer.add_context_length(8)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_tokenizer_model(kind)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    for key, value in more.items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{key}", value)
+    return _finish(writer, path)
+
+
+def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: Any = None, **more: Any) -> Path:
+    """A copy of a GGUF file.
+
+    Args:
+        source: the file.
+        target: the copy.
+        drop: keys and tensors that are left out.
+        tensors: further ones, by name.
+        more: further keys, ``__`` for a dot, each with its value and its type in GGUF.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    given = {name.replace("__", "."): value for name, value in more.items()}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in {"general.architecture", *drop, *given}:
+            sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    for name, (value, kind) in given.items():
+        writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    return _finish(writer, target)
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -121,14 +121,3 @@ def test_schemas_that_differ_in_order_only_are_two(llm: LLM) -> None:
 def test_texts_that_end_need_their_end() -> None:
     with pytest.raises(InvalidSamplingParamsError, match="ignore_eos"):
         SamplingParams(ignore_eos=True, structured_outputs=StructuredOutputsParams(json_object=True))
-
-
-@pytest.mark.usefixtures("private_cache")
-@pytest.mark.parametrize("ends", [[0, -1], [5000, 0]])
-def test_an_end_that_the_model_does_not_have_ends_nothing(ends, make_tiny_llama, tmp_path) -> None:
-    directory = make_tiny_llama(tmp_path / "model", eos_token_id=ends)
-    with pytest.warns(UserWarning, match="is not among the 257 tokens of the model"):
-        llm = LLM(directory)
-    assert llm.engine.factory.eos_token_ids == {0}
-    [output] = llm.generate(["Answer:"], params(0, choice=["yes"]), use_tqdm=False)
-    assert output.outputs[0].text == "yes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidPromptError, InvalidSamplingParamsError, RequestError
+from gossamer.models.generation import advised_sampling, end_token_ids
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn.quantize import QuantizationReport
@@ -45,6 +45,10 @@ class LLM:
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
         quantization_report: which layers became int8 and which did not, or ``None``.
+        stored_weights: how the GGUF file that the weights came from stored them, such as ``Q4_1``, or ``None``.
+        sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
+            ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
+            it where a request says nothing else; ``SamplingParams()`` does not.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
@@ -75,7 +79,9 @@ class LLM:
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None
         )
-        eos = eos_token_ids(network, self.tokenizer)
+        eos = end_token_ids(network, self.tokenizer, self.model_name)
+        self.sampling_defaults = advised_sampling(network, self.model_name)
+        self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
         engine = self.options.engine
         made, self.runner_note = make_runner(
             network, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
@@ -360,25 +366,6 @@ class LLM:
                 f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one for all, or one each"
             )
         return list(continuations)
-
-
-def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a text, by the generation configuration, the model's configuration and the tokenizer.
-
-    An id that the model does not have is none, with a warning; some configurations write -1 for that.
-    """
-    config = model.config.get_text_config()
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or ())
-    if unknown := sorted(token for token in found if not 0 <= token < config.vocab_size):
-        warnings.warn(
-            f"eos_token_id {', '.join(map(str, unknown))} is not among the {config.vocab_size} tokens of the model, and "
-            "ends no text",
-            stacklevel=3,
-        )
-    return frozenset(found.difference(unknown))
 
 
 def _itself(prompt: Prompt) -> Prompt:

@@ -157,7 +157,7 @@ class BatchRunner:
                 continue
             try:
                 body = read_body(line)
-                params = body.to_sampling_params(self._default_max_tokens)
+                params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults)
                 prompts = [_engine_prompt(llm, prompt) for prompt in body.prompts()]
             except GossamerError as error:
                 self._write_refused(line, error)

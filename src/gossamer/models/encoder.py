@@ -61,6 +61,6 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
                     output_loading_info=True,
                 )
             except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
-                raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
+                raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
             check_loaded(model, info, reader, path)
     return model.eval().requires_grad_(False), tokenizer

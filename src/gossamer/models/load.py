@@ -20,6 +20,7 @@ from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelErro
 from gossamer.models.checkpoint import check_directory
 from gossamer.models.checkpoint_weights import check_loaded, load_generation_config, open_checkpoint
 from gossamer.models.config_fields import check_fields
+from gossamer.models.gguf_file import GGUFFile
 from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.json_file import read_object
@@ -43,8 +44,8 @@ def load_model(
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
     Args:
-        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, to be
-            quantized as it is read.
+        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, whose
+            weights are dequantized.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
@@ -63,8 +64,9 @@ def load_model(
     options = options or ModelOptions(dtype=dtype)
     dtype, quantization = options.dtype, quantization or int8_config(options)
     path = Path(path)
+    gguf: GGUFFile | None = None
     if path.is_file():
-        config, tokenizer = read_gguf(path)
+        gguf, config, tokenizer = read_gguf(path)
     else:
         check_directory(path)
         config = load_config(path)
@@ -76,8 +78,8 @@ def load_model(
                 model = _load(path, config, weights, reader, dtype, attn_implementation, quantization)
             load_generation_config(model, path)
         else:
-            skip = quantization.skip if quantization else ()
-            weights = open_weights(path, config, skip)
+            assert gguf is not None
+            weights = open_weights(gguf, config, quantization.skip if quantization else None)
             model = _load(path, config, weights, None, dtype, attn_implementation, quantization)
     model = model.to(options.device).eval().requires_grad_(False)
     if options.int8_head:
@@ -187,7 +189,7 @@ def _from_weights(
         # tensors of the wrong shape, values of the configuration that only show when modules are made
         if isinstance(error, GossamerError):
             raise
-        raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
+        raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
     check_loaded(model, info, reader, path)
     model.config._name_or_path = str(path)
     return model

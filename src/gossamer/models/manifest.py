@@ -36,12 +36,13 @@ def write_manifest(directory: Path, source: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def verify(directory: str | Path, *, full: bool = False) -> list[str]:
+def verify(directory: str | Path, *, full: bool = False, conversion: int | None = None) -> list[str]:
     """Compares a directory with its manifest.
 
     Args:
         directory: a checkpoint that Gossamer wrote.
         full: read every file and compare digests; otherwise only sizes, which takes microseconds.
+        conversion: number of the way in which the checkpoint has to be converted from another format, if it was.
 
     Returns:
         One sentence per fault; an empty list when the directory is intact.
@@ -55,7 +56,10 @@ def verify(directory: str | Path, *, full: bool = False) -> list[str]:
     try:
         if not (directory / MANIFEST).exists():
             return [f"{MANIFEST} is missing"]
-        files = read_object(directory / MANIFEST)["files"].items()
+        manifest = read_object(directory / MANIFEST)
+        if conversion is not None and manifest["source"].get("conversion") != conversion:
+            return ["it was converted by another version of Gossamer"]
+        files = manifest["files"].items()
         return [fault for name, expected in files if (fault := _fault(directory / name, expected, full))]
     except CheckpointError as error:
         return [str(error)]
