@@ -1,6 +1,6 @@
 """Loads damaged model files, each in a process of its own, and counts what becomes of them.
 
-    python scripts/damaged_files.py [--count 1000] [--seed 0] [--only NUMBER] [--keep DIRECTORY]
+    python scripts/damaged_files.py [--count 1000] [--seed 0] [--only NUMBER] [--format NAME] [--keep DIRECTORY]
 
 Small checkpoints in every format are damaged at random: cut off, bytes changed, moved or left out, odd values put into
 JSON files and binary headers. A damaged file has to end in one of Gossamer's errors, or to load and answer a prompt, as
@@ -73,7 +73,9 @@ def make_models(directory: Path) -> dict[str, Path]:
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     made = {name: directory / name for name in ("dense", "sharded", "int8", "compressed-tensors", "bitsandbytes")}
     with quiet_transformers():
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=0, bos_token_id=None, **sizes, **heads))
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(words), eos_token_id=0, bos_token_id=None, **sizes, **heads)
+        )
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
         for name, shard in (("dense", "5GB"), ("sharded", "50KB")):
             model.save_pretrained(made[name], max_shard_size=shard)
@@ -187,8 +189,18 @@ def use(case: Case, way: str) -> None:
     llm.score("ab", ["c"])
 
 
-def outcome(case: Case, way: str, memory: int, seconds: float) -> tuple[str, str]:
-    """What becomes of a case in a process of its own: the kind, and the message."""
+class Outcome(NamedTuple):
+    """What became of a case: the kind, the message, the seconds it took and the bytes it held at most."""
+
+    kind: str
+    message: str
+    seconds: float
+    peak: int
+
+
+def outcome(case: Case, way: str, memory: int, seconds: float) -> Outcome:
+    """What becomes of a case in a process of its own."""
+    start = time.monotonic()
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -205,12 +217,13 @@ def outcome(case: Case, way: str, memory: int, seconds: float) -> tuple[str, str
             break
         data += piece
     os.close(receive)
-    _, status = os.waitpid(child, 0)
-    if not data:
-        late = time.monotonic() >= deadline
-        return ("hang", f"more than {seconds:g} s") if late else ("crash", f"status {status}")
-    kind, message = json.loads(data)
-    return kind, message
+    _, status, usage = os.wait4(child, 0)
+    now = time.monotonic()
+    if data:
+        kind, message = json.loads(data)
+    else:
+        kind, message = ("hang", f"more than {seconds:g} s") if now >= deadline else ("crash", f"status {status}")
+    return Outcome(kind, message, now - start, 1024 * usage.ru_maxrss)
 
 
 def _run(case: Case, way: str, memory: int, send: int) -> None:
@@ -230,8 +243,11 @@ def _run(case: Case, way: str, memory: int, send: int) -> None:
         told = ("memory", traceback.format_exc())
     except BaseException as error:  # whatever else there is, a panic of Rust code included, is what is looked for
         kind = "memory" if "memory" in str(error).lower() else "untyped"
-        told = (kind, f"{type(error).__name__}: {str(error)[:300]}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}")
-    os.write(send, json.dumps(told).encode()[: 1 << 16])
+        told = (
+            kind,
+            f"{type(error).__name__}: {str(error)[:300]}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}",
+        )
+    os.write(send, json.dumps((told[0], told[1][:4000])).encode())
     os._exit(0)
 
 
@@ -240,20 +256,26 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one case, by its number")
+    parser.add_argument("--format", help="damage only models of this format, such as gguf")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--memory", type=float, default=8.0, help="address space in GB beside what a process begins with")
+    parser.add_argument(
+        "--memory", type=float, default=8.0, help="address space in GB beside what a process begins with"
+    )
     parser.add_argument("--keep", type=Path, help="leave the files of faults here")
     arguments = parser.parse_args()
     counts: Counter[tuple[str, str]] = Counter()
-    faults = 0
+    faults, slowest, largest = 0, (0.0, -1), (0, -1)
+    memory = int(arguments.memory * 1e9)
     with tempfile.TemporaryDirectory(prefix="damaged-") as name:
         scratch = Path(name)
         os.environ["GOSSAMER_CACHE"] = str(scratch / "cache")
         (scratch / "whole").mkdir()
         whole = make_models(scratch / "whole")
+        if arguments.format:
+            whole = {arguments.format: whole[arguments.format]}
         for kind, path in whole.items():  # or what is counted below would mean nothing
             for way in WAYS:
-                result, message = outcome(Case(path, "whole"), way, int(arguments.memory * 1e9), arguments.seconds)
+                result, message, _, _ = outcome(Case(path, "whole"), way, memory, arguments.seconds)
                 expected = "refused" if way == "export" and kind != "int8" else "loaded"
                 if way == "int8" and kind in ("int8", "compressed-tensors", "bitsandbytes"):
                     expected = result  # it is int8 already, which may be said
@@ -265,7 +287,8 @@ def main() -> int:
             kind = sorted(whole)[draw.randrange(len(whole))]
             case = damage(whole[kind], scratch / "case", draw)
             way = draw.choice(WAYS if case.path.is_dir() else WAYS[:2])
-            result, message = outcome(case, way, int(arguments.memory * 1e9), arguments.seconds)
+            result, message, seconds, peak = outcome(case, way, memory, arguments.seconds)
+            slowest, largest = max(slowest, (seconds, number)), max(largest, (peak, number))
             counts[kind, result] += 1
             if result not in ("refused", "loaded") or arguments.only is not None:
                 faults += result not in ("refused", "loaded")
@@ -279,6 +302,9 @@ def main() -> int:
     print(f"{'':20}" + "".join(f"{result:>10}" for result in results))
     for kind in sorted({kind for kind, _ in counts}):
         print(f"{kind:20}" + "".join(f"{counts[kind, result]:10}" for result in results))
+    print(
+        f"longest: {slowest[0]:.1f} s (number {slowest[1]}), largest: {largest[0] / 1e6:.0f} MB (number {largest[1]})"
+    )
     print(f"{sum(counts.values())} files, {faults} faults")
     return int(faults > 0)
 

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say decides, whoever reads them; what no model can be is refused by the field's name."""
+"""What the files of a checkpoint say decides, whoever reads them; what no model can be is refused by a field's name."""
 
 from __future__ import annotations
 
@@ -190,7 +190,9 @@ class TestLeftovers:
         weights = load_file(model / "model.safetensors")
         weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
         save_file(weights, model / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"q_proj\.bias, for which the model of its config\.json has no place"):
+        with pytest.raises(
+            CheckpointError, match=r"q_proj\.bias, for which the model of its config\.json has no place"
+        ):
             load_model(model)
 
     @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "reward_head.weight"])
@@ -263,7 +265,7 @@ class TestConfigurations:
 
     def test_a_model_far_larger_than_its_files_is_refused_before_memory_is_taken(self, model):
         edit(model / "config.json", intermediate_size=10**7, hidden_size=10**5, num_attention_heads=10)
-        with pytest.raises(CheckpointError, match="config.json describes a model of"):
+        with pytest.raises(CheckpointError, match=r"config\.json describes a model of"):
             load_model(model)
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])

@@ -180,7 +180,8 @@ class TestLabelsOfTransformers:
                 model.cls.predictions.bias.copy_(bias)
             else:
                 model.classifier.bias.copy_(bias)
-        drawn = TargetDrawing(model.eval(), lambda out, batch: out.loss).draw({"input_ids": ids, "labels": labels})["labels"]
+        drawing = TargetDrawing(model.eval(), lambda out, batch: out.loss)
+        drawn = drawing.draw({"input_ids": ids, "labels": labels})["labels"]
         expected = torch.full_like(labels, 3)
         if kind != "sequence":
             expected[:, 2] = -100

@@ -247,7 +247,9 @@ def test_wrong_settings_are_named(arguments: dict[str, Any], message: str) -> No
         MFAC(network().parameters(), **arguments)
 
 
-def step_of(optimizer: torch.optim.Optimizer, model: nn.Module, preconditioner: MFACPreconditioner | None = None) -> None:
+def step_of(
+    optimizer: torch.optim.Optimizer, model: nn.Module, preconditioner: MFACPreconditioner | None = None
+) -> None:
     optimizer.zero_grad()
     model(torch.randn(16, 4)).square().mean().backward()
     if preconditioner:
@@ -280,7 +282,9 @@ def test_frozen_parameters_rest_and_thaw(frozen: list[int], compat: Any, momentu
         for p, old, moved in zip(model.parameters(), before, has, strict=True):
             assert torch.equal(p, old) != moved
         if any(has):
-            rows.append(torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()]))
+            rows.append(
+                torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+            )
             window = torch.stack(rows[-4:]).double()
             n = 4 if compat else len(window)
             fisher = 1e-2 * torch.eye(window.shape[1], dtype=torch.float64) + window.T @ window / n

@@ -53,8 +53,8 @@ def open_checkpoint(
 def check_loaded(model: PreTrainedModel, info: dict[str, Any], reader: ShardReader | None, where: Path) -> None:
     """Refuses a model that was not filled, and tensors of its layers that it has no place for.
 
-    transformers fills what is missing with random numbers, and drops what is too much. Tensors of modules that the model
-    does not have, such as further heads, stay unread.
+    transformers fills what is missing with random numbers, and drops what is too much. Tensors of modules that the
+    model does not have, such as further heads, stay unread.
 
     Args:
         model: as it was loaded.

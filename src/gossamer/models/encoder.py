@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -50,9 +51,10 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
     with quiet_transformers():
         tokenizer = load_tokenizer(path)
         with open_checkpoint(path, config, AutoModel) as (reader, weights):
+            kind: Any = type(described_model(config, AutoModel))
             stored = str(config.dtype or reader.stored_dtype()).removeprefix("torch.")
             try:
-                model, info = type(described_model(config, AutoModel)).from_pretrained(
+                model, info = kind.from_pretrained(
                     None,
                     state_dict=weights,
                     config=config,

@@ -40,9 +40,7 @@ def foreign_format(config: PreTrainedConfig) -> Format | None:
     return _FORMATS.get(str(stored.get("quant_method"))) if isinstance(stored, dict) else None
 
 
-def read_foreign(
-    reader: ShardReader, config: PreTrainedConfig, format: Format, model: nn.Module
-) -> dict[str, Tensor]:
+def read_foreign(reader: ShardReader, config: PreTrainedConfig, format: Format, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a foreign checkpoint under our names; ``config`` then says that the checkpoint is our own.
 
     ``model`` is the one that ``config`` describes, without weights.

@@ -176,10 +176,10 @@ class GossamerInt8Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self.reader = _reader.get()
-        if self.reader is None and (files := [Path(file) for file in checkpoint_files or ()]):
-            if files[0].suffix == ".safetensors":  # transformers reads them by itself
-                self.reader = ShardReader(files)
-                settle_ties(model, self.reader)
+        files = [Path(file) for file in checkpoint_files or ()]
+        if self.reader is None and files and files[0].suffix == ".safetensors":  # transformers reads them by itself
+            self.reader = ShardReader(files)
+            settle_ties(model, self.reader)
         refuse_quantized(model)
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)

@@ -42,8 +42,8 @@ def quantize(
     :class:`~gossamer.nn.sparse_int8_linear.SparseInt8Linear`: the same codes in less memory.
 
     Attention, norms and activations stay as they are, and so does a layer whose weight others read by themselves, such
-    as those of ``nn.TransformerEncoderLayer``: the report names it. Biases, hooks and the training mode are kept. If the output layer is tied to the embedding and not skipped,
-    both become int8 and share one store.
+    as those of ``nn.TransformerEncoderLayer``: the report names it. Biases, hooks and the training mode are kept. If
+    the output layer is tied to the embedding and not skipped, both become int8 and share one store.
 
     Args:
         model: of any kind; weights fp32, bf16 or fp16.
@@ -105,19 +105,19 @@ def _int8_modules(
     head = tied_head(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        layer: Any
         weight = linear_weight(layer)
         assert weight is not None
         weight = weight.detach()
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]  # a linear layer has it
         quantized = quantize_weight(weight, f"the weight of {name}")
         if layer is head:
             old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # of transformers models
             embedding = Int8Embedding.from_embedding(old, quantized)
-            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition, layer.bias)}
+            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition, bias)}
             report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))
             continue
         int8 = Int8Linear.from_weight(
-            quantized, layer.bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
+            quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
         )
         int8 = sparse_if_smaller(int8)
         replacements[layer] = int8

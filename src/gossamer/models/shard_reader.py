@@ -59,8 +59,7 @@ class ShardReader:
             file = self._open.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} is damaged or cut off ({path.stat().st_size} bytes): {error}. "
-                "Copy or download it again."
+                f"{path} is damaged or cut off ({path.stat().st_size} bytes): {error}. Copy or download it again."
             ) from error
         there = file.keys()
         if lost := sorted((wanted or set()).difference(there)):

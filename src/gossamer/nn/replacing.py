@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dis
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -40,13 +41,13 @@ def used_otherwise(layer: nn.Module, name: str, parent: nn.Module) -> str:
     """Why calling another module in its place would not be the same; empty when it would."""
     if "forward" in vars(layer):
         return "its forward was replaced"
-    if name in weights_read_by(type(parent)):
+    if name in weights_read_by(type(parent)):  # type: ignore[arg-type]  # mypy looks at the hash of instances
         return f"{type(parent).__name__} reads its weight by itself"
     return ""
 
 
-@lru_cache(maxsize=None)
-def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
+@cache
+def weights_read_by(kind: type) -> frozenset[str]:
     """Names of the submodules whose ``weight`` a class reads instead of calling them, by its methods' code.
 
     A fused version of several layers does that, and whoever converts an input to the type of the weight.
@@ -70,7 +71,7 @@ def _read_in(code: CodeType) -> set[str]:
     loads = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
     found = {
         str(first.argval)
-        for first, second in zip(loads, loads[1:], strict=False)
+        for first, second in pairwise(loads)
         if first.opname == second.opname == "LOAD_ATTR" and second.argval == "weight"
     }
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))

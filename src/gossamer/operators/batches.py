@@ -58,7 +58,9 @@ def size_of(batch: Any) -> int:
     """
     lengths = {len(leaf) for leaf in tree_leaves(as_tree(batch)) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(lengths) != 1:
-        raise ConfigurationError(f"the tensors of a batch have one length, the number of samples; got {sorted(lengths)}")
+        raise ConfigurationError(
+            f"the tensors of a batch have one length, the number of samples; got {sorted(lengths)}"
+        )
     return lengths.pop()
 
 

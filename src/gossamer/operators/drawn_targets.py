@@ -69,8 +69,8 @@ class TargetDrawing:
             logits = _logits(outputs)
             if logits.shape[:-1] != targets.shape or logits.shape[-1] < 2:
                 raise ConfigurationError(
-                    f"fisher='mc' draws one of several classes for each target, and outputs of {list(logits.shape)} are "
-                    f"no logits of targets of {list(targets.shape)}. Use fisher='empirical'."
+                    f"fisher='mc' draws one of several classes for each target, and outputs of {list(logits.shape)} "
+                    f"are no logits of targets of {list(targets.shape)}. Use fisher='empirical'."
                 )
             loss = self._loss_fn(outputs, others)
             [gradient] = torch.autograd.grad(loss, [logits], allow_unused=True)

@@ -290,7 +290,7 @@ class MFAC(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on as if there had been no pause, history in bf16 included."""
         own = dict(state_dict)
-        history = {name: own.pop(name) for name in ("fisher", "places") if name in own}
+        history: dict[str, Any] = {name: own.pop(name) for name in ("fisher", "places") if name in own}
         momentum = own.pop("momentum")
         super().load_state_dict(own)
         self.preconditioner.load_state_dict(history)
