@@ -268,6 +268,11 @@ class TestConfigurations:
         with pytest.raises(CheckpointError, match=r"config\.json describes a model of"):
             load_model(model)
 
+    def test_more_layers_than_tensors_are_refused_before_they_are_made(self, model):
+        edit(model / "config.json", num_hidden_layers=9000)
+        with pytest.raises(CheckpointError, match=r"num_hidden_layers is 9000, and the weights have 21 tensors"):
+            load_model(model)
+
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
     @pytest.mark.parametrize("kind", ["pipe", "directory", "dangling link"])
     def test_only_regular_files_are_read(self, model, name, kind):

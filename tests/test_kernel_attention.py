@@ -82,3 +82,16 @@ def test_bad_input() -> None:
         KernelAttention(q, k).apply(v[:7], 0.1)
     with pytest.raises(ConfigurationError, match="backend"):
         KernelAttention(q, k, backend="tree")
+
+
+def test_tensors_are_copied_and_their_gradients_are_not_lost_in_silence() -> None:
+    q, k, v = head(50, 80)
+    attention = KernelAttention(q, k)
+    before = attention.apply(v, 0.1).state.out
+    q.mul_(2)
+    k.add_(1)
+    assert torch.equal(attention.apply(v, 0.1).state.out, before)
+    with pytest.raises(ConfigurationError, match="values requires a gradient"):
+        attention.apply(v.clone().requires_grad_(), 0.1)
+    with pytest.raises(ConfigurationError, match="keys requires a gradient"):
+        KernelAttention(q, k.clone().requires_grad_())

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import CheckpointError
 from gossamer.models.config_fields import check_fields
-from gossamer.models.described import check_size, described_model, settle_ties, untie
+from gossamer.models.described import check_layers, check_size, described_model, settle_ties, untie
 from gossamer.models.foreign_int8 import foreign_format, read_foreign
 from gossamer.models.int8_quantizer import reading
 from gossamer.models.json_file import read_object
@@ -41,8 +41,9 @@ def open_checkpoint(
         CheckpointError: a file or tensor is missing, damaged, or far from what ``config`` describes.
         UnsupportedModelError: the weights are in a format that cannot be read exactly.
     """
-    model = described_model(config, kind)
     with ShardReader(directory) as reader, reading(reader):
+        check_layers(config, reader)
+        model = described_model(config, kind)
         check_size(model, reader)
         if not settle_ties(model, reader):
             untie(config)

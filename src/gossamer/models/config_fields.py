@@ -18,13 +18,15 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 _OTHER_SIZES = (
     *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "moe_intermediate_size", "head_dim"),
-    *("max_position_embeddings", "n_positions", "n_ctx", "type_vocab_size", "sliding_window"),
+    "type_vocab_size",
 )
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "sliding_window")
 # The largest that a field may be; published models stay a hundred times below it.
 _LARGEST = (
     dict.fromkeys(_LAYERS, 1 << 14)
     | dict.fromkeys((*_HEADS, *_COUNTS), 1 << 16)
     | dict.fromkeys((*_WIDTHS, *_OTHER_SIZES), 1 << 28)
+    | dict.fromkeys(_LENGTHS, 1 << 31)
 )
 _NEVER_ZERO = {*_LAYERS, *_HEADS, *_WIDTHS}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -39,6 +39,19 @@ def described_model(config: PreTrainedConfig, kind: Any = AutoModelForCausalLM) 
     return model
 
 
+def check_layers(config: PreTrainedConfig, reader: ShardReader) -> None:
+    """Refuses more layers than there are tensors, before any is made.
+
+    Raises:
+        CheckpointError: says how many there are.
+    """
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(reader.specs):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {layers}, and the weights have {len(reader.specs)} tensors in all"
+        )
+
+
 def check_size(model: nn.Module, reader: ShardReader) -> None:
     """Refuses a model far larger than its checkpoint, before memory is taken for it.
 

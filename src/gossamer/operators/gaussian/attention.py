@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.operators.gaussian.approximate import approximate
 from gossamer.operators.gaussian.index import KernelIndex
+from gossamer.operators.gaussian.kernel import check_gradient
 from gossamer.operators.gaussian.partition import PARTITIONS
 from gossamer.operators.gaussian.report import Confidence, ProductReport
 from gossamer.ops.attention import AttentionState, attend, merge_states
@@ -65,7 +66,7 @@ class KernelAttention:
         seed: of everything that is drawn.
 
     Raises:
-        ConfigurationError: shapes do not fit, or a number is not finite.
+        ConfigurationError: shapes do not fit, a number is not finite, or a gradient would be lost.
 
     >>> q, k, v = (torch.randn(300, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     >>> product = KernelAttention(q, k).apply(v, eps=0.1)
@@ -91,10 +92,13 @@ class KernelAttention:
         if backend not in [*PARTITIONS, "exact"]:
             raise ConfigurationError(f"backend {backend!r} is not one of: {', '.join([*PARTITIONS, 'exact'])}")
         for name, points in (("queries", queries), ("keys", keys)):
+            check_gradient(points, name)
             if not bool(torch.isfinite(points).all()):
                 row, column = (~torch.isfinite(points)).nonzero()[0].tolist()
                 raise ConfigurationError(f"the {name} have a number that is not finite, at row {row}, column {column}")
-        self.queries, self.keys, self.causal = queries.float(), keys.float(), causal
+        # copies, so that they stay what the index was built of
+        self.queries, self.keys = (points.detach().to(torch.float32, copy=True) for points in (queries, keys))
+        self.causal = causal
         self.scale = queries.shape[1] ** -0.5 if scale is None else scale
         self.backend, self.seed = backend, seed
         self._parts: dict[Rectangle, _Part] = {}
@@ -115,6 +119,7 @@ class KernelAttention:
         """
         if values.dim() != 2 or len(values) != len(self.keys) or not bool(torch.isfinite(values).all()):
             raise ConfigurationError(f"values are ({len(self.keys)}, d_v) finite numbers, got {tuple(values.shape)}")
+        check_gradient(values, "values")
         report = ProductReport(eps, confidence=confidence)
         if not self.causal:
             whole = (0, len(self.queries), 0, len(self.keys))

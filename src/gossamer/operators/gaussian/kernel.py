@@ -210,7 +210,7 @@ class GaussianKernel:
         if x.dim() not in (1, 2) or len(x) != self.shape[1] or not x.is_floating_point():
             wanted = f"({self.shape[1]}) or ({self.shape[1]}, r) floating-point numbers"
             raise ConfigurationError(f"x is {wanted}, got {tuple(x.shape)} of {x.dtype}")
-        _check_gradient(x, "x")
+        check_gradient(x, "x")
         if not bool(torch.isfinite(x).all()):
             where = (~torch.isfinite(x)).nonzero()[0].tolist()
             raise ConfigurationError(f"x has a number that is not finite, at {where}")
@@ -221,10 +221,11 @@ class GaussianKernel:
         return (y if x.dim() == 2 else y[:, 0]).to(dtype)
 
 
-def _check_gradient(tensor: Tensor, name: str) -> None:
+def check_gradient(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose gradient would be lost."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ConfigurationError(
-            f"{name} requires a gradient, and none flows through a GaussianKernel: pass {name}.detach(), or compute "
+            f"{name} requires a gradient, and none flows through kernel products: pass {name}.detach(), or compute "
             "under torch.no_grad()"
         )
 
@@ -233,7 +234,7 @@ def _check_points(points: Tensor, name: str) -> None:
     if points.dim() != 2 or 0 in points.shape or not points.is_floating_point():
         wanted = "(n, d) floating-point numbers, n and d at least 1"
         raise ConfigurationError(f"{name} are {wanted}, got {tuple(points.shape)} of {points.dtype}")
-    _check_gradient(points, name)
+    check_gradient(points, name)
     for first, part in enumerate(points.split(1 << 16)):
         if not bool(torch.isfinite(part).all()):
             row, column = (~torch.isfinite(part)).nonzero()[0].tolist()
