@@ -84,9 +84,9 @@ class GradientStore:
         """
         if gradients.dim() != 2 or not gradients.numel():
             raise ConfigurationError(f"gradients must be (m, d) with at least one each, got {tuple(gradients.shape)}")
-        check_finite(gradients, "the gradients")  # which are no complex numbers either
         rows = gradients.detach()
-        rows = rows if rows.dtype in STORE_TYPES else rows.float()
+        rows = rows if rows.dtype in STORE_TYPES or rows.is_complex() else rows.float()
+        check_finite(rows, "the gradients")
         store = cls.__new__(cls)
         store.m, store.d = rows.shape
         store.dtype, store.device, store._rows = rows.dtype, rows.device, rows
