@@ -1,4 +1,4 @@
-"""Damaged model files end in an error that names them, or load: some here, a thousand by ``scripts/damaged_files.py``."""
+"""Damaged model files end in an error that names them, or load: some here, others by ``scripts/damaged_files.py``."""
 
 from __future__ import annotations
 
