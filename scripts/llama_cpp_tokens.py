@@ -91,7 +91,7 @@ def sentencepiece() -> dict[str, Any]:
     vocabulary = plain()
     place = {merge.replace(" ", ""): -float(number) for number, merge in enumerate(vocabulary.pop("merges"))}
     vocabulary["scores"] = [place.get(token, -1000.0) for token in vocabulary["tokens"]]
-    for number, token in enumerate(["<user>", "  ", "\n\n\n"]):
+    for number, token in enumerate(["<user>", "  ", "\t\t\t"]):
         vocabulary["tokens"].append(token)
         vocabulary["types"].append(4)
         vocabulary["scores"].append(-2000.0 - number)
@@ -131,7 +131,13 @@ def main() -> None:
             if ids not in known:
                 known.append(ids)
             keys["answers"].append(known.index(ids))
-    record = {"llama_cpp_python": version, "vocabularies": vocabularies, "texts": TEXTS, "ids": distinct, "files": files}
+    record = {
+        "llama_cpp_python": version,
+        "vocabularies": vocabularies,
+        "texts": TEXTS,
+        "ids": distinct,
+        "files": files,
+    }
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text("{\n" + lines + "\n}\n")

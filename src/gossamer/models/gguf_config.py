@@ -197,7 +197,7 @@ def read_config(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedConfig:
 
 def _refuse_unknown_keys(file: GGUFFile, architecture: _Architecture) -> None:
     used = {*_MEASURES, *architecture.measures, *_HEADS, *ROPE_KEYS, *_KEYS_OF_REFINEMENTS.get(file.architecture, ())}
-    for key in file.keys():
+    for key in file.names:
         name = key.removeprefix(f"{file.architecture}.")
         if name == key or name in used or (name in _NEUTRAL and _NEUTRAL[name](file.get(key))):
             continue
