@@ -62,9 +62,14 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 5
         (
             gguf.MODEL_ARCH.QWEN3MOE,
             hf.Qwen3MoeConfig(
-                **SIZES, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
-                norm_topk_prob=True, rope_parameters=BASE | {"rope_type": "default"},
-            ),  # fmt: skip
+                **SIZES,
+                num_hidden_layers=2,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=64,
+                norm_topk_prob=True,
+                rope_parameters=BASE | {"rope_type": "default"},
+            ),
             {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64},
         ),
         (
