@@ -40,11 +40,13 @@ TEXTS = [
     "for (int i=0;i<10;++i){ a[i]+=b->c; } // done\r\n/* path/to//file\\x */",
     "camelCase HTTPServer XMLHttpRequest iPhone15 snake_case_2 SHOUT",
     "\u00c9cole \u00e9t\u00e9 \u00dcBER stra\u00dfe \u00f1and\u00fa \u0130stanbul \u01c5 ca\u017ft '\u017f \u212a",
-    "e\u0301a\u0300 o\u0308o \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22\u0e14\u0e35 \u0ead\u0eb2 \u1780\u1781",
+    "e\u0301a\u0300 o\u0308o \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22\u0e14\u0e35 "
+    "\u0ead\u0eb2 \u1780\u1781",
     "\u4e2d\u6587\u6d4b\u8bd5123\u5f00\u59cb\uff0c\u4f60\u597d\uff01\u3002 \u3042\u3044\u30ab\u30bf\u30ca\uff76 "
     "\ud55c\uad6d\uc5b4 \u3131\u3105",
     "\u0639\u0631\u0628\u064a\u060c \u0661\u0662\u0663 \u05e2\u05d1\u05e8\u05d9\u05ea \u1200\u1208 \u16a0\u16a2",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001d400\U0001d4d0 \u00bd \u00b2 \u2168 \u2460 \u20ac5",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001d400\U0001d4d0 "
+    "\u00bd \u00b2 \u2168 \u2460 \u20ac5",
     "a\u00a0b\u3000c\u2028d\u0085e\u200bf \u2003 g\ufeffh",
     "(a) [b] {c} <d> ... --- *** +++ === $5 ^^^ ~~ `q` a|b c\u2014d \u201cq\u201d \u2018s\u2019 \u2026",
     "word.Word!word?word:word;word,word/word\\word@word#word%word&word",
@@ -91,7 +93,7 @@ def sentencepiece() -> dict[str, Any]:
     vocabulary = plain()
     place = {merge.replace(" ", ""): -float(number) for number, merge in enumerate(vocabulary.pop("merges"))}
     vocabulary["scores"] = [place.get(token, -1000.0) for token in vocabulary["tokens"]]
-    for number, token in enumerate(["<user>", "  ", "\n\n\n"]):
+    for number, token in enumerate(["<user>", "  ", "\t\t\t"]):
         vocabulary["tokens"].append(token)
         vocabulary["types"].append(4)
         vocabulary["scores"].append(-2000.0 - number)
@@ -131,7 +133,13 @@ def main() -> None:
             if ids not in known:
                 known.append(ids)
             keys["answers"].append(known.index(ids))
-    record = {"llama_cpp_python": version, "vocabularies": vocabularies, "texts": TEXTS, "ids": distinct, "files": files}
+    record = {
+        "llama_cpp_python": version,
+        "vocabularies": vocabularies,
+        "texts": TEXTS,
+        "ids": distinct,
+        "files": files,
+    }
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     TARGET.parent.mkdir(exist_ok=True)
     TARGET.write_text("{\n" + lines + "\n}\n")

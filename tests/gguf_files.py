@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers.tokenization_utils_base import generate_merges
 
 from gossamer.compress.export import export
@@ -129,3 +130,53 @@ def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dict[str, Any], tokens: int) -> Path:
+    """A fp32 GGUF file of a model of transformers whose rows are not permuted, with a tokenizer of bytes.
+
+    Args:
+        model: of transformers.
+        architecture: in GGUF.
+        path: the file.
+        keys: of the architecture, beside those that all have.
+        tokens: that the tokenizer has.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name, value in keys.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{writer.arch}.{name}", value)
+    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*byte, byte[0] + byte[1], *(f"<{number}>" for number in range(tokens - len(byte) - 1))])
+    writer.add_token_types([1] * (len(byte) + 1) + [3] * (tokens - len(byte) - 1))
+    writer.add_token_merges([f"{byte[0]} {byte[1]}"])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    gemma = config.model_type.startswith("gemma")
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, last = name.rpartition(".")
+        data = weight.float().numpy()
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = np.split(data, 2, axis=1)
+            block = f"blk.{name.split('.')[2]}"
+            writer.add_tensor(f"{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
+            writer.add_tensor(f"{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
+        elif name.endswith("experts.down_proj"):
+            writer.add_tensor(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", data)
+        else:
+            if gemma and "norm" in module:
+                data = data + 1
+            writer.add_tensor(f"{names.get_name(module)}.{last}", data)
+    return _finish(writer, path)

@@ -127,7 +127,10 @@ def test_what_is_not_known_of_rotary_embeddings_is_refused_by_name(keys, tensors
 
 
 def test_short_and_long_factors_that_differ_are_refused(llama, tmp_path):
-    tensors = {"rope_factors_short.weight": np.ones(8, np.float32), "rope_factors_long.weight": np.full(8, 2, np.float32)}
+    tensors = {
+        "rope_factors_short.weight": np.ones(8, np.float32),
+        "rope_factors_long.weight": np.full(8, 2, np.float32),
+    }
     file = rewrite(llama, tmp_path / "x.gguf", tensors=tensors, llama__rope__scaling__type=("longrope", STRING))
     with pytest.raises(UnsupportedModelError, match="longrope"):
         read(file)
@@ -195,7 +198,7 @@ def test_keys_that_may_be_left_out_have_the_usual_values(name, tmp_path):
     drop = ("general.name", f"{architecture}.vocab_size")
     if name in ("llama", "qwen2", "qwen3"):
         drop += tuple(f"{architecture}.{key}" for key in ("attention.key_length", "attention.value_length"))
-    found, tokenizer = read(rewrite(file, tmp_path / "x.gguf", drop=drop))
+    found, _ = read(rewrite(file, tmp_path / "x.gguf", drop=drop))
     expected, _ = read(file)
     assert all(torch.equal(weight, expected.state_dict()[key]) for key, weight in found.state_dict().items())
     found.config.name_or_path = expected.config.name_or_path
@@ -265,7 +268,7 @@ def test_parts_that_are_missing_or_misnamed_are_said(llama, tmp_path):
     with pytest.raises(CheckpointError, match="a split GGUF file of 2 parts, but its name says 1"):
         read(tmp_path / "renamed.gguf")
     first.rename(tmp_path / "away")
-    with pytest.raises(CheckpointError, match="part whole-00001-of-00002.gguf is not beside it"):
+    with pytest.raises(CheckpointError, match=r"part whole-00001-of-00002\.gguf is not beside it"):
         read(second)
     shutil.copy(second, first)
     with pytest.raises(GossamerError, match="part"):
@@ -323,3 +326,42 @@ def test_several_ends_of_a_checkpoint_come_back_from_gguf(tmp_path):
     model, tokenizer = read(export(native, tmp_path / "x.gguf", "gguf").path)
     assert model.generation_config.eos_token_id == [1, 7, 9]
     assert tokenizer.eos_token_id == 1
+
+
+# --- our own exports come back ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given", [{"pad_token": "[PAD]"}, {"unk_token": "[UNK]"}, {"pad_token": "[PAD]", "unk_token": "?!"}]
+)
+def test_special_tokens_without_an_embedding_are_not_named(given, tmp_path):
+    model = save_model("llama", tmp_path / "model", vocab_size=390)  # as many rows as the tokenizer has tokens
+    tokenizer = hf.AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens(given)
+    tokenizer.save_pretrained(model)
+    file = export(write_native(model, tmp_path / "int8"), tmp_path / "x.gguf", "gguf").path
+    fields = GGUFReader(file).fields
+    assert "tokenizer.ggml.padding_token_id" not in fields and "tokenizer.ggml.unknown_token_id" not in fields
+    found, again = read(file)
+    assert found.config.vocab_size == 390
+    text = "Special tokens\n\nof 12 kinds"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "llama_biases", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_an_export_comes_back_with_its_settings_and_its_tokens(name, tmp_path):
+    native, file = export_model(name, tmp_path)
+    source, tokenizer = hf.AutoConfig.from_pretrained(native), hf.AutoTokenizer.from_pretrained(native)
+    found, again = read(file)
+    for field in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        "bos_token_id", "head_dim", "attention_bias", "mlp_bias", "layer_types", "sliding_window",
+        "query_pre_attn_scalar",
+    ):  # fmt: skip
+        # GGUF has no window for Mistral.
+        if (expected := getattr(source, field, None)) is not None and (name, field) != ("mistral", "sliding_window"):
+            assert getattr(found.config, field, None) == pytest.approx(expected), field
+    assert again.eos_token_id == tokenizer.eos_token_id
+    for text in ("Hello  world\n\n 12 345", "it's\tñandú 🙂 x=3;"):
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -52,8 +52,8 @@ def chat(
     threads: Threads = None,
 ) -> None:
     """Talk to a model. With text piped into it, answer that text as one message and leave."""
-    given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
+    asked: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    given = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**given)  # refused before the weights are read
     piped = None if sys.stdin.isatty() else _read_piped_message()
     with load_llm(model, options, threads) as llm:

@@ -238,9 +238,7 @@ def _tokens(
     types = [TokenType.UNUSED] * vocab_size
     special = {added["id"] for added in pipeline["added_tokens"]}
     if beyond := [number for number in vocabulary.values() if number >= vocab_size and number not in special]:
-        raise CheckpointError(
-            f"the tokenizer has the id {max(beyond)}, but the model has only {vocab_size} embeddings"
-        )
+        raise CheckpointError(f"the tokenizer has the id {max(beyond)}, but the model has only {vocab_size} embeddings")
     for token, number in vocabulary.items():
         if number >= vocab_size:  # a special token, which is left out below
             continue
@@ -274,7 +272,9 @@ def _add_special_tokens(
 
     def usable(*numbers: int | None) -> list[int]:
         """Those that have an embedding, each once; -1 and the like are no tokens."""
-        return list(dict.fromkeys(number for number in numbers if number is not None and 0 <= number < config.vocab_size))
+        return list(
+            dict.fromkeys(number for number in numbers if number is not None and 0 <= number < config.vocab_size)
+        )
 
     bos = usable(first, tokenizer.bos_token_id, config.bos_token_id)
     ends = usable(last, tokenizer.eos_token_id, *_ends(config.eos_token_id), *_generation_ends(directory))

@@ -197,13 +197,13 @@ def read_config(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedConfig:
 
 def _refuse_unknown_keys(file: GGUFFile, architecture: _Architecture) -> None:
     used = {*_MEASURES, *architecture.measures, *_HEADS, *ROPE_KEYS, *_KEYS_OF_REFINEMENTS.get(file.architecture, ())}
-    for key in file.keys():
+    for key in file.names:
         name = key.removeprefix(f"{file.architecture}.")
         if name == key or name in used or (name in _NEUTRAL and _NEUTRAL[name](file.get(key))):
             continue
         raise UnsupportedModelError(
-            f"{file.path}: the key {key} ({str(file.get(key))[:60]}) is not known here, and leaving it out would change "
-            "the model"
+            f"{file.path}: the key {key} ({str(file.get(key))[:60]}) is not known here, and leaving it out would "
+            "change the model"
         )
 
 
@@ -250,7 +250,8 @@ def _add_heads(file: GGUFFile, fields: dict[str, Any], architecture: _Architectu
             size = other
         elif other != size:
             raise UnsupportedModelError(
-                f"{file.path}: {file.architecture}.{key} is {other} and its heads have {size}; such models are unknown here"
+                f"{file.path}: {file.architecture}.{key} is {other} and its heads have {size}; such models are not "
+                "supported"
             )
     if architecture.has_head_size:
         fields["head_dim"] = size

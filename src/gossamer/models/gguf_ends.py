@@ -1,4 +1,4 @@
-"""Which tokens of a GGUF file end a text. The rules are llama.cpp's (``special_eog_ids`` in ``src/llama-vocab.cpp``)."""
+"""Which tokens of a GGUF file end a text. The rules are llama.cpp's (``special_eog_ids`` in its llama-vocab.cpp)."""
 
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ class GGUFFile:
         """The value of a key: a number, a bool, a string, or a list of one of these."""
         return self._values.get(key, default)
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """The keys, in the order of the file."""
         return list(self._values)
 
@@ -144,7 +145,7 @@ class _Part:
         check_magic(path)
         self.path = path
         self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
-        self._view = memoryview(self._bytes)
+        self._view = memoryview(self._bytes.data)
         self._at = len(_MAGIC)
         self.values: dict[str, Any] = {}
         self.tensors: list[GGUFTensor] = []

@@ -49,9 +49,10 @@ _MARKS = r"[\p{L}\p{M}]"
 _ASCII_SYMBOLS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _DEEPSEEK3 = rf"{_ASCII_SYMBOLS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?{_MARKS}+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_CJK_AND_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CJK_AND_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&[^\\s]]+"  # and all between, but blanks
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
-_GROUPS_OF_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"  # 1 234 567
+# 1 234 567; the first group is not cut off from what is before it.
+_GROUPS_OF_DIGITS = r"\P{N}*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _LINES = r"[^\n]+|\n+"
 
 
@@ -146,8 +147,8 @@ _SPELLINGS: dict[PreTokenizer, str] = {
         (
             r"[\r\n]",
             rf"\s?[{_CASED_LETTERS}]+",
-            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-            r"\s+$",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001-\u3002]+",
+            r"\s+\z",
             _CJK_AND_HANGUL,
             r"\p{N}+",
         )
@@ -177,6 +178,5 @@ _SPELLINGS: dict[PreTokenizer, str] = {
         )
     ): "afmoe",
     PreTokenizer((_LINES,), byte_level=False, escapes_spaces=True): "gemma4 granite-embed-multi-311m sarvam-moe",
-    PreTokenizer((r"\S+",), byte_level=False): "whitespace",
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for kind, names in _SPELLINGS.items() for name in names.split()}

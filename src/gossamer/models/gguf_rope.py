@@ -51,7 +51,9 @@ def rope_parameters(file: GGUFFile, context_length: int) -> dict[str, Any]:
         if short is not None:
             raise _unknown(file, "rope_freqs.weight together with rope.scaling.type yarn")
         if key("scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # negative means that it is not set
-            raise _unknown(file, f"{file.architecture}.rope.scaling.yarn_ext_factor {key('scaling.yarn_ext_factor', 1)}")
+            raise _unknown(
+                file, f"{file.architecture}.rope.scaling.yarn_ext_factor {key('scaling.yarn_ext_factor', 1)}"
+            )
         attention *= _yarn_scale(factor, 1.0) / _yarn_scale(factor, float(key("scaling.yarn_log_multiplier", 0.0)))
         return parameters | {
             "rope_type": "yarn",
@@ -79,7 +81,9 @@ def rope_parameters(file: GGUFFile, context_length: int) -> dict[str, Any]:
 
 def _factors(file: GGUFFile, kind: str) -> tuple[list[float] | None, list[float] | None]:
     """Divisors of the frequencies, for short and for long texts."""
-    names = ("rope_factors_short.weight", "rope_factors_long.weight") if kind == "longrope" else ("rope_freqs.weight",) * 2
+    names = (
+        ("rope_factors_short.weight", "rope_factors_long.weight") if kind == "longrope" else ("rope_freqs.weight",) * 2
+    )
     # A converter that knows no better writes the tensors of the other kind; they would be read by nobody.
     for name in set(ROPE_TENSORS) - set(names):
         if name in file.tensors:

@@ -61,7 +61,7 @@ class GGUFVocabulary:
             raise CheckpointError(f"{file.path} has {len(tokens)} tokens, but types for {len(self.types)}")
         given = {
             key.removeprefix("tokenizer.ggml.").removesuffix("_token_id"): file.get(key)
-            for key in file.keys()
+            for key in file.names
             if key.startswith("tokenizer.ggml.") and key.endswith("_token_id")
         }
         typed = "tokenizer.ggml.token_type" in file

@@ -115,7 +115,9 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
             try:
                 weights[name] = _open(tensor, processor, name in kept)
             except ValueError as error:  # rows that cannot be divided among the heads
-                raise CheckpointError(f"{file.path}: {tensor.name} does not fit the keys of the file: {error}") from None
+                raise CheckpointError(
+                    f"{file.path}: {tensor.name} does not fit the keys of the file: {error}"
+                ) from None
     if unknown:
         raise UnsupportedModelError(
             f"{file.path}: {config.model_type} of transformers has no place for {len(unknown)} of its tensors, among "
