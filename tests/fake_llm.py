@@ -131,6 +131,8 @@ class FakeEngine:
 
 class FakeLLM:
     def __init__(self, model: str = "fake", **arguments: object) -> None:
+        self.sampling_defaults: dict[str, float] = {}
+        self.stored_weights = None
         self.model_name = model
         self.runner_note = ""
         self.arguments = arguments

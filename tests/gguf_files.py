@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers.tokenization_utils_base import generate_merges
 
 from gossamer.compress.export import export
@@ -59,3 +61,122 @@ def sentencepiece(*, metaspace: bool = False, prefix: bool = False) -> Any:
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     more = {"add_prefix_space": prefix} if metaspace else {"pad_token": "</s>", "mask_token": "<unk>"}
     return cls(vocab=vocabulary, merges=merges, **names, **more)
+
+
+# --- vocabularies without a model ------------------------------------------------------------------------------------
+
+
+def write_vocabulary(
+    path: Path,
+    *,
+    tokens: list[str],
+    types: list[int],
+    kind: str = "gpt2",
+    pre: str | None = None,
+    merges: list[str] | None = None,
+    scores: list[float] | None = None,
+    **more: Any,
+) -> Path:
+    """A GGUF file with a tokenizer and nothing else; ``more`` are further keys of ``tokenizer.ggml``."""
+    writer = gguf.GGUFWriter(path, "llama")
+    # llama.cpp wants some measures even where it reads the vocabulary only.
+    writer.add_context_length(8)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_tokenizer_model(kind)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    for key, value in more.items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{key}", value)
+    return _finish(writer, path)
+
+
+def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: Any = None, **more: Any) -> Path:
+    """A copy of a GGUF file.
+
+    Args:
+        source: the file.
+        target: the copy.
+        drop: keys and tensors that are left out.
+        tensors: further ones, by name.
+        more: further keys, ``__`` for a dot, each with its value and its type in GGUF.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    given = {name.replace("__", "."): value for name, value in more.items()}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in {"general.architecture", *drop, *given}:
+            sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    for name, (value, kind) in given.items():
+        writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    return _finish(writer, target)
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dict[str, Any], tokens: int) -> Path:
+    """A fp32 GGUF file of a model of transformers whose rows are not permuted, with a tokenizer of bytes.
+
+    Args:
+        model: of transformers.
+        architecture: in GGUF.
+        path: the file.
+        keys: of the architecture, beside those that all have.
+        tokens: that the tokenizer has.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name, value in keys.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{writer.arch}.{name}", value)
+    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*byte, byte[0] + byte[1], *(f"<{number}>" for number in range(tokens - len(byte) - 1))])
+    writer.add_token_types([1] * (len(byte) + 1) + [3] * (tokens - len(byte) - 1))
+    writer.add_token_merges([f"{byte[0]} {byte[1]}"])
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    gemma = config.model_type.startswith("gemma")
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, last = name.rpartition(".")
+        data = weight.float().numpy()
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = np.split(data, 2, axis=1)
+            block = f"blk.{name.split('.')[2]}"
+            writer.add_tensor(f"{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
+            writer.add_tensor(f"{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
+        elif name.endswith("experts.down_proj"):
+            writer.add_tensor(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", data)
+        else:
+            if gemma and "norm" in module:
+                data = data + 1
+            writer.add_tensor(f"{names.get_name(module)}.{last}", data)
+    return _finish(writer, path)

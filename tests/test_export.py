@@ -310,7 +310,7 @@ def test_another_kind_of_directory_is_refused(model, tmp_path):
         export(model, tmp_path / "out", "bitsandbytes")
     native = write_native(model, tmp_path / "int8")
     (native / "model.safetensors").write_bytes((native / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing, damaged or cut off"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or cut off"):
         export(native, tmp_path / "out", "bitsandbytes")
 
 

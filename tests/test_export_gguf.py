@@ -129,6 +129,8 @@ def test_a_window_that_readers_ignore_is_said(tmp_path):
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+LONGROPE = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
     [
         ("gpt2", {}, "these can: llama, mistral, qwen2, qwen3, gemma3_text"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
-        ("llama", {"rope_parameters": YARN}, "its RoPE type is yarn"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "the bounds of its YaRN"),
+        ("llama", {"rope_parameters": LONGROPE}, "its RoPE type is longrope"),
+        ("gemma3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}}, "its RoPE type is yarn"),
         ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "its RoPE type is llama3"),
         ("qwen3", {"attention_bias": True}, r"q_proj\.bias has no place"),
         ("gemma3", {"layer_types": ["full_attention"] * 7}, "take turns"),

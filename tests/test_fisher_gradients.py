@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.operators.drawn_targets import TargetDrawing
 from gossamer.operators.fisher_gradients import gradients_of
 from gossamer.operators.inverse_fisher import InverseFisher
 
@@ -101,3 +103,122 @@ def test_drawn_targets_make_the_fisher_matrix_on_average() -> None:
     p = model(x).softmax(-1).detach()
     exact = sum(torch.kron(p[i].diag() - p[i].outer(p[i]), x[i].outer(x[i])) for i in range(5)) / 5
     assert (rows.T @ rows / len(rows) - exact).abs().max() < 0.02 * exact.abs().max() + 0.005
+
+
+def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    classes = nn.functional.one_hot(targets.long(), outputs.shape[-1]) if targets.dim() == 1 else targets
+    return nn.functional.mse_loss(outputs, classes.to(outputs.dtype))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "targets"),
+    [
+        (3, nn.functional.mse_loss, torch.randn(8, 3)),
+        (1, nn.functional.mse_loss, torch.randn(8, 1)),
+        (3, squares, torch.randint(3, (8,))),
+        (3, smoothed, torch.randint(3, (8,))),
+        (3, nn.functional.cross_entropy, torch.rand(8, 3).softmax(-1)),
+        (1, lambda out, y: nn.functional.poisson_nll_loss(out[:, 0], y), torch.randint(5, (8,))),
+        (3, nn.functional.multi_margin_loss, torch.randint(3, (8,))),
+        (3, nn.functional.binary_cross_entropy_with_logits, torch.randint(2, (8, 3)).float()),
+    ],
+)
+def test_losses_whose_targets_cannot_be_drawn_are_refused(outputs: int, loss: Any, targets: Tensor) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ConfigurationError, match=r"fisher='mc' draws"):
+        next(gradients_of(nn.Linear(4, outputs), loss, [(torch.randn(8, 4), targets)], 8, fisher="mc"))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "sum", "weighted", "nll"])
+def test_losses_of_class_numbers_have_targets(loss: str) -> None:
+    losses: dict[str, Any] = {
+        "cross_entropy": nn.functional.cross_entropy,
+        "sum": nn.CrossEntropyLoss(reduction="sum"),
+        "weighted": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.5])),
+        "nll": nn.functional.nll_loss,
+    }
+    model = nn.Sequential(classifier(), nn.LogSoftmax(-1)) if loss == "nll" else classifier()
+    assert len(list(gradients_of(model, losses[loss], loader(), 10, fisher="mc"))) == 10
+
+
+class TestLabelsOfTransformers:
+    """Whether a label is predicted at its own place or at the one before is told by the loss, not by its name."""
+
+    settings: ClassVar[dict[str, Any]] = {
+        "vocab_size": 11,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+
+    @pytest.mark.parametrize("kind", ["causal", "masked", "sequence"])
+    def test_drawn_labels_stand_where_they_are_predicted(self, kind: str) -> None:
+        torch.manual_seed(0)
+        model: Any
+        if kind == "causal":
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**self.settings))
+        elif kind == "masked":
+            model = hf.BertForMaskedLM(hf.BertConfig(**self.settings))
+        else:
+            model = hf.BertForSequenceClassification(hf.BertConfig(**self.settings, num_labels=4))
+        ids = torch.randint(11, (2, 6))
+        labels = torch.randint(4, (2,)) if kind == "sequence" else ids.clone()
+        if kind != "sequence":
+            labels[:, 2] = -100
+        with torch.no_grad():  # certain of one class, so that what is drawn is known
+            bias = torch.zeros(4 if kind == "sequence" else 11)
+            bias[3] = 60.0
+            if kind == "causal":
+                model.lm_head = nn.Linear(16, 11)
+                model.lm_head.bias.copy_(bias)
+            elif kind == "masked":
+                model.cls.predictions.bias.copy_(bias)
+            else:
+                model.classifier.bias.copy_(bias)
+        drawing = TargetDrawing(model.eval(), lambda out, batch: out.loss)
+        drawn = drawing.draw({"input_ids": ids, "labels": labels})["labels"]
+        expected = torch.full_like(labels, 3)
+        if kind != "sequence":
+            expected[:, 2] = -100
+        if kind == "causal":
+            expected[:, 0] = labels[:, 0]
+        assert torch.equal(drawn, expected)
+
+
+class TestBatches:
+    def test_inputs_alone_are_one_batch(self) -> None:
+        model, data = nn.Linear(4, 3), torch.randn(6, 4)
+        seen: list[tuple[int, ...]] = []
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+
+        def loss(outputs: Tensor, inputs: Tensor) -> Tensor:
+            return (outputs.sum(-1) - inputs.sum(-1)).square().mean()
+
+        for batch in (data, [data], (data,)):
+            whole = list(gradients_of(model, lambda out, x: loss(out, data), [batch], 1, per_sample=False))
+            assert seen.pop() == (6, 4) and len(whole) == 1
+        one = torch.stack(list(gradients_of(model, loss, [data], 6)))
+        together = torch.stack(list(gradients_of(model, loss, [data], 6, vectorize=True)))
+        assert torch.allclose(one, together, atol=1e-6) and one.shape == (6, 15)
+
+    def test_inputs_may_be_mappings(self) -> None:
+        class Named(nn.Linear):
+            def forward(self, inputs: Any) -> Tensor:  # type: ignore[override]  # a mapping in place of a tensor
+                return super().forward(inputs["x"])
+
+        data = [({"x": torch.randn(4, 2)}, torch.randint(3, (4,)))]
+        assert len(list(gradients_of(Named(2, 3), nn.functional.cross_entropy, data, 4))) == 4
+
+    @pytest.mark.parametrize("batch", [(torch.ones(2), torch.ones(2), torch.ones(2)), "text", 3, ()])
+    def test_other_kinds_are_refused(self, batch: Any) -> None:
+        with pytest.raises(ConfigurationError, match="a batch is a mapping of tensors"):
+            next(gradients_of(nn.Linear(2, 2), nn.functional.mse_loss, [batch], 1, per_sample=False))
+
+    def test_complex_parameters_are_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="weight is complex"):
+            next(gradients_of(nn.Linear(2, 2, dtype=torch.complex64), nn.functional.mse_loss, [], 1))

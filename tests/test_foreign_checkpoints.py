@@ -72,6 +72,11 @@ def changed(config: dict[str, Any], path: str, value: object) -> dict[str, Any]:
         ("config_groups/group_0/output_activations", {"num_bits": 8}, "outputs of group_0"),
         ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
         ("sparsity_config", {"format": "sparse-24-bitmask"}, "'sparse-24-bitmask'"),
+        ("config_groups/group_0/input_activations/dynamic", "local", "static scales"),
+        ("transform_config", {"config_groups": {"u": {"type": "hadamard"}}}, "quantization_config.transform_config is"),
+        ("config_groups/group_0/rotation", "hadamard", "config_groups.group_0.rotation is 'hadamard'"),
+        ("config_groups/group_0/weights/actorder", "group", "config_groups.group_0.weights.actorder is 'group'"),
+        ("config_groups/group_0/input_activations/clip", 0.9, "config_groups.group_0.input_activations.clip is 0.9"),
     ],
 )
 def test_other_compressed_tensors_schemes_are_refused_with_the_reason(path, value, reason, native, tmp_path):
@@ -80,6 +85,44 @@ def test_other_compressed_tensors_schemes_are_refused_with_the_reason(path, valu
     compressed_tensors_int8.read_config(config)
     with pytest.raises(UnsupportedModelError, match=re.escape(reason)):
         compressed_tensors_int8.read_config(changed(config, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("transform_config", {}),
+        ("transform_config", None),
+        ("ignore", None),
+        ("config_groups/group_0/weights/scale_dtype", "bfloat16"),
+        ("run_compressed", True),
+    ],
+)
+def test_keys_that_ask_for_nothing_are_passed_over(path, value, native, tmp_path):
+    export(native, tmp_path / "out", "compressed-tensors")
+    config = quantization_config(tmp_path / "out")
+    assert compressed_tensors_int8.read_config(changed(config, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("ignore", 7), ("ignore", [["lm_head"]]), ("config_groups/group_0/weights", "int8"), ("sparsity_config", "dense")],
+)
+def test_settings_of_another_kind_are_named(path, value, native, tmp_path):
+    export(native, tmp_path / "out", "compressed-tensors")
+    config = quantization_config(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=re.escape(f"quantization_config.{path.replace('/', '.')} is")):
+        compressed_tensors_int8.read_config(changed(config, path, value))
+
+
+def test_what_bitsandbytes_settings_ask_for_is_known_or_refused():
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(UnsupportedModelError, match=r"quantization_config\.rotation is 'hadamard'"):
+        bitsandbytes_int8.read_config(config | {"rotation": "hadamard"})
+    for threshold in ("six", -1.0, True):
+        with pytest.raises(CheckpointError, match="llm_int8_threshold"):
+            bitsandbytes_int8.read_config(config | {"llm_int8_threshold": threshold})
+    with pytest.raises(CheckpointError, match="llm_int8_skip_modules"):
+        bitsandbytes_int8.read_config(config | {"llm_int8_skip_modules": "lm_head"})
 
 
 def test_four_bit_bitsandbytes_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 from gossamer import GaussianKernel
 from gossamer.bench.point_sets import POINT_SETS, clustered, manifold
 from gossamer.errors import ConfigurationError
+from gossamer.operators.gaussian.tiles import WIDEST_IN_FP32
+from gossamer.ops.gaussian import UNIT
 
 N = 3000  # an index is built by hand, since so few points are multiplied exactly otherwise
 
@@ -213,3 +216,111 @@ def test_bad_products(x: Tensor, eps: float, message: str) -> None:
     kernel = GaussianKernel(torch.ones(3, 2), torch.ones(4, 2), 1.0)
     with pytest.raises(ConfigurationError, match=message):
         kernel.matvec(x, eps)
+
+
+class TestDigits:
+    """fp32 points are numbers of seven digits; a product loses none of them, however small the bandwidth is."""
+
+    @staticmethod
+    def error(queries: Tensor, keys: Tensor, bandwidth: float) -> float:
+        x = torch.rand(len(keys), 2, generator=torch.Generator().manual_seed(3)) + 0.5
+        distance = torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        exact = (-distance.square() / (2 * bandwidth**2)).exp() @ x.double()
+        y = GaussianKernel(queries, keys, bandwidth) @ x
+        assert y.dtype == torch.float32 and bool((exact > 0).all())
+        return float((y / exact - 1).abs().max())
+
+    def test_far_clusters(self) -> None:
+        near = torch.linspace(0, 0.05, 300)[:, None]
+        for distance in (2e2, 2e4, 2e6):
+            points = torch.cat([near, distance + near])
+            assert self.error(points, points, 2e-3) < 1e-5
+
+    @pytest.mark.parametrize("bandwidth", [1e-1, 1e-3, 1e-5])
+    @pytest.mark.parametrize("d", [1, 2, 8])
+    def test_small_bandwidths(self, d: int, bandwidth: float) -> None:
+        points = random(1500, d)
+        twins = points + bandwidth * random(1500, d, 1)  # as near as it gets
+        assert self.error(torch.cat([points, twins]), twins, bandwidth) < 5e-5
+
+    def test_tiles_see_each_other(self) -> None:
+        """Points without a gap, many bandwidths long: pairs on either side of a cut count as well."""
+        points = torch.linspace(0, 1, 3000)[:, None]
+        assert self.error(points, points, 1e-3) < 1e-5
+        assert self.error(points[::7], points.flip(0), 1e-3) < 1e-5
+
+    def test_where_the_border_is_makes_no_difference(self) -> None:
+        """Just below and just above the width from which on products go tile by tile."""
+        points = random(1000, 3)
+        widest = float((points - points.mean(0)).norm(dim=1).max())
+        for factor in (0.99, 1.01):
+            bandwidth = widest * UNIT / WIDEST_IN_FP32 * factor
+            kernel = GaussianKernel(points, points, bandwidth)
+            torch.testing.assert_close(
+                (kernel @ torch.ones(1000)).double(),
+                dense_kernel(points, points, bandwidth).sum(1),
+                rtol=3e-5,
+                atol=0,
+            )
+
+    def test_a_tolerance_is_kept_there_too(self) -> None:
+        points = torch.cat([random(400, 3), 1e5 + random(400, 3, 1)])
+        x = torch.randn(800, generator=torch.Generator().manual_seed(2))
+        y, report = indexed(points, points, 0.5).matvec(x, 0.1)
+        exact = dense_kernel(points, points, 0.5) @ x.double()
+        assert report.mode == "exact" and float((y - exact).norm() / x.norm()) < 1e-5
+
+
+def test_each_right_hand_side_has_its_own_unit() -> None:
+    points, units = random(500, 4), torch.tensor([1e-300, 1e-30, 1.0, 1e30, 0.0, 1e300], dtype=torch.float64)
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for bandwidth in (1.0, 1e-2):  # in one piece, and in tiles
+        kernel = GaussianKernel(points, points, bandwidth)
+        plain, scaled = kernel @ x, kernel @ (x * units)
+        torch.testing.assert_close(scaled, plain * units, rtol=1e-9, atol=0)
+        torch.testing.assert_close(kernel.matvec(x * units, 0.1).y, plain * units, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 1e-3])
+@pytest.mark.parametrize("same", [True, False])
+def test_points_are_copied(same: bool, bandwidth: float) -> None:
+    queries = random(50, 4)
+    keys = queries if same else random(60, 4, 1)
+    kernel = GaussianKernel(queries, keys, bandwidth)
+    x = torch.ones(len(keys))
+    before = kernel @ x
+    queries.mul_(3)
+    keys.add_(1)
+    assert torch.equal(kernel @ x, before) and torch.equal(kernel.matvec(x, 0.1).y, before)
+
+
+@pytest.mark.parametrize("name", ["queries", "keys", "x"])
+def test_a_gradient_that_would_be_lost_is_refused(name: str) -> None:
+    tensors = {"queries": random(10, 2), "keys": random(12, 2, 1), "x": torch.ones(12)}
+    tensors[name].requires_grad_()
+
+    def product() -> Tensor:
+        return GaussianKernel(tensors["queries"], tensors["keys"], 1.0) @ tensors["x"]
+
+    with pytest.raises(ConfigurationError, match=f"{name} requires a gradient"):
+        product()
+    with torch.no_grad():
+        assert not product().requires_grad
+
+
+def test_entries_are_a_share() -> None:
+    points, bandwidth = clustered(N, 16, torch.Generator().manual_seed(0))
+    kernel = indexed(points, points, bandwidth)
+    x = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    shares = [kernel.matvec(x, eps).report.entries for eps in (0.0, 1e-4, 0.05, 0.5)]
+    assert shares[0] == 1.0 and all(0 < share <= 1 for share in shares) and shares[-1] < 0.5
+
+
+def test_the_example_of_the_documentation_is_sampled() -> None:
+    text = (Path(__file__).parent.parent / "docs/how-to/kernel.md").read_text("utf-8")
+    block = text.split("## Within a tolerance")[1].split("```python")[1].split("```")[0]
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"torch": torch, "GaussianKernel": GaussianKernel}
+    exec(block, names)
+    report = names["report"]
+    assert report.mode == "sampled" and report.bound <= 0.1 and report.entries < 0.2

@@ -38,7 +38,7 @@ def errors(found: AttentionState, wanted: AttentionState, v: Tensor) -> float:
 def test_few_keys_are_exact(n_q: int, n_k: int, causal: bool) -> None:
     q, k, v = head(n_q, n_k)
     product = KernelAttention(q, k, causal).apply(v, 0.1)
-    assert product.report.mode == "exact"
+    assert product.report.mode == "exact" and product.report.entries == pytest.approx(1)
     assert errors(product.state, exact(q, k, v, causal), v) < 1e-5
 
 
@@ -48,6 +48,7 @@ def test_within_the_tolerance(n_q: int, n_k: int, causal: bool) -> None:
     product = KernelAttention(q, k, causal).apply(v, 0.1)
     error = errors(product.state, exact(q, k, v, causal), v)
     assert product.report.mode == "sampled" and error <= 0.1
+    assert 0 < product.report.near < product.report.entries <= 1  # of all parts together
     if error > 0.03:
         assert 0.6 < product.report.error / error < 1.6
 
@@ -81,3 +82,16 @@ def test_bad_input() -> None:
         KernelAttention(q, k).apply(v[:7], 0.1)
     with pytest.raises(ConfigurationError, match="backend"):
         KernelAttention(q, k, backend="tree")
+
+
+def test_tensors_are_copied_and_their_gradients_are_not_lost_in_silence() -> None:
+    q, k, v = head(50, 80)
+    attention = KernelAttention(q, k)
+    before = attention.apply(v, 0.1).state.out
+    q.mul_(2)
+    k.add_(1)
+    assert torch.equal(attention.apply(v, 0.1).state.out, before)
+    with pytest.raises(ConfigurationError, match="values requires a gradient"):
+        attention.apply(v.clone().requires_grad_(), 0.1)
+    with pytest.raises(ConfigurationError, match="keys requires a gradient"):
+        KernelAttention(q, k.clone().requires_grad_())

@@ -247,6 +247,105 @@ def test_wrong_settings_are_named(arguments: dict[str, Any], message: str) -> No
         MFAC(network().parameters(), **arguments)
 
 
+def step_of(
+    optimizer: torch.optim.Optimizer, model: nn.Module, preconditioner: MFACPreconditioner | None = None
+) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(16, 4)).square().mean().backward()
+    if preconditioner:
+        preconditioner.step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("compat", [None, "paper"])
+@pytest.mark.parametrize("frozen", [[], [0], [1]])
+def test_frozen_parameters_rest_and_thaw(frozen: list[int], compat: Any, momentum: float) -> None:
+    """A layer that is frozen rests; freed again, it goes on in the matrix that all are part of."""
+    settings: dict[str, Any] = {"lr": 1e-2, "window": 4, "damping": 1e-2, "momentum": momentum, "compat": compat}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    layers = [model[0], model[2]]
+    for index in frozen:
+        layers[index].requires_grad_(False)
+    optimizer = MFAC(model.parameters(), **settings)
+    rows: list[Tensor] = []  # every gradient in the order of the model, with zeros where there was none
+    for resting in ([0], [1], [], [0, 1], [], [0]):
+        for index, layer in enumerate(layers):
+            layer.requires_grad_(index not in resting and not (index in frozen and not rows))
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        if any(p.requires_grad for p in model.parameters()):
+            model(torch.randn(16, 4)).square().mean().backward()
+        has = [p.grad is not None for p in model.parameters()]
+        optimizer.step()
+        for p, old, moved in zip(model.parameters(), before, has, strict=True):
+            assert torch.equal(p, old) != moved
+        if any(has):
+            rows.append(
+                torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+            )
+            window = torch.stack(rows[-4:]).double()
+            n = 4 if compat else len(window)
+            fisher = 1e-2 * torch.eye(window.shape[1], dtype=torch.float64) + window.T @ window / n
+            if not momentum:
+                step = torch.linalg.solve(fisher, window[-1])
+                parts = step.split([p.numel() for p in model.parameters()])
+                for p, old, part, moved in zip(model.parameters(), before, parts, has, strict=True):
+                    if moved:
+                        assert torch.allclose(p.detach(), old - 1e-2 * part.view_as(p).float(), atol=1e-5)
+
+
+def test_a_preconditioner_takes_in_what_thaws() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    preconditioner = MFACPreconditioner(model, window=4, damping=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step_of(optimizer, model, preconditioner)
+    assert preconditioner.fisher.d == 18
+    model.requires_grad_(True)
+    step_of(optimizer, model, preconditioner)
+    assert preconditioner.fisher.d == 58
+
+
+def test_a_checkpoint_knows_in_which_order_parameters_joined() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    optimizer = MFAC(model.parameters(), lr=1e-2, window=4, damping=1e-3)
+    step_of(optimizer, model)
+    model.requires_grad_(True)
+    step_of(optimizer, model)
+    again = copy.deepcopy(model)
+    resumed = MFAC(again.parameters(), lr=1.0, window=4, damping=1e-3)  # where nothing is frozen
+    resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(3):
+        state = torch.random.get_rng_state()
+        step_of(optimizer, model)
+        torch.random.set_rng_state(state)
+        step_of(resumed, again)
+        assert torch.equal(flat(model), flat(again))
+
+
+@pytest.mark.parametrize("compat", [None, "paper"])
+def test_complex_parameters_are_pairs_of_real_ones(compat: Any) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(3, dtype=torch.complex64)
+    one, pair = nn.Parameter(start.clone()), nn.Parameter(torch.view_as_real(start).clone())
+    settings: dict[str, Any] = {"lr": 0.1, "window": 4, "damping": 1e-2, "weight_decay": 0.1, "momentum": 0.5}
+    optimizers = [MFAC([p], compat=compat, **settings) for p in (one, pair)]
+    target = torch.randn(3, dtype=torch.complex64)
+    for _ in range(6):
+        for p, optimizer in zip((one, pair), optimizers, strict=True):
+            optimizer.zero_grad()
+            value = p if p.is_complex() else torch.view_as_complex(p)
+            ((value - target).abs() ** 2).sum().backward()
+            optimizer.step()
+        assert torch.allclose(torch.view_as_real(one), pair, atol=1e-6)
+    assert not torch.allclose(one, start)
+
+
 def test_groups_cannot_be_added_later() -> None:
     optimizer = MFAC(network().parameters())
     with pytest.raises(ConfigurationError, match="pass every group"):

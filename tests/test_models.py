@@ -79,7 +79,7 @@ def write_wheel(directory: Path, members: dict[str, bytes]) -> Path:
 
 
 def fake_conversion(monkeypatch: pytest.MonkeyPatch, weights: bytes = b"weights") -> None:
-    def convert(gguf: Path, directory: Path) -> None:
+    def convert(gguf: Path, directory: Path, sampling: object) -> None:
         directory.mkdir()
         (directory / "config.json").write_text("{}")
         (directory / "model.safetensors").write_bytes(weights)
@@ -199,7 +199,7 @@ class TestCache:
         fake_conversion(monkeypatch)
         path = pull_model(toy).path
 
-        def broken(gguf: Path, directory: Path) -> None:
+        def broken(gguf: Path, directory: Path, sampling: object) -> None:
             raise CheckpointError("broken")
 
         monkeypatch.setattr(gossamer.models.convert, "convert_gguf", broken)
@@ -277,8 +277,8 @@ class TestResolve:
 
     def test_damaged_gguf(self, tmp_path):
         path = tmp_path / "damaged.gguf"
-        path.write_bytes(b"GGUF\3\0\0\0" + bytes(100))
-        with pytest.raises(CheckpointError, match=r"damaged\.gguf cannot be read"):
+        path.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 100)
+        with pytest.raises(CheckpointError, match=r"damaged\.gguf is damaged or incomplete"):
             resolve_model(path)
         assert cached_names() == []
 

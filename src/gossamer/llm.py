@@ -15,6 +15,7 @@ from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
+from gossamer.models.generation import advised_sampling, end_token_ids
 from gossamer.models.load import load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.nn.quantize import QuantizationReport
@@ -46,6 +47,10 @@ class LLM:
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
         quantization_report: which layers became int8 and which did not, or ``None``.
+        stored_weights: how the GGUF file that the weights came from stored them, such as ``Q4_1``, or ``None``.
+        sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
+            ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
+            it where a request says nothing else; ``SamplingParams()`` does not.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
@@ -76,7 +81,9 @@ class LLM:
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None
         )
-        eos = eos_token_ids(network, self.tokenizer)
+        eos = end_token_ids(network, self.tokenizer, self.model_name)
+        self.sampling_defaults = advised_sampling(network, self.model_name)
+        self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
         engine = self.options.engine
         made, self.runner_note = make_runner(
             network, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
@@ -361,15 +368,6 @@ class LLM:
                 f"{len(prompts)} prompts but {len(continuations)} lists of continuations; give one for all, or one each"
             )
         return list(continuations)
-
-
-def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a text, by the generation configuration, the model's configuration and the tokenizer."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or ())
-    return frozenset(found)
 
 
 def _itself(prompt: Prompt) -> Prompt:

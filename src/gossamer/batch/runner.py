@@ -163,7 +163,7 @@ class BatchRunner:
                 continue
             try:
                 body = read_body(line)
-                params = body.to_sampling_params(self._default_max_tokens)
+                params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults)
                 prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
             except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on
                 self._write_refused(line, error)

@@ -26,23 +26,39 @@ _HELP = """\
 /exit   leave, as Ctrl-D does
 Ctrl-C stops an answer; what was said until then is remembered."""
 
+_TEMPERATURE = 0.7  # for models whose authors say nothing
+
 
 @takes_options(max_num_seqs=1)
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="Instructions before the first message.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Choose among the most probable tokens up to this sum.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 always takes the most probable token.", show_default="what the model's authors advise, or 0.7"
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose among the most probable tokens up to this sum.",
+            show_default="what the model's authors advise, or 1.0",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
     options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
 ) -> None:
     """Talk to a model. With text piped into it, answer that text as one message and leave."""
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    asked: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    given = {name: value for name, value in asked.items() if value is not None}
+    SamplingParams(**given)  # refused before the weights are read
     piped = None if sys.stdin.isatty() else _read_piped_message()
     with load_llm(model, options, threads) as llm:
-        conversation = Conversation(llm, params, system)
+        sampling = {"temperature": _TEMPERATURE} | llm.sampling_defaults | given
+        conversation = Conversation(llm, SamplingParams(**sampling), system)
         if not conversation.has_template:
             notice(
                 f"{llm.model_name} has no chat template: it continues each text by itself, without the earlier ones.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from gossamer.cli.terminal import notice
+from gossamer.cli.terminal import notice, tell_weights
 from gossamer.errors import ConfigurationError
 from gossamer.options import GROUPS, option_fields
 
@@ -101,6 +101,7 @@ def load_llm(model: str, options: dict[str, Any], threads: int | None) -> LLM:
     from gossamer import LLM
 
     llm = LLM(model, **options)
+    tell_weights(model, llm.stored_weights)
     if llm.runner_note:
         notice(f"Computed by transformers, not natively: {llm.runner_note}", "dim")
     return llm

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gossamer.cli.engine_options import AsJson, Model, Threads, takes_options
-from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
+from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read, stored_weights
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
 from gossamer.options import EngineOptions, ModelOptions, Options, RunnerOptions, option_fields
@@ -87,10 +87,12 @@ def evaluate(
     if as_json:
         asked = {"model": model, "reference": reference, "text": text and str(text), "window": window}
         asked |= _described(chosen.model)
+        asked["weights"] = stored_weights(network)
         figures = quality.to_dict() if quality else {"windows": 0}
         typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
     elif quality:
-        _print(quality, model, reference, text)
+        stored = stored_weights(network)
+        _print(quality, f"{model} (weights: {stored})" if stored else model, reference, text)
     raise typer.Exit(130 if interrupted else 0)
 
 

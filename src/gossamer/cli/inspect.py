@@ -14,7 +14,7 @@ import typer
 
 from gossamer.cli.engine_options import AsJson, Dtype, Model, Threads
 from gossamer.cli.inspect_attention import inspect_attention
-from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read
+from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read, stored_weights
 from gossamer.cli.terminal import notice
 from gossamer.options import ModelOptions
 from gossamer.progress import Progress
@@ -89,7 +89,8 @@ def inspect(
         found = {"ablation": [each.to_dict() for each in ablations], "memory": memory}
         typer.echo(json.dumps(about | report.to_dict() | found))
     else:
-        _print(report, ablations, memory, f"{model} on {source}")
+        stored = stored_weights(network)
+        _print(report, ablations, memory, f"{model}{f' (weights: {stored})' if stored else ''} on {source}")
 
 
 def memory_by_scheme(model: Any) -> dict[str, dict[str, int]]:

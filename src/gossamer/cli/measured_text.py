@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.terminal import notice
+from gossamer.cli.terminal import notice, tell_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,14 @@ def load(model: str, options: ModelOptions, threads: int | None) -> tuple[Any, A
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(resolve_model(model, for_int8=options.quantization is not None), options=options)
+    network, tokenizer = load_model(resolve_model(model, for_int8=options.quantization is not None), options=options)
+    tell_weights(model, stored_weights(network))
+    return network, tokenizer
+
+
+def stored_weights(network: Any) -> str | None:
+    """How the GGUF file that a model came from stores its weights, such as ``Q4_1``."""
+    return getattr(network.config, "gguf_file_type", None)
 
 
 def cut_windows(tokenizer: Any, text: str, window: int, count: int | None) -> list[Tensor]:

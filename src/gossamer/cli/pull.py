@@ -15,7 +15,7 @@ from gossamer.models.cache import entry_path
 from gossamer.models.catalog import CATALOG, CatalogModel, find_model
 from gossamer.models.manifest import MANIFEST
 from gossamer.models.manifest import verify as find_faults
-from gossamer.models.pull import import_gguf, pull_model
+from gossamer.models.pull import CONVERSION, import_gguf, pull_model
 from gossamer.models.resolve import local_path, resolve_model
 
 
@@ -83,13 +83,13 @@ def _fetch(name: str, *, force: bool, verify: bool) -> tuple[Path, str]:
 
 def _fetch_from_hub(name: str, *, force: bool, verify: bool) -> tuple[Path, str]:
     # Imported here: PyTorch and the hub's client would slow down the table.
-    from gossamer.models.checkpoint import check_weights
     from gossamer.models.hub import cached_snapshot, snapshot
+    from gossamer.models.shard_reader import ShardReader
 
     present = cached_snapshot(name)
     path = snapshot(name, refresh=force)
     if verify:
-        check_weights(path)
+        ShardReader(path).close()  # compares every header with the length of its file
     return path, "present" if path == present and not force else "built"
 
 
@@ -103,7 +103,7 @@ def _list(as_json: bool) -> None:
         table.add_column(heading, justify="right" if heading in ("download", "on disk") else "left")
     for row in rows:
         sizes = [f"{row[size] / 1e6:.0f} MB" for size in ("download_bytes", "disk_bytes")]
-        table.add_row(row["name"], row["summary"], *sizes, row["licence"], row["state"])
+        table.add_row(row["name"], f"{row['summary']}; weights {row['weights']}", *sizes, row["licence"], row["state"])
     console = Console()
     console.print(table)
     console.print(
@@ -113,10 +113,11 @@ def _list(as_json: bool) -> None:
 
 def _describe(model: CatalogModel) -> dict[str, Any]:
     path = entry_path(model.name)
-    state = "no" if not path.exists() else "damaged" if find_faults(path) else "yes"
+    state = "no" if not path.exists() else "damaged" if find_faults(path, conversion=CONVERSION) else "yes"
     return {
         "name": model.name,
         "summary": model.summary,
+        "weights": model.weights,
         "download_bytes": model.download_size,
         "disk_bytes": model.converted_size,
         "licence": model.licence,

@@ -15,3 +15,9 @@ def print_error(error: GossamerError) -> None:
     """What went wrong, as every command shows it."""
     stderr.print("error: ", style="bold red", end="")
     notice(str(error))
+
+
+def tell_weights(model: str, stored: str | None) -> None:
+    """Say how the file that a model's weights came from stores them, if it rounds them: that shows in its answers."""
+    if stored not in (None, "F32", "F16", "BF16"):
+        notice(f"The weights of {model} were rounded to {stored} by whoever made its GGUF file", "dim")

@@ -6,6 +6,7 @@ config changes and GGUF cannot say is refused here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gossamer.errors import UnsupportedModelError
+from gossamer.models.support import has_fixed_factors
 
 _QUANTIZATION_VERSION = 2
 _GEMMA3_LOCAL_THETA = 10000.0
@@ -115,6 +117,8 @@ def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> lis
 
 def rotary_factors(config: PreTrainedConfig) -> Tensor | None:
     """Divisors of the rotary frequencies that Llama 3.1 and later need, float32 ``[head_size / 2]``, or ``None``."""
+    if has_fixed_factors(config.rope_parameters):
+        return torch.tensor(config.rope_parameters["short_factor"], dtype=torch.float32)
     if config.rope_parameters.get("rope_type") != "llama3":
         return None
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -129,12 +133,32 @@ def _add_rope(writer: GGUFWriter, config: PreTrainedConfig, rope: dict[str, Any]
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3" and ARCHITECTURES[config.model_type].gguf == MODEL_ARCH.LLAMA:
-        pass  # its factors are a tensor of their own
+    elif kind == "yarn" and config.model_type != "gemma3_text":
+        _add_yarn(writer, config, rope)
+    elif _has_factors(rope) and ARCHITECTURES[config.model_type].gguf == MODEL_ARCH.LLAMA:
+        pass  # they are a tensor of their own
     elif kind != "default":
-        _refuse(config, f"its RoPE type is {kind}; default and linear can be exported, and llama3 for Llama")
+        _refuse(config, f"its RoPE type is {kind}; default, linear and yarn can be exported, and llama3 for Llama")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse(config, "only a part of each attention head is rotated")
+
+
+def _has_factors(rope: dict[str, Any]) -> bool:
+    """Whether every frequency has a divisor of its own, and attention is not scaled besides."""
+    return rope.get("rope_type") == "llama3" or (has_fixed_factors(rope) and rope.get("attention_factor") == 1.0)
+
+
+def _add_yarn(writer: GGUFWriter, config: PreTrainedConfig, rope: dict[str, Any]) -> None:
+    """Readers scale attention by 0.1 ln(factor) + 1 themselves; what differs from it is the attention factor."""
+    if rope.get("truncate", True) is not True:
+        _refuse(config, "the bounds of its YaRN are not whole numbers")
+    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+        _refuse(config, "the bounds of its YaRN are not 32 and 1, as readers of this architecture have them built in")
+    _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_attn_factors(attention / (0.1 * math.log(max(rope["factor"], 1.0)) + 1.0))
 
 
 def _windows(config: PreTrainedConfig) -> list[str]:

@@ -16,15 +16,25 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.gguf_pre_tokenizers import PRE_TOKENIZERS
 from gossamer.models.quiet import quiet_transformers
 
 _SPACE = "\u2581"  # stands for a space in SentencePiece
+_MOST_ENDS = 3  # of text, of turn, of message
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-_PRE_TOKENIZERS = {_LLAMA3_WORDS: "llama-bpe", _QWEN2_WORDS: "qwen2"}
+# By the expressions of the splits and whether whole words are looked up. The first of several names stands.
+_PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((_LLAMA3_WORDS,), True): "llama-bpe",
+    ((_LLAMA3_WORDS,), False): "llama-bpe",
+    ((_QWEN2_WORDS,), False): "qwen2",
+}
+for _name, _kind in PRE_TOKENIZERS.items():
+    if _kind.byte_level:
+        _PRE_TOKENIZERS.setdefault((_kind.words, _kind.whole_words), _name)
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,11 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, config: PreTrainedConfig)
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
-    _add_special_tokens(writer, tokenizer, config)
+    warnings = _add_special_tokens(writer, tokenizer, config, directory)
     template = tokenizer.chat_template
     if template := template.get("default") if isinstance(template, dict) else template:
         writer.add_chat_template(template)
-    return vocabulary.warnings
+    return vocabulary.warnings + warnings
 
 
 def describe(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Vocabulary:
@@ -104,7 +114,7 @@ def describe(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Vocabulary:
         _refuse(f"its model is {model['type']}; only BPE can be exported")
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         _refuse("its BPE uses dropout, or marks the parts of words")
-    if model.get("ignore_merges") and (model["byte_fallback"] or _pre_tokenizer(pipeline) != "llama-bpe"):
+    if model.get("ignore_merges") and model["byte_fallback"]:
         _refuse("it looks up whole words before it merges (ignore_merges)")
     tokens, types, left_out = _tokens(pipeline, vocab_size, tokenizer.unk_token)
     kind = _sentencepiece if model["byte_fallback"] else _byte_level
@@ -138,17 +148,21 @@ def _pre_tokenizer(pipeline: dict[str, Any]) -> str:
     if not kinds or kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         _refuse(f"its pre-tokenizer is {' + '.join(kinds) or 'absent'} or puts a space before the text")
     cuts_words = steps[-1]["use_regex"]
-    if kinds == ["ByteLevel"] and cuts_words:
+    whole_words = bool(pipeline["model"].get("ignore_merges"))
+    if kinds == ["ByteLevel"] and cuts_words and not whole_words:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and cuts_words and steps[0]["individual_digits"]:
+    if kinds == ["Digits", "ByteLevel"] and cuts_words and steps[0]["individual_digits"] and not whole_words:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not cuts_words:
-        split = steps[0]
-        words = split["pattern"].get("Regex")
-        if words in _PRE_TOKENIZERS and split["behavior"] == "Isolated" and not split["invert"]:
-            return _PRE_TOKENIZERS[words]
-        _refuse(f"its pre-tokenizer cuts text by {split['pattern']} ({split['behavior']}), which has no name in GGUF")
-    _refuse(f"its pre-tokenizer is {' + '.join(kinds)} with settings that have no name in GGUF")
+    splits = steps[:-1]
+    if splits and set(kinds[:-1]) == {"Split"} and not cuts_words:
+        words = tuple(split["pattern"].get("Regex", "") for split in splits)
+        plain = all(split["behavior"] == "Isolated" and not split["invert"] for split in splits)
+        if plain and (name := _PRE_TOKENIZERS.get((words, whole_words))):
+            return name
+        lookup = ", and looks up whole words before it merges (ignore_merges)" if whole_words else ""
+        _refuse(f"its pre-tokenizer cuts text by {splits}{lookup}, which has no name in GGUF")
+    lookup = " that looks up whole words before it merges (ignore_merges), or is" if whole_words else ""
+    _refuse(f"its pre-tokenizer is {' + '.join(kinds)}{lookup} with settings that have no name in GGUF")
 
 
 def _sentencepiece(pipeline: dict[str, Any], tokens: list[str], types: list[TokenType]) -> Vocabulary:
@@ -222,11 +236,12 @@ def _tokens(
     vocabulary = pipeline["model"]["vocab"]
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
-    if vocabulary and max(vocabulary.values()) >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has the id {max(vocabulary.values())}, but the model has only {vocab_size} embeddings"
-        )
+    special = {added["id"] for added in pipeline["added_tokens"]}
+    if beyond := [number for number in vocabulary.values() if number >= vocab_size and number not in special]:
+        raise CheckpointError(f"the tokenizer has the id {max(beyond)}, but the model has only {vocab_size} embeddings")
     for token, number in vocabulary.items():
+        if number >= vocab_size:  # a special token, which is left out below
+            continue
         tokens[number] = token
         types[number] = TokenType.BYTE if byte_fallback and _is_byte(token) else TokenType.NORMAL
     left_out = []
@@ -246,20 +261,50 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+def _add_special_tokens(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, directory: Path
+) -> list[str]:
     first, last = _frame(tokenizer)
+    if any(number is not None and number >= config.vocab_size for number in (first, last)):
+        _refuse("it puts a token before or after every text that has no embedding")
     writer.add_add_bos_token(first is not None)
     writer.add_add_eos_token(last is not None)
-    bos = next((i for i in (first, tokenizer.bos_token_id, config.bos_token_id) if i is not None), None)
-    eos = next((i for i in (last, tokenizer.eos_token_id, config.eos_token_id) if i is not None), None)
-    for add, number in (
+
+    def usable(*numbers: int | None) -> list[int]:
+        """Those that have an embedding, each once; -1 and the like are no tokens."""
+        return list(
+            dict.fromkeys(number for number in numbers if number is not None and 0 <= number < config.vocab_size)
+        )
+
+    bos = usable(first, tokenizer.bos_token_id, config.bos_token_id)
+    ends = usable(last, tokenizer.eos_token_id, *_ends(config.eos_token_id), *_generation_ends(directory))
+    for add, numbers in (
         (writer.add_bos_token_id, bos),
-        (writer.add_eos_token_id, eos[0] if isinstance(eos, list) else eos),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_eos_token_id, ends),
+        (writer.add_eot_token_id, ends[1:]),
+        (writer.add_eom_token_id, ends[2:]),
+        (writer.add_unk_token_id, usable(tokenizer.unk_token_id)),
+        (writer.add_pad_token_id, usable(tokenizer.pad_token_id)),
     ):
-        if number is not None:
-            add(number)
+        if numbers:
+            add(numbers[0])
+    if len(ends) <= _MOST_ENDS:
+        return []
+    return [f"GGUF names {_MOST_ENDS} tokens that end a text; readers may go on after {ends[_MOST_ENDS:]}"]
+
+
+def _ends(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value or ())
+
+
+def _generation_ends(directory: Path) -> list[int]:
+    """Ends of text in ``generation_config.json``, where chat models have their ends of turn."""
+    try:
+        return _ends(json.loads((directory / "generation_config.json").read_text()).get("eos_token_id"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / 'generation_config.json'} cannot be read: {error}") from error
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:

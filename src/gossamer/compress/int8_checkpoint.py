@@ -7,7 +7,6 @@ in 16 bit, to be used instead of their codes. Weights that are stored without th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from gossamer.errors import CheckpointError, ConfigurationError, ModelNotFoundError
 from gossamer.models.checkpoint import check_directory
+from gossamer.models.described import described_model, settle_ties, untie
 from gossamer.models.int8_layout import check_scale, dense_specs, int8_layers
 from gossamer.models.int8_quantizer import QUANT_METHOD
+from gossamer.models.json_file import read_object
 from gossamer.models.load import load_config
 from gossamer.models.shard_reader import ShardReader
 from gossamer.nn.sparse_int8_linear import unpack_codes
@@ -52,7 +53,7 @@ class NativeCheckpoint(ShardReader):
             raise ModelNotFoundError(f"{directory} is no directory; give the directory of an int8 checkpoint")
         self.directory = directory
         self.model_config = load_config(directory)
-        self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+        self.config: dict[str, Any] = read_object(directory / "config.json")
         self.quantization: dict[str, Any] = self.config.pop("quantization_config", None) or {}
         method = self.quantization.get("quant_method")
         if method != QUANT_METHOD:
@@ -68,6 +69,9 @@ class NativeCheckpoint(ShardReader):
             self.layers = frozenset(int8_layers(self.specs, "scale", strict=False))
             for path in self.layers:
                 self._check_outliers(path)
+            if not settle_ties(described_model(self.model_config), self):
+                untie(self.model_config)
+                self.config["tie_word_embeddings"] = False
         except BaseException:
             self.close()
             raise

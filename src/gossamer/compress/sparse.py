@@ -17,12 +17,12 @@ from torch import Tensor
 from gossamer.compress.output import all_or_nothing, check_output, size_of
 from gossamer.compress.writing import write_model
 from gossamer.errors import ConfigurationError
-from gossamer.models.checkpoint import stored_dtype
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import write_manifest
 from gossamer.models.quantize import quantize
 from gossamer.models.resolve import resolve_model
+from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import Progress
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import ModelOptions
@@ -191,7 +191,8 @@ def compress_sparse(
             f"{source} is quantized already ({quantized.get('quant_method')}); prune the original checkpoint"
         )
     network, tokenizer = load_model(source, dtype="float32")
-    wanted = dtype if dtype != "auto" else str(stored.dtype or stored_dtype(source)).removeprefix("torch.")
+    with ShardReader(source) as reader:
+        wanted = dtype if dtype != "auto" else str(stored.dtype or reader.stored_dtype()).removeprefix("torch.")
     batches = _calibration(tokenizer, text, recipe)
     pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), target.parent)
     data = hashlib.sha256(torch.cat([batch["input_ids"] for batch in batches]).numpy().tobytes()).hexdigest()

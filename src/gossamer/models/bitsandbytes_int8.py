@@ -12,13 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.errors import UnsupportedModelError
+from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.foreign_config import as_names, refuse_unknown
 from gossamer.models.int8_layout import check_scale, int8_layers
 from gossamer.models.shards import TensorSpec
 
 QUANT_METHOD = "bitsandbytes"
 PAPER_THRESHOLD = 6.0
 ROW_FORMAT = 0
+# Keys whose value is checked, or says nothing about what is computed; those of the 4-bit format do not apply.
+_KNOWN = {
+    *("quant_method", "load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit"),
+    *("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"),
+    *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"),
+    "bnb_4bit_target_parameters",
+}
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,14 +48,21 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedModelError(
             "the checkpoint is in bitsandbytes' 4-bit format; only its 8-bit format (load_in_8bit) can be read"
         )
-    threshold = float(config.get("llm_int8_threshold", PAPER_THRESHOLD))
+    refuse_unknown(config, _KNOWN, "quantization_config", _refusal)
+    threshold = config.get("llm_int8_threshold", PAPER_THRESHOLD)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold < 0:
+        raise CheckpointError(f"quantization_config.llm_int8_threshold is {threshold!r}; it has to be 0 or above")
     skip = config.get("llm_int8_skip_modules")
     return {
-        "threshold": threshold or PAPER_THRESHOLD,
+        "threshold": float(threshold) or PAPER_THRESHOLD,
         "criterion": "absolute",
         "outliers": "batch" if threshold else None,
-        "skip": ["lm_head"] if skip is None else list(skip),
+        "skip": ["lm_head"] if skip is None else as_names(skip, "quantization_config.llm_int8_skip_modules"),
     }
+
+
+def _refusal(reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the bitsandbytes checkpoint cannot be read: {reason}")
 
 
 def native_names(name: str) -> str | None:

@@ -48,7 +48,13 @@ def entry_path(key: str) -> Path:
 
 
 def get_or_build(
-    key: str, build: Callable[[Path], Path], *, space: int = 0, full: bool = False, force: bool = False
+    key: str,
+    build: Callable[[Path], Path],
+    *,
+    space: int = 0,
+    full: bool = False,
+    force: bool = False,
+    conversion: int | None = None,
 ) -> CacheEntry:
     """Returns the entry ``key``, building it when it is missing or damaged.
 
@@ -58,13 +64,14 @@ def get_or_build(
         space: bytes of disk the build needs; refused beforehand when they are not free.
         full: compare digests, not only sizes, with the manifest.
         force: build again even if the entry is intact.
+        conversion: what the entry has to be made with, see :func:`gossamer.models.manifest.verify`.
 
     Raises:
         DownloadError: the cache cannot be written, or the disk is too full.
         GossamerError: whatever ``build`` raises on purpose.
     """
     target = entry_path(key)
-    if not force and not verify(target, full=full):
+    if not force and not verify(target, full=full, conversion=conversion):
         remove_leftovers(target)
         return CacheEntry(target, "present")
     try:
@@ -73,7 +80,7 @@ def get_or_build(
             existed = target.exists()
             # Another process may have finished the very same build while we waited for the lock.
             if not force:
-                faults = verify(target, full=full)
+                faults = verify(target, full=full, conversion=conversion)
                 if not faults:
                     return CacheEntry(target, "present")
                 if existed:

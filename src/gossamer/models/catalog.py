@@ -12,7 +12,8 @@ True
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class CatalogModel:
         size: bytes of the concatenated pieces.
         converted_size: bytes of the fp32 checkpoint made from them, rounded up.
         licence: short name of the licence or terms.
+        weights: how the published file stores its weights, and so how exact they are.
+        sampling: what the authors advise for ``temperature``, ``top_p`` and so on.
         notice: what the user has to be told when the model is fetched.
     """
 
@@ -54,6 +57,8 @@ class CatalogModel:
     size: int
     converted_size: int
     licence: str
+    weights: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
     notice: str = ""
 
     @property
@@ -77,6 +82,8 @@ CATALOG: tuple[CatalogModel, ...] = (
         size=98_362_432,
         converted_size=545_000_000,
         licence="Apache-2.0",
+        weights="Q4_1",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
     CatalogModel(
         name="gemma3-270m",
@@ -91,6 +98,8 @@ CATALOG: tuple[CatalogModel, ...] = (
         size=253_113_024,
         converted_size=1_120_000_000,
         licence="Gemma terms",
+        weights="Q4_K_M",
+        sampling={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
 )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from gossamer.errors import CheckpointError
+from gossamer.models.json_file import check_regular, read_object
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+_LONGEST_NAME = 255  # bytes of a file's name, on the usual file systems
+_READ_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -61,9 +60,13 @@ def check_directory(directory: Path) -> None:
     """Refuses a directory that is not a complete checkpoint, by its file names and shard index.
 
     Raises:
-        CheckpointError: lists what is missing.
+        CheckpointError: lists what is missing, or names what is no regular file.
     """
-    check_parts([path.name for path in directory.iterdir()], str(directory))
+    paths = sorted(directory.iterdir())
+    for path in paths:
+        if path.suffix in _READ_SUFFIXES:
+            check_regular(path)
+    check_parts([path.name for path in paths], str(directory))
     absent = [path.name for path in weight_files(directory) if not path.is_file()]
     if absent:
         raise CheckpointError(
@@ -77,37 +80,31 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         CheckpointError: the shard index cannot be read.
     """
-    if (directory / WEIGHTS).exists():
-        return [directory / WEIGHTS]
-    index = directory / WEIGHTS_INDEX
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [directory / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+    index = weight_map(directory)
+    return [directory / name for name in sorted(set(index.values()))] if index else [directory / WEIGHTS]
 
 
-def check_weights(directory: Path) -> None:
-    """Opens every safetensors file, which compares its header with its length; reads no tensor.
+def weight_map(directory: Path) -> dict[str, str]:
+    """Name of each tensor -> name of the file it is in, as the index says; empty where all are in one file.
 
     Raises:
-        CheckpointError: names the damaged file.
+        CheckpointError: the index cannot be read, or names something else than files beside it.
     """
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or cut off ({path.stat().st_size} bytes): {error}. Copy or download it again."
-            ) from error
+    if (directory / WEIGHTS).exists():
+        return {}
+    index = directory / WEIGHTS_INDEX
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} is not a safetensors index: it has no weight_map from tensors to files")
+    for tensor, name in names.items():
+        if not _is_file_name(name):
+            shown = repr(name)[:80]
+            raise CheckpointError(f"{index}: weight_map.{tensor} is {shown}; it has to be the name of a file beside it")
+    return names
 
 
-def stored_dtype(directory: Path) -> str:
-    """The floating-point type that most tensors of a checkpoint have: ``float32``, ``bfloat16`` or ``float16``."""
-    counts: Counter[str] = Counter()
-    for path in weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  no dictionary
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return next((names[dtype] for dtype, _ in counts.most_common() if dtype in names), "float32")
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file in a directory, whatever the system."""
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable():
+        return False
+    return not {"/", "\\"} & set(name) and len(name.encode()) <= _LONGEST_NAME

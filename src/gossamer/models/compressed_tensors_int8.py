@@ -12,11 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.foreign_config import as_names, as_object, refuse_unknown
 from gossamer.models.int8_layout import check_scale, int8_layers
 from gossamer.models.shards import TensorSpec
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "int-quantized"
+# Keys whose value is checked, or says nothing about what is computed. A key that is not among them may say anything.
+_KNOWN = {
+    *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "sparsity_config"),
+    *("quantization_status", "global_compression_ratio", "version"),
+    *("run_compressed", "dequantize", "use_optimized_inference"),  # how transformers is to run it
+}
+_KNOWN_OF_GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
+_KNOWN_OF_SCHEME = {
+    *("num_bits", "type", "symmetric", "strategy", "dynamic"),
+    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),  # how the scales were found and are stored
+}
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +41,7 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the format is another one than W8A8 with scales per row and token; says which.
     """
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = as_object(config.get("sparsity_config"), "quantization_config.sparsity_config").get("format", "dense")
     if sparsity != "dense":
         raise refusal(f"its weights are stored in the sparse format {sparsity!r}")
     if config.get("kv_cache_scheme"):
@@ -39,21 +51,24 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise refusal("its config_groups are empty or missing")
     for name, group in groups.items():
         _check_group(name, group, config.get("format"))
+    refuse_unknown(config, _KNOWN, "quantization_config", refusal)
     return {
         "threshold": 6.0,
         "criterion": "absolute",
         "outliers": None,
-        "skip": [name.removeprefix("re:") for name in config.get("ignore") or ()],
+        "skip": [name.removeprefix("re:") for name in as_names(config.get("ignore"), "quantization_config.ignore")],
     }
 
 
 def _check_group(name: str, group: Any, default_format: str | None) -> None:
     if not isinstance(group, Mapping):
         raise refusal(f"the scheme of {name} is {group!r} and not spelled out")
+    where = f"quantization_config.config_groups.{name}"
     found = group.get("format") or default_format
     if found != FORMAT:
         raise refusal(f"the format of {name} is {found!r}")
-    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    weights = as_object(group.get("weights"), f"{where}.weights")
+    inputs = as_object(group.get("input_activations"), f"{where}.input_activations")
     if (weights.get("num_bits"), weights.get("type")) != (8, "int"):
         raise refusal(f"the weights of {name} are {weights.get('num_bits')}-bit {weights.get('type')}")
     if weights.get("strategy") != "channel":
@@ -62,10 +77,13 @@ def _check_group(name: str, group: Any, default_format: str | None) -> None:
         raise refusal(f"the weights of {name} have zero-points")
     if (inputs.get("num_bits"), inputs.get("type"), inputs.get("strategy")) != (8, "int", "token"):
         raise refusal(f"the activations of {name} are not int8 with one scale per token")
-    if not inputs.get("dynamic") or not inputs.get("symmetric", True):
+    if inputs.get("dynamic") is not True or not inputs.get("symmetric", True):
         raise refusal(f"the activations of {name} have static scales or zero-points")
     if group.get("output_activations"):
         raise refusal(f"the outputs of {name} are quantized")
+    refuse_unknown(group, _KNOWN_OF_GROUP, where, refusal)
+    refuse_unknown(weights, _KNOWN_OF_SCHEME, f"{where}.weights", refusal)
+    refuse_unknown(inputs, _KNOWN_OF_SCHEME, f"{where}.input_activations", refusal)
 
 
 def refusal(reason: str) -> UnsupportedModelError:

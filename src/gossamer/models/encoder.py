@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -14,7 +15,9 @@ from transformers import (
 )
 
 from gossamer.errors import CheckpointError
-from gossamer.models.checkpoint import check_directory, check_weights
+from gossamer.models.checkpoint import check_directory
+from gossamer.models.checkpoint_weights import check_loaded, open_checkpoint
+from gossamer.models.described import described_model
 from gossamer.models.load import load_config, load_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.options import ModelOptions
@@ -43,24 +46,23 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
         CheckpointError: a file is missing, damaged, or lacks tensors of the model.
     """
     ModelOptions(dtype=dtype)  # refuses an unknown one
-    config = load_config(path)
     check_directory(path)
-    check_weights(path)
+    config = load_config(path)
     with quiet_transformers():
         tokenizer = load_tokenizer(path)
-        try:
-            model, info = AutoModel.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
-            raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
-    # transformers fills these with random numbers; a pooling layer, which many checkpoints lack, comes last of all.
-    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
-        raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")
+        with open_checkpoint(path, config, AutoModel) as (reader, weights):
+            kind: Any = type(described_model(config, AutoModel))
+            stored = str(config.dtype or reader.stored_dtype()).removeprefix("torch.")
+            try:
+                model, info = kind.from_pretrained(
+                    None,
+                    state_dict=weights,
+                    config=config,
+                    dtype=getattr(torch, stored if dtype == "auto" else dtype),
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+            except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
+                raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
+            check_loaded(model, info, reader, path)
     return model.eval().requires_grad_(False), tokenizer

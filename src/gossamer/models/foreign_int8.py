@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from gossamer.errors import CheckpointError
 from gossamer.models import bitsandbytes_int8, compressed_tensors_int8
@@ -42,8 +40,10 @@ def foreign_format(config: PreTrainedConfig) -> Format | None:
     return _FORMATS.get(str(stored.get("quant_method"))) if isinstance(stored, dict) else None
 
 
-def read_foreign(directory: Path, config: PreTrainedConfig, format: Format) -> dict[str, Tensor]:
+def read_foreign(reader: ShardReader, config: PreTrainedConfig, format: Format, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a foreign checkpoint under our names; ``config`` then says that the checkpoint is our own.
+
+    ``model`` is the one that ``config`` describes, without weights.
 
     Tensors are views of the mapped files, except for the scales.
 
@@ -54,22 +54,15 @@ def read_foreign(directory: Path, config: PreTrainedConfig, format: Format) -> d
     settings = format.read_config(config.quantization_config)
     del config.quantization_config
     tensors: dict[str, Tensor] = {}
-    with ShardReader(directory) as reader:
-        int8 = set(format.check_layers(reader.specs))
-        for name in reader.specs:
-            tensor = format.native_tensor(name, reader.tensor(name))
-            if tensor is not None and (native := format.native_names(name)) is not None:
-                tensors[native] = tensor
+    int8 = set(format.check_layers(reader.specs))
+    for name in reader.specs:
+        tensor = format.native_tensor(name, reader.tensor(name))
+        if tensor is not None and (native := format.native_names(name)) is not None:
+            tensors[native] = tensor
     # Which layers are int8 is told by the tensors; what the settings name may mean something else to their project.
-    linear = _linear_layers(config)
+    linear = {name for name, layer in model.named_modules() if linear_weight(layer) is not None}
     if strangers := sorted(int8 - linear):
-        raise CheckpointError(f"{directory}: {strangers[0]}.weight is int8, but the model has no such linear layer")
+        raise CheckpointError(f"{strangers[0]}.weight is int8, but the model has no such linear layer")
     settings["skip"] = [re.escape(name) for name in sorted(linear - int8)]
     config.quantization_config = GossamerInt8Config(**settings, outlier_store=0.0).to_dict()
     return tensors
-
-
-def _linear_layers(config: PreTrainedConfig) -> set[str]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name for name, layer in model.named_modules() if linear_weight(layer) is not None}

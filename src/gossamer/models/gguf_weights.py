@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    Gemma2TensorProcessor,
-    LlamaTensorProcessor,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from gossamer.errors import CheckpointError
-from gossamer.models.convert import check_magic, gguf_alone
+from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config
+from gossamer.models.gguf_file import GGUFFile, GGUFTensor
+from gossamer.models.gguf_rope import ROPE_TENSORS
+from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
+from gossamer.models.support import check_supported
 from gossamer.nn.int8_weight import linear_weight
 from gossamer.nn.quantize import find_skipped
 from gossamer.ops.int8 import piece_rows
-
-# What these do to a matrix of the file is at most a permutation of its rows; others transpose it or take it apart.
-_STREAMABLE = (TensorProcessor, LlamaTensorProcessor, Gemma2TensorProcessor)
 
 
 class GGUFMatrix:
     """A matrix (N, K) of a GGUF file: ``matrix[a:b]`` dequantizes these rows to fp32.
 
-    transformers materializes what it loads with ``[...]`` and ``to``. The weight of a linear layer stays as it is
-    then, so that it reaches the quantizer unread; other matrices, such as an embedding or a skipped layer, are read.
+    transformers materializes what it loads with ``[...]`` and ``to``. The weight of a linear layer that will be
+    quantized stays as it is then, so that it reaches the quantizer unread; other matrices are read.
     """
 
-    def __init__(self, tensor: gguf.ReaderTensor, order: np.ndarray, linear: bool) -> None:
+    def __init__(self, tensor: GGUFTensor, order: np.ndarray, kept: bool) -> None:
         self._tensor = tensor
         self._order = order
-        self._linear = linear
-        inputs, outputs = (int(size) for size in tensor.shape)  # GGUF lists the fastest dimension first
-        self.shape = torch.Size((outputs, inputs))
+        self._kept = kept
+        self.shape = torch.Size(tensor.shape)
 
     def __getitem__(self, rows: Any) -> Any:
         if rows is Ellipsis:
-            return self if self._linear else self._read()
-        data = self._tensor.data[self._order[rows]]
-        return torch.from_numpy(gguf.quants.dequantize(data, self._tensor.tensor_type).astype(np.float32, copy=False))
+            return self if self._kept else self._read()
+        return torch.from_numpy(self._tensor.dequantize(self._order[rows]))
 
     def to(self, **kwargs: Any) -> GGUFMatrix:
         return self
@@ -68,79 +55,110 @@ class GGUFMatrix:
         return result
 
 
-class GGUFTensor:
-    """A tensor of a GGUF file that is no matrix of plain rows; ``[...]`` dequantizes it."""
+class GGUFWhole:
+    """What is no matrix of plain rows, of one tensor of a GGUF file or of several; ``[...]`` dequantizes it."""
 
-    def __init__(self, tensor: gguf.ReaderTensor, processor: TensorProcessor) -> None:
-        self._tensor = tensor
-        self._processor = processor
+    def __init__(self, read: Callable[[], np.ndarray]) -> None:
+        self._read = read
 
     def __getitem__(self, rows: Any) -> Tensor:
-        weights = gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type)
-        return torch.from_numpy(np.array(self._processor.process(weights, self._tensor.name).weights))
+        return torch.from_numpy(self._read())
 
 
-def can_stream(path: Path) -> bool:
-    """Whether the weights of a file can be read by rows: that depends on its architecture."""
-    check_magic(path)
-    try:
-        field = gguf.GGUFReader(path).fields["general.architecture"]
-    except (ValueError, KeyError, OSError, IndexError) as error:
-        raise CheckpointError(f"{path} cannot be read; it may be damaged or incomplete: {error}") from error
-    return _processor_of(field.contents()) in _STREAMABLE
+Weights = dict[str, GGUFMatrix | GGUFWhole | Tensor]
 
 
-def read_gguf(path: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a GGUF file.
+def read_gguf(path: Path) -> tuple[GGUFFile, PreTrainedConfig, PreTrainedTokenizerBase]:
+    """A GGUF file, its configuration and its tokenizer.
 
     Raises:
         CheckpointError: the file is damaged or incomplete.
-        UnsupportedModelError: transformers does not know the file's architecture.
+        UnsupportedModelError: its architecture, a key of it or its tokenizer is unknown here, or cannot be run.
     """
-    with gguf_alone(path) as options, quiet_transformers():
-        return AutoConfig.from_pretrained(**options), AutoTokenizer.from_pretrained(**options)
+    file = GGUFFile(path)
+    check_architecture(file)
+    vocabulary = GGUFVocabulary(file, embedding_rows(file))
+    config = read_config(file, vocabulary)
+    check_supported(config)
+    return file, config, read_tokenizer(file, vocabulary)
 
 
-def open_weights(path: Path, config: PreTrainedConfig, skip: Sequence[str] = ()) -> dict[str, GGUFMatrix | GGUFTensor]:
+def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] | None = None) -> Weights:
     """The weights of a file by transformers' names; nothing of them is read yet.
 
     Args:
-        path: the file; :func:`can_stream` is true of it.
-        config: the model's.
-        skip: layers that will not be quantized, as in :func:`gossamer.models.quantize.quantize`.
+        file: the file.
+        config: the model's, as :func:`read_gguf` gives it.
+        skip: layers that will not be quantized, as in :func:`gossamer.models.quantize.quantize`, while the other linear
+            layers will be; ``None`` if none will be.
+
+    Raises:
+        CheckpointError: a tensor has another size than the keys say.
+        UnsupportedModelError: the model has no place for a tensor of the file; names it.
     """
-    reader = gguf.GGUFReader(path)
-    processor = _processor_of(reader.fields["general.architecture"].contents())(config=config.to_dict())
-    with torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
+    kept = set() if skip is None else _quantized_weights(model, skip)
+    weights: Weights = {}
+    experts: dict[str, list[GGUFTensor]] = {}
+    unknown = []
+    for tensor in file.tensors.values():
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+        if name is None:
+            if tensor.name not in ROPE_TENSORS:  # these are part of the configuration
+                unknown.append(tensor.name)
+        elif len(tensor.shape) == 3:
+            experts.setdefault(name, []).append(tensor)
+        else:
+            try:
+                weights[name] = _open(tensor, processor, name in kept)
+            except ValueError as error:  # rows that cannot be divided among the heads
+                raise CheckpointError(
+                    f"{file.path}: {tensor.name} does not fit the keys of the file: {error}"
+                ) from None
+    if unknown:
+        raise UnsupportedModelError(
+            f"{file.path}: {config.model_type} of transformers has no place for {len(unknown)} of its tensors, among "
+            f"them {unknown[0]}; without them it would be another model"
+        )
+    for name, tensors in experts.items():
+        weights[name] = GGUFWhole(partial(_read_experts, tensors))
+    # A bias that a file leaves out is none, even where other layers of the model have one.
+    for name, parameter in model.state_dict().items():
+        if name.endswith(".bias") and name not in weights:
+            weights[name] = torch.zeros(parameter.shape, device="cpu")
+    return weights
+
+
+def _quantized_weights(model: nn.Module, skip: Sequence[str]) -> set[str]:
+    """Names of the weights that the quantizer will read by itself."""
     skipped = find_skipped(model, skip)
-    linear = {
-        f"{name}.weight"
-        for name, layer in model.named_modules()
-        if linear_weight(layer) is not None and name not in skipped
-    }
-    result: dict[str, GGUFMatrix | GGUFTensor] = {}
-    for tensor in reader.tensors:
-        name = names.get(tensor.name)
-        if name is not None:
-            order = _row_order(tensor, processor)
-            result[name] = GGUFTensor(tensor, processor) if order is None else GGUFMatrix(tensor, order, name in linear)
-    return result
+    linear = (name for name, layer in model.named_modules() if linear_weight(layer) is not None and name not in skipped)
+    return {f"{name}.weight" for name in linear}
 
 
-def _processor_of(architecture: str) -> type[TensorProcessor]:
-    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> GGUFMatrix | GGUFWhole:
+    if (order := _row_order(tensor, processor)) is not None:
+        return GGUFMatrix(tensor, order, kept)
+    return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
 
 
-def _row_order(tensor: gguf.ReaderTensor, processor: TensorProcessor) -> np.ndarray | None:
+def _read_experts(tensors: Sequence[GGUFTensor]) -> np.ndarray:
+    """Matrices of all experts of a layer, ``[experts, outputs, inputs]``; gate and up are one in transformers."""
+    ordered = sorted(tensors, key=lambda tensor: ".ffn_up_" in tensor.name)
+    return np.concatenate([tensor.dequantize() for tensor in ordered], axis=1)
+
+
+def _row_order(tensor: GGUFTensor, processor: TensorProcessor) -> np.ndarray | None:
     """Which row of the file each row of the weight is, or ``None`` if the weight is not the file's rows in some order.
 
     The processor is asked what it does to a matrix of one column that holds the numbers of its rows.
     """
     if len(tensor.shape) != 2:
         return None
-    numbers = np.arange(int(tensor.shape[1]), dtype=np.int64)
+    numbers = np.arange(tensor.shape[0], dtype=np.int64)
     moved = processor.process(numbers[:, None].copy(), tensor.name).weights
     rows = moved is not None and moved.shape == (len(numbers), 1) and np.array_equal(np.sort(moved[:, 0]), numbers)
     return moved[:, 0] if rows else None

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.errors import CheckpointError, GossamerError
+from gossamer.models.described import settle_ties
 from gossamer.models.int8_layout import sparse_layers
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import TensorSpec
@@ -49,6 +50,8 @@ QUANT_METHOD = "gossamer_int8"
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
+# Of the checkpoint that is being loaded; set it with :func:`reading`.
+_reader: ContextVar[ShardReader | None] = ContextVar("reader", default=None)
 
 
 @contextmanager
@@ -59,6 +62,16 @@ def listening(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def reading(reader: ShardReader) -> Iterator[None]:
+    """Have models that are loaded in the body take what they need besides their weights from ``reader``."""
+    token = _reader.set(reader)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -135,7 +148,7 @@ class GossamerInt8Quantizer(HfQuantizer):
         self.report = QuantizationReport()
         self.sources: dict[str, Callable[[], Rows]] = {}  # by layer: opens the weight it was quantized from
         self.conv1d: set[str] = set()  # layers whose weights are transposed in the checkpoint
-        self.files: list[str] = []
+        self.reader: ShardReader | None = None
         self.faults: list[GossamerError] = []  # raised at the end; transformers swallows it before
 
     @property
@@ -162,14 +175,18 @@ class GossamerInt8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self.files = [str(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        self.reader = _reader.get()
+        files = [Path(file) for file in checkpoint_files or ()]
+        if self.reader is None and files and files[0].suffix == ".safetensors":  # transformers reads them by itself
+            self.reader = ShardReader(files)
+            settle_ties(model, self.reader)
         refuse_quantized(model)
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)
         stored = self._sparse_shapes() if self.pre_quantized else {}
         for name, layer in list(model.named_modules()):
             weight = linear_weight(layer)
-            if weight is None or name in self.report.skipped:
+            if weight is None or self._stays(name, model.base_model_prefix):
                 continue
             if layer is head:
                 self._share_store(model, name)
@@ -192,16 +209,24 @@ class GossamerInt8Quantizer(HfQuantizer):
                 self.conv1d.add(name)
             model.set_submodule(name, Int8Linear(inputs, outputs, biased, **settings))
 
+    def _stays(self, name: str, prefix: str) -> bool:
+        """Whether a layer is left in floating point: as the checkpoint has it, or as the settings say."""
+        if self.pre_quantized and self.reader:
+            for each in _names(name, prefix):
+                if stored := self.reader.specs.get(f"{each}.weight") or self.reader.specs.get(f"{each}.weight_codes"):
+                    return stored.dtype != torch.int8
+        return name in self.report.skipped
+
     def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
         """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
-        with ShardReader(map(Path, self.files)) as reader:
-            specs = reader.specs
+        specs = self.reader.specs if self.reader else {}
         return {path: (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"]) for path in sparse_layers(specs)}
 
     def _share_store(self, model: PreTrainedModel, head: str) -> None:
         embedding = Int8Embedding.like(model.get_input_embeddings(), device="meta")
         model.set_input_embeddings(embedding)
-        model.set_submodule(head, Int8TiedHead(embedding, self.quantization_config.decomposition()))
+        bias = model.get_submodule(head).bias
+        model.set_submodule(head, Int8TiedHead(embedding, self.quantization_config.decomposition(), bias))
         model.all_tied_weights_keys.pop(f"{head}.weight", None)  # tied by what the modules are
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -218,6 +243,7 @@ class GossamerInt8Quantizer(HfQuantizer):
             self._fill_outlier_stores(model)
             self._drop_zeros(model)
         self.sources.clear()
+        self.reader = None
         return model
 
     def _drop_zeros(self, model: PreTrainedModel) -> None:
@@ -264,9 +290,12 @@ def _element_size(report: LayerReport) -> int:
 def _stored(
     stored: dict[str, tuple[TensorSpec, TensorSpec]], name: str, prefix: str
 ) -> tuple[TensorSpec, TensorSpec] | None:
-    """What is stored of a module, whether model and checkpoint have the output layer or only the body."""
-    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((stored[each] for each in names if each in stored), None)
+    return next((stored[each] for each in _names(name, prefix) if each in stored), None)
+
+
+def _names(name: str, prefix: str) -> tuple[str, ...]:
+    """Of a module in a checkpoint, whether model and checkpoint have the output layer or only the body."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def _check_sparse(name: str, specs: tuple[TensorSpec, TensorSpec], outputs: int, inputs: int) -> int:
@@ -328,21 +357,13 @@ class _QuantizeWhileLoading(ConversionOps):
         """How to read the weight again, for the columns of the outlier store; not the weight itself."""
         if not isinstance(weight, Tensor):
             self.quantizer.sources[name] = lambda: weight  # a reader, which holds no memory
-        elif len(keys) == 1 and (file := self._file_of(keys[0])):
-            self.quantizer.sources[name] = lambda: _read(file, keys[0], transposed)
-
-    def _file_of(self, key: str) -> str | None:
-        for path in self.quantizer.files:
-            with safe_open(path, framework="pt") as file:
-                if key in file.keys():  # noqa: SIM118  it is no dictionary
-                    return path
-        return None
+        elif self.quantizer.reader and len(keys) == 1 and keys[0] in self.quantizer.reader.specs:
+            self.quantizer.sources[name] = partial(_read, self.quantizer.reader, keys[0], transposed)
 
 
-def _read(path: str, key: str, transposed: bool) -> Tensor:
+def _read(reader: ShardReader, key: str, transposed: bool) -> Tensor:
     """The tensor as it lies in the file, mapped, not copied."""
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(key)
+    tensor = reader.tensor(key)
     return tensor.t() if transposed else tensor
 
 

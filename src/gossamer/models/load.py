@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gossamer.errors import CheckpointError, UnsupportedModelError
-from gossamer.models.checkpoint import check_directory, check_weights, stored_dtype
-from gossamer.models.foreign_int8 import foreign_format, read_foreign
+from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelError
+from gossamer.models.checkpoint import check_directory
+from gossamer.models.checkpoint_weights import check_loaded, load_generation_config, open_checkpoint
+from gossamer.models.config_fields import check_fields
+from gossamer.models.gguf_file import GGUFFile
 from gossamer.models.gguf_weights import open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
+from gossamer.models.json_file import read_object
 from gossamer.models.quiet import quiet_transformers
+from gossamer.models.shard_reader import ShardReader
 from gossamer.models.support import check_supported
 from gossamer.nn.int8_embedding import Int8TiedHead
 from gossamer.nn.int8_head import quantize_head
@@ -41,8 +44,8 @@ def load_model(
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
     Args:
-        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, to be
-            quantized as it is read.
+        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, whose
+            weights are dequantized.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
@@ -61,26 +64,23 @@ def load_model(
     options = options or ModelOptions(dtype=dtype)
     dtype, quantization = options.dtype, quantization or int8_config(options)
     path = Path(path)
+    gguf: GGUFFile | None = None
     if path.is_file():
-        config, tokenizer = read_gguf(path)
+        gguf, config, tokenizer = read_gguf(path)
     else:
-        config = load_config(path)
         check_directory(path)
-        check_weights(path)
+        config = load_config(path)
     check_supported(config)
     with quiet_transformers():
         if path.is_dir():
             tokenizer = load_tokenizer(path)
-        source: dict[str, Any] = {}
-        if path.is_dir() and (foreign := foreign_format(config)):
-            source = {"pretrained_model_name_or_path": None, "state_dict": read_foreign(path, config, foreign)}
-            dtype = str(config.dtype or stored_dtype(path)).removeprefix("torch.") if dtype == "auto" else dtype
-        if quantization and not is_int8_checkpoint(config):
-            model = _quantize_weights(path, config, dtype, attn_implementation, quantization)
+            with open_checkpoint(path, config) as (reader, weights):
+                model = _load(path, config, weights, reader, dtype, attn_implementation, quantization)
+            load_generation_config(model, path)
         else:
-            model = _load_weights(path, config, dtype, attn_implementation, **source)
-            if quantization:
-                use_decomposition(model, quantization)
+            assert gguf is not None
+            weights = open_weights(gguf, config, quantization.skip if quantization else None)
+            model = _load(path, config, weights, None, dtype, attn_implementation, quantization)
     model = model.to(options.device).eval().requires_grad_(False)
     if options.int8_head:
         done = quantize_head(model, quantization.decomposition() if quantization else None)
@@ -112,13 +112,10 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         UnsupportedModelError: transformers does not know the model type.
     """
     file = Path(directory) / "config.json"
-    try:
-        fields = json.loads(file.read_text())
-        model_type = fields.get("model_type")
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} is not a complete checkpoint; missing: config.json") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not file.exists():
+        raise CheckpointError(f"{directory} is not a complete checkpoint; missing: config.json")
+    check_fields(fields := read_object(file), file)
+    model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
         name = ", ".join(fields.get("architectures") or ()) or "no architecture named"
         remote = "; its own Python code (auto_map) is not run" if "auto_map" in fields else ""
@@ -137,47 +134,64 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory; no remote code, no network."""
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except BaseException as error:  # the tokenizers library raises plain Exception, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 
-def _quantize_weights(
-    path: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, quantization: GossamerInt8Config
+def _load(
+    path: Path,
+    config: PreTrainedConfig,
+    weights: dict[str, Any],
+    reader: ShardReader | None,
+    dtype: str,
+    attn_implementation: str | None,
+    quantization: GossamerInt8Config | None,
 ) -> PreTrainedModel:
-    """Reads the weights in the type they are stored in, so that none is rounded before it is quantized."""
-    options: dict[str, Any] = {"quantization_config": quantization}
-    stored = "float32"
-    if path.is_file():
-        options |= {"pretrained_model_name_or_path": None, "state_dict": open_weights(path, config, quantization.skip)}
-    else:
-        stored = stored_dtype(path)
-    model = _load_weights(path, config, stored, attn_implementation, **options)
+    """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for."""
+    stored = reader.stored_dtype() if reader else "float32"
     wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
+    if not quantization or is_int8_checkpoint(config):
+        model = _from_weights(path, config, weights, reader, wanted, attn_implementation)
+        if quantization:
+            use_decomposition(model, quantization)
+        return model
+    # The type that the weights are stored in, so that none is rounded before it is quantized.
+    model = _from_weights(path, config, weights, reader, stored, attn_implementation, quantization_config=quantization)
     model.config.dtype = getattr(torch, wanted)
     return model if wanted == stored else model.to(model.config.dtype)
 
 
-def _load_weights(
-    path: Path, config: PreTrainedConfig, dtype: str, attn_implementation: str | None, **options: Any
+def _from_weights(
+    path: Path,
+    config: PreTrainedConfig,
+    weights: dict[str, Any],
+    reader: ShardReader | None,
+    dtype: str,
+    attn_implementation: str | None,
+    **options: Any,
 ) -> PreTrainedModel:
-    arguments = {"pretrained_model_name_or_path": path} | options
     try:
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            state_dict=weights,
             config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **arguments,
+            **options,
         )
     except ImportError as error:  # a quantized checkpoint whose quantizer is not installed, for example
         raise UnsupportedModelError(f"{path} needs a package that is not installed: {error}") from error
-    except (RuntimeError, OSError, KeyError) as error:  # tensors of the wrong shape, unreadable files
-        raise CheckpointError(f"the weights in {path} do not fit its config.json: {error}") from error
-    # transformers would fill these with random numbers and go on.
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, among them {missing[0]}")
+    except (RuntimeError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+        # tensors of the wrong shape, values of the configuration that only show when modules are made
+        if isinstance(error, GossamerError):
+            raise
+        raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
+    check_loaded(model, info, reader, path)
+    model.config._name_or_path = str(path)
     return model
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import gossamer
+from gossamer.errors import CheckpointError
+from gossamer.models.json_file import read_object
 
 MANIFEST = "gossamer.json"
 
@@ -34,12 +36,13 @@ def write_manifest(directory: Path, source: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def verify(directory: str | Path, *, full: bool = False) -> list[str]:
+def verify(directory: str | Path, *, full: bool = False, conversion: int | None = None) -> list[str]:
     """Compares a directory with its manifest.
 
     Args:
         directory: a checkpoint that Gossamer wrote.
         full: read every file and compare digests; otherwise only sizes, which takes microseconds.
+        conversion: number of the way in which the checkpoint has to be converted from another format, if it was.
 
     Returns:
         One sentence per fault; an empty list when the directory is intact.
@@ -51,10 +54,15 @@ def verify(directory: str | Path, *, full: bool = False) -> list[str]:
     """
     directory = Path(directory)
     try:
-        files = json.loads((directory / MANIFEST).read_text())["files"].items()
+        if not (directory / MANIFEST).exists():
+            return [f"{MANIFEST} is missing"]
+        manifest = read_object(directory / MANIFEST)
+        if conversion is not None and manifest["source"].get("conversion") != conversion:
+            return ["it was converted by another version of Gossamer"]
+        files = manifest["files"].items()
         return [fault for name, expected in files if (fault := _fault(directory / name, expected, full))]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
+    except CheckpointError as error:
+        return [str(error)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"it cannot be checked against its {MANIFEST}: {error!r}"]
 

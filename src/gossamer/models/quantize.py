@@ -21,6 +21,7 @@ from gossamer.nn.quantize import (
     refuse_quantized,
     tied_head,
 )
+from gossamer.nn.replacing import take_place
 from gossamer.nn.sparse_int8_linear import sparse_if_smaller
 from gossamer.ops.int8 import Criterion, Outliers
 
@@ -40,8 +41,9 @@ def quantize(
     A layer of which enough weights are zero, because it was pruned, becomes a
     :class:`~gossamer.nn.sparse_int8_linear.SparseInt8Linear`: the same codes in less memory.
 
-    Attention, norms and activations stay as they are. If the output layer is tied to the embedding and not skipped,
-    both become int8 and share one store.
+    Attention, norms and activations stay as they are, and so does a layer whose weight others read by themselves, such
+    as those of ``nn.TransformerEncoderLayer``: the report names it. Biases, hooks and the training mode are kept. If
+    the output layer is tied to the embedding and not skipped, both become int8 and share one store.
 
     Args:
         model: of any kind; weights fp32, bf16 or fp16.
@@ -82,7 +84,7 @@ def quantize(
     replacements = _int8_modules(model, layers, columns, decomposition, report)
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
         if module in replacements:
-            model.set_submodule(name, replacements[module])
+            model.set_submodule(name, take_place(module, replacements[module]))
     if hasattr(model, "config"):
         # imported here: plain PyTorch models do without transformers
         from gossamer.models.int8_quantizer import GossamerInt8Config, mark_quantized
@@ -106,19 +108,19 @@ def _int8_modules(
         weight = linear_weight(layer)
         assert weight is not None
         weight = weight.detach()
+        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]  # a linear layer has it
         quantized = quantize_weight(weight, f"the weight of {name}")
         if layer is head:
             old: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # of transformers models
             embedding = Int8Embedding.from_embedding(old, quantized)
-            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition)}
+            replacements |= {old: embedding, layer: Int8TiedHead(embedding, decomposition, bias)}
             report.layers.append(describe(name, embedding, weight.element_size(), quantized.relative_error))
             continue
-        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]  # a linear layer has it
         int8 = Int8Linear.from_weight(
             quantized, bias, decomposition=decomposition, outlier_columns=columns.get(name), source=weight
         )
         int8 = sparse_if_smaller(int8)
-        replacements[layer] = int8.train(layer.training)
+        replacements[layer] = int8
         report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
     return replacements
 

@@ -19,7 +19,7 @@ def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
 
     Args:
         model: a path or a name.
-        for_int8: the weights will be quantized. A GGUF file is then not converted if it can be quantized as it is
+        for_int8: the weights will be quantized. A GGUF file is then not converted, since it can be quantized as it is
             read: its own path is returned.
 
     Returns:
@@ -42,20 +42,13 @@ def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
         check_directory(path)
         return path
     if path is not None:
-        return path if for_int8 and _can_stream(path) else import_gguf(path).path
+        return path if for_int8 else import_gguf(path).path
     if entry := find_model(name):
         return pull_model(entry).path
     # Imported here: the hub's client takes a while, and most calls end above.
     from gossamer.models.hub import snapshot
 
     return snapshot(name)
-
-
-def _can_stream(path: Path) -> bool:
-    # Imported here: transformers takes seconds, and most calls do not need it.
-    from gossamer.models.gguf_weights import can_stream
-
-    return can_stream(path)
 
 
 def local_path(model: str | Path) -> Path | None:

@@ -76,8 +76,9 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise _refusal(config, f"its layers of type {', '.join(foreign)} are neither full nor sliding attention")
     if not model_class._supports_attention_backend:
         raise _refusal(config, "its class in transformers does not let the attention function be replaced")
+    fixed = has_fixed_factors(getattr(text, "rope_parameters", None) or {})
     for rope_type in rope_types(text):
-        if rope_type in _LENGTH_DEPENDENT_ROPE:
+        if rope_type in _LENGTH_DEPENDENT_ROPE and not fixed:
             # transformers modeling_rope_utils.dynamic_rope_update: seq_len = max(position_ids) + 1, over the batch.
             raise _refusal(
                 config,
@@ -105,6 +106,18 @@ def rope_types(config: PreTrainedConfig) -> list[str]:
 
 def _rope_type(parameters: dict[str, Any]) -> str:
     return str(parameters.get("rope_type") or parameters.get("type") or "")
+
+
+def has_fixed_factors(parameters: dict[str, Any]) -> bool:
+    """Whether a longrope switches between two lists of factors that are the same, and so does not switch.
+
+    Rotary factors that a checkpoint brings along, as those of Llama 3.1 in GGUF, are told in this way.
+
+    >>> has_fixed_factors({"rope_type": "longrope", "short_factor": [1.0, 8.0], "long_factor": [1.0, 8.0]})
+    True
+    """
+    short = parameters.get("short_factor")
+    return _rope_type(parameters) == "longrope" and short is not None and short == parameters.get("long_factor")
 
 
 def _refusal(config: PreTrainedConfig, reason: str) -> UnsupportedModelError:

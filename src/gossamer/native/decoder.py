@@ -16,7 +16,6 @@ from gossamer.native.architectures import NATIVE_ARCHITECTURES
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding
-from gossamer.nn import Int8TiedHead
 
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 Norm = tuple[Tensor, float]  # gain and epsilon
@@ -121,12 +120,10 @@ def pack_decoder(network: Any, pack: SparsePacker, attention: list[tuple[float, 
     factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
-    if tied and isinstance(head, Int8TiedHead):
-        packed_head = replace(embedding, decomposition=decomposition_of(head))
-    elif tied and head.bias is None:
-        packed_head = embedding
-    else:
+    if not tied or head.bias is not None:
         packed_head = pack([head])
+    else:
+        packed_head = replace(embedding, decomposition=decomposition_of(head))
     norm = _norm(body.norm)
     assert norm is not None
     network.to("meta")

@@ -103,16 +103,26 @@ class Int8Embedding(nn.Module):
 class Int8TiedHead(nn.Module):
     """The output layer of a model with tied embeddings: it multiplies with the embedding's own store.
 
-    It owns no tensor, so that nothing is stored, moved or saved twice.
+    It owns no tensor but its bias, so that nothing is stored, moved or saved twice.
+
+    Args:
+        embedding: whose store it shares.
+        decomposition: what is an outlier.
+        bias: parameter (V), or ``None``.
     """
 
-    def __init__(self, embedding: Int8Embedding, decomposition: Decomposition | None = None) -> None:
+    def __init__(
+        self,
+        embedding: Int8Embedding,
+        decomposition: Decomposition | None = None,
+        bias: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
         self._embedding = (embedding,)  # in a tuple, so that it does not become a submodule with a second name
         self.decomposition = decomposition or Decomposition()
         self.in_features = embedding.embedding_dim
         self.out_features = embedding.num_embeddings
-        self.bias = None
+        self.bias = bias
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +148,7 @@ class Int8TiedHead(nn.Module):
         """x (..., D) -> logits (..., V), in the dtype of x."""
         settings = self.decomposition
         outliers = None if settings.outliers == "static" else settings.outliers  # it has no outlier store
-        return int8_linear(x, self.weight, self.scale, None, settings.threshold, settings.criterion, outliers)
+        return int8_linear(x, self.weight, self.scale, self.bias, settings.threshold, settings.criterion, outliers)
 
 
 def unsupported_embedding(embedding: nn.Module) -> str:

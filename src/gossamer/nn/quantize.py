@@ -13,6 +13,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.nn.int8_embedding import Int8Embedding, unsupported_embedding
 from gossamer.nn.int8_linear import Int8Linear, is_int8
 from gossamer.nn.int8_weight import linear_weight
+from gossamer.nn.replacing import irreplaceable, used_otherwise
 from gossamer.nn.sparse_int8_linear import SparseInt8Linear
 
 SKIP = ("lm_head",)
@@ -110,21 +111,33 @@ def describe(name: str, module: Int8Linear | Int8Embedding, element_size: int, r
 def find_skipped(model: nn.Module, skip: Sequence[str]) -> dict[str, str]:
     """Modules and parameters that one might expect to be quantized and that are not, with the reason."""
     skipped = {}
-    head, embedding = tied_head(model), None
-    if head is not None:
-        embedding = unsupported_embedding(model.get_input_embeddings())  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and linear_weight(module) is None:
+    modules = dict(model.named_modules())
+    head = tied_head(model)
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            skipped[name] = "it multiplies by its packed in_proj_weight itself; it is no linear layer"
+        elif isinstance(module, nn.Linear) and linear_weight(module) is None:
             skipped[name] = f"a {type(module).__name__} does more than nn.Linear"
         elif linear_weight(module) is not None:
+            parent, _, last = name.rpartition(".")
             if matches(name, skip):
                 skipped[name] = "named in skip"
-            elif module is head and embedding:
-                skipped[name] = f"tied to an embedding that cannot be quantized: {embedding}"
+            elif name and (reason := irreplaceable(module, last, modules[parent])):
+                skipped[name] = reason
+            elif module is head and (reason := _fixed_embedding(model, modules)):
+                skipped[name] = f"tied to an embedding that cannot be quantized: {reason}"
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and not matches(name, skip):
             skipped[name] = "a packed parameter of three dimensions, not a linear layer"
     return skipped
+
+
+def _fixed_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """Why the embedding of a transformers model cannot be quantized; empty when it can."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in modules.items() if module is embedding), "")
+    parent, _, last = name.rpartition(".")
+    return unsupported_embedding(embedding) or used_otherwise(embedding, last, modules[parent])
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -143,9 +156,12 @@ def tied_head(model: nn.Module) -> nn.Module | None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is None or embedding is None:
         return None
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_meta:  # the weights decide, not what the configuration declares
+        return head if weight is getattr(embedding, "weight", 0) else None
     to_be_tied: Any = getattr(model, "all_tied_weights_keys", {})
     declared = any(module is head and f"{name}.weight" in to_be_tied for name, module in model.named_modules())
-    return head if declared or getattr(head, "weight", None) is getattr(embedding, "weight", 0) else None
+    return head if declared else None
 
 
 def check_store(share: float) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gossamer.errors import ConfigurationError
+from gossamer.operators.batches import as_tree, run_batch, samples_of
+from gossamer.operators.drawn_targets import TargetDrawing
 
 Parameters = str | Iterable[str]
 
@@ -37,6 +39,8 @@ def select_parameters(model: nn.Module, params: Parameters) -> dict[str, nn.Para
         raise ConfigurationError(
             f"no trainable parameter matches {params!r}; the model has {', '.join(every) or 'none'}"
         )
+    if complex_ := [name for name, parameter in chosen.items() if parameter.is_complex()]:
+        raise ConfigurationError(f"{complex_[0]} is complex; Fisher matrices are of real parameters. Leave it out.")
     return chosen
 
 
@@ -59,25 +63,27 @@ def gradients_of(
         model: any module.
         loss_fn: the loss of a batch, ``loss_fn(model(inputs), targets)``; a mean over samples, as PyTorch's are. Where
             batches are mappings, ``loss_fn(model(**batch), batch)``.
-        loader: batches: pairs of inputs and targets, or mappings of tensors. It is gone through again until there
-            are m gradients.
+        loader: batches: pairs of inputs and targets, mappings of tensors, or tensors of inputs alone, whose
+            ``loss_fn(model(inputs), inputs)`` counts. It is gone through again until there are m gradients.
         per_sample: of single samples, whose mean square is the empirical Fisher matrix; otherwise of whole batches,
             whose mean square is smaller by about the size of a batch.
         fisher: ``"empirical"`` takes the targets of the data, ``"mc"`` draws them from the model's own distribution
-            (outputs, or their ``logits``, are logits over the last dimension): the Fisher matrix itself on average.
+            (outputs, or their ``logits``, are logits over the last dimension): the Fisher matrix itself on average. The
+            loss has to be a cross-entropy of class numbers.
         params: a regular expression that whole names match, or names.
         vectorize: compute the gradients of a batch's samples together (``torch.func``), which is faster for small
             models and takes the memory of as many gradients; for what ``torch.func.vmap`` can transform.
 
     Raises:
-        ConfigurationError: no parameter is chosen, the loader is empty, or a gradient is not finite (its parameter is
-            named).
+        ConfigurationError: no parameter is chosen, the loader is empty, a batch is of another kind, targets cannot be
+            drawn, or a gradient is not finite (its parameter is named).
     """
     chosen = select_parameters(model, params)
     if m < 1:
         raise ConfigurationError(f"at least one gradient is needed, got m={m}")
     if fisher not in ("empirical", "mc"):
         raise ConfigurationError(f"fisher is 'empirical' or 'mc', got {fisher!r}")
+    drawing = TargetDrawing(model, loss_fn) if fisher == "mc" else None
     made = 0
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -85,12 +91,12 @@ def gradients_of(
         while made < m:
             before = made
             for batch in loader:
-                if fisher == "mc":
-                    batch = _with_drawn_targets(model, batch)
+                if drawing is not None:
+                    batch = drawing.draw(batch)
                 if per_sample and vectorize:
                     gradients: Iterable[Tensor] = _gradients_together(model, loss_fn, batch, chosen)
                 else:
-                    parts = _samples(batch) if per_sample else [batch]
+                    parts = samples_of(batch) if per_sample else [batch]
                     gradients = (_gradient(model, loss_fn, part, chosen) for part in parts)
                 for gradient in gradients:
                     yield gradient
@@ -129,42 +135,8 @@ def _gradients_together(
         return loss_fn(*run_batch(run, tree_map(lambda part: part[None], sample)))
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    batch = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
-    found = each({name: parameter.detach() for name, parameter in chosen.items()}, batch)
+    found = each({name: parameter.detach() for name, parameter in chosen.items()}, as_tree(batch))
     for name, part in found.items():
         if not bool(part.detach().isfinite().all()):
             raise ConfigurationError(f"the gradient of {name} has NaN or infinite entries")
     return torch.cat([part.detach().reshape(len(part), -1).float() for part in found.values()], 1)
-
-
-def run_batch(model: Callable[..., Any], batch: Any) -> tuple[Any, Any]:
-    """A batch through a model: its outputs, and what the loss function takes beside them."""
-    if isinstance(batch, Mapping):
-        return model(**batch), batch
-    inputs, targets = batch
-    return model(inputs), targets
-
-
-def _samples(batch: Any) -> Iterator[Any]:
-    if isinstance(batch, Mapping):
-        for index in range(len(next(iter(batch.values())))):
-            yield {name: part[index : index + 1] for name, part in batch.items()}
-    else:
-        inputs, targets = batch
-        for index in range(len(targets)):
-            yield inputs[index : index + 1], targets[index : index + 1]
-
-
-def _with_drawn_targets(model: nn.Module, batch: Any) -> Any:
-    with torch.no_grad():
-        outputs, _ = run_batch(model, batch)
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-    drawn = torch.distributions.Categorical(logits=logits.float()).sample()
-    if not isinstance(batch, Mapping):
-        return batch[0], drawn
-    if "labels" not in batch:
-        raise ConfigurationError("fisher='mc' replaces the 'labels' of a batch, and this one has none")
-    # the label at a position is predicted at the one before it; what was not a target stays none
-    labels = batch["labels"].clone()
-    labels[:, 1:] = torch.where(labels[:, 1:] == -100, -100, drawn[:, :-1])
-    return {**batch, "labels": labels}

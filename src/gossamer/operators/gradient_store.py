@@ -85,7 +85,7 @@ class GradientStore:
         if gradients.dim() != 2 or not gradients.numel():
             raise ConfigurationError(f"gradients must be (m, d) with at least one each, got {tuple(gradients.shape)}")
         rows = gradients.detach()
-        rows = rows if rows.dtype in STORE_TYPES else rows.float()
+        rows = rows if rows.dtype in STORE_TYPES or rows.is_complex() else rows.float()
         check_finite(rows, "the gradients")
         store = cls.__new__(cls)
         store.m, store.d = rows.shape
@@ -223,7 +223,9 @@ def named_parts(gradient: Gradient) -> list[tuple[str, Tensor]]:
 
 
 def check_finite(numbers: Tensor, name: str) -> None:
-    """Raises :class:`~gossamer.errors.ConfigurationError` if a number is NaN or infinite."""
+    """Raises :class:`~gossamer.errors.ConfigurationError` if a number is NaN, infinite or complex."""
+    if numbers.is_complex():
+        raise ConfigurationError(f"{name} is complex; pass its real view (torch.view_as_real)")
     # the sum of finite numbers may overflow, but then the slow answer decides
     if not math.isfinite(float(numbers.sum())) and not bool(numbers.isfinite().all()):
         raise ConfigurationError(f"{name} has NaN or infinite entries; nothing was stored")

@@ -116,7 +116,7 @@ class SlidingFisher:
         if sum(sizes) != self.d:
             raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {sum(sizes):,}")
         for name, part in parts:
-            if not float(part.detach().float().norm()) < _LARGEST:
+            if part.is_complex() or not float(part.detach().float().norm()) < _LARGEST:
                 check_finite(part, name)
                 raise ConfigurationError(f"{name} is longer than {_LARGEST:g}, so that its products would overflow")
         slot = self.count % self.window
@@ -129,6 +129,29 @@ class SlidingFisher:
         self.gram[: len(self), slot] = products
         self._cholesky = None
         return slot
+
+    def widen(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Further tensors, of which the gradients so far have zeros: products among them stay as they are.
+
+        Raises:
+            ConfigurationError: more memory than the system has; nothing has changed.
+
+        >>> fisher = SlidingFisher([(1,)], window=2, damping=1.0)
+        >>> _ = fisher.push([torch.ones(1)])
+        >>> fisher.widen([(2,)])
+        >>> fisher.natural_gradient()
+        [tensor([0.5000]), tensor([0., 0.])]
+        """
+        more = [tuple(shape) for shape in shapes]
+        sizes = [math.prod(shape) for shape in more]
+        if self.device.type == "cpu":
+            wanted = self.window * (self.d + sum(sizes)) * self.rows.dtype.itemsize
+            check_memory(wanted, f"{self.window} gradients of {self.d + sum(sizes):,} numbers", "take a smaller window")
+        self.rows = torch.nn.functional.pad(self.rows, (0, sum(sizes)))
+        self.shapes += more
+        self.sizes += sizes
+        self.d += sum(sizes)
+        self._rounded = torch.empty(self.d if len(self._rounded) else 0, device=self.device)
 
     def ema_weights(self, beta: float) -> Tensor:
         """(len) fp64: weights of the gradients in their moving average, ``beta^age`` with a sum of 1.
@@ -179,8 +202,8 @@ class SlidingFisher:
         For small damping this is a difference of nearly equal vectors: for what lies in the span of the gradients use
         :meth:`natural_gradient`.
         """
-        if x.shape != (self.d,):
-            raise ConfigurationError(f"expected ({self.d}) numbers, got {tuple(x.shape)}")
+        if x.shape != (self.d,) or x.is_complex():
+            raise ConfigurationError(f"expected ({self.d}) real numbers, got {tuple(x.shape)} {x.dtype}")
         wide = x.detach().to(self.device, torch.float32)
         if not len(self):
             return wide / self.damping

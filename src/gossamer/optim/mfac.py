@@ -6,8 +6,9 @@ Frantar, Kurtic and Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Se
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,9 @@ Compat = Literal["paper"] | None
 
 class MFACPreconditioner:
     """Replaces gradients by their product with the inverse Fisher matrix, in front of any optimizer.
+
+    Parameters without a gradient are left as they are, and count as having zeros, as torch's optimizers have it. One
+    that was frozen so far joins the matrix with its first gradient. Complex ones are pairs of real ones.
 
     Args:
         params: parameters, or a module.
@@ -52,8 +56,8 @@ class MFACPreconditioner:
         compat: Compat = None,
     ) -> None:
         self.params = list(params.parameters() if isinstance(params, nn.Module) else params)
-        self.params = [p for p in self.params if p.requires_grad]
-        if not self.params:
+        self._places = [place for place, parameter in enumerate(self.params) if parameter.requires_grad]
+        if not self._places:
             raise ConfigurationError("there is no parameter that requires a gradient")
         if not 0 <= momentum < 1:
             raise ConfigurationError(f"momentum must be at least 0 and below 1, got {momentum}")
@@ -62,45 +66,88 @@ class MFACPreconditioner:
         if compat not in (None, "paper"):
             raise ConfigurationError(f"compat is None or 'paper', got {compat!r}")
         self.momentum, self.clip = momentum, clip
-        self.fisher = SlidingFisher(
-            [p.shape for p in self.params],
-            window,
-            damping,
-            dtype=history_dtype,
-            device=self.params[0].device,
-            scale="window" if compat == "paper" else "filled",
-        )
+        self._settings: dict[str, Any] = {
+            "window": window,
+            "damping": damping,
+            "dtype": history_dtype,
+            "device": self.params[self._places[0]].device,
+            "scale": "window" if compat == "paper" else "filled",
+        }
+        self.fisher = self._make_fisher(self._places)
         self._step = torch.empty(self.fisher.d, device=self.fisher.device)  # overwritten by the next one
 
+    def _make_fisher(self, places: list[int]) -> SlidingFisher:
+        return SlidingFisher([_real(self.params[place]).shape for place in places], **self._settings)
+
     @torch.no_grad()
-    def direction(self, gradients: dict[str, Tensor]) -> list[Tensor]:
-        """Push the gradients (one for each parameter, in order). Returns their products, fp32, until the next call."""
-        self.fisher.push(gradients)
+    def direction(self, gradients: Mapping[int, tuple[str, Tensor]]) -> dict[int, Tensor]:
+        """Push the gradients of a step, and multiply them.
+
+        Args:
+            gradients: by the parameter's place among all: a name for messages, and the gradient.
+
+        Returns:
+            The products by place, fp32, complex ones as pairs; valid until the next call.
+
+        Raises:
+            ConfigurationError: a gradient is not finite; nothing has changed.
+        """
+        if late := [place for place in gradients if place not in self._places]:
+            self.fisher.widen([_real(self.params[place]).shape for place in late])
+            self._places += late
+            self._step = torch.empty(self.fisher.d, device=self.fisher.device)
+        row: dict[str, Tensor] = {}
+        for place in self._places:
+            name, gradient = gradients.get(place, (f"parameter {place}", None))
+            own = torch.zeros_like(self.params[place]) if gradient is None else gradient
+            row[name if name not in row else f"{name}, number {place}"] = _real(own.to_dense())
+        self.fisher.push(row)
         weights = self.fisher.ema_weights(self.momentum) if self.momentum else None
         direction = self.fisher.natural_gradient(weights, out=self._step)
         if self.clip is not None:
             length = math.sqrt(self.fisher.curvature()[0])
             if length > self.clip:
                 torch._foreach_mul_(direction, self.clip / length)
-        return direction
+        return {place: part for place, part in zip(self._places, direction, strict=True) if place in gradients}
 
     @torch.no_grad()
     def step(self) -> None:
-        """Rewrite the gradients. Parameters without one count as having zeros, and stay without.
+        """Rewrite the gradients that there are.
 
         Raises:
             ConfigurationError: a gradient is not finite; all of them are as they were.
         """
-        gradients = {f"parameter {i}": _gradient(p) for i, p in enumerate(self.params)}
-        for parameter, part in zip(self.params, self.direction(gradients), strict=True):
-            if parameter.grad is not None:
-                parameter.grad.copy_(part)
+        gradients = {
+            place: (f"parameter {place}", parameter.grad)
+            for place, parameter in enumerate(self.params)
+            if parameter.grad is not None
+        }
+        if not gradients:
+            return
+        for place, part in self.direction(gradients).items():
+            gradient = self.params[place].grad
+            assert gradient is not None
+            if gradient.is_sparse:
+                self.params[place].grad = part.to(gradient.dtype)
+            else:
+                _real(gradient).copy_(part)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fisher": self.fisher.state_dict()}
+        return {"fisher": self.fisher.state_dict(), "places": list(self._places)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.fisher.load_state_dict(state["fisher"])
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ConfigurationError: the state is of other parameters, or another window or type of the history.
+        """
+        places = list(state.get("places", self._places))
+        if unknown := [place for place in places if not 0 <= place < len(self.params)]:
+            raise ConfigurationError(f"the state knows a parameter {unknown[0]}; here are {len(self.params)}")
+        fisher = self.fisher if places == self._places else self._make_fisher(places)
+        fisher.load_state_dict(state["fisher"])
+        self.fisher, self._places = fisher, places
+        self._step = torch.empty(fisher.d, device=fisher.device)
 
 
 class MFAC(torch.optim.Optimizer):
@@ -177,47 +224,43 @@ class MFAC(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. Parameters without a gradient count as having zeros, and do not move."""
+        """One step. Parameters without a gradient count as having zeros, and do not move, nor does their state."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients, moving = self._gradients()
-        if not any(moving):
+        gradients = self._gradients()
+        if not gradients:
             return loss
-        parts = iter(zip(self.preconditioner.direction(gradients), moving, strict=True))
+        steps = self.preconditioner.direction(gradients)
+        places = itertools.count()
         for group in self.param_groups:
-            parameters, steps = [], []
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                part, moves = next(parts)
-                if self.compat == "paper" and self.momentum:
-                    part = self._average(parameter, part)
-                if moves:
-                    parameters.append(parameter)
-                    steps.append(part.to(parameter.dtype))
-            self._move(group, parameters, steps)
+            # the parameters first: zip asks the second only where the first has one more
+            moving = [(place, p) for p, place in zip(group["params"], places, strict=False) if place in steps]
+            parts = [steps[place] for place, _ in moving]
+            if self.compat == "paper" and self.momentum:
+                parts = [self._average(p, part) for (_, p), part in zip(moving, parts, strict=True)]
+            self._move(group, [_real(p) for _, p in moving], parts)
         return loss
 
-    def _gradients(self) -> tuple[dict[str, Tensor], list[bool]]:
-        """Of all parameters, by a name for messages; and which parameters have one."""
-        gradients, moving = {}, []
+    def _gradients(self) -> dict[int, tuple[str, Tensor]]:
+        """Of the parameters that have one, by place among all; with a name for messages."""
+        gradients = {}
+        place = 0
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [
                 f"parameter {i} of group {number}" for i in range(len(group["params"]))
             ]
             for name, parameter in zip(names, group["params"], strict=True):
-                if not parameter.requires_grad:
-                    continue
-                moving.append(parameter.grad is not None)
-                gradient = _gradient(parameter)
-                if group["maximize"]:
-                    gradient = -gradient
-                if self.compat == "paper" and group["weight_decay"] and moving[-1]:
-                    gradient = gradient.add(parameter, alpha=group["weight_decay"])
-                gradients[name if name not in gradients else f"{name} of group {number}"] = gradient
-        return gradients, moving
+                if parameter.grad is not None:
+                    gradient = parameter.grad.to_dense()
+                    if group["maximize"]:
+                        gradient = -gradient
+                    if self.compat == "paper" and group["weight_decay"]:
+                        gradient = gradient.add(parameter, alpha=group["weight_decay"])
+                    gradients[place] = (name, gradient)
+                place += 1
+        return gradients
 
     def _average(self, parameter: Tensor, step: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -227,7 +270,10 @@ class MFAC(torch.optim.Optimizer):
         return average.mul_(self.momentum).add_(step, alpha=1 - self.momentum)
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor], steps: list[Tensor]) -> None:
+        if not parameters:
+            return
         lr, decay = group["lr"], group["weight_decay"]
+        steps = [step.to(parameter) for parameter, step in zip(parameters, steps, strict=True)]
         if decay and self.compat != "paper":
             for parameter in parameters:
                 parameter.mul_(1 - lr * decay)
@@ -239,22 +285,20 @@ class MFAC(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """PyTorch's, and the window of gradients."""
-        return super().state_dict() | {"fisher": self.fisher.state_dict(), "momentum": self.momentum}
+        return super().state_dict() | self.preconditioner.state_dict() | {"momentum": self.momentum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on as if there had been no pause, history in bf16 included."""
         own = dict(state_dict)
-        fisher, momentum = own.pop("fisher"), own.pop("momentum")
+        history: dict[str, Any] = {name: own.pop(name) for name in ("fisher", "places") if name in own}
+        momentum = own.pop("momentum")
         super().load_state_dict(own)
-        self.fisher.load_state_dict(fisher)
+        self.preconditioner.load_state_dict(history)
         self.momentum = momentum
         if self.compat != "paper":
             self.preconditioner.momentum = momentum
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros_like(parameter)
-    if parameter.grad.is_sparse:
-        return parameter.grad.to_dense()
-    return parameter.grad
+def _real(tensor: Tensor) -> Tensor:
+    """The same numbers as a real tensor: a complex one as pairs, in a last dimension of 2."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -10,7 +10,7 @@ Values are not converted either: ``"temperature": "0.5"`` is refused. ``null`` m
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -30,6 +30,9 @@ from gossamer.protocol.fields import (
 from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
+
+# Fields that the authors of a model may advise about.
+_ADVISABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
@@ -148,23 +151,24 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def _prompt_logprob_count(self) -> int | None:
         return self.prompt_logprobs
 
-    def to_sampling_params(self, default_max_tokens: int | None = None) -> SamplingParams:
+    def to_sampling_params(
+        self, default_max_tokens: int | None = None, advised: Mapping[str, float] | None = None
+    ) -> SamplingParams:
         """The request in the engine's terms.
 
         Args:
             default_max_tokens: the limit for bodies that give none; ``None`` is OpenAI's own default.
+            advised: what the model's authors advise, such as a ``temperature``, for what the body does not say.
 
         Raises:
             InvalidSamplingParamsError: a value is out of its range.
         """
         limit = self._token_limit() or default_max_tokens or self.openai_max_tokens
+        unsaid = {name: value for name, value in (advised or {}).items() if name not in self.model_fields_set}
+        sampling = {name: unsaid.get(name, getattr(self, name)) for name in _ADVISABLE}
         return SamplingParams(
             n=self.num_drawn,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            **sampling,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             # SamplingParams turns the keys into integers: in JSON they can only be strings.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
+from gossamer.operators.batches import parts_of
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_position")
 
@@ -39,13 +40,21 @@ def decoder_blocks(model: Any) -> list[nn.Module]:
     )
 
 
+def _token_ids(batch: Any) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else parts_of(batch)[0]
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+        raise ConfigurationError("blocks of language models are run on input_ids (B, T), token ids; the batch has none")
+    return ids
+
+
 class BlockRun:
     """Hidden states of calibration data before some block, and how to take them through it.
 
     Args:
         model: a language model.
         blocks: of it, in the order in which it calls them.
-        batches: mappings with ``input_ids`` (B, T), all of one T and without padding; other entries are not used.
+        batches: mappings with ``input_ids`` (B, T), or these tensors themselves, all of one T and without padding;
+            other entries are not used.
 
     Attributes:
         hidden: of each batch, (B, T, D).
@@ -54,18 +63,19 @@ class BlockRun:
         ConfigurationError: there is no batch, lengths differ, or the model does not call all of the blocks.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Any]) -> None:
         if not batches:
             raise ConfigurationError("the loader of calibration data gave no batch")
-        shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+        texts = [_token_ids(batch) for batch in batches]
+        shapes = {tuple(ids.shape) for ids in texts}
         if len(shapes) > 1:
             raise ConfigurationError(f"calibration sequences must be of one length; these are {sorted(shapes)}")
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.hidden: list[Tensor] = []
         self.blocks = blocks
         with torch.no_grad():
-            for number, batch in enumerate(batches):
-                self._start(model, batch["input_ids"], whole=number == 0)
+            for number, ids in enumerate(texts):
+                self._start(model, ids, whole=number == 0)
         if len(self._calls) != len(blocks):
             raise ConfigurationError(f"the model calls {len(self._calls)} of the {len(blocks)} blocks")
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.fisher_gradients import gradients_of, run_batch
+from gossamer.operators.batches import run_batch, size_of
+from gossamer.operators.fisher_gradients import gradients_of
 from gossamer.pruning.curvature import Curvature, Statistic
 from gossamer.pruning.masks import trainable
 from gossamer.pruning.quadratic import Quadratic
@@ -142,11 +143,7 @@ def mean_loss(model: nn.Module, loader: Iterable[Any], loss_fn: LossFn) -> float
 
 def count_samples(loader: Iterable[Any]) -> int:
     """Samples of all batches."""
-    total = 0
-    for batch in loader:
-        part = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[1]
-        total += len(part)
-    return total
+    return sum(size_of(batch) for batch in loader)
 
 
 class Forms(Mapping[str, Quadratic]):

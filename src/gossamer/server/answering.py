@@ -132,7 +132,7 @@ class Answering:
     @asynccontextmanager
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
-        params = body.to_sampling_params()
+        params = body.to_sampling_params(advised=self.llm.sampling_defaults)
         prompts = body.engine_prompts()
         count = params.n * len(prompts)
         if count > self.max_sequences:

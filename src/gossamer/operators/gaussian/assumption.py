@@ -156,8 +156,9 @@ def measure_assumption(
     >>> [(each.n, round(each.ratio, 3)) for each in report.prefixes]  # 2 exp(-2) / 2, (6 exp(-2) + ...) / 4
     [(2, 0.135), (4, 0.203)]
     """
-    queries = kernel._points if kernel._same else kernel._scaled(kernel._raw)
-    return measure_exponents(point_exponents(queries, kernel._points), kernel.shape, prefixes, pilot, kernel.seed)
+    return measure_exponents(
+        point_exponents(kernel._queries, kernel._points), kernel.shape, prefixes, pilot, kernel.seed
+    )
 
 
 def attention_points(

@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.operators.gaussian.approximate import approximate
 from gossamer.operators.gaussian.index import KernelIndex
+from gossamer.operators.gaussian.kernel import check_gradient
 from gossamer.operators.gaussian.partition import PARTITIONS
 from gossamer.operators.gaussian.report import Confidence, ProductReport
 from gossamer.ops.attention import AttentionState, attend, merge_states
@@ -65,7 +66,7 @@ class KernelAttention:
         seed: of everything that is drawn.
 
     Raises:
-        ConfigurationError: shapes do not fit, or a number is not finite.
+        ConfigurationError: shapes do not fit, a number is not finite, or a gradient would be lost.
 
     >>> q, k, v = (torch.randn(300, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     >>> product = KernelAttention(q, k).apply(v, eps=0.1)
@@ -91,10 +92,13 @@ class KernelAttention:
         if backend not in [*PARTITIONS, "exact"]:
             raise ConfigurationError(f"backend {backend!r} is not one of: {', '.join([*PARTITIONS, 'exact'])}")
         for name, points in (("queries", queries), ("keys", keys)):
+            check_gradient(points, name)
             if not bool(torch.isfinite(points).all()):
                 row, column = (~torch.isfinite(points)).nonzero()[0].tolist()
                 raise ConfigurationError(f"the {name} have a number that is not finite, at row {row}, column {column}")
-        self.queries, self.keys, self.causal = queries.float(), keys.float(), causal
+        # copies, so that they stay what the index was built of
+        self.queries, self.keys = (points.detach().to(torch.float32, copy=True) for points in (queries, keys))
+        self.causal = causal
         self.scale = queries.shape[1] ** -0.5 if scale is None else scale
         self.backend, self.seed = backend, seed
         self._parts: dict[Rectangle, _Part] = {}
@@ -115,6 +119,7 @@ class KernelAttention:
         """
         if values.dim() != 2 or len(values) != len(self.keys) or not bool(torch.isfinite(values).all()):
             raise ConfigurationError(f"values are ({len(self.keys)}, d_v) finite numbers, got {tuple(values.shape)}")
+        check_gradient(values, "values")
         report = ProductReport(eps, confidence=confidence)
         if not self.causal:
             whole = (0, len(self.queries), 0, len(self.keys))
@@ -136,6 +141,7 @@ class KernelAttention:
         if (last - middle) * (middle - first) < _FEWEST_ENTRIES:
             with report.timed("exact"):
                 part = slice(first + shift, last + shift)
+                report.entries += (last - first) * (last - first + 1) / 2 / self._seen
                 return self._attend(slice(first, last), part, values[part], causal=True)
         above = self._triangle(first, middle, values, report)
         below = self._triangle(middle, last, values, report)
@@ -143,7 +149,24 @@ class KernelAttention:
         below = merge_states([left, below])
         return AttentionState(torch.cat([above.out, below.out], 2), torch.cat([above.lse, below.lse], 2))
 
+    @property
+    def _seen(self) -> int:
+        """How many pairs of a query and a key there are."""
+        n_q, n_k = len(self.queries), len(self.keys)
+        return n_q * n_k - (n_q * (n_q - 1) // 2 if self.causal else 0)
+
     def _rectangle(self, where: Rectangle, values: Tensor, report: ProductReport) -> AttentionState:
+        """A part of the product; what the report counts is made a share of the whole."""
+        others = report.entries, report.near, report.drawn
+        report.entries = report.near = report.drawn = 0.0
+        state = self._part(where, values, report)
+        rows = where[1] - where[0]
+        of_pairs, of_rows = rows * (where[3] - where[2]) / self._seen, rows / len(self.queries)
+        report.entries = others[0] + of_pairs * min(report.entries, 1.0)
+        report.near, report.drawn = others[1] + of_pairs * report.near, others[2] + of_rows * report.drawn
+        return state
+
+    def _part(self, where: Rectangle, values: Tensor, report: ProductReport) -> AttentionState:
         rows, columns = slice(*where[:2]), slice(*where[2:])
         values = values[columns]
         centre = values.mean(0)
@@ -154,6 +177,7 @@ class KernelAttention:
             with report.timed("index"):
                 if where not in self._parts:
                     self._parts[where] = self._build(rows, columns)
+                    report.entries += self._parts[where].index.entries / entries
                 part = self._parts[where]
             right = torch.cat([values - centre, torch.full((len(values), 1), spread)], 1)
             unit = spread * math.sqrt(where[1] - where[0])

@@ -14,6 +14,7 @@ from gossamer.operators.gaussian.approximate import PLANNED, approximate
 from gossamer.operators.gaussian.index import KernelIndex
 from gossamer.operators.gaussian.pilot import PILOT_ROWS, Pilot
 from gossamer.operators.gaussian.report import Confidence, KernelProduct, ProductReport
+from gossamer.operators.gaussian.tiles import WIDEST_IN_FP32, tile_products
 from gossamer.ops.gaussian import UNIT, Keys, Queries, native, products
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ Backend = Literal["ivf", "sortlsh", "lsh", "exact"]
 
 FEWEST_ENTRIES = 1 << 28  # of K; below, an index does not pay
 _PROMISING = 0.5  # of the entries of K: where a few rows promise more than this, no index is built
-_MOST_IN_FP32 = 1e17
-_PIECE_BYTES = 64 << 20  # of scaled queries at a time
 
 
 class GaussianKernel:
@@ -38,16 +37,17 @@ class GaussianKernel:
     ``docs/how-to/kernel.md`` says what is whose.
 
     Args:
-        queries: (n_q, d), any floating dtype; 16-bit ones are computed with in fp32.
-        keys: (n_k, d) of the same dtype. The same tensor as the queries saves a part of the index.
+        queries: (n_q, d), any floating dtype; 16-bit ones are computed with in fp32, and fp32 ones in fp64 where their
+            digits ask for it. They are copied.
+        keys: (n_k, d) of the same dtype, copied. The same tensor as the queries saves a part of the index.
         bandwidth: sigma, in the units of the points; above 0.
         backend: how near points are found, :mod:`gossamer.operators.gaussian.partition`; ``exact`` never approximates.
         seed: of everything that is drawn. The same seed and the same calls give the same numbers.
 
-    No gradients flow through it.
+    No gradients flow through it: tensors that require one are refused, except under ``torch.no_grad()``.
 
     Raises:
-        ConfigurationError: shapes, dtypes or bandwidth do not fit, or a number is not finite.
+        ConfigurationError: shapes, dtypes or bandwidth do not fit, a number is not finite, or a gradient would be lost.
 
     >>> points = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     >>> kernel = GaussianKernel(points, points, bandwidth=1.0)
@@ -75,16 +75,18 @@ class GaussianKernel:
         self.bandwidth, self.backend, self.seed = float(bandwidth), backend, seed
         self.shape = (len(queries), len(keys))
         self.dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-        self._wide = self.dtype  # what is computed in
-        self._centre = keys.to(torch.float64).mean(0)  # small numbers keep more digits of what differs
-        self._raw, self._same = queries, queries is keys
+        self._centre = keys.detach().to(torch.float64).mean(0)  # small numbers keep more digits of what differs
+        # Copies, so that K stays what it was when the points are written to.
         self._points = self._scaled(keys)
-        if float(self._points.abs().max()) > _MOST_IN_FP32:  # whose squares are not
-            self._wide = torch.float64
-            self._points = self._scaled(keys)
-        if not bool(torch.isfinite(self._points).all()):
+        self._queries = self._points if queries is keys else self._scaled(queries)
+        if not bool(torch.isfinite(self._points).all() and torch.isfinite(self._queries).all()):
             raise ConfigurationError(f"the bandwidth {bandwidth:g} is too small for points so far apart")
-        self._keys = Keys.pack(self._points)
+        self._tiled = self.dtype == torch.float32 and float(self._points.norm(dim=1).max()) > WIDEST_IN_FP32
+        if self.dtype == torch.float32 and not self._tiled:
+            same = self._queries is self._points
+            self._points = self._points.float()
+            self._queries = self._points if same else self._queries.float()
+        self._keys = None if self._tiled else Keys.pack(self._points)
         self._index: KernelIndex | None = None
         self._pilot: Pilot | None = None
 
@@ -95,8 +97,7 @@ class GaussianKernel:
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """``K x`` for x (n_k) or (n_k, r), exact; of the dtype of x, summed in fp64."""
-        columns, unit = self._columns(x)
-        return self._shaped(unit * self._exact(columns), x)
+        return self._shaped(self._exact(self._columns(x)), x)
 
     def matvec(
         self, x: Tensor, eps: float, confidence: Confidence = "default", seed: int | None = None
@@ -116,7 +117,9 @@ class GaussianKernel:
         Raises:
             ConfigurationError: x has a wrong shape or a number that is not finite; eps is not a number.
         """
-        columns, unit = self._columns(x)
+        given = self._columns(x)
+        unit = float(given.abs().max()) or 1.0  # so that squares neither vanish nor overflow
+        columns = given / unit
         if math.isnan(eps):
             raise ConfigurationError("eps is not a number")
         if confidence not in get_args(Confidence):
@@ -135,10 +138,10 @@ class GaussianKernel:
             report.reason = "x is 0"
         elif self.backend == "exact":
             report.reason = "the backend is exact"
-        elif self._raw.device.type != "cpu":
+        elif self._points.device.type != "cpu":
             report.reason = "approximate products run on CPUs only"
         elif self._index is None and native(self._points) is None:
-            report.reason = "approximate products are fast with native kernels only, in fp32"
+            report.reason = "approximate products are fast with native kernels only, for points that fit into fp32"
         elif self._index is None and entries < FEWEST_ENTRIES:
             report.reason = "so few entries are multiplied faster than looked into"
         elif self._index is None and not self._promising(columns, size, eps, confidence, report):
@@ -148,15 +151,19 @@ class GaussianKernel:
                 report.entries += 0 if self._index else self.build_index().entries / entries
             draws = torch.Generator().manual_seed(self.seed if seed is None else seed)
             y = approximate(self.build_index(), columns, math.sqrt(size), report, draws)
-        if y is None:
+        if y is not None:
+            result = unit * y
+        else:
             report.mode, report.error, report.bound = "exact", 0.0, 0.0
             report.entries += 1.0
             with report.timed("exact"):
-                y = self._exact(columns)
+                result = self._exact(given)
+            y = result / unit
+        report.entries = min(report.entries, 1.0)  # those that were looked at before, and computed again, count once
         report.norm = math.sqrt(float(y.square().sum()) / size) if size else 0.0
         if report.mode == "sampled" and report.norm + report.bound <= eps:
             report.reason = "y = 0 would satisfy this eps"
-        return KernelProduct(self._shaped(unit * y, x), report)
+        return KernelProduct(self._shaped(result, x), report)
 
     def _promising(
         self, columns: Tensor, size: float, eps: float, confidence: Confidence, report: ProductReport
@@ -164,7 +171,7 @@ class GaussianKernel:
         with report.timed("pilot"):
             if self._pilot is None:
                 rows = torch.randint(self.shape[0], (PILOT_ROWS,), generator=torch.Generator().manual_seed(self.seed))
-                self._pilot = Pilot(self._scaled(self._raw[rows]), self._points)
+                self._pilot = Pilot(self._queries[rows], self._points)
             norms = columns.double().square().sum(1).sqrt()
             concentration = float(norms.sum()) ** 2 / (len(norms) * size)
             return self._pilot.share(concentration, eps**2 * PLANNED[confidence]) < _PROMISING
@@ -174,8 +181,8 @@ class GaussianKernel:
         if self._index is None:
             generator = torch.Generator().manual_seed(self.seed)
             backend = "ivf" if self.backend == "exact" else self.backend
-            queries = Queries.together(self._points if self._same else self._scaled(self._raw))
-            self._index = KernelIndex.build(backend, queries, self._points, self._same, generator)
+            same = self._queries is self._points
+            self._index = KernelIndex.build(backend, Queries.together(self._queries), self._points, same, generator)
         return self._index
 
     def assumption(self, prefixes: int | Sequence[int] = 8, pilot: int | None = None) -> AssumptionReport:
@@ -185,36 +192,49 @@ class GaussianKernel:
         return measure_assumption(self, prefixes, pilot)
 
     def _scaled(self, points: Tensor) -> Tensor:
-        return ((points.to(torch.float64) - self._centre) * (UNIT / self.bandwidth)).to(self._wide)
+        """A copy in fp64 in which K is ``2^(-|q - k|^2)``."""
+        return (points.detach().to(torch.float64) - self._centre) * (UNIT / self.bandwidth)
 
     def _exact(self, columns: Tensor) -> Tensor:
-        x = self._keys.spread(columns)
-        step = max(1, _PIECE_BYTES // (8 * self._raw.shape[1]))
-        parts = [self._points] if self._same else (self._scaled(part) for part in self._raw.split(step))
-        ranges = self._keys.everything(1)
-        return torch.cat([products(Queries.together(part), self._keys, x, ranges)[0] for part in parts])
+        """Each column by its own unit: one of small numbers keeps its digits beside one of large ones."""
+        units = columns.abs().amax(0)
+        units = torch.where(units > 0, units, 1.0)
+        columns = columns / units
+        if self._keys is None:
+            return units * tile_products(self._queries, self._points, columns)
+        x, ranges = self._keys.spread(columns), self._keys.everything(1)
+        return units * products(Queries.together(self._queries), self._keys, x, ranges)[0]
 
-    def _columns(self, x: Tensor) -> tuple[Tensor, float]:
-        """x (n_k, r) in units of its largest entry, so that squares neither vanish nor overflow, and that unit."""
+    def _columns(self, x: Tensor) -> Tensor:
+        """x as (n_k, r) fp64."""
         if x.dim() not in (1, 2) or len(x) != self.shape[1] or not x.is_floating_point():
             wanted = f"({self.shape[1]}) or ({self.shape[1]}, r) floating-point numbers"
             raise ConfigurationError(f"x is {wanted}, got {tuple(x.shape)} of {x.dtype}")
+        check_gradient(x, "x")
         if not bool(torch.isfinite(x).all()):
             where = (~torch.isfinite(x)).nonzero()[0].tolist()
             raise ConfigurationError(f"x has a number that is not finite, at {where}")
-        columns = (x if x.dim() == 2 else x[:, None]).detach().double()
-        unit = float(columns.abs().max()) or 1.0
-        return columns / unit, unit
+        return (x if x.dim() == 2 else x[:, None]).detach().double()
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, self.dtype)
         return (y if x.dim() == 2 else y[:, 0]).to(dtype)
 
 
+def check_gradient(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose gradient would be lost."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ConfigurationError(
+            f"{name} requires a gradient, and none flows through kernel products: pass {name}.detach(), or compute "
+            "under torch.no_grad()"
+        )
+
+
 def _check_points(points: Tensor, name: str) -> None:
     if points.dim() != 2 or 0 in points.shape or not points.is_floating_point():
         wanted = "(n, d) floating-point numbers, n and d at least 1"
         raise ConfigurationError(f"{name} are {wanted}, got {tuple(points.shape)} of {points.dtype}")
+    check_gradient(points, name)
     for first, part in enumerate(points.split(1 << 16)):
         if not bool(torch.isfinite(part).all()):
             row, column = (~torch.isfinite(part)).nonzero()[0].tolist()

@@ -28,8 +28,8 @@ class ProductReport:
             share the error, as they do near eps. An error far below eps may be a few large misses, and above this.
         confidence: which of the rules accepted the product.
         norm: ``|y| / |x|``. Where eps is above it, y = 0 would have done.
-        entries: of K that were evaluated, over n_q n_k; the index's too where it was built for this product.
-        near: of these, multiplied exactly because the points are near.
+        entries: share of K's entries that were evaluated, 0 to 1; the index's too where it was built for this product.
+        near: share of K's entries that were multiplied exactly because the points are near.
         drawn: keys that a query draws from, on average.
         sum_per_query: sum of all entries of K over n_q, where it was estimated.
         rounds: how often the sample had to grow, or rows to be repaired.

@@ -1,0 +1,102 @@
+"""The weights of a checkpoint directory, checked against its configuration and handed to transformers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gossamer.errors import CheckpointError
+from gossamer.models.config_fields import check_fields
+from gossamer.models.described import check_layers, check_size, described_model, settle_ties, untie
+from gossamer.models.foreign_int8 import foreign_format, read_foreign
+from gossamer.models.int8_quantizer import reading
+from gossamer.models.json_file import read_object
+from gossamer.models.shard_reader import ShardReader
+from gossamer.nn.int8_linear import Int8Linear
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@contextmanager
+def open_checkpoint(
+    directory: Path, config: PreTrainedConfig, kind: Any = AutoModelForCausalLM
+) -> Iterator[tuple[ShardReader, dict[str, Any]]]:
+    """The reader of a directory, and its weights for ``from_pretrained(None, state_dict=...)``, unread.
+
+    transformers by itself would read every tensor of every file, whatever the index says; so it is given the tensors.
+    ``config`` is brought in line with the files: ties that are none, and int8 formats that are translated.
+
+    Args:
+        directory: the checkpoint.
+        config: of it.
+        kind: transformers' auto class of the model.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, damaged, or far from what ``config`` describes.
+        UnsupportedModelError: the weights are in a format that cannot be read exactly.
+    """
+    with ShardReader(directory) as reader, reading(reader):
+        check_layers(config, reader)
+        model = described_model(config, kind)
+        check_size(model, reader)
+        if not settle_ties(model, reader):
+            untie(config)
+        format = foreign_format(config)
+        yield reader, read_foreign(reader, config, format, model) if format else reader.slices()
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, Any], reader: ShardReader | None, where: Path) -> None:
+    """Refuses a model that was not filled, and tensors of its layers that it has no place for.
+
+    transformers fills what is missing with random numbers, and drops what is too much. Tensors of modules that the
+    model does not have, such as further heads, stay unread.
+
+    Args:
+        model: as it was loaded.
+        info: transformers' ``loading_info``.
+        reader: of the checkpoint, if it is one of safetensors.
+        where: it came from, for messages.
+
+    Raises:
+        CheckpointError: names a tensor.
+    """
+    # a pooling layer, which many checkpoints of encoders lack, comes last of all and has no say in reports
+    if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+        raise CheckpointError(f"the weights in {where} lack {len(missing)} tensors, among them {missing[0]}")
+    layers = {name for name, module in model.named_modules() if _takes_all(module)}
+    layers |= {f"{model.base_model_prefix}.{name}" for name in layers}
+    for name in sorted(info["unexpected_keys"]):
+        known = name.rpartition(".")[0] in layers
+        if known and (reader is None or name not in reader.specs or bool(reader.tensor(name).any())):
+            raise CheckpointError(
+                f"the weights in {where} hold {name}, for which the model of its config.json has no place; it would be "
+                "another model without. A setting that announces it may be missing in config.json."
+            )
+
+
+def _takes_all(module: nn.Module) -> bool:
+    """Whether all tensors that a checkpoint has under a module's name belong to what it computes."""
+    plain = isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D, Int8Linear))
+    return plain or type(module).__name__.endswith("RMSNorm")
+
+
+def load_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Give a model the generation settings of a checkpoint: ``generation_config.json``, where there is one.
+
+    Raises:
+        CheckpointError: the file is damaged, or a value in it has no meaning.
+    """
+    file = directory / GENERATION_CONFIG
+    if not model.can_generate() or not file.exists():
+        return
+    check_fields(fields := read_object(file), file)
+    try:
+        model.generation_config = GenerationConfig.from_dict(fields)
+    except Exception as error:  # transformers checks the fields with assorted builtin errors
+        raise CheckpointError(f"{file} has a value that is not understood: {error}") from error
