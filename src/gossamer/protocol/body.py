@@ -20,9 +20,11 @@ from gossamer.protocol.fields import (
     Count,
     PositiveCount,
     ResponseFormat,
+    Stops,
     StreamOptions,
-    Strings,
     StructuredOutputs,
+    TokenBias,
+    TokenIds,
     as_request_error,
     drop_nulls,
 )
@@ -57,11 +59,11 @@ class GeneratingBody(BaseModel):
     max_tokens: PositiveCount | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    stop: Strings = []
+    stop: Stops = []
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
+    logit_bias: TokenBias = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -70,7 +72,7 @@ class GeneratingBody(BaseModel):
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = []
+    stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     min_tokens: Count = 0
     skip_special_tokens: bool = True

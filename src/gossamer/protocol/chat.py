@@ -46,6 +46,10 @@ class ChatMessage(BaseModel):
         return drop_nulls(message, _NOT_OFFERED_IN_MESSAGES)
 
 
+#: The first message that is wrong refuses all of them: of thousands, one error is enough.
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     """Messages for a chat template. ``developer`` is OpenAI's later name of ``system``; templates know that."""
     return [
@@ -70,7 +74,7 @@ class ChatCompletionRequest(GeneratingBody):
     description: ClassVar[str] = "Answer a conversation."
     prompt_field: ClassVar[str] = "messages"
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool = False
     top_logprobs: Count = 0

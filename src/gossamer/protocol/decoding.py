@@ -1,9 +1,20 @@
-"""JSON from outside: whatever is wrong with it is a ``ValueError`` of ours that says what."""
+"""JSON from outside: whatever is wrong with it is a ``ValueError`` of ours that says what.
+
+Reading JSON takes as long as there are values in it, not bytes: eight megabytes of empty lists keep Python's lock for
+seconds. So the values of a long document are counted, in arrays, before it is read.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any, NoReturn
+
+import numpy as np
+
+SHORT = 64 * 2**10  # bytes that are read without counting; also what the server reads in its event loop
+MAX_CONTAINERS = 32_768  # objects and lists
+MAX_MEMBERS = 32_768  # of all objects together
+MAX_ITEMS = 1 << 19  # values of all lists and objects together
 
 
 class InvalidJsonError(ValueError):
@@ -22,13 +33,16 @@ def decode_json(raw: bytes, what: str) -> Any:
     """The value that ``raw`` holds; messages call it ``what``.
 
     Raises:
-        InvalidJsonError: it is no UTF-8, no JSON (``NaN`` is none), or nested too deeply.
+        InvalidJsonError: it is no UTF-8, no JSON (``NaN`` is none), nested too deeply, or holds more than
+            :data:`MAX_CONTAINERS` objects and lists, :data:`MAX_MEMBERS` members or :data:`MAX_ITEMS` values.
 
     >>> decode_json(b'{"top_p": NaN}', "the line")
     Traceback (most recent call last):
     ...
     gossamer.protocol.decoding.InvalidJsonError: the line is not JSON: NaN is no JSON number
     """
+    if len(raw) > SHORT:
+        _check_size(raw, what)
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -42,3 +56,28 @@ def decode_json(raw: bytes, what: str) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _check_size(raw: bytes, what: str) -> None:
+    containers, members, separators = count_marks(raw, b"{[", b":", b",")
+    for name, count, limit in (
+        ("objects and lists", containers, MAX_CONTAINERS),
+        ("members of objects", members, MAX_MEMBERS),
+        ("values", separators, MAX_ITEMS),
+    ):
+        if count > limit:
+            raise InvalidJsonError("invalid_json", f"{what} holds {count} {name}; at most {limit} are read")
+
+
+def count_marks(raw: bytes, *marks: bytes) -> list[int]:
+    r"""How often the characters of each of ``marks`` stand in a JSON text outside of its strings.
+
+    >>> count_marks(rb'{"a,": ["\\", 1, "\",\""]}', b",", b"{[")
+    [2, 2]
+    """
+    # Inside of strings, a backslash takes the next character along: without these two, every quote is one of JSON's.
+    quotes = np.frombuffer(raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8) == ord('"')
+    outside = ~np.logical_xor.accumulate(quotes)
+    # The vocabulary of JSON's marks is small: one histogram of what is outside of strings answers all of them.
+    counts = np.bincount(np.frombuffer(raw, np.uint8)[outside], minlength=256)
+    return [int(counts[list(characters)].sum()) for characters in marks]

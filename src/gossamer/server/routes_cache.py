@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.chat import Messages, template_messages
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -23,8 +23,8 @@ class PinRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
+    messages: Messages | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 

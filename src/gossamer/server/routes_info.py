@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.chat import Messages, template_messages
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_json
 from gossamer.server.service import Service
@@ -28,7 +28,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -39,7 +39,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 def _service(request: Request) -> Service:
