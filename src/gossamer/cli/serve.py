@@ -58,6 +58,10 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=1, help="Sequences that may wait; more get 429.", rich_help_panel=_LIMITS)
     ] = 1024,
+    max_logprobs: Annotated[
+        int,
+        typer.Option(min=0, help="Log-probabilities that a request may ask for at each token.", rich_help_panel=_LIMITS),
+    ] = 20,
     max_body: Annotated[str, typer.Option(help="Largest body of a request.", rich_help_panel=_LIMITS)] = "8MiB",
     max_file: Annotated[str, typer.Option(help="Largest uploaded file.", rich_help_panel=_LIMITS)] = "512MiB",
     request_timeout: Annotated[
@@ -100,6 +104,7 @@ def serve(
         model_names=tuple(served_model_name or [model]),
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
+        max_logprobs=max_logprobs,
         max_body=parse_bytes(max_body),
         max_file=parse_bytes(max_file),
         request_timeout=request_timeout,

@@ -342,7 +342,9 @@ class Engine:
             sequence.scores += token_logprobs(part, targets).tolist()
             params = sequence.request.params
             if params is not None and params.prompt_logprobs is not None:
-                sequence.top_scores += top_logprobs(part, targets, params.prompt_logprobs)
+                top = top_logprobs(part, targets, params.prompt_logprobs)
+                self.results.decode(top)  # now: those of a long prompt would keep one step for seconds
+                sequence.top_scores += top
             first += count
             if any(math.isnan(value) for value in sequence.scores[-count:]):
                 failed.append(self._fail(sequence.request, RequestError(NOT_FINITE)))

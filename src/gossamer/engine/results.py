@@ -48,7 +48,7 @@ class ResultBuilder:
             output.num_cached_tokens = request.sequences[0].num_cached
             if request.params.prompt_logprobs is not None and request.sequences[0].output_ids:
                 top = request.sequences[0].top_scores
-                self._decode(top)
+                self.decode(top)
                 output.prompt_logprobs = [None, *top]
         return output
 
@@ -78,14 +78,15 @@ class ResultBuilder:
             stop_reason=sequence.stop_reason,
         )
         if params.logprobs is not None:
-            self._decode(sequence.logprobs)
+            self.decode(sequence.logprobs)
             completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(
                 entry[token].logprob for entry, token in zip(sequence.logprobs, sequence.output_ids, strict=True)
             )
         return completion
 
-    def _decode(self, entries: Many[dict[int, Logprob]]) -> None:
+    def decode(self, entries: Many[dict[int, Logprob]]) -> None:
+        """Give log-probabilities their tokens' texts."""
         for entry in reversed(entries):
             if all(logprob.decoded_token is not None for logprob in entry.values()):
                 break  # a stream has had this one before, and those in front of it

@@ -7,14 +7,15 @@ seconds. So the values of a long document are counted, in arrays, before it is r
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 SHORT = 64 * 2**10  # bytes that are read without counting; also what the server reads in its event loop
+MAX_DEPTH = 500  # objects and lists in each other
 MAX_CONTAINERS = 32_768  # objects and lists
 MAX_MEMBERS = 32_768  # of all objects together
-MAX_ITEMS = 1 << 19  # values of all lists and objects together
+MAX_ITEMS = 1 << 20  # values of all lists and objects together
 
 
 class InvalidJsonError(ValueError):
@@ -33,8 +34,8 @@ def decode_json(raw: bytes, what: str) -> Any:
     """The value that ``raw`` holds; messages call it ``what``.
 
     Raises:
-        InvalidJsonError: it is no UTF-8, no JSON (``NaN`` is none), nested too deeply, or holds more than
-            :data:`MAX_CONTAINERS` objects and lists, :data:`MAX_MEMBERS` members or :data:`MAX_ITEMS` values.
+        InvalidJsonError: it is no UTF-8, no JSON (``NaN`` is none), nested too deeply, or long and holding
+            more than :data:`MAX_CONTAINERS` objects and lists, :data:`MAX_MEMBERS` members or :data:`MAX_ITEMS` values.
 
     >>> decode_json(b'{"top_p": NaN}', "the line")
     Traceback (most recent call last):
@@ -59,25 +60,40 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _check_size(raw: bytes, what: str) -> None:
-    containers, members, separators = count_marks(raw, b"{[", b":", b",")
+    shape = measure(raw)
+    if shape.depth > MAX_DEPTH:
+        raise InvalidJsonError("invalid_json", f"{what} is not usable JSON: it is nested too deeply")
     for name, count, limit in (
-        ("objects and lists", containers, MAX_CONTAINERS),
-        ("members of objects", members, MAX_MEMBERS),
-        ("values", separators, MAX_ITEMS),
+        ("objects and lists", shape.containers, MAX_CONTAINERS),
+        ("members of objects", shape.members, MAX_MEMBERS),
+        ("values", shape.separators, MAX_ITEMS),
     ):
         if count > limit:
             raise InvalidJsonError("invalid_json", f"{what} holds {count} {name}; at most {limit} are read")
 
 
-def count_marks(raw: bytes, *marks: bytes) -> list[int]:
-    r"""How often the characters of each of ``marks`` stand in a JSON text outside of its strings.
+class Shape(NamedTuple):
+    """What a JSON text holds outside of its strings: opening brackets, colons, commas, and brackets that are open."""
 
-    >>> count_marks(rb'{"a,": ["\\", 1, "\",\""]}', b",", b"{[")
-    [2, 2]
+    containers: int
+    members: int
+    separators: int
+    depth: int
+
+
+def measure(raw: bytes) -> Shape:
+    r"""The shape of a JSON text, in a few passes over its bytes.
+
+    >>> measure(rb'{"a,": ["\\", 1, "\",\""]}')
+    Shape(containers=2, members=1, separators=2, depth=2)
     """
     # Inside of strings, a backslash takes the next character along: without these two, every quote is one of JSON's.
     quotes = np.frombuffer(raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8) == ord('"')
-    outside = ~np.logical_xor.accumulate(quotes)
-    # The vocabulary of JSON's marks is small: one histogram of what is outside of strings answers all of them.
-    counts = np.bincount(np.frombuffer(raw, np.uint8)[outside], minlength=256)
-    return [int(counts[list(characters)].sum()) for characters in marks]
+    outside = np.frombuffer(raw, np.uint8)[~np.logical_xor.accumulate(quotes)]
+    counts = np.bincount(outside, minlength=256)
+    opened = _STEPS[outside].cumsum(dtype=np.int32)
+    return Shape(int(counts[list(b"{[")].sum()), int(counts[ord(":")]), int(counts[ord(",")]), int(opened.max(initial=0)))
+
+
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import GossamerError, RequestError
-from gossamer.protocol.decoding import InvalidJsonError, decode_json
+from gossamer.protocol.decoding import SHORT, InvalidJsonError, decode_json
 from gossamer.protocol.fields import as_request_error
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
@@ -29,22 +29,29 @@ class Disconnected(Exception):
     """The client has closed the connection."""
 
 
-async def read_json(request: Request) -> Any:
-    """The request's body, decoded.
+async def read_body(request: Request, parse: Callable[[Any], T]) -> T:
+    """What ``parse`` makes of the request's JSON. A long body is read in a thread: others need not wait for it.
 
     Raises:
         HttpError: it is not said to be JSON.
-        RequestError: it is no JSON.
+        RequestError: it is no JSON, or ``parse`` refuses it.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Web pages may send other types anywhere without asking first.
         raise HttpError(415, f"content-type must be application/json, got {kind!r}", code="unsupported_media_type")
     raw = await request.body()
-    try:
-        return decode_json(raw, "the body")
-    except InvalidJsonError as error:
-        raise RequestError(str(error)) from None
+
+    def read() -> T:
+        try:
+            value = decode_json(raw, "the body")
+        except InvalidJsonError as error:
+            raise RequestError(str(error)) from None
+        return parse(value)
+
+    if len(raw) <= SHORT:
+        return read()
+    return await asyncio.get_running_loop().run_in_executor(request.app.state.service.bodies, read)
 
 
 def parse_body(model: type[M], body: Any) -> M:

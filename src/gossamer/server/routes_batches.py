@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -14,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse
 from gossamer.errors import RequestError
 from gossamer.protocol import BODIES
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_json
+from gossamer.server.http import parse_body, read_body
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["batches"])
@@ -124,7 +125,7 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 async def create_batch(request: Request) -> JSONResponse:
     """Answer a file of requests, beside those of other clients."""
     batches = _service(request).ready.batches
-    body = parse_body(BatchRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, BatchRequest))
     batch = batches.create(
         input_file_id=body.input_file_id,
         endpoint=body.endpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -12,7 +13,7 @@ from starlette.responses import JSONResponse
 from gossamer.errors import RequestError
 from gossamer.protocol.chat import Messages, template_messages
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_json
+from gossamer.server.http import parse_body, read_body
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["prefixes"])
@@ -41,7 +42,7 @@ async def pin(request: Request) -> JSONResponse:
     """Compute a prefix now, and keep it until it is unpinned."""
     service: Service = request.app.state.service
     prefixes = service.ready.prefixes
-    body = parse_body(PinRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, PinRequest))
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
     messages = None
