@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gossamer.errors import ConfigurationError
 from gossamer.protocol import BODIES
@@ -15,6 +16,7 @@ from gossamer.protocol.decoding import InvalidJsonError, decode_json
 #: No request is longer than this; it bounds the memory that a file without line breaks can take.
 MAX_LINE_BYTES = 16 * 2**20
 
+_BUFFER = 1 << 16  # bytes that are read at a time
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -54,7 +56,7 @@ def count_lines(path: Path) -> int:
     if path.exists() and not path.is_file():
         raise ConfigurationError(f"{path} is not a regular file; a batch reads its input twice")
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=_BUFFER) as file:
             return sum(1 for _ in _raw_lines(file))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
@@ -63,12 +65,12 @@ def count_lines(path: Path) -> int:
 def read_lines(path: Path) -> Iterator[BatchLine | InvalidLine]:
     """Every line that is not blank, in order. Holds one line and the ids seen so far."""
     first_seen: dict[str, int] = {}
-    with path.open("rb") as file:
+    with path.open("rb", buffering=_BUFFER) as file:
         for number, raw in _raw_lines(file):
             yield _parse(number, raw, first_seen)
 
 
-def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _raw_lines(file: BufferedReader) -> Iterator[tuple[int, bytes | None]]:
     """Number and content of each line that is not blank; ``None`` stands for a line that is too long."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -81,6 +83,17 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, None
         elif line := line.strip():
             yield number, line
+        else:
+            number += _skip_blank(file)
+
+
+def _skip_blank(file: BufferedReader) -> int:
+    """Pass over the blank lines that come next, a buffer at a time; returns how many."""
+    number = 0
+    while blank := len(buffered := file.peek()) - len(buffered.lstrip()):
+        number += buffered.count(b"\n", 0, blank)
+        file.read(blank)
+    return number
 
 
 def _parse(number: int, raw: bytes | None, first_seen: dict[str, int]) -> BatchLine | InvalidLine:

@@ -48,6 +48,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Web pages of this origin may call the server from a browser.", rich_help_panel=_API),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name under which the server is reached, as through a proxy; others are refused. By default those "
+            "of this machine, or any if --host is reached from others.",
+            rich_help_panel=_API,
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +68,9 @@ def serve(
     ] = 1024,
     max_logprobs: Annotated[
         int,
-        typer.Option(min=0, help="Log-probabilities that a request may ask for at each token.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0, help="Log-probabilities that a request may ask for at each token.", rich_help_panel=_LIMITS
+        ),
     ] = 20,
     max_body: Annotated[str, typer.Option(help="Largest body of a request.", rich_help_panel=_LIMITS)] = "8MiB",
     max_file: Annotated[str, typer.Option(help="Largest uploaded file.", rich_help_panel=_LIMITS)] = "512MiB",
@@ -112,6 +122,7 @@ def serve(
         drain_timeout=drain_timeout,
         pinned=tuple(pin or ()),
         allowed_origins=tuple(allowed_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         data_dir=data_dir,
         json_logs=log_format == "json" or (log_format is None and not sys.stderr.isatty()),
     )

@@ -91,8 +91,9 @@ def measure(raw: bytes) -> Shape:
     quotes = np.frombuffer(raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8) == ord('"')
     outside = np.frombuffer(raw, np.uint8)[~np.logical_xor.accumulate(quotes)]
     counts = np.bincount(outside, minlength=256)
-    opened = _STEPS[outside].cumsum(dtype=np.int32)
-    return Shape(int(counts[list(b"{[")].sum()), int(counts[ord(":")]), int(counts[ord(",")]), int(opened.max(initial=0)))
+    containers, members, separators = counts[list(b"{[")].sum(), counts[ord(":")], counts[ord(",")]
+    depth = _STEPS[outside].cumsum(dtype=np.int32).max(initial=0)
+    return Shape(int(containers), int(members), int(separators), int(depth))
 
 
 _STEPS = np.zeros(256, np.int8)

@@ -242,14 +242,18 @@ async def _events(
     async for index, output in updates:
         if output.prompt_logprobs is not None and index not in echoed:
             echoed.add(index)
-            events = await away([output], lambda index=index, output=output: list(answer.events(index, output)))
+            events = await away([output], partial(_listed, answer, index, output))
         else:
-            events = list(answer.events(index, output))
+            events = _listed(answer, index, output)
         for event in events:
             yield event
     outputs = [ticket.output for ticket in tickets if ticket.output is not None]
     for event in answer.end(outputs):
         yield event
+
+
+def _listed(answer: StreamedAnswer, index: int, output: RequestOutput) -> list[bytes]:
+    return list(answer.events(index, output))
 
 
 async def _updates(tickets: list[Ticket]) -> AsyncIterator[tuple[int, RequestOutput]]:

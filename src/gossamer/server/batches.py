@@ -23,7 +23,7 @@ from gossamer.errors import GossamerError, RequestError, ServerBusyError
 from gossamer.protocol import GeneratingBody
 from gossamer.server.answering import Answering
 from gossamer.server.errors import HttpError, not_found
-from gossamer.server.files import FileStore, StoredFile, new_id, write_json
+from gossamer.server.files import FileStore, StoredFile, new_id, private_directory, private_file, write_json
 
 logger = logging.getLogger("gossamer.batches")
 _ID = re.compile(r"batch-[0-9a-f]{32}")
@@ -88,7 +88,7 @@ class Batches:
         self._files = files
         self._answering = answering
         self._max_in_flight = max_in_flight
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory)
         self._batches = {batch.id: batch for batch in map(_read, directory.glob("batch-*.json")) if batch is not None}
         self._waiting: asyncio.Queue[Batch] = asyncio.Queue()
         for batch in sorted(self._batches.values(), key=lambda each: each.created_at):
@@ -163,14 +163,17 @@ class Batches:
         if batch.status == "validating":
             batch.status, batch.in_progress_at = "in_progress", int(time.time())
         self._save(batch)
-        answers = OutputFile(self._part(batch, "answers"), resume=True)
-        failures = OutputFile(self._part(batch, "errors"), overwrite=True)  # failed lines are tried again
+        answers = OutputFile(private_file(self._part(batch, "answers")), resume=True)
+        failures = OutputFile(private_file(self._part(batch, "errors")), overwrite=True)  # failed lines are tried again
         batch.completed = len(answers.answered)
         lines = read_lines(path)
         with answers, failures:
             async with asyncio.TaskGroup() as group:
                 room = asyncio.Semaphore(self._max_in_flight)
-                while batch.status == "in_progress" and (line := next(lines, None)) is not None:
+                while batch.status == "in_progress":
+                    line = await asyncio.to_thread(next, lines, None)  # it may be long, and far from the one before
+                    if line is None:
+                        break
                     if isinstance(line, InvalidLine):
                         batch.failed += 1
                         failures.append(invalid_record(line))
@@ -180,7 +183,6 @@ class Batches:
                             await asyncio.sleep(RETRY_SECONDS)
                         task = group.create_task(self._answer(batch, line, answers, failures))
                         task.add_done_callback(lambda _: room.release())
-                    await asyncio.sleep(0)
         batch.output_file_id = self._adopt(batch, "answers")
         batch.error_file_id = self._adopt(batch, "errors")
         self._end(batch, "completed" if batch.status == "in_progress" else "cancelled")
@@ -189,7 +191,7 @@ class Batches:
         try:
             if line.url != batch.endpoint:
                 raise RequestError(f"url is {line.url}; this batch is for {batch.endpoint}", param="url")
-            body = read_body(line)
+            body = await asyncio.to_thread(read_body, line)
             answer = await self._patiently(body)
         except GossamerError as error:
             if self._answering.engine_loop.failure is not None:

@@ -43,7 +43,7 @@ class FileStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            private_directory(directory)
             (directory / "writable").touch()
             (directory / "writable").unlink()
         except OSError as error:
@@ -55,7 +55,7 @@ class FileStore:
         temporary = self.directory / f"{file_id}.part"
         size = 0
         try:
-            with temporary.open("wb") as file:
+            with private_file(temporary).open("wb") as file:
                 async for part in parts:
                     file.write(part)
                     size += len(part)
@@ -65,6 +65,7 @@ class FileStore:
 
     def adopt(self, path: Path, stored: StoredFile) -> StoredFile:
         """Take over a file that is complete."""
+        path.chmod(0o600)
         os.replace(path, self.path(stored.id))
         write_json(self.directory / f"{stored.id}.json", asdict(stored))
         return stored
@@ -115,8 +116,32 @@ def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
+def private_directory(directory: Path) -> Path:
+    """Make a directory that only its owner can look into; those above it that do not exist are made so, too.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+    directory.chmod(0o700)
+    return directory
+
+
+def private_file(path: Path) -> Path:
+    """Make sure that a file exists, and that only its owner can read it, whatever the umask says.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    path.chmod(0o600)
+    return path
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a small file in one step."""
-    temporary = path.with_suffix(".tmp")
+    temporary = private_file(path.with_suffix(".tmp"))
     temporary.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
     os.replace(temporary, path)

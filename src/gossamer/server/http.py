@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -52,6 +55,25 @@ async def read_body(request: Request, parse: Callable[[Any], T]) -> T:
     if len(raw) <= SHORT:
         return read()
     return await asyncio.get_running_loop().run_in_executor(request.app.state.service.bodies, read)
+
+
+async def read_form(request: Request) -> FormData:
+    """The form of an upload: one file, and a few fields in UTF-8.
+
+    Raises:
+        RequestError: it is no ``multipart/form-data``, or has more in it.
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or b"boundary" not in parameters:
+        raise RequestError("send the file as multipart/form-data, with a boundary", param="file")
+    # Of the parameters, the boundary alone is passed on: a charset would name any of Python's codecs.
+    boundary = parameters[b"boundary"].decode("latin-1").replace("\\", "\\\\").replace('"', '\\"')
+    headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
+    try:
+        async with aclosing(request.stream()) as stream:
+            return await MultiPartParser(headers, stream, max_files=1, max_fields=8).parse()
+    except MultiPartException as error:
+        raise RequestError(error.message) from None
 
 
 def parse_body(model: type[M], body: Any) -> M:

@@ -25,6 +25,8 @@ class ServerOptions:
         drain_timeout: seconds that running requests have to finish, once the server is told to stop.
         pinned: files whose text is kept in the cache from the start on.
         allowed_origins: web pages of these origins may call the server from a browser.
+        allowed_hosts: names of the server besides those of this machine; without any, a server that other machines
+            reach has every name. ``*`` takes any.
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
 
@@ -45,6 +47,7 @@ class ServerOptions:
     drain_timeout: float = 60.0
     pinned: tuple[Path, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     data_dir: Path | None = None
     json_logs: bool = False
 

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse
 from gossamer.errors import RequestError
 from gossamer.protocol import BODIES
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_body
+from gossamer.server.http import parse_body, read_body, read_form
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["batches"])
@@ -71,9 +71,8 @@ def _page(objects: list[dict[str, Any]], after: str | None, limit: int) -> dict[
 async def upload(request: Request) -> JSONResponse:
     """Upload the input of a batch: one request per line."""
     files = _service(request).ready.files
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("send the file as multipart/form-data", param="file")
-    async with request.form(max_files=1, max_fields=8) as form:
+    form = await read_form(request)
+    try:
         file, purpose = form.get("file"), form.get("purpose")
         unknown = [name for name in form if name not in ("file", "purpose")]
         if unknown:
@@ -83,6 +82,8 @@ async def upload(request: Request) -> JSONResponse:
         if purpose != "batch":
             raise RequestError(f"purpose must be batch, got {purpose!r}", param="purpose")
         stored = await files.save(_parts(file), file.filename or "upload.jsonl", "batch")
+    finally:
+        await form.close()
     return JSONResponse(stored.to_dict())
 
 

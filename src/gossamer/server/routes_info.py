@@ -110,9 +110,7 @@ async def tokenize(request: Request) -> JSONResponse:
         ids = await answering.in_worker(lambda: answering.chat_ids(messages), characters_of(messages))
     elif body.prompt:
         text = body.prompt
-        ids = await answering.in_worker(
-            lambda: answering.prompt_ids(text, special=body.add_special_tokens), len(text)
-        )
+        ids = await answering.in_worker(lambda: answering.prompt_ids(text, special=body.add_special_tokens), len(text))
     else:
         ids = []
     answer: dict[str, Any] = {
