@@ -16,7 +16,6 @@ from gossamer.protocol.decoding import InvalidJsonError, decode_json
 #: No request is longer than this; it bounds the memory that a file without line breaks can take.
 MAX_LINE_BYTES = 16 * 2**20
 
-_BUFFER = 1 << 16  # bytes that are read at a time
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -56,7 +55,7 @@ def count_lines(path: Path) -> int:
     if path.exists() and not path.is_file():
         raise ConfigurationError(f"{path} is not a regular file; a batch reads its input twice")
     try:
-        with path.open("rb", buffering=_BUFFER) as file:
+        with path.open("rb") as file:
             return sum(1 for _ in _raw_lines(file))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
@@ -65,7 +64,7 @@ def count_lines(path: Path) -> int:
 def read_lines(path: Path) -> Iterator[BatchLine | InvalidLine]:
     """Every line that is not blank, in order. Holds one line and the ids seen so far."""
     first_seen: dict[str, int] = {}
-    with path.open("rb", buffering=_BUFFER) as file:
+    with path.open("rb") as file:
         for number, raw in _raw_lines(file):
             yield _parse(number, raw, first_seen)
 

@@ -97,6 +97,7 @@ class Engine:
         self.sampler = Sampler()
         self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
         self.requests: dict[str, Request] = {}
+        self._late: list[Sequence] = []  # whose grammars have not said yet whether they are complete
         self._trivial: list[Request] = []  # finished without a step
         self._ended: list[Output] = []
 
@@ -197,10 +198,14 @@ class Engine:
         :meth:`step_apart` for what to do if that raises too.
         """
         start = time.perf_counter()
+        self._ended += self._finish_late()
         works = self.scheduler.schedule()
         self._ended += self._take_failures() + self._take_trivial()
         if not works:
-            if self.requests and not self._ended and not self.scheduler.apart:
+            if self.scheduler.held and not self._ended:
+                constraints = [sequence.constraint for sequence in self.scheduler.active]
+                self.factory.grammars.wait_any([each for each in constraints if each is not None])
+            elif self.requests and not self._ended and not self.scheduler.apart:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return self._take_ended()
         plan, rows, count = self.planner.plan(works)
@@ -270,6 +275,7 @@ class Engine:
     def _accept_all(self, rows: PlannedRows, sampled: Sampled) -> list[Output]:
         """Give every sequence the token that was chosen for it; returns requests that failed over it."""
         failed = []
+        self._advance_grammars(rows, sampled)
         now = time.perf_counter()
         for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):
             request = sequence.request
@@ -308,12 +314,19 @@ class Engine:
         assert checker is not None and state is not None
         stop = checker.check_token(token, len(sequence.output_ids))
         if state.constraint is not None and (stop is None or not stop.hides_token):
-            state.constraint.accept(token)
             if state.constraint.complete:
                 stop = Stop("stop")
+            elif not state.constraint.ready and stop is None:
+                self._late.append(sequence)
+        if text is not None and (stop is None or not stop.hides_token):
+            text.push([token])
+        self._stop(sequence, stop)
+
+    def _stop(self, sequence: Sequence, stop: Stop | None) -> None:
+        """End a sequence's text, if it ends: for ``stop``, or for a stop string."""
+        checker, text = sequence.stop, sequence.detokenizer
+        assert checker is not None
         if text is not None:
-            if stop is None or not stop.hides_token:
-                text.push([token])
             if stop is not None:
                 text.flush()
             if checker.needs_text:
@@ -323,6 +336,28 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
             if text is None:
                 self._set_text(sequence, hide_last=stop.hides_token)
+
+    def _advance_grammars(self, rows: PlannedRows, sampled: Sampled) -> None:
+        """Tell all grammars their tokens, and give the masks behind them as much time as a step can bear."""
+        asked = []
+        for (_, sequence), token in zip(rows.drawn, sampled.token_ids, strict=True):
+            if sequence.constraint is not None and token >= 0:
+                sequence.constraint.accept(token)
+                asked.append(sequence.constraint)
+        self.factory.grammars.wait(asked)
+
+    def _finish_late(self) -> list[Output]:
+        """Sequences whose grammar said only after their step that they are complete."""
+        ready = [sequence for sequence in self._late if sequence.constraint is None or sequence.constraint.ready]
+        self._late = [sequence for sequence in self._late if sequence not in ready]
+        ended: list[Output] = []
+        for sequence in ready:
+            request, constraint = sequence.request, sequence.constraint
+            if constraint is not None and constraint.complete and sequence.status is not Status.FINISHED:
+                self._stop(sequence, Stop("stop"))
+                self._end(sequence)
+                ended += self._news(request)
+        return ended
 
     def _set_text(self, sequence: Sequence, *, hide_last: bool) -> None:
         """The text of a sequence that needed none until now."""
@@ -362,13 +397,16 @@ class Engine:
         news |= dict.fromkeys(w.sequence.request for w in works if w.sequence.request.stream)
         ended: list[Output] = []
         for request in news:
-            if request.request_id not in self.requests:
-                continue
-            if request.finished:
-                ended.append(self._finish(request))
-            elif request.stream:
-                ended.append(self.results.build(request))
+            ended += self._news(request)
         return ended
+
+    def _news(self, request: Request) -> list[Output]:
+        """The output of a request that has ended, or streams."""
+        if request.request_id not in self.requests:
+            return []
+        if request.finished:
+            return [self._finish(request)]
+        return [self.results.build(request)] if request.stream else []
 
     def _finish(self, request: Request) -> Output:
         del self.requests[request.request_id]

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gossamer.engine.grammar.compiler import Grammar, GrammarCompiler
 from gossamer.engine.intake import Intake
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
@@ -193,11 +194,10 @@ class Answering:
         if count > self.max_sequences:
             raise RequestError(f"{count} completions are more than the {self.max_sequences} of one request", param="n")
         self._check_logprobs(params)
-        with self.engine_loop.reserved(count):  # before the work of making tokens
-            prompts = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
-            if params.structured_outputs is not None:
-                await self._compile(params, body)
         async with AsyncExitStack() as stack:
+            with self.engine_loop.reserved(count):  # before the work of making tokens
+                prompts = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
+                await stack.enter_async_context(self._compiled(params, body))
             tickets: list[Ticket] = []
             for prompt in prompts:
                 ticket = await self.engine_loop.submit(f"req-{uuid.uuid4().hex}", prompt, params, stream=stream)
@@ -214,16 +214,44 @@ class Answering:
                 param="logprobs",
             )
 
-    async def _compile(self, params: SamplingParams, body: GeneratingBody) -> None:
-        """A large schema takes a while; the engine finds it compiled."""
-        form = params.structured_outputs
-        assert form is not None
+    @asynccontextmanager
+    async def _compiled(self, params: SamplingParams, body: GeneratingBody) -> AsyncIterator[None]:
+        """The form that the answer must have, compiled, for as long as the block lasts."""
+        if params.structured_outputs is None:
+            yield
+            return
+        grammars = self.llm.engine.factory.grammars
         try:
-            await self.in_worker(lambda: self.llm.engine.factory.grammars.constraint(form))
+            form = grammars.form(params.structured_outputs)
+            opening = asyncio.ensure_future(self.in_worker(partial(grammars.open, form)))
+            try:
+                grammar = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(partial(_close_opened, grammars))
+                raise
         except InvalidSamplingParamsError as error:
-            if body.response_format is not None:  # under the name that the client knows
-                error.param = "response_format"
-            raise
+            raise _named(error, body) from None
+        try:
+            try:
+                await asyncio.shield(asyncio.wrap_future(grammar.settled))
+            except InvalidSamplingParamsError as error:
+                raise _named(error, body) from None
+            yield
+        finally:
+            grammars.close(grammar)
+
+
+def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        grammars.close(opening.result())
+
+
+def _named(error: InvalidSamplingParamsError, body: GeneratingBody) -> InvalidSamplingParamsError:
+    """The error under the name that the client knows the form by."""
+    named = InvalidSamplingParamsError(error.message, request_id=error.request_id, param=error.param)
+    if body.response_format is not None:
+        named.param = "response_format"
+    return named
 
 
 async def _last(ticket: Ticket) -> RequestOutput:
