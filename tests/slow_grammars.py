@@ -5,9 +5,7 @@ Not imported by tests: they have it run as that program.
 
 from __future__ import annotations
 
-import os
 import runpy
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ REAL = Path(__file__).parent.parent / "src/gossamer/engine/grammar/program.py"
 
 def spin() -> None:
     """Work that ends by no means of its own."""
-    sys.stderr.write(f"spinning {os.getpid()}\n")
     while True:
         time.perf_counter()
 

@@ -233,12 +233,19 @@ class Answering:
             raise _named(error, body) from None
         try:
             try:
-                await asyncio.shield(asyncio.wrap_future(grammar.settled))
+                settled = asyncio.wrap_future(grammar.settled)
+                settled.add_done_callback(_seen)  # whatever it is, if nobody waits any more
+                await asyncio.shield(settled)
             except InvalidSamplingParamsError as error:
                 raise _named(error, body) from None
             yield
         finally:
             grammars.close(grammar)
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -> None:

@@ -155,10 +155,12 @@ class GrammarCompiler:
     def forget(self, constraint: Constraint, grammar: Grammar) -> None:
         """A constraint is needed no more."""
         with self._lock:
-            if grammar.asked.pop(constraint.number, None) is not None and grammar.users == 1:
+            if constraint.number in grammar.asked and grammar.users == 1:
                 self._end(grammar)  # it computes for nobody
-            elif grammar.connection is not None and grammar.settled.done():
-                self._send(grammar, constraint.number, program.FORGET)
+            else:
+                grammar.asked.pop(constraint.number, None)
+                if grammar.connection is not None and grammar.settled.done():
+                    self._send(grammar, constraint.number, program.FORGET)
             self.close(grammar)
 
     def wait(self, constraints: Iterable[Constraint], seconds: float = PATIENCE) -> None:
@@ -188,14 +190,13 @@ class GrammarCompiler:
             self._start(self._waiting.popleft())
 
     def _has_place(self) -> bool:
-        """Whether another process may be started; ends one that nobody uses, if that makes the place."""
+        """Whether another process may be started, once those have ended that nobody uses and that take the place."""
         started = [each for each in self._grammars.values() if each.connection is not None]
-        if len(started) < MAX_GRAMMARS:
-            return True
-        idle = next((each for each in started if each.users == 0), None)
-        if idle is not None:
-            self._end(idle)
-        return idle is not None
+        idle = [each for each in started if each.users == 0]
+        surplus = max(len(started) + 1 - MAX_GRAMMARS, 0)
+        for each in idle[:surplus]:  # the one used last goes last
+            self._end(each)
+        return surplus <= len(idle)
 
     def _start(self, grammar: Grammar) -> None:
         self._has_place()
@@ -311,7 +312,7 @@ def _hang_up(connection: Connection) -> None:
 
 
 def _hang_up_all(connections: set[Connection]) -> None:
-    for connection in connections:
+    for connection in list(connections):
         _hang_up(connection)
 
 
