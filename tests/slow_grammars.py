@@ -1,4 +1,4 @@
-"""Stands in for the program that follows grammars: choices of this spelling make it spend time that they never give back.
+"""Stands in for the program that follows grammars: some choices and some tokens have it work without end.
 
 Not imported by tests: they have it run as that program.
 """

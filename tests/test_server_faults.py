@@ -52,7 +52,10 @@ def connect(server: Running, data: bytes) -> socket.socket:
 
 def post(path: str, body: bytes, *, length: int | None = None, kind: str = "application/json") -> bytes:
     size = len(body) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n".encode() + body
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n".encode()
+        + body
+    )
 
 
 def status_of(connection: socket.socket) -> int:
@@ -251,7 +254,8 @@ def test_prompts_of_ten_megabytes(server: Running) -> None:
 
 
 def test_a_chunked_body_is_bounded_too(server: Running) -> None:
-    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
     connection = connect(server, head)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     connection.settimeout(15)
