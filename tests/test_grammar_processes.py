@@ -13,7 +13,7 @@ import pytest
 
 from gossamer import LLM, SamplingParams, StructuredOutputsParams
 from gossamer.engine.grammar import Constraint, GrammarCompiler, compiler, program
-from gossamer.errors import InvalidSamplingParamsError, RequestError
+from gossamer.errors import InvalidSamplingParamsError, RequestError, UnsupportedModelError
 
 SLOW = Path(__file__).parent / "slow_grammars.py"
 SLOW_TO_COMPILE = StructuredOutputsParams(choice=["slow to compile"])
@@ -118,7 +118,7 @@ def test_work_stops_when_its_request_is_forgotten(slow: Callable[[float], LLM]) 
     victim.engine.add_request("slow", "a", with_form(SLOW_TO_FOLLOW))
     (grammar,) = grammars._grammars.values()
     sequence = victim.engine.requests["slow"].sequences[0]
-    while len(sequence.output_ids) < 2 or not grammar.slowed:
+    while len(sequence.output_ids) < 2:
         victim.engine.step()
     assert grammar.computes and not gone(grammar.pid)
     victim.engine.abort("slow")
@@ -160,6 +160,17 @@ def test_a_host_that_was_killed_is_started_again(tiny: Path) -> None:
     control.shutdown(2)
     other = with_form(StructuredOutputsParams(choice=["no"]))
     assert [each.outputs[0].text for each in llm.generate(["x", "x"], [other, yes])] == ["no", "yes"]
+
+
+def test_a_tokenizer_that_cannot_be_walked_through(tiny: Path, tmp_path: Path) -> None:
+    llm = LLM(tiny)
+    ends = tmp_path / "program.py"
+    ends.write_text("raise SystemExit(1)")  # as it does over a tokenizer that the library does not know
+    for tokenizer in (object(), llm.tokenizer):
+        grammars = GrammarCompiler(tokenizer, 257, frozenset({0}), file=ends)
+        with pytest.raises(UnsupportedModelError, match="tokenizer cannot follow a grammar"):
+            grammars.check(grammars.form(StructuredOutputsParams(json_object=True)))
+        assert not grammars._grammars and not grammars._compiling
 
 
 def test_a_form_that_is_too_long() -> None:

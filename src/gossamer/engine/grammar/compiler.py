@@ -19,7 +19,7 @@ from typing import Any
 from gossamer.engine.grammar import program
 from gossamer.engine.grammar.constraint import PATIENCE, Constraint
 from gossamer.engine.grammar.host import GrammarHost
-from gossamer.errors import GossamerError, InvalidSamplingParamsError
+from gossamer.errors import GossamerError, InvalidSamplingParamsError, UnsupportedModelError
 from gossamer.sampling_params import StructuredOutputsParams
 
 MAX_GRAMMARS = 64  # processes that are kept, and that requests of a server can have at a time
@@ -45,7 +45,6 @@ class Grammar:
         self.connection: Connection | None = None  # none before it is started, and after its end
         self.pid = 0
         self.asked: dict[int, tuple[Constraint, int | None]] = {}  # by number; the token to ask with, if that waits
-        self.slowed = False
 
     @property
     def computes(self) -> bool:
@@ -164,18 +163,12 @@ class GrammarCompiler:
             self.close(grammar)
 
     def wait(self, constraints: Iterable[Constraint], seconds: float = PATIENCE) -> None:
-        """Until all are ready, or the time is over."""
+        """Until all are ready, or the time is over. For those that were late before, there is no waiting."""
         pending = [each for each in constraints if not (each.ready or each.slow)]
         if not pending:
             return
         with self._answered:
-            if self._answered.wait_for(lambda: all(each.ready for each in pending), seconds):
-                return
-            late = {each.grammar for each in pending if not each.ready and each.grammar is not None}
-            for grammar in late:
-                if grammar.pid and not grammar.slowed and grammar.settled.done():
-                    grammar.slowed = True
-                    self._host.slow_down(grammar.pid)
+            self._answered.wait_for(lambda: all(each.ready for each in pending), seconds)
 
     def wait_any(self, constraints: list[Constraint]) -> None:
         """Until one is ready that was not, or a step's time is over."""
@@ -274,6 +267,10 @@ class GrammarCompiler:
         """The process is gone. If nobody here ended it, its time was over: the same form is not tried again."""
         with self._lock:
             if grammar.connection is None:
+                return
+            if not grammar.pid:
+                self._settle(grammar, UnsupportedModelError("this model's tokenizer cannot follow a grammar"))
+                self._end(grammar)
                 return
             if grammar.settled.done():
                 reason = f"which tokens may come next takes more than {MASK_SECONDS:g} seconds to find"

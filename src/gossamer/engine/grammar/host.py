@@ -70,15 +70,8 @@ class GrammarHost:
 
     def kill(self, pid: int) -> None:
         """End a child, whatever it is doing."""
-        self._tell(b"k", pid)
-
-    def slow_down(self, pid: int) -> None:
-        """Let everybody else go before a child."""
-        self._tell(b"s", pid)
-
-    def _tell(self, command: bytes, pid: int) -> None:
         try:
-            self._send(command, pid, [])
+            self._send(b"k", pid, [])
         except OSError:
             self._control = None  # it is gone; the next one is started when it is needed
 
