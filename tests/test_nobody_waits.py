@@ -41,7 +41,7 @@ def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 def slow_llm(directory: Path) -> LLM:
     """Its grammars are followed by the stand-in."""
-    llm = make_chat_llm(directory)
+    llm = make_chat_llm(directory, max_num_batched_tokens=256)
     factory = llm.engine.factory
     intake = factory.intake
     factory.grammars = GrammarCompiler(intake.tokenizer, intake.vocab_size, factory.eos_token_ids, file=SLOW)

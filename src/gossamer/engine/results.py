@@ -27,6 +27,7 @@ class ResultBuilder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}  # of single tokens: log-probabilities ask for the same ones again and again
 
     def build(self, request: Request, error: RequestError | None = None) -> Output:
         """The output of a request as it stands, finished or not."""
@@ -92,7 +93,10 @@ class ResultBuilder:
                 break  # a stream has had this one before, and those in front of it
             for token, logprob in entry.items():
                 if logprob.decoded_token is None:
-                    logprob.decoded_token = self.tokenizer.decode([token])
+                    text = self._texts.get(token)
+                    if text is None:
+                        text = self._texts[token] = self.tokenizer.decode([token])
+                    logprob.decoded_token = text
 
     def _scores(self, request: Request, error: RequestError | None) -> ScoreOutput:
         output = ScoreOutput(request.request_id, request.prompt_token_ids, error=error)
