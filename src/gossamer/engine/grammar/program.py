@@ -40,6 +40,10 @@ NICE = 19
 # Blanks in a row in JSON: enough to indent, and too few for a model that has nothing to write to go on with for ever.
 WHITESPACE = r"[\x20\x0A\x09]{0,16}"
 
+# Where only one text can come, llguidance would force the tokens that the tokenizer makes of it. That may be a special
+# token, if it is spelled like that text, and that one is no text: the answer could not go on. So all tokens compete.
+UNFORCED = '%llguidance {"no_forcing": true}\n'
+
 
 class Setup(TypedDict):
     """``tokenizer`` is the JSON of the tokenizers library, the seconds are of the processor."""
@@ -147,13 +151,20 @@ def grammar(form: dict[str, Any]) -> str:
     from llguidance import LLMatcher
 
     if "regex" in form:
-        return LLMatcher.grammar_from_regex(form["regex"])
+        return _unforced(LLMatcher.grammar_from_regex(form["regex"]))
     if "choice" in form:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in form["choice"]))
+        return UNFORCED + "start: " + " | ".join(json.dumps(text) for text in form["choice"])
     schema = form.get("json", {"type": "object"})
-    return LLMatcher.grammar_from_json_schema(
-        schema if isinstance(schema, str) else json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+    return _unforced(
+        LLMatcher.grammar_from_json_schema(
+            schema if isinstance(schema, str) else json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+        )
     )
+
+
+def _unforced(grammar: str) -> str:
+    (part,) = json.loads(grammar)["grammars"]
+    return UNFORCED + (part["lark_grammar"] or "start: %json " + json.dumps(part["json_schema"]))
 
 
 def next_mask(matcher: LLMatcher, token: int) -> tuple[int, bytes]:
