@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -130,7 +131,20 @@ def test_work_stops_when_its_request_is_forgotten(slow: Callable[[float], LLM]) 
     grammars.close(opened)
     wait_until(lambda: gone(opened.pid))
     assert not grammars._grammars and not grammars._compiling
-    grammars.open(grammars.form(SLOW_TO_COMPILE))  # that nobody waited for it says nothing about the form
+    # That nobody waited for it says nothing about the form: it is compiled again.
+    grammars.close(grammars.open(grammars.form(SLOW_TO_COMPILE)))
+
+
+def test_nothing_is_left_of_a_model_that_is_gone(slow: Callable[[float], LLM]) -> None:
+    def begin(llm: LLM) -> int:
+        grammars = llm.engine.factory.grammars
+        opened = grammars.open(grammars.form(SLOW_TO_COMPILE))
+        wait_until(lambda: opened.pid > 0)
+        return opened.pid
+
+    pid = begin(slow(600.0))
+    gc.collect()
+    wait_until(lambda: gone(pid))
 
 
 def test_more_forms_than_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

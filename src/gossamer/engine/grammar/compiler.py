@@ -272,6 +272,9 @@ class GrammarCompiler:
                 self._settle(grammar, UnsupportedModelError("this model's tokenizer cannot follow a grammar"))
                 self._end(grammar)
                 return
+            if not grammar.computes:  # an accident of its own: it is started again when it is needed
+                self._end(grammar)
+                return
             if grammar.settled.done():
                 reason = f"which tokens may come next takes more than {MASK_SECONDS:g} seconds to find"
             else:

@@ -111,6 +111,9 @@ def _spelled(backend: Any) -> str:
 
 
 def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    control.close()
-    process.kill()  # its children end when their own connections do
-    process.wait()
+    control.close()  # then it ends its children and itself
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:  # it has not even read the vocabulary
+        process.kill()
+        process.wait()

@@ -84,6 +84,9 @@ def main() -> None:
             children.add(pid)
         elif number in children:  # not reaped, so the number is still its own
             os.kill(number, signal.SIGKILL)
+    _reap(children)
+    for child in children:  # whoever asked them is gone, and what computes would not notice
+        os.kill(child, signal.SIGKILL)
 
 
 def _receive(control: socket.socket) -> tuple[bytes, int, list[int]] | None:
