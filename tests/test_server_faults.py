@@ -52,7 +52,10 @@ def connect(server: Running, data: bytes) -> socket.socket:
 
 def post(path: str, body: bytes, *, length: int | None = None, kind: str = "application/json") -> bytes:
     size = len(body) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n".encode() + body
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n".encode()
+        + body
+    )
 
 
 def status_of(connection: socket.socket) -> int:
@@ -102,7 +105,7 @@ def test_a_client_that_goes_takes_its_request_along(server: Running, stream: boo
 
 
 def test_a_thousand_half_open_connections(server: Running) -> None:
-    beginnings = [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"a" * 100]
+    beginnings = [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 100]
     connections = [connect(server, beginnings[i % 3]) for i in range(1000)]
     try:
         assert_serves(server)
@@ -176,7 +179,7 @@ def test_a_second_head_that_does_not_end(server: Running) -> None:
         assert status_of(connection) == 200
         connection.sendall(b"GET /health HTTP")  # in two pieces, on the same connection
         time.sleep(0.2)
-        connection.sendall(b"/1.1\r\nhost: x\r\n\r\n")
+        connection.sendall(b"/1.1\r\nhost: localhost\r\n\r\n")
         assert status_of(connection) == 200
         connection.sendall(post("/v1/completions", json.dumps(LONG).encode()))
         for i in range(200):
@@ -251,7 +254,8 @@ def test_prompts_of_ten_megabytes(server: Running) -> None:
 
 
 def test_a_chunked_body_is_bounded_too(server: Running) -> None:
-    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
     connection = connect(server, head)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     connection.settimeout(15)

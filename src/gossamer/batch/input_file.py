@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gossamer.errors import ConfigurationError
 from gossamer.protocol import BODIES
@@ -68,7 +69,7 @@ def read_lines(path: Path) -> Iterator[BatchLine | InvalidLine]:
             yield _parse(number, raw, first_seen)
 
 
-def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+def _raw_lines(file: BufferedReader) -> Iterator[tuple[int, bytes | None]]:
     """Number and content of each line that is not blank; ``None`` stands for a line that is too long."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -81,6 +82,17 @@ def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, None
         elif line := line.strip():
             yield number, line
+        else:
+            number += _skip_blank(file)
+
+
+def _skip_blank(file: BufferedReader) -> int:
+    """Pass over the blank lines that come next, a buffer at a time; returns how many."""
+    number = 0
+    while blank := len(buffered := file.peek()) - len(buffered.lstrip()):
+        number += buffered.count(b"\n", 0, blank)
+        file.read(blank)
+    return number
 
 
 def _parse(number: int, raw: bytes | None, first_seen: dict[str, int]) -> BatchLine | InvalidLine:

@@ -48,6 +48,14 @@ def serve(
         list[str] | None,
         typer.Option(help="Web pages of this origin may call the server from a browser.", rich_help_panel=_API),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name under which the server is reached, as through a proxy; others are refused. By default those "
+            "of this machine, or any if --host is reached from others.",
+            rich_help_panel=_API,
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -58,6 +66,12 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=1, help="Sequences that may wait; more get 429.", rich_help_panel=_LIMITS)
     ] = 1024,
+    max_logprobs: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Log-probabilities that a request may ask for at each token.", rich_help_panel=_LIMITS
+        ),
+    ] = 20,
     max_body: Annotated[str, typer.Option(help="Largest body of a request.", rich_help_panel=_LIMITS)] = "8MiB",
     max_file: Annotated[str, typer.Option(help="Largest uploaded file.", rich_help_panel=_LIMITS)] = "512MiB",
     request_timeout: Annotated[
@@ -100,6 +114,7 @@ def serve(
         model_names=tuple(served_model_name or [model]),
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
+        max_logprobs=max_logprobs,
         max_body=parse_bytes(max_body),
         max_file=parse_bytes(max_file),
         request_timeout=request_timeout,
@@ -107,6 +122,7 @@ def serve(
         drain_timeout=drain_timeout,
         pinned=tuple(pin or ()),
         allowed_origins=tuple(allowed_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         data_dir=data_dir,
         json_logs=log_format == "json" or (log_format is None and not sys.stderr.isatty()),
     )

@@ -33,6 +33,14 @@ def extend_text(
         sequence.logprobs.append(logprobs)
     if text is not None and not hidden:
         text.push([token])
+    return settle_text(sequence, tokens, stop)
+
+
+def settle_text(sequence: Sequence, tokens: TokenBytes, stop: Stop | None) -> Stop | None:
+    """Bring the text of ``sequence`` up to its tokens, and to its end if it ends: for ``stop``, or a stop string."""
+    params, checker, text = sequence.request.params, sequence.stop, sequence.detokenizer
+    assert params is not None and checker is not None
+    hidden = stop is not None and stop.hides_token
     if text is None and stop is not None and params.detokenize:  # nobody needed it until now
         text = IncrementalDetokenizer(tokens, params.skip_special_tokens, sequence.request.prompt_token_ids)
         text.push(sequence.output_ids[:-1] if hidden else sequence.output_ids)

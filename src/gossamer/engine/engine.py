@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.branching import descend, hand_out
-from gossamer.engine.completion_text import describe_prompt, extend_text
+from gossamer.engine.completion_text import describe_prompt, extend_text, settle_text
 from gossamer.engine.cost import calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
@@ -98,6 +98,7 @@ class Engine:
         self.sampler = Sampler()
         self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
         self.requests: dict[str, Request] = {}
+        self._late: list[Sequence] = []  # whose grammars have not said yet whether they are complete
         self._trivial: list[Request] = []  # finished without a step
         self._ended: list[Output] = []
 
@@ -198,10 +199,14 @@ class Engine:
         :meth:`step_apart` for what to do if that raises too.
         """
         start = time.perf_counter()
+        self._ended += self._finish_late()
         works = self.scheduler.schedule()
         self._ended += self._take_failures() + self._take_trivial()
         if not works:
-            if self.requests and not self._ended and not self.scheduler.apart:
+            if self.scheduler.held and not self._ended:
+                constraints = [sequence.constraint for sequence in self.scheduler.active]
+                self.factory.grammars.wait_any([each for each in constraints if each is not None])
+            elif self.requests and not self._ended and not self.scheduler.apart:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return self._take_ended()
         plan, rows, count = self.planner.plan(works)
@@ -271,6 +276,7 @@ class Engine:
     def _accept_all(self, rows: PlannedRows, sampled: Sampled) -> list[Output]:
         """Give every sequence the token that was chosen for it; returns requests that failed over it."""
         failed = []
+        self._advance_grammars(rows, sampled)
         now = time.perf_counter()
         for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):
             request = sequence.request
@@ -307,12 +313,38 @@ class Engine:
         assert checker is not None and state is not None
         stop = checker.check_token(token, len(sequence.output_ids))
         if state.constraint is not None and (stop is None or not stop.hides_token):
-            state.constraint.accept(token)
             if state.constraint.complete:
                 stop = Stop("stop")
-        stop = extend_text(sequence, self.factory.tokens, logprobs, stop)
+            elif not state.constraint.ready and stop is None:
+                self._late.append(sequence)
+        self._settle(sequence, extend_text(sequence, self.factory.tokens, logprobs, stop))
+
+    @staticmethod
+    def _settle(sequence: Sequence, stop: Stop | None) -> None:
         if stop is not None:
             sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
+
+    def _advance_grammars(self, rows: PlannedRows, sampled: Sampled) -> None:
+        """Tell all grammars their tokens, and give the masks behind them as much time as a step can bear."""
+        asked = []
+        for (_, sequence), token in zip(rows.drawn, sampled.token_ids, strict=True):
+            if sequence.constraint is not None and token >= 0:
+                sequence.constraint.accept(token)
+                asked.append(sequence.constraint)
+        self.factory.grammars.wait(asked)
+
+    def _finish_late(self) -> list[Output]:
+        """Sequences whose grammar said only after their step that they are complete."""
+        ready = [sequence for sequence in self._late if sequence.constraint is None or sequence.constraint.ready]
+        self._late = [sequence for sequence in self._late if sequence not in ready]
+        ended: list[Output] = []
+        for sequence in ready:
+            request, constraint = sequence.request, sequence.constraint
+            if constraint is not None and constraint.complete and sequence.status is not Status.FINISHED:
+                self._settle(sequence, settle_text(sequence, self.factory.tokens, Stop("stop")))
+                self._end(sequence)
+                ended += self._news(request)
+        return ended
 
     def _score(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Log-probabilities of given tokens; returns requests that failed over them."""
@@ -344,13 +376,16 @@ class Engine:
         news |= dict.fromkeys(w.sequence.request for w in works if w.sequence.request.stream)
         ended: list[Output] = []
         for request in news:
-            if request.request_id not in self.requests:
-                continue
-            if request.finished:
-                ended.append(self._finish(request))
-            elif request.stream:
-                ended.append(self.results.build(request))
+            ended += self._news(request)
         return ended
+
+    def _news(self, request: Request) -> list[Output]:
+        """The output of a request that has ended, or streams."""
+        if request.request_id not in self.requests:
+            return []
+        if request.finished:
+            return [self._finish(request)]
+        return [self.results.build(request)] if request.stream else []
 
     def _finish(self, request: Request) -> Output:
         del self.requests[request.request_id]

@@ -6,8 +6,9 @@ from collections.abc import Sequence as Many
 
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
+from gossamer.engine.grammar import Constraint, GrammarCompiler
 from gossamer.engine.intake import Intake, Prompt
-from gossamer.engine.sampling import GrammarCompiler, SamplingState, make_random
+from gossamer.engine.sampling import SamplingState, make_random
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.stopping import StopChecker
 from gossamer.engine.token_bytes import TokenBytes
@@ -45,6 +46,9 @@ class RequestFactory:
         request = Request(request_id, self._next_number(), text, ids, params, stream=stream, cache_salt=salt)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.intake.max_model_len - len(ids)
+        form = None if params.structured_outputs is None else self.grammars.form(params.structured_outputs)
+        if form is not None:
+            self.grammars.check(form)
         for index in range(params.n):
             # The prompt's log-probabilities need its logits, so it is computed privately, once.
             score = index == 0 and params.prompt_logprobs is not None
@@ -59,8 +63,7 @@ class RequestFactory:
                 max_new_tokens=min(params.max_tokens or limit, limit),
             )
             random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
-            form = params.structured_outputs
-            constraint = None if form is None else self.grammars.constraint(form)
+            constraint = None if form is None else Constraint(self.grammars, form)
             sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
             if params.stop or (stream and params.detokenize) or params.logprobs is not None:

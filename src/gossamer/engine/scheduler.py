@@ -67,6 +67,7 @@ class Scheduler:
         self.active: list[Sequence] = []
         self.failed: list[tuple[Sequence, MemoryBudgetError]] = []
         self.num_preemptions = 0
+        self.held = False  # some wait for a mask, which is nobody's fault
         self.apart = False  # others hold memory that are not among the active now
         self._refused_at = (0, 0)
         self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
@@ -77,13 +78,13 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work; sequences that can never fit are moved to ``failed``.
 
-        Empty only if nothing is left to do, or something failed.
+        Empty only if nothing is left to do, something failed, or all wait for the masks of their grammars.
         """
         # Sequences that came into each other's way give up their memory, youngest first, and leave no work behind. The
         # oldest gets it in one of the next rounds, of which there are at most as many as there are sequences.
         for _ in range(1 + len(self.waiting) + len(self.active)):
             works = self._schedule()
-            if works or self.failed:
+            if works or self.failed or self.held:
                 return works
             if self.active and self.waiting:
                 # Active sequences wait for waiting ones: hypotheses of a beam search, for one that has no memory.
@@ -94,8 +95,10 @@ class Scheduler:
         self._admit()
         self._tokens_left, self._scored_left = self.max_num_batched_tokens, self.max_scored_tokens
         works: list[Work] = []
+        self.held = False
         for sequence in [s for s in self.active if s.status is Status.RUNNING]:
-            if sequence.status is Status.RUNNING:  # an older one may have preempted it meanwhile
+            # An older one may have preempted it meanwhile.
+            if sequence.status is Status.RUNNING and self._may_draw(sequence):
                 self._continue(sequence, works, may_preempt=True)
         prefilling = [s for s in self.active if s.status is Status.PREFILL]
         self._reserve_slots([s for s in prefilling if self._path_complete(s)])
@@ -104,11 +107,17 @@ class Scheduler:
             if sequence.status is not Status.PREFILL or self._tokens_left == 0:
                 continue
             if self._path_complete(sequence):
-                if self._start(sequence, may_preempt=not works):
+                if self._may_draw(sequence) and self._start(sequence, may_preempt=not works):
                     self._continue(sequence, works, may_preempt=not works)
             else:
                 self._prefill(sequence, works, in_step)
         return works
+
+    def _may_draw(self, sequence: Sequence) -> bool:
+        """Whether its next token can be chosen once it is computed; otherwise it sits this step out."""
+        may = sequence.has_mask()
+        self.held |= not may
+        return may
 
     # --- admission ---------------------------------------------------------------------------------------------
 

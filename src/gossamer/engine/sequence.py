@@ -8,6 +8,7 @@ from enum import Enum
 
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
+from gossamer.engine.grammar import Constraint
 from gossamer.engine.sampling import SamplingState
 from gossamer.engine.slots import Slot
 from gossamer.engine.stopping import StopChecker
@@ -68,6 +69,19 @@ class Sequence:
     counted: bool = False  # whether its prompt is in the statistics already (a preempted sequence starts twice)
 
     @property
+    def constraint(self) -> Constraint | None:
+        """The grammar that it follows, if any."""
+        return None if self.sampling is None else self.sampling.constraint
+
+    def has_mask(self) -> bool:
+        """Whether it is known which tokens may come next; asks for that if nobody has."""
+        constraint = self.constraint
+        if constraint is None:
+            return True
+        constraint.begin()
+        return constraint.ready and not constraint.complete
+
+    @property
     def num_computed(self) -> int:
         """Tokens whose keys and values are there, once the sequence runs."""
         return self.private_start + (self.slot.length if self.slot else 0)
@@ -120,4 +134,7 @@ class Request:
 
     def release(self) -> None:
         """Let go of the sequences, which refer to it: so nothing of an ended request waits for a garbage collection."""
+        for sequence in self.sequences:
+            if sequence.constraint is not None:
+                sequence.constraint.close()
         self.sequences, self.beam = [], None

@@ -22,9 +22,11 @@ from gossamer.protocol.fields import (
     Fields,
     PositiveCount,
     ResponseFormat,
+    Stops,
     StreamOptions,
-    Strings,
     StructuredOutputs,
+    TokenBias,
+    TokenIds,
     parse_fields,
 )
 from gossamer.protocol.responses import Decode, Json
@@ -52,11 +54,11 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     max_tokens: PositiveCount | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    stop: Strings = []
+    stop: Stops = []
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
+    logit_bias: TokenBias = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -65,7 +67,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = []
+    stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     min_tokens: Count = 0
     skip_special_tokens: bool = True

@@ -80,6 +80,10 @@ class ChatMessage(Fields):
         return {"role": role, "content": self.content} | {key: each for key, each in given.items() if each is not None}
 
 
+#: The first message that is wrong refuses all of them: of thousands, one error is enough.
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+
+
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     """Messages for a chat template."""
     return [message.for_template() for message in messages]
@@ -101,7 +105,7 @@ class ChatCompletionRequest(GeneratingBody):
     description: ClassVar[str] = "Answer a conversation."
     prompt_field: ClassVar[str] = "messages"
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool = False
     top_logprobs: Count = 0

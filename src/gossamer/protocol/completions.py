@@ -24,6 +24,7 @@ from gossamer.protocol.logprobs import (
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
 
+MAX_PROMPTS = 4096  # of one body
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
@@ -63,6 +64,8 @@ class CompletionRequest(GeneratingBody):
     @field_validator("prompt", mode="plain")
     @classmethod
     def _as_prompts(cls, value: object) -> list[str | list[int]]:
+        if isinstance(value, list) and len(value) > MAX_PROMPTS and not isinstance(value[0], int):
+            raise ValueError(f"holds {len(value)} prompts; at most {MAX_PROMPTS} are answered together")
         prompts: list[Any] = [value] if isinstance(value, str) or _is_token_ids(value) else _as_list(value)
         all_text = all(isinstance(prompt, str) for prompt in prompts)
         if not prompts or not (all_text or all(_is_token_ids(prompt) for prompt in prompts)):

@@ -32,7 +32,14 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Strings = Annotated[list[str], BeforeValidator(_listed)]
+# Every token of an answer is compared with each stop string, and every step adds each bias: these bound that work.
+MAX_STOPS = 128
+MAX_TOKEN_IDS = 4096
+MAX_CHOICES = 16_384
+
+Stops = Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
+TokenIds = Annotated[list[int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+TokenBias = Annotated[dict[str, float], Field(max_length=MAX_TOKEN_IDS)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 ChoiceCount = Annotated[int, Field(ge=1, le=1024)]  # each is a sequence, and some objects, before anything is computed
@@ -74,7 +81,7 @@ class StructuredOutputs(Fields):
     json_: dict[str, Any] | None = Field(None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
 
 
 def parse_fields(model: type[M], body: object) -> M:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gossamer.engine.detokenizer import decode
+from gossamer.engine.grammar.compiler import Grammar, GrammarCompiler
 from gossamer.engine.intake import Intake
 from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import GeneratingBody, StreamedAnswer
+from gossamer.protocol.encoding import encode_json
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gossamer import LLM
 
 T = TypeVar("T")
+LONG_TEXT = 65_536  # characters of a prompt that others' prompts should not wait for
 
 
 class Answering:
@@ -33,24 +36,40 @@ class Answering:
         llm: the model; its engine belongs to ``engine_loop``.
         model_name: the name in answers.
         max_sequences: completions that one body may ask for.
+        max_logprobs: log-probabilities that one may ask for at each position.
+        bodies: a thread for what is long in requests and answers, but no text.
     """
 
-    def __init__(self, llm: LLM, engine_loop: EngineLoop, *, model_name: str, max_sequences: int) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        engine_loop: EngineLoop,
+        *,
+        model_name: str,
+        max_sequences: int,
+        max_logprobs: int,
+        bodies: ThreadPoolExecutor,
+    ) -> None:
         self.llm = llm
         self.engine_loop = engine_loop
         self.model_name = model_name
         self.max_sequences = max_sequences
+        self.max_logprobs = max_logprobs
+        self._bodies = bodies
         # A copy, and one thread, for what takes longer with long texts: neither the event loop nor the engine waits.
         self._tokenizer = copy.deepcopy(llm.tokenizer)
         self._tokens = TokenBytes(self._tokenizer)
         self._decode_prompt = partial(decode, self._tokens, unfinished=True)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        engine = llm.engine
-        self._intake = Intake(self._tokenizer, engine.intake.vocab_size, engine.max_model_len, 0)
+        # Long texts take seconds, in which the tokenizer lets other threads have Python's lock, and itself.
+        self._long_worker = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
+        intake = llm.engine.intake
+        self._intake = Intake(self._tokenizer, intake.vocab_size, intake.max_model_len, intake.max_cached_tokens)
         self._max_characters = llm.engine.max_model_len * _longest_token(self._tokenizer)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
+        self._long_worker.shutdown(cancel_futures=True)
 
     async def complete(self, body: GeneratingBody) -> dict[str, Any]:
         """The whole answer.
@@ -58,9 +77,30 @@ class Answering:
         Raises:
             GossamerError: refused, or failed.
         """
+        outputs = await self._outputs(body)
+        return await self._away(outputs, lambda: self._answer(body, outputs))
+
+    async def complete_json(self, body: GeneratingBody) -> bytes:
+        """The whole answer, as JSON.
+
+        Raises:
+            GossamerError: refused, or failed.
+        """
+        outputs = await self._outputs(body)
+        return await self._away(outputs, lambda: encode_json(self._answer(body, outputs)))
+
+    async def _outputs(self, body: GeneratingBody) -> list[RequestOutput]:
         async with self._submitted(body, stream=False) as tickets:
-            outputs = [await _last(ticket) for ticket in tickets]
+            return [await _last(ticket) for ticket in tickets]
+
+    def _answer(self, body: GeneratingBody, outputs: list[RequestOutput]) -> dict[str, Any]:
         return body.answer(outputs, model=self.model_name, decode=self._decode_prompt)
+
+    async def _away(self, outputs: list[RequestOutput], function: Callable[[], T]) -> T:
+        """Run ``function`` elsewhere if it writes log-probabilities, of which there can be millions."""
+        if not any(has_logprobs(output) for output in outputs):
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._bodies, function)
 
     @asynccontextmanager
     async def stream(self, body: GeneratingBody) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -70,7 +110,8 @@ class Answering:
             GossamerError: refused. What fails later is raised by the iterator.
         """
         async with self._submitted(body, stream=True) as tickets:
-            yield _events(body.events(model=self.model_name, decode=self._decode_prompt), tickets)
+            answer = body.events(model=self.model_name, decode=self._decode_prompt)
+            yield _events(answer, _updates(tickets), tickets, self._away)
 
     def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """A body's prompt with its token ids, as the engine takes it. Runs in the worker.
@@ -79,9 +120,11 @@ class Answering:
             RequestError: it is empty, too long or no text; the chat template refuses the messages.
         """
         if "messages" in prompt:
-            return {"prompt_token_ids": self.chat_ids(prompt["messages"]), "cache_salt": prompt["cache_salt"]}
-        text_or_ids = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
-        return prompt | {"prompt_token_ids": self.prompt_ids(text_or_ids)}
+            ids, prompt = self.chat_ids(prompt["messages"]), {"cache_salt": prompt["cache_salt"]}
+        else:
+            ids = self.prompt_ids(prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"])
+        self._intake.check_length(len(ids), 1, "")  # what is too long is not worth the engine's time
+        return prompt | {"prompt_token_ids": ids}
 
     def prompt_ids(self, prompt: str | list[int], *, special: bool = True) -> list[int]:
         """The token ids of one prompt. Runs in the worker."""
@@ -92,7 +135,13 @@ class Answering:
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Runs in the worker."""
-        self._check_characters(sum(len(message["content"]) for message in messages))
+        self._check_characters(characters_of(messages))
+        if len(messages) > self.llm.engine.max_model_len:  # the template writes at least a token for each
+            raise PromptTooLongError(
+                f"there are {len(messages)} messages, more than fit into the context of "
+                f"{self.llm.engine.max_model_len} tokens",
+                param="messages",
+            )
         return self.llm.apply_chat_template(messages, tokenizer=self._tokenizer)
 
     def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -114,12 +163,23 @@ class Answering:
             self.engine_loop.release(ticket)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids. Runs in the worker."""
-        return decode(self._tokens, ids, skip_special_tokens=False)
+        """The text of token ids. Runs in the worker.
 
-    async def in_worker(self, function: Callable[[], T]) -> T:
-        """Run something that takes a while."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function)
+        Raises:
+            InvalidPromptError: the model does not have one of them.
+        """
+        known = self._intake.check_ids(ids, "", "tokens") if ids else []
+        return decode(self._tokens, known, skip_special_tokens=False)
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """The vocabulary's spelling of each token. Runs in the worker."""
+        texts: list[str] = self._tokenizer.convert_ids_to_tokens(ids)
+        return texts
+
+    async def in_worker(self, function: Callable[[], T], size: int = 0) -> T:
+        """Run something that takes a while, with texts or token ids of ``size`` altogether."""
+        worker = self._worker if size < LONG_TEXT else self._long_worker
+        return await asyncio.get_running_loop().run_in_executor(worker, function)
 
     def _check_characters(self, count: int) -> None:
         if count > self._max_characters:
@@ -137,11 +197,11 @@ class Answering:
         count = params.n * len(prompts)
         if count > self.max_sequences:
             raise RequestError(f"{count} completions are more than the {self.max_sequences} of one request", param="n")
-        self.engine_loop.check_room(count)  # before the work of making tokens
-        prompts = [await self.in_worker(partial(self.with_ids, prompt)) for prompt in prompts]
-        if params.structured_outputs is not None:
-            await self._compile(params, body)
+        self._check_logprobs(params)
         async with AsyncExitStack() as stack:
+            with self.engine_loop.reserved(count):  # before the work of making tokens
+                prompts = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
+                await stack.enter_async_context(self._compiled(params, body))
             tickets: list[Ticket] = []
             for prompt in prompts:
                 ticket = await self.engine_loop.submit(f"req-{uuid.uuid4().hex}", prompt, params, stream=stream)
@@ -149,16 +209,60 @@ class Answering:
                 tickets.append(ticket)
             yield tickets
 
-    async def _compile(self, params: SamplingParams, body: GeneratingBody) -> None:
-        """A large schema takes a while; the engine finds it compiled."""
-        form = params.structured_outputs
-        assert form is not None
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        asked = max(params.logprobs or 0, params.prompt_logprobs or 0)
+        if asked > self.max_logprobs:
+            raise RequestError(
+                f"{asked} log-probabilities for each token are more than the {self.max_logprobs} of this server; "
+                "--max-logprobs raises the limit",
+                param="logprobs",
+            )
+
+    @asynccontextmanager
+    async def _compiled(self, params: SamplingParams, body: GeneratingBody) -> AsyncIterator[None]:
+        """The form that the answer must have, compiled, for as long as the block lasts."""
+        if params.structured_outputs is None:
+            yield
+            return
+        grammars = self.llm.engine.factory.grammars
         try:
-            await self.in_worker(lambda: self.llm.engine.factory.grammars.constraint(form))
+            form = grammars.form(params.structured_outputs)
+            opening = asyncio.ensure_future(self.in_worker(partial(grammars.open, form)))
+            try:
+                grammar = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(partial(_close_opened, grammars))
+                raise
         except InvalidSamplingParamsError as error:
-            if body.response_format is not None:  # under the name that the client knows
-                error.param = "response_format"
-            raise
+            raise _named(error, body) from None
+        try:
+            try:
+                settled = asyncio.wrap_future(grammar.settled)
+                settled.add_done_callback(_seen)  # whatever it is, if nobody waits any more
+                await asyncio.shield(settled)
+            except InvalidSamplingParamsError as error:
+                raise _named(error, body) from None
+            yield
+        finally:
+            grammars.close(grammar)
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()
+
+
+def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        grammars.close(opening.result())
+
+
+def _named(error: InvalidSamplingParamsError, body: GeneratingBody) -> InvalidSamplingParamsError:
+    """The error under the name that the client knows the form by."""
+    named = InvalidSamplingParamsError(error.message, request_id=error.request_id, param=error.param)
+    if body.response_format is not None:
+        named.param = "response_format"
+    return named
 
 
 async def _last(ticket: Ticket) -> RequestOutput:
@@ -167,18 +271,37 @@ async def _last(ticket: Ticket) -> RequestOutput:
     return last
 
 
-async def _events(answer: StreamedAnswer, tickets: list[Ticket]) -> AsyncIterator[bytes]:
-    if len(tickets) == 1:
-        async for output in tickets[0].updates():
-            for event in answer.events(0, output):
-                yield event
-    else:
-        async for index, output in _merged(tickets):
-            for event in answer.events(index, output):
-                yield event
+Away = Callable[[list[RequestOutput], Callable[[], list[bytes]]], Awaitable[list[bytes]]]
+
+
+async def _events(
+    answer: StreamedAnswer, updates: AsyncIterator[tuple[int, RequestOutput]], tickets: list[Ticket], away: Away
+) -> AsyncIterator[bytes]:
+    echoed: set[int] = set()  # prompts whose first event, which holds the prompt's log-probabilities, is written
+    async for index, output in updates:
+        if output.prompt_logprobs is not None and index not in echoed:
+            echoed.add(index)
+            events = await away([output], partial(_listed, answer, index, output))
+        else:
+            events = _listed(answer, index, output)
+        for event in events:
+            yield event
     outputs = [ticket.output for ticket in tickets if ticket.output is not None]
     for event in answer.end(outputs):
         yield event
+
+
+def _listed(answer: StreamedAnswer, index: int, output: RequestOutput) -> list[bytes]:
+    return list(answer.events(index, output))
+
+
+async def _updates(tickets: list[Ticket]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    if len(tickets) == 1:
+        async for output in tickets[0].updates():
+            yield 0, output
+        return
+    async for update in _merged(tickets):
+        yield update
 
 
 async def _merged(tickets: list[Ticket]) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -197,6 +320,23 @@ async def _merged(tickets: list[Ticket]) -> AsyncIterator[tuple[int, RequestOutp
                     raise ticket.output.error
                 last[index] = ticket.output
                 yield index, ticket.output
+
+
+def has_logprobs(output: RequestOutput) -> bool:
+    """Whether log-probabilities were asked for."""
+    return output.prompt_logprobs is not None or any(each.logprobs is not None for each in output.outputs)
+
+
+def characters_of(messages: list[dict[str, str]]) -> int:
+    """Characters of a conversation's contents."""
+    return sum(len(message["content"]) for message in messages)
+
+
+def _size(prompt: dict[str, Any]) -> int:
+    """Characters or token ids of a body's prompt."""
+    if "messages" in prompt:
+        return characters_of(prompt["messages"]) + len(prompt["messages"])
+    return len(prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"])
 
 
 def _longest_token(tokenizer: Any) -> int:

@@ -24,6 +24,7 @@ from gossamer.server.generating import generating_routes
 from gossamer.server.http import Disconnected, client_gone
 from gossamer.server.middleware import ApiKeys, Limits, RequestLog
 from gossamer.server.options import ServerOptions
+from gossamer.server.origins import Origins, server_hosts
 from gossamer.server.paths import Paths
 from gossamer.server.service import Service
 
@@ -68,6 +69,11 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
     app.add_exception_handler(OSError, _full_disk)
     # The last one added is the first one to see a request.
     app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(
+        Origins,
+        hosts=server_hosts(options.host, options.allowed_hosts),
+        allowed_origins=options.allowed_origins,
+    )
     app.add_middleware(Limits, max_body=options.max_body, max_file=options.max_file, idle_timeout=options.idle_timeout)
     if options.allowed_origins:
         app.add_middleware(

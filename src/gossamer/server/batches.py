@@ -27,7 +27,7 @@ from gossamer.errors import GossamerError, OutputError, RequestError, ServerBusy
 from gossamer.protocol import GeneratingBody
 from gossamer.server.answering import Answering
 from gossamer.server.errors import HttpError, not_found
-from gossamer.server.files import FileStore, StoredFile, new_id, write_json
+from gossamer.server.files import FileStore, StoredFile, new_id, private_directory, private_file, write_json
 
 logger = logging.getLogger("gossamer.batches")
 _ID = re.compile(r"batch-[0-9a-f]{32}")
@@ -102,7 +102,7 @@ class Batches:
         self._answering = answering
         self._max_in_flight = max_in_flight
         self._draining = False
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory)
         self._batches = {batch.id: batch for batch in map(_read, directory.glob("batch-*.json")) if batch is not None}
         for draft in (*directory.glob("*.tmp"), *directory.glob(".*.resumed")):
             draft.unlink()  # of a server that was killed
@@ -221,7 +221,8 @@ class Batches:
         try:
             if line.url != batch.endpoint:
                 raise RequestError(f"url is {line.url}; this batch is for {batch.endpoint}", param="url")
-            record = answer_record(line, await self._patiently(read_body(line)))
+            body = await asyncio.to_thread(read_body, line)
+            record = answer_record(line, await self._patiently(body))
             await self._once_written(batch, lambda: answers.append(record))
             batch.completed += 1
         except Exception as error:  # whatever it is, it belongs to this line alone
@@ -279,9 +280,9 @@ class Batches:
     def _open_parts(self, batch: Batch) -> tuple[OutputFile, OutputFile, ExitStack]:
         """Where answers and failures go, and what closes both."""
         with ExitStack() as stack:
-            answers = stack.enter_context(OutputFile(self._part(batch, "answers"), resume=True))
+            answers = stack.enter_context(OutputFile(private_file(self._part(batch, "answers")), resume=True))
             # failed lines are tried again
-            failures = stack.enter_context(OutputFile(self._part(batch, "errors"), overwrite=True))
+            failures = stack.enter_context(OutputFile(private_file(self._part(batch, "errors")), overwrite=True))
             return answers, failures, stack.pop_all()
 
     def _adopt_parts(self, batch: Batch) -> list[tuple[str | None, int]]:

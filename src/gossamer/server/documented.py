@@ -25,6 +25,7 @@ _ERROR = {
 _MEANINGS = {
     400: "A field is wrong; `param` names it.",
     401: "The API key is missing or unknown.",
+    403: "A web page of another origin asks, or the server is called by a name that is not its own.",
     404: "What the request names does not exist.",
     408: "The body took too long to arrive.",
     413: "The body is too large.",
@@ -40,7 +41,7 @@ _MEANINGS = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of a route that may answer with these."""
     content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 403, 503, *statuses)}
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:

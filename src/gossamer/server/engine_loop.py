@@ -12,7 +12,8 @@ import concurrent.futures
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from gossamer.engine.engine import Engine
@@ -120,6 +121,20 @@ class EngineLoop:
                 f"{waiting} sequences are waiting and {size} more do not fit into the queue; try again later",
                 retry_after=min(max(waiting // self.engine.scheduler.max_num_seqs, 1), 60),
             )
+
+    @contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """Room for ``size`` sequences while their request is being prepared, which costs time too.
+
+        Raises:
+            ServerBusyError: too many are waiting already.
+        """
+        self.check_room(size)
+        self._size += size
+        try:
+            yield
+        finally:
+            self._size -= size
 
     async def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool) -> Ticket:
         """Queue a request. Whoever submits must :meth:`release` the ticket in the end.

@@ -43,7 +43,7 @@ class FileStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            private_directory(directory)
             (directory / "writable").touch()
             (directory / "writable").unlink()
         except OSError as error:
@@ -55,7 +55,7 @@ class FileStore:
         temporary = self.directory / f"{file_id}.part"
         size = 0
         try:
-            with temporary.open("wb") as file:
+            with private_file(temporary).open("wb") as file:
                 async for part in parts:
                     file.write(part)
                     size += len(part)
@@ -70,6 +70,7 @@ class FileStore:
         """
         with drafted(self.directory / f"{stored.id}.json", asdict(stored)):  # first what needs space
             if path.exists():
+                path.chmod(0o600)
                 os.replace(path, self.path(stored.id))
         return stored
 
@@ -131,6 +132,30 @@ def new_id(kind: str) -> str:
     return f"{kind}-{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
+def private_directory(directory: Path) -> Path:
+    """Make a directory that only its owner can look into; those above it that do not exist are made so, too.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700, exist_ok=True)
+    directory.chmod(0o700)
+    return directory
+
+
+def private_file(path: Path) -> Path:
+    """Make sure that a file exists, and that only its owner can read it, whatever the umask says.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    path.chmod(0o600)
+    return path
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a small file in one step."""
     with drafted(path, value):
@@ -142,7 +167,7 @@ def drafted(path: Path, value: dict[str, Any]) -> Iterator[None]:
     """A small file that is written before the body and appears after it, if the body succeeds."""
     draft = path.with_suffix(".tmp")
     try:
-        draft.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+        private_file(draft).write_text(json.dumps(value, ensure_ascii=False), "utf-8")
         yield
         os.replace(draft, path)
     except BaseException:

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gossamer.protocol import BODIES, GeneratingBody
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import EventStream, read_json, while_connected
+from gossamer.server.http import EventStream, read_body, while_connected
 from gossamer.server.service import Service
 
 _ERRORS = errors(400, 404, 408, 413, 415, 429, 500, 504)
@@ -38,11 +38,12 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         request.scope["gossamer.prompt_field"] = kind.prompt_field  # for errors
         service: Service = request.app.state.service
         answering = service.ready.answering
-        body = kind.parse(await read_json(request))
+        body = await read_body(request, kind.parse)
         service.check_model(body.model)
         timeout = service.options.request_timeout
         if body.stream:
             return EventStream(lambda: answering.stream(body), timeout=timeout, prompt_field=kind.prompt_field)
-        return JSONResponse(await while_connected(request.receive, answering.complete(body), timeout))
+        answer = await while_connected(request.receive, answering.complete_json(body), timeout)
+        return Response(answer, media_type="application/json")
 
     return answer

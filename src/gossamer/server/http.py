@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import GossamerError, RequestError
-from gossamer.protocol.decoding import InvalidJsonError, decode_json
+from gossamer.protocol.decoding import SHORT, InvalidJsonError, decode_json
 from gossamer.protocol.fields import parse_fields
 from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
@@ -29,22 +32,48 @@ class Disconnected(Exception):
     """The client has closed the connection."""
 
 
-async def read_json(request: Request) -> Any:
-    """The request's body, decoded.
+async def read_body(request: Request, parse: Callable[[Any], T]) -> T:
+    """What ``parse`` makes of the request's JSON. A long body is read in a thread: others need not wait for it.
 
     Raises:
         HttpError: it is not said to be JSON.
-        RequestError: it is no JSON.
+        RequestError: it is no JSON, or ``parse`` refuses it.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Web pages may send other types anywhere without asking first.
         raise HttpError(415, f"content-type must be application/json, got {kind!r}", code="unsupported_media_type")
     raw = await request.body()
+
+    def read() -> T:
+        try:
+            value = decode_json(raw, "the body")
+        except InvalidJsonError as error:
+            raise RequestError(str(error)) from None
+        return parse(value)
+
+    if len(raw) <= SHORT:
+        return read()
+    return await asyncio.get_running_loop().run_in_executor(request.app.state.service.bodies, read)
+
+
+async def read_form(request: Request) -> FormData:
+    """The form of an upload: one file, and a few fields in UTF-8.
+
+    Raises:
+        RequestError: it is no ``multipart/form-data``, or has more in it.
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data" or b"boundary" not in parameters:
+        raise RequestError("send the file as multipart/form-data, with a boundary", param="file")
+    # Of the parameters, the boundary alone is passed on: a charset would name any of Python's codecs.
+    boundary = parameters[b"boundary"].decode("latin-1").replace("\\", "\\\\").replace('"', '\\"')
+    headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
     try:
-        return decode_json(raw, "the body")
-    except InvalidJsonError as error:
-        raise RequestError(str(error)) from None
+        async with aclosing(request.stream()) as stream:
+            return await MultiPartParser(headers, stream, max_files=1, max_fields=8).parse()
+    except MultiPartException as error:
+        raise RequestError(error.message) from None
 
 
 def parse_body(model: type[M], body: Any) -> M:

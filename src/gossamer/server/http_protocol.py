@@ -1,4 +1,4 @@
-"""Connections: heads that are bounded in time and in size, clients that say no more, clients of HTTP/1.0."""
+"""Connections: bounded in time and in size, clients that say no more, clients of HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-MAX_HEAD = 64 * 2**10  # bytes of a request line with its headers
+MAX_HEAD = 64 * 2**10  # bytes of a request line with its headers, or between two pieces of a body
+MAX_PIPELINED = 16  # requests that wait for the answer to the one before them
+MAX_UNREAD = 64 * 2**20  # bytes of a body that come after the answer
 PROBE_SECONDS = 5.0  # until a client that says no more is asked whether it listens
 
 
@@ -18,6 +20,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     - The head of a request has ``idle_timeout`` seconds and :data:`MAX_HEAD` bytes, wherever it begins. uvicorn closes
       connections that are idle between two requests, but not those that are before the first one, or within headers.
+    - A chunked body brings more than the body: extensions of its chunks, and trailers, which nobody here reads. They
+      are dropped, and bounded like a head. What comes of a body once it is answered has the same time and
+      :data:`MAX_UNREAD` bytes. Requests behind one that is being answered are bounded by number.
     - A client that has closed its half of the connection gets its answer. It looks like one that is gone, until
       something is sent: a stream does so anyway; before the status, an interim response 100 does (RFC 9110, 15.2: any
       client of HTTP/1.1 skips it), and the connection of a client that is gone then breaks.
@@ -28,7 +33,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _probe: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
     _reading_head = True
-    _head = 0
+    _reading_message = False  # from the end of a head to the end of its body
+    _unaccounted = 0  # bytes that came since something whole did: a head, a piece of a body, a body
+    _unread = 0
 
     # asyncio declares a BaseTransport and gives a Transport, as uvicorn's own signature says
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -36,22 +43,34 @@ class BoundedProtocol(HttpToolsProtocol):
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        self._head += len(data) if self._reading_head else 0
+        self._unaccounted += len(data)
         super().data_received(data)
-        if not self._reading_head or self.transport.is_closing():
+        if self.transport.is_closing():
             return
-        if self._head > MAX_HEAD:
+        if self._unaccounted > MAX_HEAD or self._unread > MAX_UNREAD or len(self.pipeline) > MAX_PIPELINED:
             self.transport.close()
-        elif self._timer is None and self._head:
+        elif self._reading_head and self._timer is None and self._unaccounted:
             self._arm()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._reading_head:  # otherwise it is a trailer
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._disarm()
-        self._reading_head = False
-        super().on_headers_complete()
+        self._reading_head, self._reading_message, self._unaccounted = False, True, 0
+        if len(self.pipeline) <= MAX_PIPELINED:  # the connection is closed as soon as its data are read
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unaccounted = 0
+        if self.cycle.response_complete:
+            self._unread += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._reading_head, self._head = True, 0
+        self._disarm()
+        self._reading_head, self._reading_message, self._unaccounted, self._unread = True, False, 0, 0
         super().on_message_complete()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never keeps the connection
@@ -74,6 +93,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if cycle.scope["http_version"] == "1.0":
             app = functools.partial(_until_the_end, cycle, app)
         super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._reading_message and self._timer is None and not self.pipeline:
+            self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()

@@ -17,6 +17,7 @@ class ServerOptions:
         model_names: the names that requests may give; the first is the one in answers.
         api_keys: requests must carry one of them; none asks for nothing.
         max_queue: sequences that may wait beside those that are computed; more are told to come back later.
+        max_logprobs: log-probabilities of most probable tokens that a request may ask for at each position.
         max_body: bytes of a request's body.
         max_file: bytes of an uploaded file.
         request_timeout: seconds until an answer is given up.
@@ -24,6 +25,8 @@ class ServerOptions:
         drain_timeout: seconds that running requests have to finish, once the server is told to stop.
         pinned: files whose text is kept in the cache from the start on.
         allowed_origins: web pages of these origins may call the server from a browser.
+        allowed_hosts: names of the server besides those of this machine; without any, a server that other machines
+            reach has every name. ``*`` takes any.
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
 
@@ -36,6 +39,7 @@ class ServerOptions:
     model_names: tuple[str, ...] = ("gossamer",)
     api_keys: tuple[str, ...] = ()
     max_queue: int = 1024
+    max_logprobs: int = 20
     max_body: int = 8 * 2**20
     max_file: int = 512 * 2**20
     request_timeout: float = 1800.0
@@ -43,6 +47,7 @@ class ServerOptions:
     drain_timeout: float = 60.0
     pinned: tuple[Path, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     data_dir: Path | None = None
     json_logs: bool = False
 
@@ -57,3 +62,5 @@ class ServerOptions:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigurationError(f"{name} must be more than 0, got {value}")
+        if self.max_logprobs < 0:
+            raise ConfigurationError(f"max_logprobs must be at least 0, got {self.max_logprobs}")

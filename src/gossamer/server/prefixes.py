@@ -11,7 +11,7 @@ from typing import Any
 from gossamer.engine.engine import Engine
 from gossamer.errors import ConfigurationError, MemoryBudgetError, RequestError
 from gossamer.sampling_params import SamplingParams
-from gossamer.server.answering import Answering
+from gossamer.server.answering import Answering, characters_of
 from gossamer.server.errors import not_found
 
 COMPUTE = SamplingParams(temperature=0, max_tokens=1)
@@ -60,9 +60,9 @@ class PinnedPrefixes:
         if answering.llm.engine.sharing == "off":
             raise RequestError("this server shares nothing (--sharing off), so nothing can be pinned", param="prompt")
         if messages is not None:
-            tokens = await answering.in_worker(lambda: answering.conversation_ids(messages))
+            tokens = await answering.in_worker(lambda: answering.conversation_ids(messages), characters_of(messages))
         elif prompt is not None:
-            tokens = await answering.in_worker(lambda: answering.prompt_ids(prompt))
+            tokens = await answering.in_worker(lambda: answering.prompt_ids(prompt), len(prompt))
         else:
             raise RequestError("give prompt or messages", param="prompt")
         for known in self._pinned.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -15,7 +16,7 @@ from gossamer.errors import RequestError
 from gossamer.protocol import BODIES
 from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_json
+from gossamer.server.http import parse_body, read_body, read_form
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["batches"])
@@ -69,9 +70,8 @@ def _page(objects: list[dict[str, Any]], after: str | None, limit: int) -> dict[
 async def upload(request: Request) -> JSONResponse:
     """Upload the input of a batch: one request per line."""
     files = _service(request).ready.files
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("send the file as multipart/form-data", param="file")
-    async with request.form(max_files=1, max_fields=8) as form:
+    form = await read_form(request)
+    try:
         file, purpose = form.get("file"), form.get("purpose")
         unknown = [name for name in form if name not in ("file", "purpose")]
         if unknown:
@@ -81,6 +81,8 @@ async def upload(request: Request) -> JSONResponse:
         if purpose != "batch":
             raise RequestError(f"purpose must be batch, got {purpose!r}", param="purpose")
         stored = await files.save(_parts(file), file.filename or "upload.jsonl", "batch")
+    finally:
+        await form.close()
     return JSONResponse(stored.to_dict())
 
 
@@ -127,7 +129,7 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 async def create_batch(request: Request) -> JSONResponse:
     """Answer a file of requests, beside those of other clients."""
     batches = _service(request).ready.batches
-    body = parse_body(BatchRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, BatchRequest))
     batch = batches.create(
         input_file_id=body.input_file_id,
         endpoint=body.endpoint,

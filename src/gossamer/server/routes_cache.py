@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -10,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.chat import Messages, template_messages
 from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_json
+from gossamer.server.http import parse_body, read_body
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["prefixes"])
@@ -22,8 +23,8 @@ router = APIRouter(tags=["prefixes"])
 class PinRequest(Fields):
     """A prefix: a text, token ids, or the first messages of conversations."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
+    messages: Messages | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -40,7 +41,7 @@ async def pin(request: Request) -> JSONResponse:
     """Compute a prefix now, and keep it until it is unpinned."""
     service: Service = request.app.state.service
     prefixes = service.ready.prefixes
-    body = parse_body(PinRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, PinRequest))
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
     messages = None

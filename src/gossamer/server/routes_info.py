@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -12,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import ChatMessage, template_messages
+from gossamer.protocol.chat import Messages, template_messages
 from gossamer.protocol.fields import Fields
+from gossamer.server.answering import characters_of
 from gossamer.server.documented import errors, json_body
-from gossamer.server.http import parse_body, read_json
+from gossamer.server.http import parse_body, read_body
 from gossamer.server.service import Service
 
 router = APIRouter(tags=["information"])
@@ -27,7 +29,7 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -36,7 +38,7 @@ class DetokenizeRequest(Fields):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 
 
 def _service(request: Request) -> Service:
@@ -96,7 +98,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """The token ids of a text or of a conversation."""
     service = _service(request)
     answering = service.ready.answering
-    body = parse_body(TokenizeRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, TokenizeRequest))
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
@@ -104,10 +106,10 @@ async def tokenize(request: Request) -> JSONResponse:
         raise RequestError("the chat template decides about special tokens", param="add_special_tokens")
     if body.messages is not None:
         messages = template_messages(body.messages)
-        ids = await answering.in_worker(lambda: answering.chat_ids(messages))
+        ids = await answering.in_worker(lambda: answering.chat_ids(messages), characters_of(messages))
     elif body.prompt:
         text = body.prompt
-        ids = await answering.in_worker(lambda: answering.prompt_ids(text, special=body.add_special_tokens))
+        ids = await answering.in_worker(lambda: answering.prompt_ids(text, special=body.add_special_tokens), len(text))
     else:
         ids = []
     answer: dict[str, Any] = {
@@ -116,7 +118,7 @@ async def tokenize(request: Request) -> JSONResponse:
         "tokens": ids,
     }
     if body.return_token_strs:
-        answer["token_strs"] = answering.llm.tokenizer.convert_ids_to_tokens(ids)
+        answer["token_strs"] = await answering.in_worker(lambda: answering.token_texts(ids), len(ids))
     return JSONResponse(answer)
 
 
@@ -125,9 +127,8 @@ async def detokenize(request: Request) -> JSONResponse:
     """The text of token ids."""
     service = _service(request)
     answering = service.ready.answering
-    body = parse_body(DetokenizeRequest, await read_json(request))
+    body = await read_body(request, partial(parse_body, DetokenizeRequest))
     service.check_model(body.model)
-    intake = answering.llm.engine.intake
-    ids = intake.check_ids(body.tokens, "", "tokens") if body.tokens else []
-    text = await answering.in_worker(lambda: answering.decode(ids))
+    ids = body.tokens
+    text = await answering.in_worker(lambda: answering.decode(ids), len(ids))
     return JSONResponse({"prompt": text})

@@ -20,13 +20,13 @@ from gossamer.server.app import create_app
 from gossamer.server.http_protocol import BoundedProtocol
 from gossamer.server.logs import configure_logs
 from gossamer.server.options import ServerOptions
+from gossamer.server.origins import is_local
 from gossamer.server.service import Service
 
 if TYPE_CHECKING:
     from gossamer import LLM
 
 logger = logging.getLogger("gossamer.server")
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 GRACE = 5.0  # seconds to tell the clients that time is over
 
 
@@ -37,7 +37,7 @@ def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
     # uvicorn raises the signal again once it has ended; by then everything is done.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda number, frame: None)
-    if not options.api_keys and options.host not in _LOCAL:
+    if not options.api_keys and not is_local(options.host):
         logger.warning("listening on %s without an API key: whoever reaches it may use it", options.host)
     sockets = [_listen(options.host, options.port)]
     server = make_server(load, options)

@@ -58,6 +58,8 @@ class Service:
         self.state: State = "loading"
         self.reason = "the model is being loaded"
         self.failed = asyncio.Event()
+        #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
+        self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self._load = load
         self._temporary: TemporaryDirectory[str] | None = None
         self._data_dir: DataDirectory | None = None
@@ -99,6 +101,8 @@ class Service:
             engine_loop,
             model_name=self.options.model_names[0],
             max_sequences=llm.engine.scheduler.max_num_seqs,
+            max_logprobs=self.options.max_logprobs,
+            bodies=self.bodies,
         )
         engine_loop.start()
         batches = Batches(directory / "batches", files, answering, max_in_flight=answering.max_sequences)
@@ -120,6 +124,7 @@ class Service:
             await self._loaded.batches.stop()
             await self._loaded.engine_loop.stop()
             self._loaded.answering.close()
+        self.bodies.shutdown(cancel_futures=True)
         gc.unfreeze()
         if self._data_dir is not None:
             self._data_dir.release()

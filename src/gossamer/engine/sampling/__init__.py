@@ -8,9 +8,8 @@ the draw. From ``temperature`` on it is the order of transformers' ``generate``.
         -> chosen_logprobs
 """
 
-from gossamer.engine.sampling.constraint import GrammarCompiler
 from gossamer.engine.sampling.logprobs import token_logprobs, top_logprobs
 from gossamer.engine.sampling.sampler import Sampled, Sampler
 from gossamer.engine.sampling.state import SamplingState, make_random
 
-__all__ = ["GrammarCompiler", "Sampled", "Sampler", "SamplingState", "make_random", "token_logprobs", "top_logprobs"]
+__all__ = ["Sampled", "Sampler", "SamplingState", "make_random", "token_logprobs", "top_logprobs"]

@@ -43,15 +43,27 @@ def _logprobs(logits: Tensor, rows: Tensor, targets: Tensor, counts: list[int]) 
         chosen = logprobs.gather(1, targets[part, None].long())
         ranks = (logprobs > chosen).sum(-1) + 1
         top, tokens = largest(logprobs, torch.arange(len(chunk), device=logits.device), k)
-        columns = (targets[part], chosen[:, 0], ranks, top, tokens)
-        for count, (target, logprob, rank, values, indices) in zip(
+        columns = (targets[part], chosen[:, 0], ranks, top, tokens, _ranks(top))
+        for count, (target, logprob, rank, values, indices, places) in zip(
             counts[part], zip(*(column.tolist() for column in columns), strict=True), strict=True
         ):
             row = {target: Logprob(logprob, rank)}
-            for token, value in zip(indices[:count], values, strict=False):
-                row.setdefault(token, Logprob(value, 1 + values.index(value)))
+            for token, value, place in zip(indices[:count], values, places, strict=False):
+                row.setdefault(token, Logprob(value, place))
             results.append(row)
     return results
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """1 plus the number of larger values before each of descending ``values`` (n, k), int64: equal ones share a rank.
+
+    >>> _ranks(torch.tensor([[3.0, 2.0, 2.0, 1.0]]))
+    tensor([[1, 2, 2, 4]])
+    """
+    places = torch.arange(1, values.shape[1] + 1, device=values.device).expand_as(values)
+    larger_before = torch.ones_like(values, dtype=torch.bool)
+    larger_before[:, 1:] = values[:, 1:] < values[:, :-1]
+    return (places * larger_before).cummax(-1).values if values.shape[1] else places
 
 
 def chosen_logprobs(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gossamer.engine.sampling.constraint import Constraint
+from gossamer.engine.grammar import Constraint
 from gossamer.sampling_params import SamplingParams
 
 
