@@ -41,7 +41,7 @@ def slowed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(server: Running, head: str, body: dict[str, Any] | None = None, *, half_close: bool = False) -> socket.socket:
     raw = b"" if body is None else json.dumps(body).encode()
-    fields = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
     connection = socket.create_connection(server.address, timeout=60)
     connection.sendall(f"{head}\r\n{fields}".encode() + raw)
     if half_close:
@@ -134,7 +134,7 @@ def test_a_client_that_has_closed_both_halves_takes_its_request_along(
 
 
 def test_half_of_a_request_is_no_request(server: Running) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
     for half in (b"", b"GET /hea", head, head + b"{"):
         connection = socket.create_connection(server.address, timeout=60)
         connection.sendall(half)
@@ -145,7 +145,7 @@ def test_half_of_a_request_is_no_request(server: Running) -> None:
 
 def test_requests_in_a_row_before_the_half_close_are_all_answered(server: Running) -> None:
     connection = socket.create_connection(server.address, timeout=60)
-    connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+    connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
     connection.shutdown(socket.SHUT_WR)
     assert everything(connection).count(b"HTTP/1.1 200 OK") == 2
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gossamer.errors import ConfigurationError
 from gossamer.locks import try_lock
+from gossamer.server.files import private_directory
 
 logger = logging.getLogger("gossamer.server")
 WAIT_SECONDS = 0.2  # until a server that is ending is looked at again
@@ -34,7 +35,8 @@ class DataDirectory:
             ConfigurationError: another server has it, or it cannot be made or written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():  # the mode of one that is there is its owner's choice
+                private_directory(self.path)
             file = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise ConfigurationError(f"cannot keep files in {self.path}: {error.strerror}") from None
