@@ -83,7 +83,7 @@ def test_whatever_a_line_raises_stays_with_the_line(
         "body": (runner, "read_body", lambda line: line.custom_id == "odd"),
         "template": (llm, "apply_chat_template", lambda messages: messages[0]["content"] == "odd"),
         "add_request": (llm.engine, "add_request", lambda request_id, prompt, params: "line-2-" in request_id),
-        "answer": (llm.tokenizer, "decode", lambda ids: "odd" in "".join(map(chr, ids))),
+        "answer": (runner, "decode", lambda tokenizer, ids, **_: "odd" in "".join(map(chr, ids))),
         "json": (runner, "answer_record", lambda line, answer: line.custom_id == "odd"),
     }
     monkeypatch.setattr(
