@@ -215,6 +215,13 @@ def test_without_a_chat_template_each_text_stands_alone():
         Conversation(FakeLLM("base"), PARAMS, system="Be brief")
 
 
+def test_conversations_without_a_seed_draw_differently(fake):
+    for _ in range(2):
+        assert invoke("chat", "fake", input="Hi").exit_code == 0
+    first, second = (llm.arguments["seed"] for llm in fake)
+    assert first != second
+
+
 def test_piped_text_is_one_message_and_stdout_is_the_answer(fake):
     result = invoke("chat", "fake", input="line one\nline two\n")
     assert result.exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import sys
 from types import FrameType
@@ -56,7 +57,8 @@ def chat(
     given = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**given)  # refused before the weights are read
     piped = None if sys.stdin.isatty() else _read_piped_message()
-    with load_llm(model, options, threads) as llm:
+    # Without a seed no two conversations draw alike: the engine's own default would make every first answer the same.
+    with load_llm(model, options | {"seed": secrets.randbits(32)}, threads) as llm:
         sampling = {"temperature": _TEMPERATURE} | llm.sampling_defaults | given
         conversation = Conversation(llm, SamplingParams(**sampling), system)
         if not conversation.has_template:
