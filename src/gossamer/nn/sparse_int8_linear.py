@@ -37,8 +37,9 @@ class SparseInt8Linear(Int8Linear):
             8 i + j is not zero.
         weight_shape: buffer (2) int64: N and K, since a mask alone does not tell K.
 
-    >>> layer = Int8Linear.from_linear(nn.Linear(16, 4))
-    >>> layer.weight[:, ::2] = 0
+    >>> linear = nn.Linear(16, 4)
+    >>> linear.weight.data.fill_(0.5)[:, ::2] = 0
+    >>> layer = Int8Linear.from_linear(linear)
     >>> sparse = SparseInt8Linear.from_int8(layer)
     >>> sparse.weight_codes.shape, sparse.weight_mask.shape, torch.equal(sparse.weight, layer.weight)
     (torch.Size([32]), torch.Size([4, 2]), True)
