@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,11 +109,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=512, help="tokens")
     arguments = parser.parse_args()
-    path = resolve_model(arguments.model)
-    model, tokenizer = load_model(path, dtype="float32")
+    file = Path(arguments.model)
+    model, tokenizer = load_model(file if file.is_file() else resolve_model(arguments.model), dtype="float32")
     windows = token_windows(tokenizer, reference_text(), arguments.window, arguments.windows)
     perplexity, settings = measure(model, windows)
-    title = f"{arguments.model}, {len(windows)} windows of {arguments.window} tokens, perplexity {perplexity:.4f} in fp32"
+    title = f"{file.name}, {len(windows)} windows of {arguments.window} tokens, perplexity {perplexity:.4f} in fp32"
     table = Table(title=title)
     columns = ("scale per", "outliers", "perplexity", "change", "mean KL", "max KL", "top-1", "in floating point")
     for name in columns:
