@@ -41,8 +41,11 @@ BLOCKS = (None, 256, 32)  # entries of a token that have a scale; None: all of t
 
 def in_blocks(rows: Tensor, block: int | None) -> Tensor:
     """What int8 codes of rows (M, K) fp32 stand for, with a scale for every ``block`` entries of a row."""
-    parts = rows.split(block or rows.shape[1], dim=1)
-    return torch.cat([codes * scale[:, None] for codes, scale in map(quantize_rowwise, parts)], dim=1)
+    size = block or rows.shape[1]
+    whole = rows.shape[1] // size * size
+    parts = (rows[:, :whole].unflatten(1, (-1, size)), rows[:, None, whole:])
+    rounded = [(codes * scale[..., None]).flatten(1) for codes, scale in map(quantize_rowwise, parts)]
+    return torch.cat(rounded, dim=1)
 
 
 @dataclass
@@ -79,11 +82,12 @@ class Setting:
                 handle.remove()
 
     def add(self, logits: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """Takes in the logits (T, V) of a window; ``reference`` (T, V) are the logarithms of probabilities."""
         for rows in row_chunks(logits):
-            log_p, log_q = (each[rows].double().log_softmax(-1) for each in (logits, reference))
+            log_p, log_q = logits[rows].log_softmax(-1), reference[rows]
             target = targets[rows, None]
-            self.losses.append((log_q.gather(1, target) - log_p.gather(1, target)).squeeze(1))
-            self.kl.append((log_q.exp() * (log_q - log_p)).sum(-1))
+            self.losses.append((log_q.gather(1, target) - log_p.gather(1, target)).squeeze(1).double())
+            self.kl.append((log_q.exp() * (log_q - log_p)).sum(-1, dtype=torch.float64))
             self.same.append(log_p.argmax(-1) == log_q.argmax(-1))
 
 
@@ -93,9 +97,8 @@ def measure(model: Any, windows: list[Tensor]) -> tuple[float, list[Setting]]:
     nll = []
     for window in track(windows, console=Console(stderr=True), disable=not sys.stderr.isatty()):
         targets = window[1:]
-        reference = window_logits(model, window)
-        for rows in row_chunks(reference):
-            nll.append(-reference[rows].double().log_softmax(-1).gather(1, targets[rows, None]).squeeze(1))
+        reference = window_logits(model, window).log_softmax(-1)
+        nll.append(-reference.gather(1, targets[:, None]).squeeze(1).double())
         for setting in settings:
             with setting.applied(model):
                 logits = window_logits(model, window)

@@ -42,9 +42,9 @@ def read(directory: Path, settings: dict[str, Any], shape: tuple[int, int] = SHA
     format = int4_format(described)
     assert format is not None
     with ShardReader(directory) as reader:
-        rest, matrices = read_int4(reader, described, format, model)
-    assert not rest and not hasattr(described, "quantization_config")
-    return matrices["fc.weight"]
+        weights = read_int4(reader, described, format, model, as_stored=True)
+    assert list(weights) == ["fc.weight"] and not hasattr(described, "quantization_config")
+    return weights["fc.weight"]
 
 
 def told(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,21 @@ weights are these, rounded to that type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models import awq_int4, compressed_tensors_int4, gptq_int4
 from gossamer.models.compressed_tensors_config import QUANT_METHOD, has_format
+from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.int4_layout import Int4Weight, layers_of
 from gossamer.models.shard_reader import ShardReader
 from gossamer.nn.grouped_rows import BLOCK_TYPES, GroupedRows, input_order
-from gossamer.nn.int8_weight import linear_weight
+from gossamer.nn.int8_weight import is_conv1d, linear_weight
 from gossamer.nn.stored_matrix import StoredMatrix
 
 
@@ -58,18 +59,23 @@ def int4_format(config: PreTrainedConfig) -> Format | None:
 
 
 def read_int4(
-    reader: ShardReader, config: PreTrainedConfig, format: Format, model: nn.Module
-) -> tuple[dict[str, Any], dict[str, StoredMatrix]]:
-    """The tensors of a checkpoint; ``config`` then says nothing of quantization.
+    reader: ShardReader,
+    config: PreTrainedConfig,
+    format: Format,
+    model: nn.Module,
+    skip: Sequence[str] | None = None,
+    *,
+    as_stored: bool = False,
+) -> dict[str, Any]:
+    """The weights of a checkpoint by name, unread; ``config`` then says nothing of quantization.
 
     Args:
         reader: of the checkpoint.
         config: of it.
         format: of its weights.
         model: the one that ``config`` describes, without weights.
-
-    Returns:
-        What is not quantized, unread, by name; and the quantized weights by name.
+        skip: layers that will not be quantized again, while the other linear layers will be; ``None`` if none will be.
+        as_stored: quantized weights are given as :class:`StoredMatrix`, and not in floating point.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or of the wrong shape.
@@ -77,21 +83,28 @@ def read_int4(
     """
     settings = format.read_config(config.quantization_config)
     del config.quantization_config
-    linear = ((name, linear_weight(layer)) for name, layer in model.named_modules())
-    shapes = {name: tuple(weight.shape) for name, weight in linear if weight is not None}
-    matrices: dict[str, StoredMatrix] = {}
-    for path in layers_of(reader, format.weight, format.parts):
-        if path not in shapes:
-            where = reader.file_of(f"{path}.{format.weight}")
-            raise CheckpointError(f"{where}: {path}.{format.weight} is in 4 bit, but the model has no such linear layer")
-        matrices[f"{path}.weight"] = _matrix(format.open_weight(reader, path, shapes[path], settings))
-    own = {format.weight, *format.parts}
-    rest = {
-        name: tensor
-        for name, tensor in reader.slices().items()
-        if name.rpartition(".")[2] not in own or f"{name.rpartition('.')[0]}.weight" not in matrices
-    }
-    return rest, matrices
+    layers = {name: layer for name, layer in model.named_modules() if linear_weight(layer) is not None}
+    kept = quantized_weights(model, skip)
+    paths = layers_of(reader, format.weight, format.parts)
+    parts = {f"{path}.{last}" for path in paths for last in (format.weight, *format.parts)}
+    weights = {name: tensor for name, tensor in reader.slices().items() if name not in parts}
+    for path in paths:
+        where = f"{reader.file_of(f'{path}.{format.weight}')}: {path}.{format.weight}"
+        if path not in layers:
+            raise CheckpointError(f"{where} is in 4 bit, but the model has no such linear layer")
+        if f"{path}.weight" in weights:
+            raise CheckpointError(f"{where} is in 4 bit, and {path}.weight is there as well; one must go")
+        weight: Any = linear_weight(layers[path])
+        matrix = _matrix(format.open_weight(reader, path, tuple(weight.shape), settings))
+        transposed = is_conv1d(layers[path])
+        if not as_stored:
+            keep = f"{path}.weight" in kept and not transposed
+            weights[f"{path}.weight"] = DequantizedRows(matrix.shape, matrix.dequantize, keep, transposed=transposed)
+        elif transposed:
+            raise UnsupportedModelError(f"{where} is the weight of a transposed layer, which cannot be as stored")
+        else:
+            weights[f"{path}.weight"] = matrix
+    return weights
 
 
 def _matrix(weight: Int4Weight) -> StoredMatrix:
