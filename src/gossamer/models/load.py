@@ -23,6 +23,7 @@ from gossamer.models.config_fields import check_fields
 from gossamer.models.gguf_weights import GGUFModel, open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.json_file import read_object
+from gossamer.models.manifest import kept_sampling
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.stored_quantizer import storing
@@ -103,8 +104,12 @@ def _load_gguf(
     file, config, _ = opened
     skip = quantization.skip if quantization else None
     weights = open_weights(file, config, skip, as_stored=options.weights == "as-stored")
+    sampling = kept_sampling(file.path)
     with quiet_transformers():
-        return _load(file.path, config, weights, None, options.dtype, attn_implementation, quantization)
+        model = _load(file.path, config, weights, None, options.dtype, attn_implementation, quantization)
+        if sampling:
+            model.generation_config.update(do_sample=True, **sampling)
+    return model
 
 
 def int8_config(options: ModelOptions) -> GossamerInt8Config | None:
