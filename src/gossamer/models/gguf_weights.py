@@ -25,7 +25,6 @@ from gossamer.nn.block_types import BLOCK_TYPES
 from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.progress import Progress
 
-
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
