@@ -16,14 +16,11 @@ from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
 from gossamer.models.generation import advised_sampling, end_token_ids
-from gossamer.models.load import load_model
-from gossamer.models.resolve import resolve_model
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, with_option_signature
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 from gossamer.progress import Progress
-from gossamer.runners.choose import make_runner
-from gossamer.runners.transformers import IMPLEMENTATION
+from gossamer.runners.loading import load_for_runner
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 Ending = str | Sequence[int]  # of a prompt
@@ -48,6 +45,10 @@ class LLM:
             ``None`` if the native runner is not used.
         quantization_report: which layers became int8 and which did not, or ``None``.
         stored_weights: how the GGUF file that the weights came from stored them, such as ``Q4_1``, or ``None``.
+        weights: what is computed with: ``as stored: Q4_K 169, Q6_K 29`` (types of blocks, and how many matrices),
+            ``int8``, ``float32`` and so on.
+        weights_note: why the quantized blocks of a GGUF file are not used as they are stored, if they might have been;
+            otherwise empty.
         sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
             ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
             it where a request says nothing else; ``SamplingParams()`` does not.
@@ -74,22 +75,20 @@ class LLM:
         """
         self.options = Options.of(options)  # refused before the weights are read
         self.model_name = str(model)
-        self.model_path = resolve_model(model, for_int8=self.options.model.quantization is not None)
-        network, self.tokenizer = load_model(
-            self.model_path, attn_implementation=IMPLEMENTATION, options=self.options.model
+        engine = self.options.engine
+        loaded = load_for_runner(
+            model, self.options.model, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
         )
+        network, self.tokenizer, self.model_path = loaded.network, loaded.tokenizer, loaded.path
+        self.runner_note, self.weights, self.weights_note = loaded.runner_note, loaded.weights, loaded.weights_note
         self.quantization_report: QuantizationReport | None = getattr(
             getattr(network, "hf_quantizer", None), "report", None
         )
         eos = end_token_ids(network, self.tokenizer, self.model_name)
         self.sampling_defaults = advised_sampling(network, self.model_name)
         self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
-        engine = self.options.engine
-        made, self.runner_note = make_runner(
-            network, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
-        )
-        self.sparse_weights: dict[str, Any] | None = made.report().sparse_weights
-        self.engine = Engine(made, self.tokenizer, engine, eos_token_ids=eos)
+        self.sparse_weights: dict[str, Any] | None = loaded.runner.report().sparse_weights
+        self.engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos)
         self._calls = 0
         self._prompts = 0
         self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet

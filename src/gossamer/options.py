@@ -23,6 +23,7 @@ Outliers = Literal["batch", "token", "static"]
 RunnerChoice = Literal["auto", "native", "transformers"]
 KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 SparseWeights = Literal["auto", "on", "off"]
+WeightsChoice = Literal["auto", "as-stored", "dequantized", "int8"]
 SharingMode = Literal["attention", "storage", "off"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHARING_MODES: tuple[SharingMode, ...] = get_args(SharingMode)
@@ -74,6 +75,12 @@ class ModelOptions:
     quantization: Literal["int8"] | None = option(
         None, "int8: make the linear layers int8 while they are read (LLM.int8())."
     )
+    weights: WeightsChoice = option(
+        "auto",
+        "What is computed with: as-stored (the quantized blocks of a GGUF file, in its own size), dequantized (such "
+        "weights in floating point), int8 (as quantization int8) or auto (as stored where the native runner can, "
+        "otherwise dequantized).",
+    )
     int8_threshold: float = option(
         6.0, "With int8: entries beyond this are outliers and are multiplied in floating point."
     )
@@ -91,8 +98,32 @@ class ModelOptions:
             raise ConfigurationError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantization not in (None, "int8"):
             raise ConfigurationError(f"quantization must be None or 'int8', got {self.quantization!r}")
-        if self.quantization:
+        _check_choice("weights", self.weights, get_args(WeightsChoice))
+        if self.int8:
             check_decomposition(self.int8_threshold, self.int8_criterion, self.int8_outliers)
+        if self.quantization and self.weights in ("as-stored", "dequantized"):
+            raise ConfigurationError(
+                f"weights={self.weights!r} and quantization='int8' exclude each other: leave weights out for int8, which "
+                "is made of what a file stores, or leave quantization out"
+            )
+        if self.weights == "as-stored" and self.dtype != "auto":
+            raise ConfigurationError(
+                f"weights='as-stored' keeps the file's own blocks, so dtype cannot be {self.dtype!r}; "
+                "weights='dequantized' makes numbers of that type of them"
+            )
+        if self.weights == "as-stored" and self.int8_head:
+            raise ConfigurationError("weights='as-stored' keeps the output layer as the file has it: leave int8_head out")
+
+    @property
+    def int8(self) -> bool:
+        """Whether the linear layers become int8."""
+        return self.quantization == "int8" or self.weights == "int8"
+
+    @property
+    def may_stay_stored(self) -> bool:
+        """Whether nothing that was said keeps weights from being computed with as a file stores them."""
+        undecided = self.weights == "auto" and self.dtype == "auto" and not self.int8 and not self.int8_head
+        return undecided or self.weights == "as-stored"
 
 
 @dataclass(frozen=True)
@@ -210,6 +241,7 @@ class OptionArguments(TypedDict, total=False):
 
     dtype: str
     quantization: Literal["int8"] | None
+    weights: WeightsChoice
     int8_threshold: float
     int8_criterion: Criterion
     int8_outliers: Outliers | None

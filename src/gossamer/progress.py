@@ -19,7 +19,7 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 class Progress:
     """``with Progress(10) as progress: ... progress.advance()``"""
 
-    def __init__(self, total: int, *, enabled: bool = True) -> None:
+    def __init__(self, total: int, what: str = "computing", *, enabled: bool = True) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
@@ -31,7 +31,7 @@ class Progress:
             TextColumn("{task.fields[note]}"),
         )
         self._bar = Bar(*columns, console=stderr, disable=not (enabled and sys.stderr.isatty()))
-        self._task = self._bar.add_task("computing", total=total, note="")
+        self._task = self._bar.add_task(what, total=total, note="")
         self._start = time.perf_counter()
         self._generated: int | None = None
 

@@ -31,13 +31,11 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import compared, using
-from gossamer.models.load import load_model
-from gossamer.models.resolve import resolve_model
 from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
 from gossamer.options import SHARING_MODES, EngineOptions, ModelOptions, RunnerOptions, SharingMode
-from gossamer.runners.choose import make_runner
+from gossamer.runners.loading import load_for_runner
 from gossamer.runners.native import NativeRunner
-from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
+from gossamer.runners.transformers import TransformersRunner
 from gossamer.sampling_params import SamplingParams
 from gossamer.texts import prompts_of_one_prefix
 
@@ -161,7 +159,6 @@ def bench_decode(
     if min([*batches, *prefixes, suffix]) < 1 or new <= WARM_UP_STEPS + 2:
         raise ConfigurationError(f"batch, prefix and suffix must be at least 1, and new more than {WARM_UP_STEPS + 2}")
     progress(f"loading {model}")
-    path = resolve_model(model, for_int8=options.quantization is not None)
     machine = describe() | {"busy_processes": busy_processes}
     results = []
     max_rows = max(2048, *batches)
@@ -169,11 +166,13 @@ def bench_decode(
     sets: list[str | None] = [*compared(isas)] or [None]
     # each takes the weights over, and so has a model of its own
     for isa, runner in itertools.product(sets, dict.fromkeys(runners)):
-        network, tokenizer = load_model(path, attn_implementation=IMPLEMENTATION, options=options)
         with using(isa):
-            made, note = make_runner(network, runner, max_rows=max_rows, max_seqs=max(batches))
-        if note:
-            progress(f"not native: {note}")
+            loaded = load_for_runner(model, options, runner, max_rows=max_rows, max_seqs=max(batches))
+        network, tokenizer, made = loaded.network, loaded.tokenizer, loaded.runner
+        if loaded.runner_note:
+            progress(f"not native: {loaded.runner_note}")
+        if loaded.weights_note:
+            progress(f"not as stored: {loaded.weights_note}")
         if not isinstance(made, NativeRunner):
             natives = [None]
             break

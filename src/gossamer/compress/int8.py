@@ -75,7 +75,7 @@ def compress_int8(
         GossamerError: what :func:`gossamer.models.load.load_model` raises, or ``output`` cannot be written.
     """
     target = Path(output).resolve()
-    source = resolve_model(model, for_int8=True)
+    source = resolve_model(model, as_file=True)
     check_output(source.resolve(), target, is_file=False, overwrite=overwrite)
     if source.is_dir() and (stored := getattr(load_config(source), "quantization_config", None)):
         raise ConfigurationError(

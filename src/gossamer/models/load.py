@@ -20,21 +20,23 @@ from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelErro
 from gossamer.models.checkpoint import check_directory
 from gossamer.models.checkpoint_weights import check_loaded, load_generation_config, open_checkpoint
 from gossamer.models.config_fields import check_fields
-from gossamer.models.gguf_file import GGUFFile
-from gossamer.models.gguf_weights import open_weights, read_gguf
+from gossamer.models.gguf_weights import GGUFModel, open_weights, read_gguf
 from gossamer.models.int8_quantizer import QUANT_METHOD, GossamerInt8Config
 from gossamer.models.json_file import read_object
+from gossamer.models.manifest import kept_sampling
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.shard_reader import ShardReader
+from gossamer.models.stored_quantizer import storing
 from gossamer.models.support import check_supported
 from gossamer.nn.int8_embedding import Int8TiedHead
 from gossamer.nn.int8_head import quantize_head
 from gossamer.nn.int8_linear import Int8Linear
+from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.options import ModelOptions
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | GGUFModel,
     dtype: str = "auto",
     attn_implementation: str | None = None,
     quantization: GossamerInt8Config | None = None,
@@ -44,8 +46,11 @@ def load_model(
     """Loads a decoder for inference: evaluation mode, no gradients, no remote code, no pickle, no network.
 
     Args:
-        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, whose
-            weights are dequantized.
+        path: a checkpoint directory, as :func:`gossamer.models.resolve_model` returns it; or a GGUF file, which may
+            have been opened already. Its weights are dequantized, unless ``options.weights`` is ``"as-stored"``: then
+            they stay in the file, which is mapped, and become :class:`~gossamer.nn.StoredLinear` and
+            :class:`~gossamer.nn.StoredEmbedding`. (What ``"auto"`` means is for whoever runs the model to decide, see
+            :mod:`gossamer.runners.loading`.)
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: a name in transformers' attention interface; ``None`` lets transformers choose.
         quantization: make the linear layers int8 while they are read. A checkpoint that is int8 already needs no
@@ -59,28 +64,15 @@ def load_model(
     Raises:
         ConfigurationError: ``dtype`` is not one of the four, or the weights cannot be quantized.
         CheckpointError: a file is missing, damaged, or lacks tensors of the model.
-        UnsupportedModelError: the architecture cannot be run exactly.
+        UnsupportedModelError: the architecture cannot be run exactly, or weights cannot be used as they are stored.
     """
     options = options or ModelOptions(dtype=dtype)
-    dtype, quantization = options.dtype, quantization or int8_config(options)
-    path = Path(path)
-    gguf: GGUFFile | None = None
-    if path.is_file():
-        gguf, config, tokenizer = read_gguf(path)
+    quantization = quantization or int8_config(options)
+    if isinstance(path, GGUFModel) or Path(path).is_file():
+        opened = path if isinstance(path, GGUFModel) else read_gguf(Path(path))
+        model, tokenizer = _load_gguf(opened, options, attn_implementation, quantization), opened.tokenizer
     else:
-        check_directory(path)
-        config = load_config(path)
-    check_supported(config)
-    with quiet_transformers():
-        if path.is_dir():
-            tokenizer = load_tokenizer(path)
-            with open_checkpoint(path, config) as (reader, weights):
-                model = _load(path, config, weights, reader, dtype, attn_implementation, quantization)
-            load_generation_config(model, path)
-        else:
-            assert gguf is not None
-            weights = open_weights(gguf, config, quantization.skip if quantization else None)
-            model = _load(path, config, weights, None, dtype, attn_implementation, quantization)
+        model, tokenizer = _load_directory(Path(path), options, attn_implementation, quantization)
     model = model.to(options.device).eval().requires_grad_(False)
     if options.int8_head:
         done = quantize_head(model, quantization.decomposition() if quantization else None)
@@ -91,9 +83,38 @@ def load_model(
     return model, tokenizer
 
 
+def _load_directory(
+    path: Path, options: ModelOptions, attn_implementation: str | None, quantization: GossamerInt8Config | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_directory(path)
+    config = load_config(path)
+    check_supported(config)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(path)
+        skip, as_stored = quantization.skip if quantization else None, options.weights == "as-stored"
+        with open_checkpoint(path, config, skip=skip, as_stored=as_stored) as (reader, weights):
+            model = _load(path, config, weights, reader, options.dtype, attn_implementation, quantization)
+        load_generation_config(model, path)
+    return model, tokenizer
+
+
+def _load_gguf(
+    opened: GGUFModel, options: ModelOptions, attn_implementation: str | None, quantization: GossamerInt8Config | None
+) -> PreTrainedModel:
+    file, config, _ = opened
+    skip = quantization.skip if quantization else None
+    weights = open_weights(file, config, skip, as_stored=options.weights == "as-stored")
+    sampling = kept_sampling(file.path)
+    with quiet_transformers():
+        model = _load(file.path, config, weights, None, options.dtype, attn_implementation, quantization)
+        if sampling:
+            model.generation_config.update(do_sample=True, **sampling)
+    return model
+
+
 def int8_config(options: ModelOptions) -> GossamerInt8Config | None:
     """How the linear layers become int8, if they do."""
-    if options.quantization is None:
+    if not options.int8:
         return None
     return GossamerInt8Config(options.int8_threshold, options.int8_criterion, options.int8_outliers)
 
@@ -152,6 +173,11 @@ def _load(
     """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for."""
     stored = reader.stored_dtype() if reader else "float32"
     wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
+    matrices = {name: weight for name, weight in weights.items() if isinstance(weight, StoredMatrix)}
+    if matrices:
+        others = {name: weight for name, weight in weights.items() if name not in matrices}
+        with storing(matrices, str(path)) as placed:
+            return _from_weights(path, config, others, reader, wanted, attn_implementation, quantization_config=placed)
     if not quantization or is_int8_checkpoint(config):
         model = _from_weights(path, config, weights, reader, wanted, attn_implementation)
         if quantization:

