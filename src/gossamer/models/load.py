@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,13 @@ def load_model(
         if path.is_dir():
             tokenizer = load_tokenizer(path)
             with open_checkpoint(path, config) as (reader, weights):
-                model = _load(path, config, weights, reader, dtype, attn_implementation, quantization)
+                source = _Source(path, config, weights, reader)
+                model = _load(source, dtype, attn_implementation, quantization)
             load_generation_config(model, path)
         else:
             assert gguf is not None
             weights = open_weights(gguf, config, quantization.skip if quantization else None)
-            model = _load(path, config, weights, None, dtype, attn_implementation, quantization)
+            model = _load(_Source(path, config, weights, None), dtype, attn_implementation, quantization)
     model = model.to(options.device).eval().requires_grad_(False)
     if options.int8_head:
         done = quantize_head(model, quantization.decomposition() if quantization else None)
@@ -140,43 +142,40 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What a model is made from: a directory, or a GGUF file, which has no reader."""
+
+    path: Path
+    config: PreTrainedConfig
+    weights: dict[str, Any]
+    reader: ShardReader | None
+
+
 def _load(
-    path: Path,
-    config: PreTrainedConfig,
-    weights: dict[str, Any],
-    reader: ShardReader | None,
-    dtype: str,
-    attn_implementation: str | None,
-    quantization: GossamerInt8Config | None,
+    source: _Source, dtype: str, attn_implementation: str | None, quantization: GossamerInt8Config | None
 ) -> PreTrainedModel:
-    """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for."""
-    stored = reader.stored_dtype() if reader else "float32"
-    wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
-    if not quantization or is_int8_checkpoint(config):
-        model = _from_weights(path, config, weights, reader, wanted, attn_implementation)
+    """The model, whose layers become int8 if asked for."""
+    stored = source.reader.stored_dtype() if source.reader else "float32"
+    wanted = dtype if dtype != "auto" else str(source.config.dtype or stored).removeprefix("torch.")
+    if not quantization or is_int8_checkpoint(source.config):
+        model = _from_weights(source, wanted, attn_implementation)
         if quantization:
             use_decomposition(model, quantization)
         return model
     # The type that the weights are stored in, so that none is rounded before it is quantized.
-    model = _from_weights(path, config, weights, reader, stored, attn_implementation, quantization_config=quantization)
+    model = _from_weights(source, stored, attn_implementation, quantization_config=quantization)
     model.config.dtype = getattr(torch, wanted)
     return model if wanted == stored else model.to(model.config.dtype)
 
 
-def _from_weights(
-    path: Path,
-    config: PreTrainedConfig,
-    weights: dict[str, Any],
-    reader: ShardReader | None,
-    dtype: str,
-    attn_implementation: str | None,
-    **options: Any,
-) -> PreTrainedModel:
+def _from_weights(source: _Source, dtype: str, attn_implementation: str | None, **options: Any) -> PreTrainedModel:
+    path = source.path
     try:
-        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].from_pretrained(
             None,
-            state_dict=weights,
-            config=config,
+            state_dict=source.weights,
+            config=source.config,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             local_files_only=True,
@@ -190,7 +189,7 @@ def _from_weights(
         if isinstance(error, GossamerError):
             raise
         raise CheckpointError(f"the weights in {path} do not fit its configuration: {error}") from error
-    check_loaded(model, info, reader, path)
+    check_loaded(model, info, source.reader, path)
     model.config._name_or_path = str(path)
     return model
 
