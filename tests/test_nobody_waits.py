@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from connections import connect, post
 from gossamer import LLM, SamplingParams
 from gossamer.batch import input_file
 from gossamer.engine.grammar import GrammarCompiler, compiler
@@ -30,13 +31,9 @@ from gossamer.protocol.encoding import encode_json
 from gossamer.server import answering, http
 from running_server import Running, make_chat_llm, running, wait_for
 
+TINY_CONTEXT = 16_384
 SLOW = Path(__file__).parent / "slow_grammars.py"
 MEGABYTES_7 = 7_000_000
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4, max_position_embeddings=16384)
 
 
 def slow_llm(directory: Path) -> LLM:
@@ -90,10 +87,8 @@ LARGE: dict[str, tuple[str, bytes]] = {
 def stream(server: Running) -> Iterator[list[float]]:
     """A client that streams without end; when its parts came."""
     body = json.dumps({"prompt": "Go on", "max_tokens": 15_000, "ignore_eos": True, "stream": True}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     times: list[float] = []
-    with socket.create_connection(server.address, timeout=60) as connection:
-        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    with connect(server, post("/v1/completions", body)) as connection:
 
         def read() -> None:
             while connection.recv(1 << 16):
@@ -212,9 +207,7 @@ def test_a_form_is_compiled_no_longer_when_its_client_has_left(
     grammars = server.llm.engine.factory.grammars
     monkeypatch.setitem(grammars._host._setup, "compile_seconds", 600.0)
     body = json.dumps({"prompt": "a", "structured_outputs": {"choice": ["slow to compile", "or not"]}}).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    with socket.create_connection(server.address, timeout=60) as connection:
-        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    with connect(server, post("/v1/completions", body)):
         wait_for(lambda: "or not" in "".join(grammars._grammars))
     wait_for(lambda: "or not" not in "".join(grammars._grammars) and not grammars._compiling)
 
