@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
@@ -99,7 +100,7 @@ def open_weights(
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
+    names = _names_in(file, model, processor)
     kept = quantized_weights(model, skip)
     stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
@@ -135,6 +136,21 @@ def open_weights(
         if name.endswith(".bias") and name not in weights:
             weights[name] = torch.zeros(parameter.shape, device="cpu")
     return weights
+
+
+def _names_in(file: GGUFFile, model: Any, processor: TensorProcessor) -> dict[str, str]:
+    """transformers' names of tensors, by those that they have in a file of this architecture."""
+    architecture = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    known = gguf.get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
+    names: dict[str, str] = {}
+    for name in map(processor.preprocess_name, model.state_dict()):
+        module, _, last = name.rpartition(".")
+        stem, suffix = (module, f".{last}") if last in ("weight", "bias") else (name, "")
+        if (found := known.get_name(stem)) is not None:
+            names[found + suffix] = name
+        else:  # one of transformers for several in the file
+            processor.perform_fallback_tensor_mapping(names, suffix, "", name)
+    return names
 
 
 def _storable_weights(model: Any) -> frozenset[str]:
