@@ -82,6 +82,7 @@ def load_for_runner(
                 return _load(opened, stored, replace(runner, runner="native"), max_rows, max_seqs)
             except UnsupportedModelError as error:
                 note = str(error)
+        note = note if opened.file.in_blocks else ""  # nobody expects it of plain numbers
         path = resolve_model(model)
     return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
 
