@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,8 @@ def test_nothing_is_held_twice(llama, tmp_path):
         "load_model(sys.argv[1], options=ModelOptions(weights='as-stored'))\n"  # what libraries allocate once
         "before = held()\n"
         "model, _ = load_model(sys.argv[2], options=ModelOptions(weights='as-stored'))\n"
-        "print(held() - before, sum(each.stored.shape.numel() for each in model.modules() if hasattr(each, 'stored')))\n"
+        "layers = [each for each in model.modules() if hasattr(each, 'stored')]\n"
+        "print(held() - before, sum(each.stored.shape.numel() for each in layers))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, llama, file], capture_output=True, text=True, check=True)
     grown, weights = map(int, done.stdout.split())
@@ -321,7 +321,10 @@ def test_a_file_that_the_catalogue_keeps_brings_its_sampling(llama, tmp_path):
 
 
 def test_loading_can_be_interrupted(llama, monkeypatch):
-    monkeypatch.setattr("gossamer.models.gguf_file.GGUFTensor.check_scales", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupt(tensor: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.models.gguf_file.GGUFTensor.check_scales", interrupt)
     with pytest.raises(KeyboardInterrupt):
         LLM(llama)
     assert not cache_directory().exists()

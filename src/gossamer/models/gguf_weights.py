@@ -28,7 +28,6 @@ from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.ops.int8 import piece_rows
 from gossamer.progress import Progress
 
-
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
