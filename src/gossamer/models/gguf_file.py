@@ -145,6 +145,11 @@ class GGUFFile:
         """The keys, in the order of the file."""
         return list(self._values)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a tensor of it is in quantized blocks."""
+        return any(tensor.in_blocks for tensor in self.tensors.values())
+
     @cached_property
     def architecture(self) -> str:
         """What computation the weights are for, in GGUF's terms."""

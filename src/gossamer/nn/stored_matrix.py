@@ -95,10 +95,11 @@ class StoredMatrix:
         if type not in BLOCK_TYPES:
             raise ConfigurationError(f"{type!r} is not a type of blocks; these are: {', '.join(BLOCK_TYPES)}")
         block = BLOCK_TYPES[type]
-        if inputs % block.weights or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != block.row_bytes(inputs):
+        fits = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == block.row_bytes(inputs)
+        if inputs % block.weights or not fits:
             raise ConfigurationError(
-                f"rows of {inputs} weights in {type}, whose blocks have {block.weights} weights in {block.bytes} bytes, "
-                f"cannot be {data.dtype} {list(data.shape)}"
+                f"rows of {inputs} weights in {type}, whose blocks have {block.weights} weights in {block.bytes} bytes, are "
+                f"not {data.dtype} {list(data.shape)}"
             )
         if order is not None and np.array_equal(order, np.arange(len(data))):
             order = None
@@ -141,7 +142,7 @@ class StoredMatrix:
         return found if self.input_order is None else found[..., self.input_order.argsort()]
 
     def first_bad_block(self) -> int | None:
-        """The offset in bytes, within the data of the file, of the first block with a scale that is no finite number."""
+        """The offset in bytes, within the data, of the first block with a scale that is no finite number."""
         place = self._block.first_bad_block(self._data[...].reshape(-1, self._block.bytes))
         return None if place is None else place * self._block.bytes
 

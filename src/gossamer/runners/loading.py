@@ -121,7 +121,7 @@ def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
     """
     if path.is_file():
         opened = read_gguf(path)
-        if not any(tensor.in_blocks for tensor in opened.file.tensors.values()):
+        if not opened.file.in_blocks:
             return None
         return opened, unstorable(opened.file) or unsupported(opened.config.get_text_config())
     config = load_config(path)
