@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigurationError, match="'Q9_K' is not a type of blocks"):
         StoredMatrix("Q9_K", 32, np.zeros((1, 18), np.uint8))
     for inputs, data in ((32, np.zeros((1, 17), np.uint8)), (48, np.zeros((1, 27), np.uint8)), (32, np.zeros((1, 18)))):
-        with pytest.raises(ConfigurationError, match="blocks have 32 weights in 18 bytes"):
+        with pytest.raises(ConfigurationError, match="blocks hold 32 in 18 bytes"):
             StoredMatrix("Q4_0", inputs, data)
 
 

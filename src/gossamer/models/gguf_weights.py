@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,9 +173,9 @@ def _stored(tensor: GGUFTensor, processor: TensorProcessor, storable: bool) -> S
 
 def _check_scales(file: GGUFFile) -> None:
     """Reads the scales of all blocks, so that none is a surprise later."""
-    with Progress(len(file.tensors), "checking weights") as progress:
-        for tensor in file.tensors.values():
-            tensor.check_scales()
+    tensors = file.tensors.values()
+    with Progress(len(tensors), "checking weights") as progress, ThreadPoolExecutor() as pool:
+        for _ in pool.map(GGUFTensor.check_scales, tensors):
             progress.advance()
 
 

@@ -98,8 +98,8 @@ class StoredMatrix:
         fits = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == block.row_bytes(inputs)
         if inputs % block.weights or not fits:
             raise ConfigurationError(
-                f"rows of {inputs} weights in {type}, whose blocks have {block.weights} weights in {block.bytes} bytes, are"
-                f" not {data.dtype} {list(data.shape)}"
+                f"rows of {inputs} weights in {type}, whose blocks hold {block.weights} in {block.bytes} bytes, "
+                f"are not {data.dtype} {list(data.shape)}"
             )
         if order is not None and np.array_equal(order, np.arange(len(data))):
             order = None
