@@ -281,10 +281,10 @@ NB_MODULE(_native, m) {
       .def("buffer", &Program::buffer)
       .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })
       .def("embed", &Program::embed)
-      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to, const std::string& outliers,
-                         bool relative, float threshold, int64_t columns, bool last) {
+      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int64_t order, int to,
+                         const std::string& outliers, bool relative, float threshold, int64_t columns, bool last) {
         const bool whole = outliers == "batch";
-        self.prepare(source, at<const float>(gain), epsilon, k, to,
+        self.prepare(source, at<const float>(gain), epsilon, k, at<const int64_t>(order), to,
                      decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
       })
       .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,

@@ -58,7 +58,7 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int group, const BlockRows&
       I pairs[ROWS];
       repeat<RUN>([&](auto step) GOSSAMER_LAMBDA {
         constexpr int S = decltype(run)::value * RUN + decltype(step)::value;
-        const I codes = T::template codes<H, S>(lines, group);
+        const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
         repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
           constexpr int R = decltype(r)::value;
           const I products = GOSSAMER_PAIRS(codes, broadcast(a + R * rows.stride + 4 * S));
@@ -77,7 +77,7 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int group, const BlockRows&
 #endif
   repeat<STEPS>([&](auto step) GOSSAMER_LAMBDA {
     constexpr int S = decltype(step)::value;
-    const I codes = T::template codes<H, S>(lines, group);
+    const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
     repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
       constexpr int R = decltype(r)::value;
       sum[R] = dot_bytes<T::SIGNED>(sum[R], codes, broadcast(a + R * rows.stride + 4 * S));
@@ -91,8 +91,14 @@ template <class T, int ROWS>
 GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows,
                                       float* scratch, float* sums) {
   constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
+  // With 16 registers, four rows take all of them for a sub-block: the sums of the rows wait in memory.
+  constexpr bool WAITING = W == 8 && ROWS == 4;
   F y[ROWS];
-  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA { y[decltype(r)::value] = zero(); });
+  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+    constexpr int R = decltype(r)::value;
+    y[R] = zero();
+    if constexpr (WAITING) store(sums + R * PANEL, y[R]);
+  });
   const int8_t* a = rows.codes;
   const RowBlock* block = rows.blocks;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -107,15 +113,17 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
       repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
         constexpr int H = decltype(h)::value;
         I sum[ROWS];
-        sub_block<T, H, ROWS>(lines, group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
+        sub_block<T, H, ROWS>(read_again(lines), group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
         repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
           constexpr int R = decltype(r)::value;
           const RowBlock& at = block[R * rows.count + H * T::SUB / 32];
+          if constexpr (WAITING) y[R] = load(sums + R * PANEL);
           y[R] = fma(to_float(sum[R]), mul(load(scale + H * SCALES * W), set1(at.scale)), y[R]);
           if constexpr (T::OFFSET < 0) {
             const float* total = T::SUB == 32 ? &at.scaled_sum : at.scaled_half_sum + H % 2;
             y[R] = fma(load(scale + (H * SCALES + 1) * W), set1(*total), y[R]);
           }
+          if constexpr (WAITING) store(sums + R * PANEL, y[R]);
         });
       });
       a += PER_GROUP * T::SUB;
@@ -125,7 +133,8 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
     lines += Reading<T>::LINE_BYTES;
     halves += Reading<T>::SCALE_BYTES;
   }
-  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA { store(sums + decltype(r)::value * PANEL, y[decltype(r)::value]); });
+  if constexpr (!WAITING)
+    repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA { store(sums + decltype(r)::value * PANEL, y[decltype(r)::value]); });
 }
 
 // Writes a strip out: its codes as bytes, in the order of the weights, and the scales of all sub-blocks.
@@ -149,6 +158,9 @@ GOSSAMER_NOINLINE void unpack_strip(const uint8_t* lines, const uint8_t* halves,
   }
 }
 
+constexpr int64_t FEW_ROWS = 4;                   // whose products read packed codes; for more rows these are written out
+constexpr int64_t PACKED_ROWS = W == 8 ? 2 : 4;  // of them at a time: as many as 16 registers have room for, or 32
+
 // The kernels of a type.
 struct StripKernels {
   using Products = void (*)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, float* scratch, float* sums);
@@ -160,10 +172,11 @@ struct StripKernels {
 template <class T>
 constexpr StripKernels strip_kernels() {
   using U = Unpacked<T>;
-  StripKernels all{{strip_products<T, 1>, strip_products<T, 2>, strip_products<T, 4>},
+  StripKernels all{{strip_products<T, 1>, strip_products<T, 2>, nullptr},
                    {strip_products<U, 1>, strip_products<U, 2>, strip_products<U, 4>, nullptr},
                    unpack_strip<T>,
                    32 / T::SUB * (T::OFFSET < 0 ? 2 : 1)};
+  if constexpr (PACKED_ROWS == 4) all.packed[2] = strip_products<T, 4>;
   if constexpr (TILE == 8) all.unpacked[3] = strip_products<U, 8>;
   return all;
 }
@@ -202,8 +215,6 @@ struct Sums {
   };
   static constexpr bool CODED = false;
 };
-
-constexpr int64_t FEW_ROWS = 4;  // whose products read packed codes; for more rows these are written out
 
 // A strip of a packed weight, W outputs from `output` on.
 struct Strip {
@@ -301,7 +312,7 @@ void multiply_blocks(const LinearCall& c) {
       scales += blocks[s] * strip.kernels->sub_block_scales * W;
     }
     for (int64_t m = c.first_row; m < c.last_row;) {
-      int size = unpacked && TILE == 8 ? 3 : 2;
+      int size = !unpacked && PACKED_ROWS == 2 ? 1 : unpacked && TILE == 8 ? 3 : 2;
       while (m + (1 << size) > c.last_row) --size;
       const BlockRows some{static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
       for (int s = 0; s < STRIPS; ++s)

@@ -49,6 +49,14 @@ GOSSAMER_INLINE void keep_order(V& v) {
 #endif
 }
 
+// The same pointer, of which a compiler does not know it: what is read through it is read again, instead of being kept in a
+// register, or on the stack, since it was read before.
+template <class T>
+GOSSAMER_INLINE const T* read_again(const T* p) {
+  asm volatile("" : "+r"(p));  // volatile, or two of them would be one
+  return p;
+}
+
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 GOSSAMER_INLINE F load(const float* p) {
