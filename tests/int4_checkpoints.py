@@ -51,11 +51,12 @@ def draw(
     act_order: bool = False,
     scale_type: torch.dtype = torch.float16,
     seed: int = 0,
+    order_seed: int = 0,
 ) -> Numbers:
     random = np.random.default_rng(seed)
     groups = np.arange(inputs) // (inputs if group_size == -1 else group_size)
     if act_order:
-        random.shuffle(groups)
+        np.random.default_rng(order_seed).shuffle(groups)
     count = int(groups.max()) + 1
     codes = random.integers(0, 16, (outputs, inputs))
     zero = np.full((outputs, count), 8) if symmetric else random.integers(1, 16, (outputs, count))
@@ -150,6 +151,8 @@ def write_model(
 ) -> dict[str, Tensor]:
     """A random model in half precision whose linear layers are in 4 bit; ``head``: the output layer, too.
 
+    Layers with the same input have it in the same order, since that comes from the input.
+
     Returns:
         What its tensors mean in floating point, by transformers' names.
     """
@@ -159,7 +162,9 @@ def write_model(
     linear = [name for name in stored if name.endswith("proj.weight") or (head and name == "lm_head.weight")]
     for seed, name in enumerate(linear):
         outputs, inputs = stored.pop(name).shape
-        layer = FORMATS[format](draw(outputs, inputs, group_size, seed=seed, **settings))
+        order_seed = sum(name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("gate", "up").encode())
+        numbers = draw(outputs, inputs, group_size, seed=seed, order_seed=order_seed, **settings)
+        layer = FORMATS[format](numbers)
         stored |= {f"{name.removesuffix('weight')}{last}": tensor for last, tensor in layer.tensors.items()}
         dense[name] = layer.weight
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer import LLM, SamplingParams
 from gossamer.compress.int8 import compress_int8
 from gossamer.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from gossamer.kernels.library import instruction_set
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.load import load_model
 from gossamer.nn import Int8Linear, StoredLinear
@@ -152,3 +153,27 @@ def test_llm_answers_as_transformers_does_with_the_same_weights(format, tmp_path
         {"prompt_token_ids": prompt}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
     )
     assert output.outputs[0].token_ids == expected
+
+
+@pytest.mark.skipif(instruction_set() is None, reason="the native kernels are not built")
+@pytest.mark.parametrize(
+    ("format", "settings"),
+    [
+        ("gptq", {"symmetric": True}),
+        ("gptq_v2", {"act_order": True}),
+        ("awq", {}),
+        ("pack_quantized", {"act_order": True}),
+    ],
+)
+def test_native_kernels_compute_with_the_weights_as_they_are(format, settings, tmp_path):
+    """Nearly what fp32 gives: the activations are rounded to int8. Inputs in another order would be far from it."""
+    write_model(tmp_path / "a", format, **settings)
+    stored, floating = (
+        LLM(tmp_path / "a", max_model_len=64, memory="64MB", **options) for options in ({}, {"dtype": "float32"})
+    )
+    assert stored.weights == "as stored: G4F16 14" and not stored.weights_note
+    found, expected = (
+        torch.tensor(llm.score([{"prompt_token_ids": IDS[0].tolist()}], use_tqdm=False)[0].token_logprobs[1:])
+        for llm in (stored, floating)
+    )
+    assert 0 < (found - expected).abs().mean() < 0.1 < expected.std()
