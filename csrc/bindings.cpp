@@ -33,6 +33,7 @@ Type type_of(const std::string& name) {
   if (name == "bfloat16") return Type::bf16;
   if (name == "float32") return Type::f32;
   if (name == "float16") return Type::fp16;
+  if (name == "int8_blocks") return Type::int8_blocks;
   throw std::invalid_argument("unknown type " + name);
 }
 
@@ -109,6 +110,24 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Weight* self, const std::string& isa, const std::string& type, int64_t n, int64_t k, bool bias,
                           int64_t stored, const std::string& stored_type, bool for_now) {
         new (self) Weight(kernels_of(isa), format_of(type_of(type)), n, k, bias, stored, type_of(stored_type), for_now);
+      })
+      // In blocks: the type of each 16 outputs, as csrc/kernels/block_types.h numbers them.
+      .def_static("of_blocks", [](const std::string& isa, const std::vector<int>& types, int64_t n, int64_t k, bool bias) {
+        std::vector<BlockType> each;
+        for (const int type : types) each.push_back(static_cast<BlockType>(type));
+        return std::make_shared<Weight>(kernels_of(isa), each, n, k, bias);
+      })
+      .def_static("of_rows", [](const std::string& isa, int type, int64_t n, int64_t k, int64_t rows) {
+        return std::make_shared<Weight>(kernels_of(isa), static_cast<BlockType>(type), n, k, at<const uint8_t>(rows));
+      })
+      .def("pack_blocks", [](Weight& self, int64_t source, int64_t rows, int64_t first, int64_t part, int64_t parts, int threads) {
+        nb::gil_scoped_release release;
+        self.pack_blocks(at<const uint8_t>(source), rows, first, part, parts, threads);
+      })
+      .def("look_up", [](Weight& self, int64_t row, int64_t out) {
+        const PackedWeight& w = self.packed();
+        if (row < 0 || row >= w.n) throw std::invalid_argument("there is no such row");
+        self.kernels().of(w.format).look_up(w, row, 1.0f, at<float>(out));
       })
       .def("pack", [](Weight& self, int64_t source, const std::string& type, int64_t rows, int64_t first, int64_t part,
                       int64_t parts, int64_t scale) {
@@ -262,10 +281,10 @@ NB_MODULE(_native, m) {
       .def("buffer", &Program::buffer)
       .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })
       .def("embed", &Program::embed)
-      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to, const std::string& outliers,
-                         bool relative, float threshold, int64_t columns, bool last) {
+      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int64_t order, int to,
+                         const std::string& outliers, bool relative, float threshold, int64_t columns, bool last) {
         const bool whole = outliers == "batch";
-        self.prepare(source, at<const float>(gain), epsilon, k, to,
+        self.prepare(source, at<const float>(gain), epsilon, k, at<const int64_t>(order), to,
                      decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
       })
       .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,

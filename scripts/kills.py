@@ -51,6 +51,16 @@ from gossamer.models.manifest import verify
 KILLS_PER_ROUND = 3
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or -1 if there is none."""
+    return path.stat().st_size if path.exists() else -1
+
+
+def grown(path: Path, size: int) -> bool:
+    """Whether a file is there, and of another size."""
+    return size_of(path) not in (-1, size)
+
+
 class Harness:
     def __init__(self, directory: Path, seed: int, report: Report) -> None:
         self.directory, self.random, self.report = directory, random.Random(seed), report
@@ -81,10 +91,9 @@ class Harness:
         command = ("batch", str(self.model), str(self.input), "-o", str(output), "--resume", "--max-num-seqs", "4")
         kept: dict[str, str] = {}
         for _ in range(KILLS_PER_ROUND):
-            size = output.stat().st_size if output.exists() else -1
+            size = size_of(output)
             subject = Subject(*command)
-            begun = lambda size=size: output.exists() and output.stat().st_size != size  # noqa: E731  one line
-            self.killed("batch", subject, begun, self.seconds["batch"] / 4)
+            self.killed("batch", subject, functools.partial(grown, output, size), self.seconds["batch"] / 4)
             kept |= {key: record_id for key, (record_id, _) in answered(records(output)).items()}
         self.report.check(Subject(*command).end() in (0, 1), "batch: resuming failed")
         check_lines(self.report, "batch", records(output), kept, self.expected)
@@ -103,7 +112,7 @@ class Harness:
                     self.check_served(directory, url, batch_id, kept)
                     return
                 part = directory / "batches" / f"{batch_id}.answers.jsonl"
-                size = part.stat().st_size if part.exists() else -1
+                size = size_of(part)
                 if self.random.random() < 0.33:  # around the end of the batch
                     due, seconds = functools.partial(self.at_the_end, part, url, batch_id), 0.1
                 else:  # somewhere between its lines
@@ -119,7 +128,7 @@ class Harness:
                 kept |= {key: record_id for key, (record_id, _) in answered(lines).items()}
 
     def under_way(self, part: Path, size: int, url: str, batch_id: str) -> bool:
-        return (part.exists() and part.stat().st_size != size) or self.status(url, batch_id) == "completed"
+        return grown(part, size) or self.status(url, batch_id) == "completed"
 
     def at_the_end(self, part: Path, url: str, batch_id: str) -> bool:
         return len(records(part)) >= len(self.expected) - 1 or self.status(url, batch_id) in ("finalizing", "completed")
@@ -198,10 +207,12 @@ class Harness:
 
     def replaced(self, what: str, output: Path, command: list[str], **environment: str) -> None:
         """At every kill the old one or the new one is there, whole."""
+
+        def being_written() -> bool:
+            return any(output.parent.glob(f".{output.name}.*.tmp"))
+
         for _ in range(KILLS_PER_ROUND):
-            subject = Subject(*command, **environment)
-            scratch = lambda: any(output.parent.glob(f".{output.name}.*.tmp"))  # noqa: E731  one condition
-            self.killed(what, subject, scratch, 0.2)
+            self.killed(what, Subject(*command, **environment), being_written, 0.2)
             self.report.check(verify(output, full=True) == [], f"{what}: the output is damaged or gone")
         self.report.check(Subject(*command, **environment).end() == 0, f"{what}: failed after kills")
         self.report.check(verify(output, full=True) == [], f"{what}: the output is damaged")

@@ -1,15 +1,20 @@
-"""Models that several test files need."""
+"""Models, and servers of them, that several test files need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    import openai
+
     from gossamer import LLM
+    from running_server import Running
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +62,16 @@ def make_tiny_llama() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with sharp logits: greedy choices do not depend on rounding. Files with other needs override it."""
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
+def tiny(
+    make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """A tiny Llama with sharp logits: greedy choices do not depend on rounding. Files with other needs override it.
+
+    Its context is 128 tokens, or the ``TINY_CONTEXT`` of the file.
+    """
+    context = getattr(request.module, "TINY_CONTEXT", 128)
+    directory = tmp_path_factory.mktemp("tiny")
+    return make_tiny_llama(directory, initializer_range=0.4, max_position_embeddings=context)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +88,39 @@ def llm(tiny: Path) -> LLM:
     from gossamer import LLM
 
     return LLM(tiny)
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Running]:
+    """A server of the same model. Files that need other options override it."""
+    from running_server import make_chat_llm, running
+
+    with running(lambda: make_chat_llm(tiny)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of that server."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def slowed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of some milliseconds, so that a request is still running when it is to be."""
+    forward = server.llm.engine.runner.forward
+    monkeypatch.setattr(server.llm.engine.runner, "forward", lambda plan: (time.sleep(0.01), forward(plan))[1])
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Programs that the test starts end at Ctrl-C, also where the shell has pytest ignore it, as behind ``&``."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

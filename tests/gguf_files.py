@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers.tokenization_utils_base import generate_merges
 
 from gossamer.compress.export import export
+from gossamer.compress.gguf_metadata import add_measures
 from gossamer.models.quiet import quiet_transformers
 from native_checkpoints import (
     byte_level,
@@ -145,15 +146,7 @@ def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dic
     """
     config = model.config
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_measures(writer, config)
     for name, value in keys.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{writer.arch}.{name}", value)
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -376,6 +376,7 @@ def test_a_killed_run_is_completed_by_resume(paths, many):
     assert summary["completed"] + summary["skipped"] == 120
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_command_cleanly_and_resume_completes_it(paths, many):
     with start_command(paths, "--max-num-seqs", "4", delay=0.02) as process:
         wait_for_lines(process, paths[1], 10)

@@ -285,6 +285,7 @@ def test_an_error_does_not_end_the_conversation(monkeypatch, capsys):
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_terminal_stops_the_answer_only():
     import pty
 

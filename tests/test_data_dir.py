@@ -7,7 +7,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gossamer.server.data_dir import DataDirectory
 from running_server import Running, make_chat_llm, running, wait_for
 from test_server_accidents import found_answers, ids, lines, records
 
+TINY_CONTEXT = 512
 FORM = b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\ncontent-disposition: form-data; '
 FORM += b'name="file"; filename="in.jsonl"\r\n\r\n%s\r\n--x--\r\n'
 MULTIPART = "multipart/form-data; boundary=x"
@@ -43,11 +43,6 @@ def test_one_server_has_the_directory(tmp_path: Path) -> None:
         await first.acquire()
 
     asyncio.run(live())
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4, max_position_embeddings=512)
 
 
 def run_batch(server: Running, count: int, **fields: Any) -> str:

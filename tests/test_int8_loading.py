@@ -303,6 +303,7 @@ class TestCompress:
         with pytest.raises(ConfigurationError, match="say how"):
             CliRunner().invoke(app, arguments[:4], catch_exceptions=False)
 
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize("when", ["reading", "writing"])
     def test_interrupted(self, tmp_path: Path, when: str):
         """Ctrl-C, for real, while weights are quantized or written: nothing is left."""

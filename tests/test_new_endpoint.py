@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from gossamer.outputs import RequestOutput
 from gossamer.protocol import BODIES, GeneratingBody
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
-from running_server import Running, make_chat_llm, running
+from running_server import Running
 
 
 class ShoutRequest(GeneratingBody):
@@ -51,13 +51,6 @@ def listed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BODIES, ShoutRequest.url, ShoutRequest)
         yield
-
-
-@pytest.fixture(scope="module")
-def server(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    tiny = make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
-    with running(lambda: make_chat_llm(tiny)) as server:
-        yield server
 
 
 BODY = {"words": ["The", "sun", "is"], "max_tokens": 6, "temperature": 0}

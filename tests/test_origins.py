@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import stat
-from collections.abc import Callable, Iterator
-from http.client import HTTPResponse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from connections import GET_HEALTH, chunked, closed, connect, status_of
 from gossamer.server.origins import is_local, server_hosts
 from running_server import Running, make_chat_llm, running, wait_for
 
+TINY_CONTEXT = 512
 FORM = (
     b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
     b'--x\r\ncontent-disposition: form-data; name="file"; filename="caf\xc3\xa9.jsonl"\r\n\r\n{}\n\r\n--x--\r\n'
@@ -141,26 +142,7 @@ def test_files_are_private(server: Running, data_dir: Path) -> None:
 
 # --- beside the request -----------------------------------------------------------------------------------------------
 
-CHUNKED = (
-    b"POST /detokenize HTTP/1.1\r\nhost: localhost\r\n"
-    b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
-)
-
-
-def connect(server: Running) -> socket.socket:
-    return socket.create_connection(server.address, timeout=30)
-
-
-def ends(connection: socket.socket) -> bool:
-    """Whether the other side closes the connection, within the timeout."""
-    try:
-        while connection.recv(65536):
-            pass
-    except ConnectionError:
-        pass
-    except TimeoutError:
-        return False
-    return True
+CHUNKED = chunked("/detokenize")
 
 
 def push(connection: socket.socket, part: bytes, count: int) -> bool:
@@ -170,14 +152,7 @@ def push(connection: socket.socket, part: bytes, count: int) -> bool:
             connection.sendall(part)
     except ConnectionError:
         return True
-    return ends(connection)
-
-
-def status_of(connection: socket.socket) -> int:
-    with HTTPResponse(connection) as response:
-        response.begin()
-        response.read()
-        return response.status
+    return closed(connection)
 
 
 def test_trailers_are_dropped(server: Running) -> None:
@@ -205,29 +180,23 @@ def test_what_is_no_body_is_bounded(server: Running, before: bytes, part: bytes)
 
 
 def test_many_requests_behind_one(server: Running) -> None:
-    health = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with connect(server) as connection:
-        connection.sendall(health * 5)
+        connection.sendall(GET_HEALTH * 5)
         answers = b""
         while answers.count(b"200 OK") < 5:
             part = connection.recv(65536)
             assert part, answers
             answers += part
     with connect(server) as connection:
-        assert push(connection, health * 1000, 20)
+        assert push(connection, GET_HEALTH * 1000, 20)
     assert server.call("/health")[0] == 200
 
 
 def test_a_body_that_goes_on_behind_its_answer(server: Running) -> None:
     with connect(server) as connection:
-        connection.sendall(CHUNKED.replace(b"/detokenize", b"/nothing") + b"1\r\n{\r\n")
+        connection.sendall(chunked("/nothing") + b"1\r\n{\r\n")
         assert status_of(connection) == 404
-        assert ends(connection)  # after the idle timeout
+        assert closed(connection)  # after the idle timeout
     with connect(server) as connection:
-        connection.sendall(CHUNKED.replace(b"/detokenize", b"/nothing"))
+        connection.sendall(chunked("/nothing"))
         assert push(connection, b"10000\r\n" + b"x" * 65536 + b"\r\n", 3000)
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4, max_position_embeddings=512)

@@ -327,6 +327,7 @@ def test_bad_input_is_a_typed_error(
     assert isinstance(result.exception, ConfigurationError) and message in str(result.exception)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_reports_the_windows_that_are_done(tiny: Path, text: Path) -> None:
     """A real signal in a real process; the third window sends it."""
     script = (

@@ -13,7 +13,7 @@ import pytest
 
 from gguf_files import export_model
 from gossamer.compress.output import all_or_nothing
-from gossamer.errors import DownloadError, OutputError
+from gossamer.errors import CheckpointError, DownloadError, OutputError
 from gossamer.models import scratch
 from gossamer.models.cache import entry_path, get_or_build
 from gossamer.models.manifest import write_manifest
@@ -130,6 +130,8 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path, error: Exception) 
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), all_or_nothing(tmp_path / "out"):
         raise ZeroDivisionError("os error")
+    with pytest.raises(CheckpointError), all_or_nothing(tmp_path / "out"):  # which says more than the system does
+        raise CheckpointError("it cannot be read: no such file (os error 2)")
     assert os_error_in(ValueError("28")) is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import openai
 import pytest
 
 from gossamer import LLM, SamplingParams
-from running_server import MODEL, Running, make_chat_llm, running
+from running_server import MODEL, Running, make_chat_llm
 
+TINY_CONTEXT = 512
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 PROMPT = "The quick brown fox jumps over the lazy dog"
 SCHEMA = {
@@ -22,23 +22,6 @@ SCHEMA = {
     "required": ["name", "size"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4, max_position_embeddings=512)
-
-
-@pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[Running]:
-    with running(lambda: make_chat_llm(tiny)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

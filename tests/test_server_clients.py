@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -14,48 +12,24 @@ from typing import Any
 import openai
 import pytest
 
+from connections import GET_HEALTH, connect, everything, post
 from gossamer.server import http_protocol
 from running_server import MODEL, Running, make_chat_llm, running, wait_for
 
+TINY_CONTEXT = 512
 BODY = {"prompt": "x", "max_tokens": 3, "temperature": 0}
 LONG = BODY | {"max_tokens": 150, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4, max_position_embeddings=512)
-
-
-@pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[Running]:
-    with running(lambda: make_chat_llm(tiny)) as server:
-        yield server
-
-
-@pytest.fixture
-def slowed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of some milliseconds, so that a request is still running when it is to be."""
-    forward = server.llm.engine.runner.forward
-    monkeypatch.setattr(server.llm.engine.runner, "forward", lambda plan: (time.sleep(0.01), forward(plan))[1])
-
-
-def ask(server: Running, head: str, body: dict[str, Any] | None = None, *, half_close: bool = False) -> socket.socket:
-    raw = b"" if body is None else json.dumps(body).encode()
-    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
-    connection = socket.create_connection(server.address, timeout=60)
-    connection.sendall(f"{head}\r\n{fields}".encode() + raw)
-    if half_close:
-        connection.shutdown(socket.SHUT_WR)
-    return connection
-
-
-def everything(connection: socket.socket) -> bytes:
-    """Until the other side closes."""
-    received = b""
-    while part := connection.recv(65536):
-        received += part
-    connection.close()
-    return received
+def ask(
+    server: Running,
+    body: dict[str, Any],
+    *,
+    path: str = "/v1/completions",
+    version: str = "1.1",
+    half_close: bool = False,
+) -> socket.socket:
+    return connect(server, post(path, json.dumps(body).encode(), version=version), half_close=half_close)
 
 
 # --- HTTP/1.0 ---------------------------------------------------------------------------------------------------------
@@ -69,11 +43,10 @@ def test_a_client_of_http_1_0_gets_no_chunks(server: Running, path: str, stream:
     if "chat" in path:
         body = {name: value for name, value in body.items() if name != "prompt"}
         body["messages"] = [{"role": "user", "content": "x"}]
-    head, _, content = everything(ask(server, f"POST {path} HTTP/1.0", body, half_close=half_close)).partition(
-        b"\r\n\r\n"
-    )
+    old = everything(ask(server, body, path=path, version="1.0", half_close=half_close))
+    head, _, content = old.partition(b"\r\n\r\n")
     assert b" 200 " in head and b"transfer-encoding" not in head.lower() and b"connection: close" in head.lower()
-    modern = everything(ask(server, f"POST {path} HTTP/1.1", body, half_close=True))
+    modern = everything(ask(server, body, path=path, half_close=True))
     assert (b"transfer-encoding: chunked" in modern.lower()) == stream
     if not stream:
         assert json.loads(content)["usage"]["completion_tokens"] == 3
@@ -88,7 +61,8 @@ def test_other_routes_and_errors_for_http_1_0(server: Running, method: str) -> N
     for path, status in (("/health", 200), ("/v1/nothing", 404), ("/metrics", 200), ("/", 200)):
         if method == "HEAD" and path != "/health":
             continue
-        head, _, content = everything(ask(server, f"{method} {path} HTTP/1.0")).partition(b"\r\n\r\n")
+        answer = everything(connect(server, f"{method} {path} HTTP/1.0\r\nhost: localhost\r\n\r\n".encode()))
+        head, _, content = answer.partition(b"\r\n\r\n")
         assert int(head.split()[1]) == status and b"chunked" not in head
         length = re.search(rb"content-length: (\d+)", head)
         assert length is not None and (method == "HEAD" or len(content) == int(length[1]))
@@ -99,7 +73,7 @@ def test_other_routes_and_errors_for_http_1_0(server: Running, method: str) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_half_closed_client_gets_its_answer(server: Running, stream: bool) -> None:
-    received = everything(ask(server, "POST /v1/completions HTTP/1.1", BODY | {"stream": stream}, half_close=True))
+    received = everything(ask(server, BODY | {"stream": stream}, half_close=True))
     assert received.startswith(b"HTTP/1.1 200 OK\r\n")
     whole = server.call("/v1/completions", BODY)[1]["choices"][0]["text"]
     texts = re.findall(r'"text":("(?:[^"\\]|\\.)*")', received.decode())
@@ -111,12 +85,12 @@ def test_a_half_closed_client_that_waits_long_gets_interim_responses_at_most(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_protocol, "PROBE_SECONDS", 0.05)
-    connection = ask(server, "POST /v1/completions HTTP/1.1", LONG, half_close=True)
+    connection = ask(server, LONG, half_close=True)
     with HTTPResponse(connection) as response:
         response.begin()  # skips responses 100, as clients have to
         assert response.status == 200
         assert json.loads(response.read())["usage"]["completion_tokens"] == 150
-    old = everything(ask(server, "POST /v1/completions HTTP/1.0", LONG, half_close=True))
+    old = everything(ask(server, LONG, version="1.0", half_close=True))
     assert old.startswith(b"HTTP/1.1 200 OK\r\n")  # which knew none
 
 
@@ -127,26 +101,21 @@ def test_a_client_that_has_closed_both_halves_takes_its_request_along(
 ) -> None:
     monkeypatch.setattr(http_protocol, "PROBE_SECONDS", 0.05)
     before = server.llm.engine.stats.generated_tokens
-    ask(server, "POST /v1/completions HTTP/1.1", LONG | {"stream": stream, "max_tokens": 450}).close()
+    ask(server, LONG | {"stream": stream, "max_tokens": 450}).close()
     wait_for(lambda: server.llm.engine.stats.generated_tokens > before)
     server.wait_idle()
     assert server.llm.engine.stats.generated_tokens - before < 400
 
 
 def test_half_of_a_request_is_no_request(server: Running) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+    head = post("/v1/completions", b"", length=99)
     for half in (b"", b"GET /hea", head, head + b"{"):
-        connection = socket.create_connection(server.address, timeout=60)
-        connection.sendall(half)
-        connection.shutdown(socket.SHUT_WR)
-        assert everything(connection) == b""
+        assert everything(connect(server, half, half_close=True)) == b""
     server.wait_idle()
 
 
 def test_requests_in_a_row_before_the_half_close_are_all_answered(server: Running) -> None:
-    connection = socket.create_connection(server.address, timeout=60)
-    connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
-    connection.shutdown(socket.SHUT_WR)
+    connection = connect(server, GET_HEALTH + GET_HEALTH.replace(b"health", b"version"), half_close=True)
     assert everything(connection).count(b"HTTP/1.1 200 OK") == 2
 
 

@@ -208,12 +208,6 @@ def server(tiny: Path) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def test_a_batch_with_openais_client(client: openai.OpenAI) -> None:
     bad = b'{"custom_id": "bad", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "top_p": 7}}\n'
     other = b'{"custom_id": "c", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}\n'

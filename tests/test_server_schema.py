@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import schemathesis
@@ -13,16 +11,9 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import content_type_conformance, not_a_server_error
 
-from running_server import Running, make_chat_llm, running
+from running_server import Running
 
 CASES = int(os.environ.get("GOSSAMER_SCHEMA_CASES", "10"))  # for each operation, right and wrong ones each
-
-
-@pytest.fixture(scope="module")
-def server(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    tiny = make_tiny_llama(tmp_path_factory.mktemp("tiny"), initializer_range=0.4)
-    with running(lambda: make_chat_llm(tiny)) as server:
-        yield server
 
 
 def operations(server: Running) -> list[schemathesis.schemas.APIOperation]:

@@ -139,6 +139,19 @@ inline __m512i srl_epi32(__m512i a, __m128i n) {
   const int by = _mm_cvtsi128_si32(n);
   return each<U32>([&](int i) { return by > 31 ? 0 : x.lane[i] >> by; });
 }
+inline __m512i srli_epi32(__m512i a, int n) { return srl_epi32(a, _mm_cvtsi32_si128(n)); }
+inline __m512i srai_epi32(__m512i a, int n) {
+  I32 x(a);
+  return each<I32>([&](int i) { return x.lane[i] >> n; });
+}
+inline __m512i broadcast_i32x4(__m128i a) {
+  Lanes<uint32_t, __m128i> x(a);
+  return each<U32>([&](int i) { return x.lane[i % 4]; });
+}
+inline __m512i shuffle_epi8(__m512i a, __m512i index) {
+  U8 x(a), place(index);
+  return each<U8>([&](int i) { return place.lane[i] & 128 ? 0 : x.lane[i / 16 * 16 + place.lane[i] % 16]; });
+}
 inline __m512i slli_epi16(__m512i a, int n) {
   U16 x(a);
   return each<U16>([&](int i) { return x.lane[i] << n; });
@@ -288,6 +301,8 @@ APART inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
 #define _mm512_add_epi32 emulated::add_epi32
 #undef _mm512_and_si512
 #define _mm512_and_si512 emulated::and_si512
+#undef _mm512_broadcast_i32x4
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask emulated::cmp_ps_mask
 #undef _mm512_cvtepi32_epi16
@@ -350,6 +365,8 @@ APART inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
 #define _mm512_set1_ps emulated::set1_ps
 #undef _mm512_setr_epi32
 #define _mm512_setr_epi32 emulated::setr_epi32
+#undef _mm512_shuffle_epi8
+#define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #undef _mm512_shuffle_i32x4
@@ -362,10 +379,14 @@ APART inline __m512i maskz_expand_epi8(uint64_t mask, __m512i a) {
 #define _mm512_slli_epi32 emulated::slli_epi32
 #undef _mm512_srai_epi16
 #define _mm512_srai_epi16 emulated::srai_epi16
+#undef _mm512_srai_epi32
+#define _mm512_srai_epi32 emulated::srai_epi32
 #undef _mm512_srl_epi32
 #define _mm512_srl_epi32 emulated::srl_epi32
 #undef _mm512_srli_epi16
 #define _mm512_srli_epi16 emulated::srli_epi16
+#undef _mm512_srli_epi32
+#define _mm512_srli_epi32 emulated::srli_epi32
 #undef _mm512_sub_epi32
 #define _mm512_sub_epi32 emulated::sub_epi32
 #undef _mm512_unpackhi_epi16

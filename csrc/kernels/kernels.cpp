@@ -6,6 +6,7 @@
 // csrc/runtime and csrc/products. A kernel is added as a header here, a field of Kernels, and a line below; a
 // weight format as a header in formats/, a value of Format, and an entry of the line below.
 #include "attention_within.h"
+#include "formats/blocks.h"
 #include "formats/floating.h"
 #include "formats/int8.h"
 #include "formats/sparse_int8.h"
@@ -22,7 +23,9 @@ namespace GOSSAMER_NS {
 extern const gossamer::Kernels kernels;
 const gossamer::Kernels kernels = {
     .name = GOSSAMER_TEXT(GOSSAMER_NS),
-    .formats = {kernels_of<Int8Format>(), kernels_of<SparseFormat>(), kernels_of<Bf16Format>(), kernels_of<FloatFormat>()},
+    .formats = {kernels_of<Int8Format>(), kernels_of<SparseFormat>(), kernels_of<Bf16Format>(), kernels_of<FloatFormat>(),
+                {.type = Type::int8_blocks, .pack = pack_blocks, .multiply = multiply_blocks, .look_up = look_up_blocks},
+                {.type = Type::int8_blocks, .look_up = look_up_rows}},
     .prepare = prepare,
     .square_sum = square_sum,
     .attend = attend,

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "block_types.h"
+
 namespace gossamer {
 
 constexpr int PANEL = 32;       // columns of a packed panel
@@ -14,9 +16,10 @@ constexpr int RANK_STEPS = 32;  // steps after which a sparse panel says how man
 constexpr int READ_AHEAD = 64;  // bytes behind the last code that may be read
 constexpr int ROW_BLOCK = 256;  // rows that a packed weight is multiplied with at a time
 
-enum class Type : int { int8 = 0, bf16 = 1, f32 = 2, fp16 = 3 };
+// int8_blocks: of rows, int8 with a scale for every 32.
+enum class Type : int { int8 = 0, bf16 = 1, f32 = 2, fp16 = 3, int8_blocks = 4 };
 
-constexpr int bytes_of(Type type) { return type == Type::int8 ? 1 : type == Type::f32 ? 4 : 2; }
+constexpr int bytes_of(Type type) { return type == Type::int8 || type == Type::int8_blocks ? 1 : type == Type::f32 ? 4 : 2; }
 // A stored key or value of one head: its entries, or for int8 its codes, and then what they are multiplied with, in fp32.
 constexpr int64_t kv_bytes(Type type, int64_t dim) { return dim * bytes_of(type) + (type == Type::int8 ? 4 : 0); }
 constexpr Type query_type(Type kv) { return kv == Type::int8 ? Type::bf16 : kv; }
@@ -29,8 +32,8 @@ constexpr int64_t packed_row(int64_t row, int64_t part, int64_t parts) {
 }
 
 // Formats of packed weights: indices of Kernels::formats.
-enum class Format : int { int8, sparse_int8, bf16, f32 };
-constexpr int FORMATS = 4;
+enum class Format : int { int8, sparse_int8, bf16, f32, blocks, stored_rows };
+constexpr int FORMATS = 6;
 constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8 : type == Type::bf16 ? Format::bf16 : Format::f32; }
 
 // A weight (N, K), packed: panels of 32 outputs. A panel is one run of memory, so that reading it is reading ahead:
@@ -39,6 +42,9 @@ constexpr Format format_of(Type type) { return type == Type::int8 ? Format::int8
 //
 // A sparse panel, of int8 only, has in the place of its entries the mask of those that are not zero, in the same order
 // (bit i of a byte is entry i of eight), and how many codes come before each 32 steps; behind the scales these codes.
+//
+// A panel in blocks is two groups of 16 outputs, each of a type of its own, in strips of as many outputs as a vector of
+// the instruction set has lanes; see block_codes.h. Stored rows are rows of blocks as they are in a file: only to look up.
 struct PackedWeight {
   Format format;
   Type type;                   // of the rows that it is multiplied with
@@ -50,17 +56,27 @@ struct PackedWeight {
   int64_t stride;              // bytes from panel to panel, for what is not sparse
   int64_t* start;              // (panels + 1): where in the data each sparse panel begins; null for what is not sparse
   uint8_t* data;               // panels * stride bytes
+  BlockType* types;            // of each 16 outputs, in blocks; of all, for stored rows
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 
   int64_t scaled_bytes() const { return entry_bytes + PANEL * (2 * stored + 4); }  // with the store and the scales
 
   uint8_t* panel(int64_t index) const { return data + (start ? start[index] : index * stride); }
+  int64_t second_group(int64_t index) const { return group_bytes(types[2 * index], k); }
   uint16_t* store(int64_t index) const { return reinterpret_cast<uint16_t*>(panel(index) + entry_bytes); }
   float* scale(int64_t index) const { return reinterpret_cast<float*>(panel(index) + entry_bytes + stored * PANEL * 2); }
   int32_t* rank(int64_t index) const { return reinterpret_cast<int32_t*>(panel(index) + steps * MASK_BYTES); }
   uint8_t* codes(int64_t index) const { return panel(index) + scaled_bytes(); }
 };
+
+// Of 32 entries of a row in int8 blocks: their scale, and sums of their codes, of all and of each half.
+struct RowBlock {
+  float scale, scaled_sum;
+  int32_t sum, half_sum[2];
+  float scaled_half_sum[2];  // times the scale
+};
+constexpr int64_t ROW_BLOCK_ENTRIES = 32;
 
 // Rows made ready to be multiplied: codes, or the same numbers in bf16 or fp32.
 struct Prepared {
@@ -72,6 +88,7 @@ struct Prepared {
   int32_t* outliers;       // (T): how many
   int32_t* columns;        // (T, K), of the outliers, ascending
   float* values;           // (T, K)
+  RowBlock* blocks;        // (T, K / 32), int8 blocks only
 };
 
 enum class Extent : int { none = 0, token = 1, columns = 2 };

@@ -79,9 +79,45 @@ inline void find_outliers(const Prepared& x, int64_t row, float* v, float sum, c
   }
 }
 
+// v (K) as int8 in blocks of 32, each with the scale of its largest entry. A block with an entry that is NaN or infinite
+// becomes NaN.
+inline void prepare_blocks(const Prepared& x, int64_t row, const float* v) {
+  int8_t* codes = static_cast<int8_t*>(x.data) + row * x.stride;
+  RowBlock* block = x.blocks + row * (x.k / ROW_BLOCK_ENTRIES);
+  for (int64_t i = 0; i < x.k; i += ROW_BLOCK_ENTRIES, v += ROW_BLOCK_ENTRIES, codes += ROW_BLOCK_ENTRIES, ++block) {
+    F largest = zero(), broken = zero();
+    for (int j = 0; j < ROW_BLOCK_ENTRIES; j += W) {
+      largest = max(largest, abs(load(v + j)));
+      broken = fma(load(v + j), zero(), broken);
+    }
+    const float nothing = reduce_add(broken), scale = nothing == 0 ? reduce_max(largest) / 127 : nothing;
+    int32_t sum[2] = {0, 0};
+    if (scale > 0) {
+      const F limit = set1(127.0f);
+      I sums[2] = {zero_int(), zero_int()};
+      for (int j = 0; j < ROW_BLOCK_ENTRIES; j += W) {
+        const I code = round_to_int(max(min(div(load(v + j), set1(scale)), limit), sub(zero(), limit)));
+        store_int8(codes + j, code);
+        sums[j / 16] = add_int(sums[j / 16], code);
+      }
+      sum[0] = reduce_add_int(sums[0]);
+      sum[1] = reduce_add_int(sums[1]);
+    } else {
+      std::memset(codes, 0, ROW_BLOCK_ENTRIES);
+    }
+    const auto scaled = [&](int32_t of) GOSSAMER_LAMBDA { return scale * static_cast<float>(of); };
+    *block = {scale, scaled(sum[0] + sum[1]), sum[0] + sum[1], {sum[0], sum[1]}, {scaled(sum[0]), scaled(sum[1])}};
+  }
+}
+
 inline void prepare(const Prepared& x, int64_t row, const float* source, float inverse, const float* gain,
                     const Decomposition& rule, float* v) {
   const int64_t k = x.k, padded = (k + W - 1) / W * W;
+  if (x.type == Type::int8_blocks) {
+    if (inverse == 1 && !gain) return prepare_blocks(x, row, source);
+    scale_row(source, inverse, gain, k, v, false);
+    return prepare_blocks(x, row, v);
+  }
   if (x.type != Type::int8) {
     uint8_t* out = static_cast<uint8_t*>(x.data) + row * x.stride * bytes_of(x.type);
     if (inverse == 1 && !gain) return convert(source, k, out, x.type);

@@ -39,6 +39,24 @@ struct Count {
   static constexpr int value = N;
 };
 
+// Has v computed by here: compilers sort sums into another order, in which more of what they are of has to be kept.
+template <class V>
+GOSSAMER_INLINE void keep_order(V& v) {
+#if defined(__AVX2__) && !defined(GOSSAMER_EMULATE)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// The same pointer, of which a compiler does not know it: what is read through it is read again, instead of being kept in a
+// register, or on the stack, since it was read before.
+template <class T>
+GOSSAMER_INLINE const T* read_again(const T* p) {
+  asm volatile("" : "+r"(p));  // volatile, or two of them would be one
+  return p;
+}
+
 // --- memory ----------------------------------------------------------------------------------------------------------
 
 GOSSAMER_INLINE F load(const float* p) {
@@ -170,6 +188,29 @@ GOSSAMER_INLINE I shift_right(I a, int n) {
 #else
   typedef uint32_t U __attribute__((vector_size(16)));
   return reinterpret_cast<I>(reinterpret_cast<U>(a) >> n);
+#endif
+}
+
+// By a number of bits that is known when this is compiled; negative shifts to the left. The second one fills with the sign.
+template <int N>
+GOSSAMER_INLINE I shift_right(I a) {
+  if constexpr (N == 0) return a;
+#if defined(__AVX512F__)
+  return N > 0 ? _mm512_srli_epi32(a, N & 31) : _mm512_slli_epi32(a, -N & 31);
+#elif defined(__AVX2__)
+  return N > 0 ? _mm256_srli_epi32(a, N & 31) : _mm256_slli_epi32(a, -N & 31);
+#else
+  return N > 0 ? shift_right(a, N & 31) : a << (-N & 31);
+#endif
+}
+template <int N>
+GOSSAMER_INLINE I shift_right_signed(I a) {
+#if defined(__AVX512F__)
+  return _mm512_srai_epi32(a, N);
+#elif defined(__AVX2__)
+  return _mm256_srai_epi32(a, N);
+#else
+  return a >> N;
 #endif
 }
 
@@ -387,6 +428,38 @@ GOSSAMER_INLINE F load_int8(const void* p) {
 #endif
 }
 
+// W unsigned 16-bit integers.
+GOSSAMER_INLINE I load_uint16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return I{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// In each byte the entry of the table of 16 bytes that the byte, at most 15, names.
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+GOSSAMER_INLINE I look_up_bytes(const int8_t* table, I index) {
+#if defined(__AVX512F__)
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+#elif defined(__AVX2__)
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return reinterpret_cast<I>(vqtbl1q_s8(vld1q_s8(table), reinterpret_cast<uint8x16_t>(index)));
+#endif
+}
+#else
+GOSSAMER_NOINLINE inline I look_up_bytes(const int8_t* table, I index) {
+  uint8_t bytes[4 * W];
+  std::memcpy(bytes, &index, sizeof bytes);
+  for (int i = 0; i < 4 * W; ++i) bytes[i] = static_cast<uint8_t>(table[bytes[i]]);
+  std::memcpy(&index, bytes, sizeof bytes);
+  return index;
+}
+#endif
+
 // The low bytes of the lanes, which must lie in [-128, 127].
 GOSSAMER_INLINE void store_int8(int8_t* p, I v) {
 #if defined(__AVX512F__)
@@ -456,6 +529,38 @@ struct Int8Dot {
 #endif
   }
 };
+
+// Codes of weights, signed bytes or bytes of at most 127, times signed activations in [-127, 127], exact. With VNNI signed
+// codes are multiplied as code + 128: the sum is 128 times that of the activations above what it should be.
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+template <bool SIGNED>
+GOSSAMER_INLINE I dot_bytes(I sum, I codes, I activation) {
+#if defined(__AVX512VNNI__)
+  if constexpr (SIGNED) codes = codes ^ set1_int(static_cast<int32_t>(0x80808080));
+  return _mm512_dpbusd_epi32(sum, codes, activation);
+#elif defined(__AVX512BW__)
+  const I even = _mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 8), odd = _mm512_srai_epi16(codes, 8);
+  const I a_even = _mm512_srai_epi16(_mm512_slli_epi16(activation, 8), 8), a_odd = _mm512_srai_epi16(activation, 8);
+  return add_int(sum, add_int(_mm512_madd_epi16(even, a_even), _mm512_madd_epi16(odd, a_odd)));
+#elif defined(__AVX2__)
+  return signed_dot(sum, codes, activation);
+#else
+  return reinterpret_cast<I>(
+      vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(codes), reinterpret_cast<int8x16_t>(activation)));
+#endif
+}
+#else
+// (A function of its own: written out in every step, it takes minutes to compile.)
+template <bool SIGNED>
+GOSSAMER_NOINLINE I dot_bytes(I sum, I codes, I activation) {
+  int8_t w[4 * W], a[4 * W];
+  std::memcpy(w, &codes, sizeof w);
+  std::memcpy(a, &activation, sizeof a);
+  for (int i = 0; i < W; ++i)
+    sum[i] += w[4 * i] * a[4 * i] + w[4 * i + 1] * a[4 * i + 1] + w[4 * i + 2] * a[4 * i + 2] + w[4 * i + 3] * a[4 * i + 3];
+  return sum;
+}
+#endif
 
 struct Bf16Dot {
   using Accumulator = F;

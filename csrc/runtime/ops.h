@@ -33,6 +33,7 @@ struct Prepare final : Op {
   std::vector<float> gain;
   float epsilon;
   int64_t k;
+  std::vector<int64_t> order;   // of the entries; empty: as they are
   int to;
   Decomposition rule;
   std::vector<uint8_t> columns;
@@ -41,9 +42,14 @@ struct Prepare final : Op {
   Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
   bool marks = false;
 
-  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, int to, Decomposition rule, bool last, int64_t window)
+  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
+          bool last, int64_t window)
       : Op(source < 0 ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
-        epsilon(epsilon), k(k), to(to), rule(rule), last(last), window(window) {
+        epsilon(epsilon), k(k), order(std::move(order)), to(to), rule(rule), last(last), window(window) {
+    if (!this->order.empty() && !this->gain.empty()) {
+      const std::vector<float> own = this->gain;
+      for (int64_t i = 0; i < k; ++i) this->gain[i] = own[this->order[i]];
+    }
     if (rule.extent == Extent::columns && rule.columns) {
       columns.assign(rule.columns, rule.columns + k);
       this->rule.columns = columns.data();
@@ -61,6 +67,10 @@ struct Prepare final : Op {
         const float* row = source < 0 ? merged(program, from, thread) : program.buffers[source].row(from);
         const float inverse =
             gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
+        if (!order.empty()) {
+          for (int64_t i = 0; i < k; ++i) thread.scratch[i] = row[order[i]];
+          row = thread.scratch;
+        }
         kernels.prepare(x, r, row, inverse, or_null(gain), now, thread.row);
         if (marks) mark(x, r, phase, thread);
       }

@@ -10,7 +10,10 @@ namespace gossamer {
 
 namespace {
 
-std::vector<float> copy(const float* gain, int64_t k) { return gain ? std::vector<float>(gain, gain + k) : std::vector<float>(); }
+template <class T>
+std::vector<T> copy(const T* values, int64_t k) {
+  return values ? std::vector<T>(values, values + k) : std::vector<T>();
+}
 
 }  // namespace
 
@@ -38,10 +41,10 @@ void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
   weights_.push_back(std::move(table));
 }
 
-void Program::prepare(int source, const float* gain, float epsilon, int64_t k, int to, Decomposition rule, bool whole_columns,
-                      bool last) {
+void Program::prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
+                      bool whole_columns, bool last) {
   const auto add = [&] {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, to, rule, last, last_window_));
+    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, copy(order, k), to, rule, last, last_window_));
     return static_cast<Prepare*>(ops_.back().get());
   };
   Prepare* first = add();

@@ -79,8 +79,10 @@ class Program {
   int prepared(Type type, int64_t k);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (`source` -1), normalized if `gain`
-  // is not null (RMSNorm; it is copied). Only the rows that need logits with `last`.
-  void prepare(int source, const float* gain, float epsilon, int64_t k, int to, Decomposition rule, bool whole_columns, bool last);
+  // is not null (RMSNorm; it is copied), their entries in this order (K; copied too) unless it is null. Only the rows that
+  // need logits with `last`.
+  void prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
+               bool whole_columns, bool last);
   void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last);
   void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
   void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,

@@ -32,6 +32,70 @@ Weight::Weight(const Kernels& kernels, Format format, int64_t n, int64_t k, bool
     for (int64_t p = 0; p < w.panels; ++p) std::memset(w.panel(p), of.padding, w.entry_bytes);
 }
 
+namespace {
+
+void check_blocks(BlockType type, int64_t k) {
+  const BlockLayout of = layout_of(type);
+  if (!of.weights) throw std::invalid_argument("there is no such type of blocks");
+  if (k % of.weights) throw std::invalid_argument("rows are not whole blocks");
+}
+
+}  // namespace
+
+Weight::Weight(const Kernels& kernels, const std::vector<BlockType>& types, int64_t n, int64_t k, bool has_bias) : kernels_(kernels) {
+  PackedWeight& w = packed_;
+  w.format = Format::blocks;
+  w.type = kernels.of(w.format).type;
+  w.n = n;
+  w.k = k;
+  w.panels = (n + PANEL - 1) / PANEL;
+  w.steps = k / step_of(w.type);
+  if (static_cast<int64_t>(types.size()) != w.panels * 2) throw std::invalid_argument("each 16 outputs need a type");
+  std::vector<int64_t> start(w.panels + 1);
+  for (int64_t p = 0; p < w.panels; ++p) {
+    for (int64_t i = 2 * p; i < 2 * p + 2; ++i) check_blocks(types[i], k);
+    start[p + 1] = start[p] + group_bytes(types[2 * p], k) + group_bytes(types[2 * p + 1], k);
+  }
+  const int64_t data = start.back(), starts = round_up((w.panels + 1) * 8, 64), kinds = round_up(w.panels * 2, 64);
+  memory_ = SharedMemory(data + starts + kinds + (has_bias ? w.panels * PANEL * 4 : 0));  // zeros, which are weights of 0
+  w.data = memory_.data();
+  w.start = reinterpret_cast<int64_t*>(w.data + data);
+  std::copy(start.begin(), start.end(), w.start);
+  w.types = reinterpret_cast<BlockType*>(w.data + data + starts);
+  std::copy(types.begin(), types.end(), w.types);
+  if (has_bias) w.bias = reinterpret_cast<float*>(w.data + data + starts + kinds);
+}
+
+Weight::Weight(const Kernels& kernels, BlockType type, int64_t n, int64_t k, const uint8_t* rows) : kernels_(kernels) {
+  check_blocks(type, k);
+  PackedWeight& w = packed_;
+  w.format = Format::stored_rows;
+  w.type = kernels.of(w.format).type;
+  w.n = n;
+  w.k = k;
+  memory_ = SharedMemory(1);
+  w.types = reinterpret_cast<BlockType*>(memory_.data());
+  *w.types = type;
+  w.stride = k / layout_of(type).weights * layout_of(type).bytes;
+  w.data = const_cast<uint8_t*>(rows);  // never written
+}
+
+void Weight::pack_blocks(const uint8_t* source, int64_t rows, int64_t first, int64_t part, int64_t parts, int threads) {
+  PackedWeight& w = packed_;
+  const BlockType type = w.types[packed_row(first, part, parts) / 16];
+  const BlockLayout of = layout_of(type);
+  const int64_t row_bytes = w.k / of.weights * of.bytes, pieces = (rows + 15) / 16;
+  for (int64_t r = 0; r < rows; r += 16)
+    if (w.types[packed_row(first + r, part, parts) / 16] != type) throw std::invalid_argument("rows of two types in one part");
+  Phase phase;
+  run_parallel(threads, [&](int) {
+    phase.run(pieces, 1, [&](int64_t piece, int64_t) {
+      const int64_t begin = piece * 16, count = std::min<int64_t>(16, rows - begin);
+      kernels_.of(w.format).pack(w, source + begin * row_bytes, w.type, count, first + begin, part, parts);
+    });
+  });
+}
+
 void Weight::pack(const void* source, Type type, int64_t rows, int64_t first, int64_t part, int64_t parts, const float* scale) {
   const FormatKernels& of = kernels_.of(packed_.format);
   of.pack(packed_, source, type, rows, first, part, parts);
@@ -108,6 +172,7 @@ Weight::Weight(const Weight& from, SharedMemory memory) : kernels_(from.kernels_
   };
   moved(packed_.data);
   moved(packed_.start);
+  moved(packed_.types);
   moved(packed_.place);
   moved(packed_.bias);
   std::memcpy(memory_.data(), from.memory_.data(), memory_.bytes());

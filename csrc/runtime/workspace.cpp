@@ -39,9 +39,11 @@ PreparedRows::PreparedRows(Type type, int64_t k, int64_t max_rows) {
   x.stride = round_up(k, 64 / bytes_of(type));
   const int64_t data = round_up(max_rows * x.stride * bytes_of(type), 64);
   const int64_t each = round_up(max_rows * 4, 64);
-  memory = Memory(data + (type == Type::int8 ? 3 * each + 2 * max_rows * k * 4 : 0));
+  const int64_t blocks = type == Type::int8_blocks ? max_rows * (k / ROW_BLOCK_ENTRIES) * sizeof(RowBlock) : 0;
+  memory = Memory(data + blocks + (type == Type::int8 ? 3 * each + 2 * max_rows * k * 4 : 0));
   uint8_t* p = memory.as<uint8_t>();
   x.data = p;
+  if (blocks) x.blocks = reinterpret_cast<RowBlock*>(p + data);
   if (type == Type::int8) {
     x.scale = reinterpret_cast<float*>(p + data);
     x.sum = reinterpret_cast<int32_t*>(p + data + each);

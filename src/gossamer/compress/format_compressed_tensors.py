@@ -15,7 +15,8 @@ from gossamer.compress.int8_checkpoint import NativeCheckpoint
 from gossamer.compress.safetensors_export import Entry, entry, stored, translate, unquantized, write_directory
 from gossamer.compress.skeleton import Skeleton, build_skeleton
 from gossamer.errors import UnsupportedModelError
-from gossamer.models.compressed_tensors_int8 import FORMAT, QUANT_METHOD
+from gossamer.models.compressed_tensors_config import QUANT_METHOD
+from gossamer.models.compressed_tensors_int8 import FORMAT
 from gossamer.models.shards import Progress
 
 _NO_DECOMPOSITION = (

@@ -95,15 +95,7 @@ def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> lis
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(_QUANTIZATION_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size(config))
-    writer.add_value_length(head_size(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_measures(writer, config)
     writer.add_rope_dimension_count(head_size(config))
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "gemma3_text":
@@ -113,6 +105,19 @@ def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> lis
         return []
     _add_rope(writer, config, config.rope_parameters)
     return _windows(config)
+
+
+def add_measures(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+    """Adds the sizes that every architecture here has, and the epsilon of its norms."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
 def rotary_factors(config: PreTrainedConfig) -> Tensor | None:

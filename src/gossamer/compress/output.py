@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gossamer.errors import ConfigurationError, GossamerError, OutputError
-from gossamer.models.scratch import os_error_in, put_in_place, scratch_directory
+from gossamer.errors import ConfigurationError, OutputError
+from gossamer.models.scratch import put_in_place, scratch_directory, writing_fails_as
 
 
 def check_output(source: Path | None, target: Path, *, is_file: bool, overwrite: bool) -> None:
@@ -45,19 +45,15 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
     """Gives a path to build at, and moves what was built to ``target`` if the body succeeds.
 
     Raises:
-        GossamerError: ``target`` cannot be written.
+        OutputError: ``target`` cannot be written.
     """
-    try:
-        with scratch_directory(target) as scratch:
-            yield scratch / target.name
-            put_in_place(scratch / target.name, target)
-    except GossamerError:  # some are OSErrors as well
-        raise
-    except Exception as error:  # a full disk is an exception of its own kind in each library that writes
-        cause = os_error_in(error)
-        if cause is None:
-            raise
-        raise OutputError(f"cannot write {target}: {cause.strerror or cause}; make room, and run it again") from error
+
+    def refused(cause: OSError) -> OutputError:
+        return OutputError(f"cannot write {target}: {cause.strerror or cause}; make room, and run it again")
+
+    with writing_fails_as(refused), scratch_directory(target) as scratch:
+        yield scratch / target.name
+        put_in_place(scratch / target.name, target)
 
 
 def size_of(path: Path) -> int:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.errors import DownloadError, GossamerError
+from gossamer.errors import DownloadError
 from gossamer.models.manifest import verify
 from gossamer.models.progress import console, say
-from gossamer.models.scratch import os_error_in, put_in_place, remove_leftovers, scratch_directory
+from gossamer.models.scratch import put_in_place, remove_leftovers, scratch_directory, writing_fails_as
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,14 @@ def get_or_build(
     if not force and not verify(target, full=full, conversion=conversion):
         remove_leftovers(target)
         return CacheEntry(target, "present")
-    try:
+
+    def refused(cause: OSError) -> DownloadError:
+        return DownloadError(
+            f"cannot write {key} to the model cache {target.parent}: {cause}. Make room there, or set GOSSAMER_CACHE "
+            "to a directory on another disk."
+        )
+
+    with writing_fails_as(refused):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(key):
             existed = target.exists()
@@ -88,16 +95,6 @@ def get_or_build(
             with scratch_directory(target) as scratch:
                 _check_space(target.parent, key, space)  # without what a killed build had left
                 put_in_place(build(scratch), target)  # processes that read the old one keep their open files
-    except GossamerError:  # some are OSErrors as well
-        raise
-    except Exception as error:  # a full disk is an exception of its own kind in each library that writes
-        cause = os_error_in(error)
-        if cause is None:
-            raise
-        raise DownloadError(
-            f"cannot write {key} to the model cache {target.parent}: {cause}. Make room there, or set GOSSAMER_CACHE "
-            "to a directory on another disk."
-        ) from error
     return CacheEntry(target, "repaired" if existed else "built")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,41 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.config_fields import check_fields
 from gossamer.models.described import check_layers, check_size, described_model, settle_ties, untie
+from gossamer.models.foreign_int4 import int4_format, read_int4
 from gossamer.models.foreign_int8 import foreign_format, read_foreign
 from gossamer.models.int8_quantizer import reading
 from gossamer.models.json_file import read_object
 from gossamer.models.shard_reader import ShardReader
 from gossamer.nn.int8_linear import Int8Linear
+from gossamer.nn.stored_linear import StoredLinear
 
 GENERATION_CONFIG = "generation_config.json"
 
 
 @contextmanager
 def open_checkpoint(
-    directory: Path, config: PreTrainedConfig, kind: Any = AutoModelForCausalLM
+    directory: Path,
+    config: PreTrainedConfig,
+    kind: Any = AutoModelForCausalLM,
+    skip: Sequence[str] | None = None,
+    *,
+    as_stored: bool = False,
 ) -> Iterator[tuple[ShardReader, dict[str, Any]]]:
     """The reader of a directory, and its weights for ``from_pretrained(None, state_dict=...)``, unread.
 
     transformers by itself would read every tensor of every file, whatever the index says; so it is given the tensors.
-    ``config`` is brought in line with the files: ties that are none, and int8 formats that are translated.
+    ``config`` is brought in line with the files: ties that are none, and formats of other projects that are translated.
 
     Args:
         directory: the checkpoint.
         config: of it.
         kind: transformers' auto class of the model.
+        skip: layers that will not be quantized while they are read, and the other linear layers will be; ``None`` if
+            none will be.
+        as_stored: 4-bit weights are given as :class:`gossamer.nn.StoredMatrix`, and not in floating point.
 
     Raises:
         CheckpointError: a file or tensor is missing, damaged, or far from what ``config`` describes.
@@ -47,8 +57,20 @@ def open_checkpoint(
         check_size(model, reader)
         if not settle_ties(model, reader):
             untie(config)
-        format = foreign_format(config)
-        yield reader, read_foreign(reader, config, format, model) if format else reader.slices()
+        yield reader, _weights(reader, config, model, skip, as_stored)
+
+
+def _weights(
+    reader: ShardReader, config: PreTrainedConfig, model: nn.Module, skip: Sequence[str] | None, as_stored: bool
+) -> dict[str, Any]:
+    if int4 := int4_format(config):
+        return read_int4(reader, config, int4, model, skip, as_stored=as_stored)
+    if as_stored:
+        raise UnsupportedModelError(
+            "none of the weights is in 4-bit blocks that could be computed with as they are stored; leave weights out"
+        )
+    int8 = foreign_format(config)
+    return read_foreign(reader, config, int8, model) if int8 else reader.slices()
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any], reader: ShardReader | None, where: Path) -> None:
@@ -82,7 +104,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], reader: ShardRead
 
 def _takes_all(module: nn.Module) -> bool:
     """Whether all tensors that a checkpoint has under a module's name belong to what it computes."""
-    plain = isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D, Int8Linear))
+    plain = isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D, Int8Linear, StoredLinear))
     return plain or type(module).__name__.endswith("RMSNorm")
 
 

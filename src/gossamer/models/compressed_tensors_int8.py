@@ -11,24 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.errors import CheckpointError
+from gossamer.models.compressed_tensors_config import (
+    KNOWN_OF_SCHEME,
+    check_int8_activations,
+    config_groups,
+    refusal,
+    refuse_static_scales,
+)
 from gossamer.models.foreign_config import as_names, as_object, refuse_unknown
 from gossamer.models.int8_layout import check_scale, int8_layers
 from gossamer.models.shards import TensorSpec
 
-QUANT_METHOD = "compressed-tensors"
 FORMAT = "int-quantized"
-# Keys whose value is checked, or says nothing about what is computed. A key that is not among them may say anything.
-_KNOWN = {
-    *("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "sparsity_config"),
-    *("quantization_status", "global_compression_ratio", "version"),
-    *("run_compressed", "dequantize", "use_optimized_inference"),  # how transformers is to run it
-}
-_KNOWN_OF_GROUP = {"targets", "weights", "input_activations", "output_activations", "format"}
-_KNOWN_OF_SCHEME = {
-    *("num_bits", "type", "symmetric", "strategy", "dynamic"),
-    *("observer", "observer_kwargs", "scale_dtype", "zp_dtype"),  # how the scales were found and are stored
-}
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,17 +36,8 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the format is another one than W8A8 with scales per row and token; says which.
     """
-    sparsity = as_object(config.get("sparsity_config"), "quantization_config.sparsity_config").get("format", "dense")
-    if sparsity != "dense":
-        raise refusal(f"its weights are stored in the sparse format {sparsity!r}")
-    if config.get("kv_cache_scheme"):
-        raise refusal("it prescribes a quantized key/value cache (kv_cache_scheme)")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise refusal("its config_groups are empty or missing")
-    for name, group in groups.items():
-        _check_group(name, group, config.get("format"))
-    refuse_unknown(config, _KNOWN, "quantization_config", refusal)
+    for name, group in config_groups(config, FORMAT).items():
+        _check_group(name, group)
     return {
         "threshold": 6.0,
         "criterion": "absolute",
@@ -60,13 +46,8 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_group(name: str, group: Any, default_format: str | None) -> None:
-    if not isinstance(group, Mapping):
-        raise refusal(f"the scheme of {name} is {group!r} and not spelled out")
+def _check_group(name: str, group: Mapping[str, Any]) -> None:
     where = f"quantization_config.config_groups.{name}"
-    found = group.get("format") or default_format
-    if found != FORMAT:
-        raise refusal(f"the format of {name} is {found!r}")
     weights = as_object(group.get("weights"), f"{where}.weights")
     inputs = as_object(group.get("input_activations"), f"{where}.input_activations")
     if (weights.get("num_bits"), weights.get("type")) != (8, "int"):
@@ -75,22 +56,8 @@ def _check_group(name: str, group: Any, default_format: str | None) -> None:
         raise refusal(f"the weights of {name} have one scale per {weights.get('strategy')} and not per row")
     if not weights.get("symmetric", True):
         raise refusal(f"the weights of {name} have zero-points")
-    if (inputs.get("num_bits"), inputs.get("type"), inputs.get("strategy")) != (8, "int", "token"):
-        raise refusal(f"the activations of {name} are not int8 with one scale per token")
-    if inputs.get("dynamic") is not True or not inputs.get("symmetric", True):
-        raise refusal(f"the activations of {name} have static scales or zero-points")
-    if group.get("output_activations"):
-        raise refusal(f"the outputs of {name} are quantized")
-    refuse_unknown(group, _KNOWN_OF_GROUP, where, refusal)
-    refuse_unknown(weights, _KNOWN_OF_SCHEME, f"{where}.weights", refusal)
-    refuse_unknown(inputs, _KNOWN_OF_SCHEME, f"{where}.input_activations", refusal)
-
-
-def refusal(reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the compressed-tensors checkpoint cannot be read: {reason}. Only 'int-quantized' W8A8 can: symmetric int8 "
-        "weights with one scale per row, and int8 activations with dynamic scales per token."
-    )
+    refuse_unknown(weights, KNOWN_OF_SCHEME, f"{where}.weights", refusal)
+    check_int8_activations(name, inputs)
 
 
 def native_names(name: str) -> str | None:
@@ -131,9 +98,7 @@ def check_layers(specs: Mapping[str, TensorSpec]) -> list[str]:
         CheckpointError: names the tensor that is missing or wrong.
         UnsupportedModelError: the checkpoint has scales for activations.
     """
-    for name in specs:
-        if name.rpartition(".")[2] in ("input_scale", "output_scale", "k_scale", "v_scale"):
-            raise refusal(f"{name} is a static scale of activations")
+    refuse_static_scales(specs)
     layers = int8_layers(specs, "weight_scale", columns=(1,))
     for path in layers:
         zero_point = specs.get(f"{path}.weight_zero_point")

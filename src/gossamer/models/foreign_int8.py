@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from gossamer.errors import CheckpointError
-from gossamer.models import bitsandbytes_int8, compressed_tensors_int8
+from gossamer.models import bitsandbytes_int8, compressed_tensors_config, compressed_tensors_int8
 from gossamer.models.int8_quantizer import GossamerInt8Config
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import TensorSpec
@@ -29,8 +29,11 @@ class Format:
 
 
 _FORMATS = {
-    module.QUANT_METHOD: Format(module.read_config, module.check_layers, module.native_names, module.native_tensor)
-    for module in (bitsandbytes_int8, compressed_tensors_int8)
+    method: Format(module.read_config, module.check_layers, module.native_names, module.native_tensor)
+    for method, module in (
+        (bitsandbytes_int8.QUANT_METHOD, bitsandbytes_int8),
+        (compressed_tensors_config.QUANT_METHOD, compressed_tensors_int8),
+    )
 }
 
 

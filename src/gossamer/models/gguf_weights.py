@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config, stored_as
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
 from gossamer.models.gguf_rope import ROPE_TENSORS
@@ -23,43 +24,10 @@ from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
 from gossamer.nn.block_types import BLOCK_TYPES
-from gossamer.nn.int8_weight import linear_weight
-from gossamer.nn.quantize import find_skipped
 from gossamer.nn.stored_matrix import StoredMatrix
-from gossamer.ops.int8 import piece_rows
 from gossamer.progress import Progress
 
 _INSTEAD = "weights='dequantized' computes with it in floating point."
-
-
-class GGUFMatrix:
-    """A matrix (N, K) of a GGUF file: ``matrix[a:b]`` dequantizes these rows to fp32.
-
-    transformers materializes what it loads with ``[...]`` and ``to``. The weight of a linear layer that will be
-    quantized stays as it is then, so that it reaches the quantizer unread; other matrices are read.
-    """
-
-    def __init__(self, tensor: GGUFTensor, order: np.ndarray, kept: bool) -> None:
-        self._tensor = tensor
-        self._order = order
-        self._kept = kept
-        self.shape = torch.Size(tensor.shape)
-
-    def __getitem__(self, rows: Any) -> Any:
-        if rows is Ellipsis:
-            return self if self._kept else self._read()
-        return torch.from_numpy(self._tensor.dequantize(self._order[rows]))
-
-    def to(self, **kwargs: Any) -> GGUFMatrix:
-        return self
-
-    def _read(self) -> Tensor:
-        """All of it, with little memory beside the result."""
-        result = torch.empty(self.shape)
-        step = piece_rows(self.shape[1])
-        for start in range(0, self.shape[0], step):
-            result[start : start + step] = self[start : start + step]
-        return result
 
 
 class GGUFWhole:
@@ -72,7 +40,7 @@ class GGUFWhole:
         return torch.from_numpy(self._read())
 
 
-Weights = dict[str, GGUFMatrix | GGUFWhole | StoredMatrix | Tensor]
+Weights = dict[str, DequantizedRows | GGUFWhole | StoredMatrix | Tensor]
 
 
 class GGUFModel(NamedTuple):
@@ -134,7 +102,7 @@ def open_weights(
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
     names = _names_in(file, model, processor)
-    kept = set() if skip is None else _quantized_weights(model, skip)
+    kept = quantized_weights(model, skip)
     stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
     experts: dict[str, list[GGUFTensor]] = {}
@@ -186,13 +154,6 @@ def _names_in(file: GGUFFile, model: Any, processor: TensorProcessor) -> dict[st
     return names
 
 
-def _quantized_weights(model: nn.Module, skip: Sequence[str]) -> set[str]:
-    """Names of the weights that the quantizer will read by itself."""
-    skipped = find_skipped(model, skip)
-    linear = (name for name, layer in model.named_modules() if linear_weight(layer) is not None and name not in skipped)
-    return {f"{name}.weight" for name in linear}
-
-
 def _storable_weights(model: Any) -> frozenset[str]:
     """Names of the weights that can stay in blocks: those of linear layers and of the embedding."""
     embedding = model.get_input_embeddings()
@@ -218,10 +179,11 @@ def _check_scales(file: GGUFFile) -> None:
             progress.advance()
 
 
-def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> GGUFMatrix | GGUFWhole:
-    if (order := _row_order(tensor, processor)) is not None:
-        return GGUFMatrix(tensor, order, kept)
-    return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
+def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> DequantizedRows | GGUFWhole:
+    order = _row_order(tensor, processor)
+    if order is None:
+        return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
+    return DequantizedRows(tensor.shape, lambda rows: torch.from_numpy(tensor.dequantize(order[rows])), kept)
 
 
 def _read_experts(tensors: Sequence[GGUFTensor]) -> np.ndarray:

@@ -89,13 +89,10 @@ def _load_directory(
     check_directory(path)
     config = load_config(path)
     check_supported(config)
-    if options.weights == "as-stored":
-        raise UnsupportedModelError(
-            f"{path} is no GGUF file, whose quantized blocks weights='as-stored' is for; leave weights out"
-        )
     with quiet_transformers():
         tokenizer = load_tokenizer(path)
-        with open_checkpoint(path, config) as (reader, weights):
+        skip, as_stored = quantization.skip if quantization else None, options.weights == "as-stored"
+        with open_checkpoint(path, config, skip=skip, as_stored=as_stored) as (reader, weights):
             model = _load(path, config, weights, reader, options.dtype, attn_implementation, quantization)
         load_generation_config(model, path)
     return model, tokenizer
@@ -109,15 +106,7 @@ def _load_gguf(
     weights = open_weights(file, config, skip, as_stored=options.weights == "as-stored")
     sampling = kept_sampling(file.path)
     with quiet_transformers():
-        matrices = {name: weight for name, weight in weights.items() if isinstance(weight, StoredMatrix)}
-        if matrices:
-            others = {name: weight for name, weight in weights.items() if name not in matrices}
-            with storing(matrices, str(file.path)) as stored:
-                model = _from_weights(
-                    file.path, config, others, None, "float32", attn_implementation, quantization_config=stored
-                )
-        else:
-            model = _load(file.path, config, weights, None, options.dtype, attn_implementation, quantization)
+        model = _load(file.path, config, weights, None, options.dtype, attn_implementation, quantization)
         if sampling:
             model.generation_config.update(do_sample=True, **sampling)
     return model
@@ -184,6 +173,11 @@ def _load(
     """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for."""
     stored = reader.stored_dtype() if reader else "float32"
     wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
+    matrices = {name: weight for name, weight in weights.items() if isinstance(weight, StoredMatrix)}
+    if matrices:
+        others = {name: weight for name, weight in weights.items() if name not in matrices}
+        with storing(matrices, str(path)) as placed:
+            return _from_weights(path, config, others, reader, wanted, attn_implementation, quantization_config=placed)
     if not quantization or is_int8_checkpoint(config):
         model = _from_weights(path, config, weights, reader, wanted, attn_implementation)
         if quantization:

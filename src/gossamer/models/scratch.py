@@ -12,11 +12,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from gossamer.errors import GossamerError
 from gossamer.locks import held, try_lock
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h> and <linux/fs.h>
@@ -82,6 +83,29 @@ def os_error_in(error: Exception) -> OSError | None:
         return error
     found = _RUST_OS_ERROR.search(str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+@contextmanager
+def writing_fails_as(describe: Callable[[OSError], GossamerError]) -> Iterator[None]:
+    """Errors of the system in the body, such as a full disk, become what ``describe`` makes of them.
+
+    A full disk is an exception of its own kind in each library that writes; see :func:`os_error_in`.
+
+    >>> with writing_fails_as(lambda error: GossamerError(f"cannot write: {error.strerror}")):
+    ...     raise ValueError("I/O error: File too large (os error 27)")
+    Traceback (most recent call last):
+    ...
+    gossamer.errors.GossamerError: cannot write: File too large
+    """
+    try:
+        yield
+    except GossamerError:  # some are OSErrors as well
+        raise
+    except Exception as error:  # whatever the library has for it; what is no error of the system goes on as it is
+        cause = os_error_in(error)
+        if cause is None:
+            raise
+        raise describe(cause) from error
 
 
 def _scratches(target: Path) -> Iterator[Path]:

@@ -44,6 +44,7 @@ class ShardReader:
     def __init__(self, source: Path | Iterable[Path]) -> None:
         self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
         self._open = ExitStack()
         index = weight_map(source) if isinstance(source, Path) else {}
         try:
@@ -79,6 +80,11 @@ class ShardReader:
                 )
             self.specs[name] = TensorSpec(name, _DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
             self._files[name] = file
+            self._paths[name] = path
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor of :attr:`specs` comes from, for messages."""
+        return self._paths[name]
 
     def slices(self) -> dict[str, Any]:
         """Every tensor, unread: ``[...]`` reads it, as transformers does with what it opens itself."""

@@ -15,7 +15,8 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.native.architectures import NATIVE_ARCHITECTURES
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
-from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding
+from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding, refer_to
+from gossamer.nn import StoredEmbedding
 
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 Norm = tuple[Tensor, float]  # gain and epsilon
@@ -116,10 +117,13 @@ def pack_decoder(network: Any, pack: SparsePacker, attention: list[tuple[float, 
     for index, block in enumerate(body.layers):
         layers.append(_pack_layer(block, pack, *attention[index], table_of[kinds[index]], gate))
         block.to("meta")
-    embedding = pack_embedding(body.embed_tokens, pack.isa, pack.float_type)
-    factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
+    if isinstance(body.embed_tokens, StoredEmbedding) and not tied:
+        embedding = refer_to(body.embed_tokens.stored, pack.isa)
+    else:
+        embedding = pack_embedding(body.embed_tokens, pack.isa, pack.float_type)
+    factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
     if not tied or head.bias is not None:
         packed_head = pack([head])
     else:

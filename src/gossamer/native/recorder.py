@@ -133,7 +133,7 @@ class Recorder:
         key = ("float32", width)
         if key not in self._prepared:
             self._prepared[key] = self.native.prepared(*key)
-        self.native.prepare(ATTENTION, 0, 0.0, width, self._prepared[key], "none", False, 0.0, 0, False)
+        self.native.prepare(ATTENTION, 0, 0.0, width, 0, self._prepared[key], "none", False, 0.0, 0, False)
 
     def logits(self, x: Recorded, head: PackedLinear) -> None:
         """The output layer, for the rows whose logits are needed; and the largest of each."""
@@ -147,7 +147,8 @@ class Recorder:
         if key not in self._prepared:
             self._prepared[key] = self.native.prepared(*key)
         gain = 0 if x.gain is None else x.gain.data_ptr()
-        self.native.prepare(x.buffer, gain, x.epsilon, x.width, self._prepared[key], *weight.outlier_rule(), last)
+        order = 0 if weight.input_order is None else weight.input_order.data_ptr()
+        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, self._prepared[key], *weight.outlier_rule(), last)
         self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
 
 

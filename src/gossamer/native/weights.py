@@ -11,15 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import core
-from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead
+from gossamer.nn import Int8Embedding, Int8Linear, Int8TiedHead, StoredEmbedding, StoredLinear
 from gossamer.nn.int8_linear import Decomposition
+from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.ops.int8 import FLOAT_TYPES
 
+# Numbers of csrc/kernels/block_types.h: those of GGUF, and two of our own.
+_BLOCK_IDS = {name: kind.value for name, kind in gguf.GGMLQuantizationType.__members__.items()} | {
+    "G4F16": 200,
+    "G4BF16": 201,
+}
+_GROUP = 16  # outputs that have one type of blocks
 MAX_INT8_INPUTS = 65_000  # more products of an unsigned and a signed byte might not fit into int32
 
 
@@ -29,9 +37,11 @@ class PackedLinear:
 
     Attributes:
         handle: the native object, which owns its memory.
-        type: ``"int8"``, ``"bfloat16"`` or ``"float32"``.
+        type: of the rows that it is multiplied with: ``"int8"``, ``"int8_blocks"``, ``"bfloat16"`` or ``"float32"``.
         decomposition: what is an outlier; int8 only.
         static_columns: (K) uint8, 1 where an input is always an outlier; for ``outliers="static"``.
+        input_order: (K) int64, which input each column multiplies; in order by default.
+        rows: (N, bytes) uint8 that the native object refers to, if it does not own its memory.
     """
 
     handle: Any
@@ -40,6 +50,8 @@ class PackedLinear:
     inputs: int
     decomposition: Decomposition | None = None
     static_columns: Tensor | None = None
+    input_order: Tensor | None = None
+    rows: Any = None
 
     def outlier_rule(self) -> tuple[str, bool, float, int]:
         """The decomposition as the kernels take it: extent, relative, threshold, address of the static columns."""
@@ -67,6 +79,8 @@ class PackedLinear:
                 f"a packed weight multiplies (..., {self.inputs}) floating-point rows on the CPU, got "
                 f"{x.dtype} {tuple(x.shape)} on {x.device}"
             )
+        if self.input_order is not None:
+            x = x[..., self.input_order]
         rows = x.detach().reshape(-1, self.inputs).float().contiguous()
         out = torch.empty(len(rows), self.outputs)
         if out.numel():
@@ -83,6 +97,8 @@ def check_linear(layers: Sequence[Any]) -> None:
         UnsupportedModelError: says why not.
     """
     first = layers[0]
+    if any(isinstance(layer, StoredLinear) for layer in layers):
+        return _check_stored(layers)
     quantized = [isinstance(layer, (Int8Linear, Int8TiedHead)) for layer in layers]
     if any(quantized) != all(quantized):
         raise UnsupportedModelError("layers that read the same input are partly int8 and partly not")
@@ -100,6 +116,21 @@ def check_linear(layers: Sequence[Any]) -> None:
         same = others is columns or (others is not None and columns is not None and torch.equal(others, columns))
         if not same or getattr(layer, "decomposition", None) != getattr(first, "decomposition", None):
             raise UnsupportedModelError("layers that read the same input do not agree on what is an outlier")
+
+
+def _check_stored(layers: Sequence[Any]) -> None:
+    if not all(isinstance(layer, StoredLinear) for layer in layers):
+        raise UnsupportedModelError("layers that read the same input are partly in quantized blocks and partly not")
+    order = layers[0].input_order
+    for before, layer in zip(layers, layers[1:], strict=False):
+        same = layer.input_order is order
+        if not same and (layer.input_order is None or order is None or not torch.equal(layer.input_order, order)):
+            raise UnsupportedModelError("layers that read the same input take it in different orders")
+        if layer.stored.type != before.stored.type and before.out_features % _GROUP:
+            raise UnsupportedModelError(
+                f"layers that read the same input have blocks of {before.stored.type} and of {layer.stored.type}, and "
+                f"{before.out_features} outputs of the first are no multiple of {_GROUP}"
+            )
 
 
 def _check_store(layer: Any) -> None:
@@ -142,6 +173,8 @@ def pack_linear(
     """
     check_linear(layers)
     first = layers[0]
+    if isinstance(first, StoredLinear):
+        return _pack_stored(layers, isa, gated)
     type_ = "int8" if isinstance(first, (Int8Linear, Int8TiedHead)) else float_type
     sparse = sparse and type_ == "int8"
     outputs, inputs = sum(layer.out_features for layer in layers), first.in_features
@@ -171,6 +204,8 @@ def pack_linear(
 
 def pack_embedding(embedding: Any, isa: str, float_type: str) -> PackedLinear:
     """Pack a table of embeddings (V, D), to look rows up in, and to multiply with if it is tied to the output layer."""
+    if isinstance(embedding, StoredEmbedding):
+        return _pack_stored([StoredLinear(embedding.stored)], isa, gated=False)
     if isinstance(embedding, Int8Embedding):
         weight, scale, type_ = embedding.weight, embedding.scale, "int8"
     else:
@@ -181,6 +216,45 @@ def pack_embedding(embedding: Any, isa: str, float_type: str) -> PackedLinear:
     handle = library.Weight(isa, type_, rows, inputs, False, 0, "float16", False)
     _pack(handle, weight, scale, (rows, 0, 0, 1))
     return PackedLinear(handle, type_, rows, inputs)
+
+
+def refer_to(stored: StoredMatrix, isa: str) -> PackedLinear:
+    """A table in quantized blocks, to look rows up in where they are: those of a mapped file take no memory."""
+    library = core()
+    assert library is not None
+    rows = stored.rows()
+    outputs, inputs = stored.shape
+    handle = library.Weight.of_rows(isa, _BLOCK_IDS[stored.type], outputs, inputs, rows.ctypes.data)
+    return PackedLinear(handle, "int8_blocks", outputs, inputs, rows=rows)
+
+
+def _pack_stored(layers: Sequence[StoredLinear], isa: str, gated: bool) -> PackedLinear:
+    """See :func:`pack_linear`. The pages of a mapped file are given back once they are packed."""
+    library = core()
+    assert library is not None
+    outputs, inputs = sum(layer.out_features for layer in layers), layers[0].in_features
+    parts = len(layers) if gated else 1
+    groups = [-(-layer.out_features // _GROUP) for layer in layers]
+    if gated:
+        kinds = [layer.stored.type for _ in range(groups[0]) for layer in layers]
+    else:
+        kinds = [kind for layer in layers for kind in [layer.stored.type] * layer.out_features][::_GROUP]
+    padded = len(kinds) * _GROUP if gated else outputs
+    kinds += kinds[-1:] * (len(kinds) % 2)
+    biased = any(layer.bias is not None for layer in layers)
+    handle = library.Weight.of_blocks(isa, [_BLOCK_IDS[kind] for kind in kinds], padded, inputs, biased)
+    row = 0
+    for place, layer in enumerate(layers):
+        where = (layer.out_features, 0, place, parts) if gated else (layer.out_features, row, 0, 1)
+        rows = layer.stored.rows()
+        handle.pack_blocks(rows.ctypes.data, *where, torch.get_num_threads())
+        layer.stored.release()
+        if layer.bias is not None:
+            bias = layer.bias.detach().float().contiguous()
+            handle.set_bias(bias.data_ptr(), *where)
+        row += layer.out_features
+    made = outputs // parts if gated else outputs
+    return PackedLinear(handle, "int8_blocks", made, inputs, input_order=layers[0].input_order)
 
 
 def _pack_rows(handle: Any, layer: Any, where: tuple[int, int, int, int]) -> None:

@@ -55,6 +55,11 @@ class StoredLinear(nn.Module):
         self.bias = bias
 
     @property
+    def input_order(self) -> Tensor | None:
+        """(K) int64: the rows of :attr:`stored` multiply ``x[..., input_order]``; ``None`` if they multiply x."""
+        return self.stored.input_order
+
+    @property
     def weight(self) -> StoredMatrix:
         """What stands for the weight where its shape, or whether it is tied, is looked at."""
         return self.stored

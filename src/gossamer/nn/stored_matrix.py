@@ -47,11 +47,13 @@ class StoredMatrix:
         data: (N, bytes of a row) uint8, in the order of the file.
         order: which row of ``data`` each row of the matrix is; the same by default.
         mapped: where ``data`` lies in a mapped file, if it does.
+        input_order: (K) int64, which input each weight of a row of ``data`` is for; the same by default.
 
     Attributes:
         type: of the blocks, such as ``"Q4_K"``.
         shape: (N, K).
         mapped: whether :meth:`rows` is a view of a mapped file.
+        input_order: as given: rows of blocks multiply ``x[..., input_order]``.
 
     Raises:
         ConfigurationError: the type is unknown, or the bytes are not those of rows of K weights.
@@ -71,6 +73,7 @@ class StoredMatrix:
         data: np.ndarray,
         order: np.ndarray | None = None,
         mapped: Mapped | None = None,
+        input_order: Tensor | None = None,
     ) -> None:
         if type not in BLOCK_TYPES:
             raise ConfigurationError(f"{type!r} is not a type of blocks; these are: {', '.join(BLOCK_TYPES)}")
@@ -85,6 +88,7 @@ class StoredMatrix:
             order = None
         self.type = type
         self.shape = torch.Size((len(data) if order is None else len(order), inputs))
+        self.input_order = input_order
         self._block = block
         self._data = data
         self._order = order
@@ -110,14 +114,15 @@ class StoredMatrix:
             rows: what indexes the rows of an array: a slice, a number, or a list or tensor of numbers of any shape.
 
         Returns:
-            (..., K) fp32; to the bit what gguf-py computes.
+            (..., K) fp32, inputs in their own order; to the bit what gguf-py computes.
         """
         if isinstance(rows, Tensor):
             rows = rows.cpu().numpy()
         chosen = self._data[rows if self._order is None else self._order[rows]]
         values = self._block.dequantize(chosen.reshape(-1, self._block.bytes))
         shape = *chosen.shape[:-1], self.shape[1]
-        return torch.from_numpy(values.astype(np.float32, copy=False).reshape(shape))
+        found = torch.from_numpy(values.astype(np.float32, copy=False).reshape(shape))
+        return found if self.input_order is None else found[..., self.input_order.argsort()]
 
     def first_bad_block(self) -> int | None:
         """The offset in bytes, within the data, of the first block with a scale that is no finite number."""

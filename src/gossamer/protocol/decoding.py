@@ -15,7 +15,7 @@ SHORT = 64 * 2**10  # bytes that are read without counting; also what the server
 MAX_DEPTH = 500  # objects and lists in each other
 MAX_CONTAINERS = 32_768  # objects and lists
 MAX_MEMBERS = 32_768  # of all objects together
-MAX_ITEMS = 1 << 20  # values of all lists and objects together
+MAX_ITEMS = 262_144  # values of all lists and objects together
 
 
 class InvalidJsonError(ValueError):

@@ -1,7 +1,8 @@
 """Loads a model for a runner: where it is, what its weights are computed as, and what computes them.
 
-The weights of a GGUF file are used as they are stored where the native runner can. Otherwise the file is converted once
-into the cache, in floating point.
+The weights of a GGUF file, and 4-bit weights of a directory, are used as they are stored where the native runner can.
+Otherwise they are computed with in floating point: the file is converted once into the cache, those of a directory are
+dequantized whenever they are loaded.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import nn
 from gossamer.engine.runner import Runner
 from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import instruction_set
+from gossamer.models.foreign_int4 import int4_format
 from gossamer.models.gguf_weights import GGUFModel, read_gguf, unstorable
-from gossamer.models.load import load_model
+from gossamer.models.load import load_config, load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.native.decoder import unsupported
 from gossamer.nn import Int8Linear, StoredEmbedding, StoredLinear
@@ -73,16 +75,15 @@ def load_for_runner(
     choosing = options.weights == "auto" and options.may_stay_stored and _may_be_native(options, runner)
     path = resolve_model(model, as_file=choosing or _reads_file(options))
     note = ""
-    if choosing and path.is_file():
-        opened = read_gguf(path)
-        note = _why_not_stored(opened)
+    if choosing and (found := _in_blocks(path)):
+        source, note = found
         if not note:
             stored = replace(options, weights="as-stored")
             try:
-                return _load(opened, stored, replace(runner, runner="native"), max_rows, max_seqs)
+                return _load(source, stored, replace(runner, runner="native"), max_rows, max_seqs)
             except UnsupportedModelError as error:
                 note = str(error)
-        note = note if opened.file.in_blocks else ""  # nobody expects it of plain numbers
+    if choosing and path.is_file():
         path = resolve_model(model)
     return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
 
@@ -101,10 +102,9 @@ def load_network(model: str | Path, options: ModelOptions = ModelOptions()) -> t
     """
     choosing = options.weights == "auto" and options.may_stay_stored
     path = resolve_model(model, as_file=choosing or _reads_file(options))
+    if choosing and (found := _in_blocks(path)) and not found[1]:
+        return load_model(found[0], options=replace(options, weights="as-stored"))
     if choosing and path.is_file():
-        opened = read_gguf(path)
-        if not _why_not_stored(opened):
-            return load_model(opened, options=replace(options, weights="as-stored"))
         path = resolve_model(model)
     return load_model(path, options=options)
 
@@ -114,9 +114,15 @@ def _reads_file(options: ModelOptions) -> bool:
     return options.int8 or options.weights == "as-stored"
 
 
-def _why_not_stored(opened: GGUFModel) -> str:
-    """Why the native runner would not take the weights of a file as they are, as far as the file tells."""
-    return unstorable(opened.file) or unsupported(opened.config.get_text_config())
+def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
+    """What holds quantized blocks, and why they cannot be used as they are stored; ``None`` where there are none."""
+    if path.is_file():
+        opened = read_gguf(path)
+        if not opened.file.in_blocks:
+            return None
+        return opened, unstorable(opened.file) or unsupported(opened.config.get_text_config())
+    config = load_config(path)
+    return (path, unsupported(config.get_text_config())) if int4_format(config) else None
 
 
 def _may_be_native(options: ModelOptions, runner: RunnerOptions) -> bool:

@@ -17,7 +17,7 @@ from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.recorder import Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker
-from gossamer.nn import Int8Linear, Int8TiedHead
+from gossamer.nn import Int8Linear, Int8TiedHead, StoredLinear
 from gossamer.options import RunnerOptions
 from gossamer.runners.step_input import StepArrays, WithinTolerance
 from gossamer.runners.tolerance import PrefixTolerance
@@ -85,7 +85,7 @@ class NativeRunner:
             or shape.key_dim % 2
         ):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
-        quantized = any(isinstance(module, Int8Linear) for module in network.modules())
+        quantized = any(isinstance(module, Int8Linear | StoredLinear) for module in network.modules())
         float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
         self.kv_type = float_type if options.kv_dtype == "auto" else options.kv_dtype
         self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)

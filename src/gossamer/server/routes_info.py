@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 import gossamer
 from gossamer.errors import RequestError
 from gossamer.protocol.chat import Messages, template_messages
+from gossamer.protocol.encoding import encode_json
 from gossamer.protocol.fields import Fields
 from gossamer.server.answering import characters_of
 from gossamer.server.documented import errors, json_body
@@ -94,7 +95,7 @@ _TOKEN_ERRORS = errors(400, 404, 408, 413, 415)
 
 
 @router.post("/tokenize", responses=_TOKEN_ERRORS, openapi_extra=json_body(TokenizeRequest))
-async def tokenize(request: Request) -> JSONResponse:
+async def tokenize(request: Request) -> Response:
     """The token ids of a text or of a conversation."""
     service = _service(request)
     answering = service.ready.answering
@@ -117,18 +118,20 @@ async def tokenize(request: Request) -> JSONResponse:
         "max_model_len": answering.llm.engine.max_model_len,
         "tokens": ids,
     }
-    if body.return_token_strs:
-        answer["token_strs"] = await answering.in_worker(lambda: answering.token_texts(ids), len(ids))
-    return JSONResponse(answer)
+
+    def write() -> bytes:
+        return encode_json(answer | ({"token_strs": answering.token_texts(ids)} if body.return_token_strs else {}))
+
+    return Response(await answering.in_worker(write, len(ids)), media_type="application/json")
 
 
 @router.post("/detokenize", responses=_TOKEN_ERRORS, openapi_extra=json_body(DetokenizeRequest))
-async def detokenize(request: Request) -> JSONResponse:
+async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service = _service(request)
     answering = service.ready.answering
     body = await read_body(request, partial(parse_body, DetokenizeRequest))
     service.check_model(body.model)
     ids = body.tokens
-    text = await answering.in_worker(lambda: answering.decode(ids), len(ids))
-    return JSONResponse({"prompt": text})
+    answer = await answering.in_worker(lambda: encode_json({"prompt": answering.decode(ids)}), len(ids))
+    return Response(answer, media_type="application/json")

@@ -1,0 +1,336 @@
+// Weights in quantized blocks, multiplied as they are stored.
+//
+// Rows are int8 in blocks of 32, with a scale each. A product is a sum over sub-blocks: integers, exact, that are scaled in
+// fp32 once per sub-block,
+//   y = sum_j s_j (d_j sum_k q_k a_k - m_j sum_k a_k),
+// for activations s a and weights d q - m. It is the same for every number of rows and for both ways to read a strip: a
+// few rows take its codes from the packed words; for many these are written out as bytes first, once for all rows.
+#include "block_codes.h"
+#include "linear.h"
+#include "formats/blocks.h"
+
+namespace GOSSAMER_NS {
+
+using namespace gossamer;
+
+// Some prepared rows.
+struct BlockRows {
+  const int8_t* codes;      // `stride` bytes from row to row
+  const RowBlock* blocks;   // `count` from row to row
+  int64_t stride, count;
+};
+
+// sum[r] += the products of a sub-block's codes with those of the row, at `a`. Where codes are stored with an offset, or get
+// one here because the instruction wants it, the sums are those without it.
+template <class T, int H, int ROWS>
+GOSSAMER_INLINE void sub_block(const uint8_t* lines, int group, const BlockRows& rows, const int8_t* a, const RowBlock* block,
+                               I (&sum)[ROWS]) {
+  constexpr int STEPS = T::SUB / 4;
+#if defined(__AVX512VNNI__)
+  constexpr int OFFSET = T::SIGNED ? 7 : T::OFFSET;
+#else
+  constexpr int OFFSET = T::SIGNED ? 0 : T::OFFSET;
+#endif
+  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+    constexpr int R = decltype(r)::value;
+    sum[R] = zero_int();
+    if constexpr (OFFSET > 0) {
+      const RowBlock& at = block[R * rows.count];
+      const int32_t* total = T::SUB == 32 ? &at.sum : at.half_sum + H % 2;
+      sum[R] = sub_int(sum[R], shift_right<-OFFSET>(broadcast(total)));
+    }
+  });
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
+#define GOSSAMER_PAIRS _mm512_maddubs_epi16
+#define GOSSAMER_ADD_PAIRS _mm512_add_epi16
+#define GOSSAMER_JOIN_PAIRS(v) _mm512_madd_epi16(v, _mm512_set1_epi16(1))
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define GOSSAMER_PAIRS _mm256_maddubs_epi16
+#define GOSSAMER_ADD_PAIRS _mm256_add_epi16
+#define GOSSAMER_JOIN_PAIRS(v) _mm256_madd_epi16(v, _mm256_set1_epi16(1))
+#endif
+#if defined(GOSSAMER_PAIRS)
+  if constexpr (!T::SIGNED) {
+    // as many sums of two products as fit into 16 bits
+    constexpr int MOST = 32767 / (2 * T::MOST * 127), RUN = MOST < STEPS ? MOST >= 4 && STEPS == 8 ? MOST / 4 * 4 : MOST : STEPS;
+    static_assert(STEPS % RUN == 0);
+    repeat<STEPS / RUN>([&](auto run) GOSSAMER_LAMBDA {
+      I pairs[ROWS];
+      repeat<RUN>([&](auto step) GOSSAMER_LAMBDA {
+        constexpr int S = decltype(run)::value * RUN + decltype(step)::value;
+        const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
+        repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+          constexpr int R = decltype(r)::value;
+          const I products = GOSSAMER_PAIRS(codes, broadcast(a + R * rows.stride + 4 * S));
+          pairs[R] = decltype(step)::value ? GOSSAMER_ADD_PAIRS(pairs[R], products) : products;
+          keep_order(pairs[R]);
+        });
+      });
+      repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+        constexpr int R = decltype(r)::value;
+        sum[R] = add_int(sum[R], GOSSAMER_JOIN_PAIRS(pairs[R]));
+        keep_order(sum[R]);
+      });
+    });
+    return;
+  }
+#endif
+  repeat<STEPS>([&](auto step) GOSSAMER_LAMBDA {
+    constexpr int S = decltype(step)::value;
+    const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
+    repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+      constexpr int R = decltype(r)::value;
+      sum[R] = dot_bytes<T::SIGNED>(sum[R], codes, broadcast(a + R * rows.stride + 4 * S));
+      keep_order(sum[R]);
+    });
+  });
+}
+
+// The products of ROWS rows with a strip, into sums + r * PANEL. `scratch`: the scales of a block.
+template <class T, int ROWS>
+GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows,
+                                      float* scratch, float* sums) {
+  constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
+  // With 16 registers, four rows take all of them for a sub-block: the sums of the rows wait in memory.
+  constexpr bool WAITING = W == 8 && ROWS == 4;
+  F y[ROWS];
+  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+    constexpr int R = decltype(r)::value;
+    y[R] = zero();
+    if constexpr (WAITING) store(sums + R * PANEL, y[R]);
+  });
+  const int8_t* a = rows.codes;
+  const RowBlock* block = rows.blocks;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* scale;
+    if constexpr (Reading<T>::UNPACKED) {
+      scale = reinterpret_cast<const float*>(halves);
+    } else {
+      T::scales(lines, halves, scratch);
+      scale = scratch;
+    }
+    for (int group = 0; group < T::GROUPS; ++group) {
+      repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
+        constexpr int H = decltype(h)::value;
+        I sum[ROWS];
+        sub_block<T, H, ROWS>(read_again(lines), group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
+        repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+          constexpr int R = decltype(r)::value;
+          const RowBlock& at = block[R * rows.count + H * T::SUB / 32];
+          if constexpr (WAITING) y[R] = load(sums + R * PANEL);
+          y[R] = fma(to_float(sum[R]), mul(load(scale + H * SCALES * W), set1(at.scale)), y[R]);
+          if constexpr (T::OFFSET < 0) {
+            const float* total = T::SUB == 32 ? &at.scaled_sum : at.scaled_half_sum + H % 2;
+            y[R] = fma(load(scale + (H * SCALES + 1) * W), set1(*total), y[R]);
+          }
+          if constexpr (WAITING) store(sums + R * PANEL, y[R]);
+        });
+      });
+      a += PER_GROUP * T::SUB;
+      block += PER_GROUP * T::SUB / 32;
+      scale += PER_GROUP * SCALES * W;
+    }
+    lines += Reading<T>::LINE_BYTES;
+    halves += Reading<T>::SCALE_BYTES;
+  }
+  if constexpr (!WAITING)
+    repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA { store(sums + decltype(r)::value * PANEL, y[decltype(r)::value]); });
+}
+
+// Writes a strip out: its codes as bytes, in the order of the weights, and the scales of all sub-blocks.
+template <class T>
+GOSSAMER_NOINLINE void unpack_strip(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales) {
+  constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
+  for (int64_t b = 0; b < blocks; ++b) {
+    T::scales(lines, halves, scales);
+    for (int group = 0; group < T::GROUPS; ++group) {
+      repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
+        repeat<T::SUB / 4>([&](auto step) GOSSAMER_LAMBDA {
+          constexpr int H = decltype(h)::value, S = decltype(step)::value;
+          store_int(codes + (H * T::SUB / 4 + S) * LINE, T::template codes<H, S>(lines, group));
+        });
+      });
+      codes += PER_GROUP * T::SUB * W;
+    }
+    scales += T::SUBS * SCALES * W;
+    lines += Reading<T>::LINE_BYTES;
+    halves += Reading<T>::SCALE_BYTES;
+  }
+}
+
+constexpr int64_t FEW_ROWS = 4;                   // whose products read packed codes; for more rows these are written out
+constexpr int64_t PACKED_ROWS = W == 8 ? 2 : 4;  // of them at a time: as many as 16 registers have room for, or 32
+
+// The kernels of a type.
+struct StripKernels {
+  using Products = void (*)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, float* scratch, float* sums);
+  Products packed[3], unpacked[4];  // of 1, 2, 4 and 8 rows
+  void (*unpack)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales);
+  int sub_block_scales;             // per 32 weights: with minima
+};
+
+template <class T>
+constexpr StripKernels strip_kernels() {
+  using U = Unpacked<T>;
+  StripKernels all{{strip_products<T, 1>, strip_products<T, 2>, nullptr},
+                   {strip_products<U, 1>, strip_products<U, 2>, strip_products<U, 4>, nullptr},
+                   unpack_strip<T>,
+                   32 / T::SUB * (T::OFFSET < 0 ? 2 : 1)};
+  if constexpr (PACKED_ROWS == 4) all.packed[2] = strip_products<T, 4>;
+  if constexpr (TILE == 8) all.unpacked[3] = strip_products<U, 8>;
+  return all;
+}
+
+inline const StripKernels& kernels_of_type(BlockType type) {
+  static constexpr StripKernels Q40 = strip_kernels<Q4_0>(), Q41 = strip_kernels<Q4_1>(), Q50 = strip_kernels<Q5_0>(),
+                                Q51 = strip_kernels<Q5_1>(), Q80 = strip_kernels<Q8_0>(), Q2K = strip_kernels<Q2_K>(),
+                                Q3K = strip_kernels<Q3_K>(), Q4K = strip_kernels<Q4_K>(), Q5K = strip_kernels<Q5_K>(),
+                                Q6K = strip_kernels<Q6_K>(), IQ4NL = strip_kernels<IQ4_NL>(), IQ4XS = strip_kernels<IQ4_XS>(),
+                                FP4 = strip_kernels<MXFP4>(), G4F16 = strip_kernels<Group4<BlockType::group4_fp16>>(),
+                                G4BF16 = strip_kernels<Group4<BlockType::group4_bf16>>();
+  switch (type) {
+    case BlockType::q4_0: return Q40;
+    case BlockType::q4_1: return Q41;
+    case BlockType::q5_0: return Q50;
+    case BlockType::q5_1: return Q51;
+    case BlockType::q8_0: return Q80;
+    case BlockType::q2_k: return Q2K;
+    case BlockType::q3_k: return Q3K;
+    case BlockType::q4_k: return Q4K;
+    case BlockType::q5_k: return Q5K;
+    case BlockType::q6_k: return Q6K;
+    case BlockType::iq4_nl: return IQ4NL;
+    case BlockType::iq4_xs: return IQ4XS;
+    case BlockType::mxfp4: return FP4;
+    case BlockType::group4_fp16: return G4F16;
+    case BlockType::group4_bf16: return G4BF16;
+  }
+  __builtin_unreachable();
+}
+
+// What finish() has to know: nothing is left to scale.
+struct Sums {
+  struct Dot {
+    using Number = float;
+  };
+  static constexpr bool CODED = false;
+};
+
+// A strip of a packed weight, W outputs from `output` on.
+struct Strip {
+  BlockLayout layout;
+  const StripKernels* kernels;
+  int64_t blocks;          // of an output
+  uint8_t *lines, *halves;
+
+  Strip(const PackedWeight& w, int64_t output) {
+    const BlockType type = w.types[output / 16];
+    layout = layout_of(type);
+    kernels = &kernels_of_type(type);
+    blocks = w.k / layout.weights;
+    const int64_t each = blocks * (layout.words * 4 + layout.halves * 2) * W;
+    lines = w.panel(output / PANEL) + (output % PANEL < 16 ? 0 : w.second_group(output / PANEL)) + output % 16 / W * each;
+    halves = lines + blocks * layout.words * LINE;
+  }
+};
+
+// `source`: rows of the type that their outputs have in the weight.
+void pack_blocks(PackedWeight& w, const void* source, Type, int64_t rows, int64_t first, int64_t part, int64_t parts) {
+  const uint8_t* row = static_cast<const uint8_t*>(source);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = packed_row(first + r, part, parts);
+    const Strip strip(w, n / W * W);
+    const BlockLayout& of = strip.layout;
+    const bool five = w.types[n / 16] == BlockType::q5_0 || w.types[n / 16] == BlockType::q5_1;
+    uint8_t *line = strip.lines + n % W * 4, *half = strip.halves + n % W * 2;
+    for (int64_t b = 0; b < strip.blocks; ++b, row += of.bytes) {
+      for (int i = 0; i < of.words; ++i, line += LINE) {
+        uint32_t word;
+        std::memcpy(&word, row + of.first_word + 4 * i, 4);
+        if (five && i == 0) word = spread_high_bits(word);
+        std::memcpy(line, &word, 4);
+      }
+      for (int i = 0; i < of.halves; ++i, half += 2 * W) {
+        uint16_t bits = row[of.half[i]];
+        if (of.bytes != 17) std::memcpy(&bits, row + of.half[i], 2);
+        std::memcpy(half, &bits, 2);
+      }
+    }
+  }
+}
+
+// The bytes of a block that pack_blocks() was given for an output.
+static void restore(const PackedWeight& w, int64_t n, int64_t b, uint8_t* block) {
+  const Strip strip(w, n / W * W);
+  const BlockLayout& of = strip.layout;
+  const bool five = w.types[n / 16] == BlockType::q5_0 || w.types[n / 16] == BlockType::q5_1;
+  for (int i = 0; i < of.words; ++i) {
+    uint32_t word;
+    std::memcpy(&word, strip.lines + (b * of.words + i) * LINE + n % W * 4, 4);
+    if (five && i == 0) word = gather_high_bits(word);
+    std::memcpy(block + of.first_word + 4 * i, &word, 4);
+  }
+  for (int i = 0; i < of.halves; ++i)
+    std::memcpy(block + of.half[i], strip.halves + ((b * of.halves + i) * W + n % W) * 2, of.bytes == 17 ? 1 : 2);
+}
+
+void look_up_blocks(const PackedWeight& w, int64_t n, float factor, float* out) {
+  const BlockLayout of = layout_of(w.types[n / 16]);
+  uint8_t block[256];
+  for (int64_t b = 0; b < w.k / of.weights; ++b, out += of.weights) {
+    restore(w, n, b, block);
+    dequantize(w.types[n / 16], block, out);
+    if (factor != 1)
+      for (int i = 0; i < of.weights; ++i) out[i] *= factor;
+  }
+}
+
+void multiply_blocks(const LinearCall& c) {
+  constexpr int STRIPS = PANEL / W;
+  const PackedWeight& w = *c.weight;
+  const Prepared& x = *c.x;
+  const int64_t rows = c.last_row - c.first_row;
+  const bool unpacked = rows > FEW_ROWS;
+  alignas(64) float sums[TILE * PANEL];
+  for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
+    const StripKernels* kernels[STRIPS];
+    const uint8_t *lines[STRIPS], *halves[STRIPS];
+    int64_t blocks[STRIPS];
+    float* scales = c.scratch;
+    for (int s = 0; s < STRIPS; ++s) {
+      const Strip strip(w, panel * PANEL + s * W);
+      kernels[s] = strip.kernels;
+      lines[s] = strip.lines;
+      halves[s] = strip.halves;
+      blocks[s] = strip.blocks;
+      if (!unpacked) continue;
+      uint8_t* codes = c.entries + s * w.k * W;
+      strip.kernels->unpack(lines[s], halves[s], blocks[s], codes, scales);
+      lines[s] = codes;
+      halves[s] = reinterpret_cast<const uint8_t*>(scales);
+      blocks[s] = w.k / 32;
+      scales += blocks[s] * strip.kernels->sub_block_scales * W;
+    }
+    for (int64_t m = c.first_row; m < c.last_row;) {
+      int size = !unpacked && PACKED_ROWS == 2 ? 1 : unpacked && TILE == 8 ? 3 : 2;
+      while (m + (1 << size) > c.last_row) --size;
+      const BlockRows some{static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
+      for (int s = 0; s < STRIPS; ++s)
+        (unpacked ? kernels[s]->unpacked[size] : kernels[s]->packed[size])(lines[s], halves[s], blocks[s], some, c.scratch, sums + s * W);
+      finish<Sums>(c, panel, m, m + (1 << size), sums);
+      m += 1 << size;
+    }
+  }
+}
+
+void look_up_rows(const PackedWeight& w, int64_t n, float factor, float* out) {
+  const BlockLayout of = layout_of(w.types[0]);
+  const uint8_t* block = w.data + n * w.stride;
+  for (int64_t b = 0; b < w.k / of.weights; ++b, out += of.weights, block += of.bytes) {
+    dequantize(w.types[0], block, out);
+    if (factor != 1)
+      for (int i = 0; i < of.weights; ++i) out[i] *= factor;
+  }
+}
+
+}  // namespace GOSSAMER_NS
