@@ -105,7 +105,7 @@ def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: 
         source: the file.
         target: the copy.
         drop: keys and tensors that are left out.
-        tensors: further ones, by name.
+        tensors: further ones, by name, or in the place of others; blocks come with their type in GGUF.
         more: further keys, ``__`` for a dot, each with its value and its type in GGUF.
     """
     reader = gguf.GGUFReader(source)
@@ -118,10 +118,11 @@ def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: 
     for name, (value, kind) in given.items():
         writer.add_key_value(name, value, kind)
     for tensor in reader.tensors:
-        if tensor.name not in drop:
+        if tensor.name not in drop and tensor.name not in (tensors or {}):
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, data in (tensors or {}).items():
-        writer.add_tensor(name, data)
+        blocks, kind = data if isinstance(data, tuple) else (data, None)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
     return _finish(writer, target)
 
 

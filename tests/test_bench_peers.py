@@ -177,7 +177,7 @@ def kinds(script: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, PeerKind]:
         )
     }
     monkeypatch.setattr(contest_module, "KINDS", kinds)
-    monkeypatch.setattr(contest_module, "resolve_model", Path)
+    monkeypatch.setattr(contest_module, "resolve_model", lambda model, **_: Path(model))
     monkeypatch.setattr(contest_module, "SETTLE_SECONDS", 0.0)
     return kinds
 
@@ -361,6 +361,26 @@ def test_a_peer_that_no_combination_was_for(model: str, tmp_path: Path, monkeypa
     assert "of memory are free" in result.output
     report = json.loads(bench(model, *arguments, "--json").stdout)["peers"]
     assert report == {"transformers": {"versions": {}, "weights": None, "keys": None, "idle_cores": 0.0}}
+
+
+def test_a_gguf_file_is_given_to_who_reads_it(
+    tmp_path: Path, kinds: dict[str, PeerKind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def resolve(model: str, as_file: bool) -> Path:
+        asked.append(as_file)
+        return Path(model)
+
+    monkeypatch.setattr(contest_module, "resolve_model", resolve)
+    for takes in (False, True):
+        kinds["fake"] = replace(kinds["fake"], takes_files=takes)
+        with contest(tmp_path, ("fake",)) as running:
+            running.prepare(prompts(2, 4), 4)
+    assert asked == [False, True]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert KINDS["llama.cpp"].takes_files and KINDS["llama.cpp"].model(file, tmp_path, 1) == file
 
 
 def test_without_peers_the_report_is_as_before(model: str) -> None:

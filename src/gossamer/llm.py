@@ -47,8 +47,8 @@ class LLM:
         stored_weights: how the GGUF file that the weights came from stored them, such as ``Q4_1``, or ``None``.
         weights: what is computed with: ``as stored: Q4_K 169, Q6_K 29`` (types of blocks, and how many matrices),
             ``int8``, ``float32`` and so on.
-        weights_note: why the quantized blocks of a GGUF file are not used as they are stored, if they might have been;
-            otherwise empty.
+        weights_note: why the weights of a GGUF file are not used as they are stored, if they might have been; otherwise
+            empty.
         sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
             ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
             it where a request says nothing else; ``SamplingParams()`` does not.

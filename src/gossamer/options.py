@@ -103,8 +103,8 @@ class ModelOptions:
             check_decomposition(self.int8_threshold, self.int8_criterion, self.int8_outliers)
         if self.quantization and self.weights in ("as-stored", "dequantized"):
             raise ConfigurationError(
-                f"weights={self.weights!r} and quantization='int8' exclude each other: leave weights out for int8, which "
-                "is made of what a file stores, or leave quantization out"
+                f"weights={self.weights!r} and quantization='int8' exclude each other: leave weights out for int8, "
+                "which is made of what a file stores, or leave quantization out"
             )
         if self.weights == "as-stored" and self.dtype != "auto":
             raise ConfigurationError(
@@ -112,7 +112,9 @@ class ModelOptions:
                 "weights='dequantized' makes numbers of that type of them"
             )
         if self.weights == "as-stored" and self.int8_head:
-            raise ConfigurationError("weights='as-stored' keeps the output layer as the file has it: leave int8_head out")
+            raise ConfigurationError(
+                "weights='as-stored' keeps the output layer as the file has it: leave int8_head out"
+            )
 
     @property
     def int8(self) -> bool:

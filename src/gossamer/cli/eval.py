@@ -72,6 +72,7 @@ def evaluate(
             )
     # Imported here: PyTorch takes seconds, and what is wrong with the arguments should show before.
     from gossamer.report.quality import Evaluation
+    from gossamer.runners.loading import weights_of
 
     evaluation = Evaluation(network, other)
     interrupted = False
@@ -87,7 +88,7 @@ def evaluate(
     if as_json:
         asked = {"model": model, "reference": reference, "text": text and str(text), "window": window}
         asked |= _described(chosen.model)
-        asked["weights"] = stored_weights(network)
+        asked |= {"weights": stored_weights(network), "computed": weights_of(network)}
         figures = quality.to_dict() if quality else {"windows": 0}
         typer.echo(json.dumps(asked | figures | {"interrupted": interrupted}))
     elif quality:

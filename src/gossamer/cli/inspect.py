@@ -65,7 +65,8 @@ def inspect(
         inspect_attention(model, text, length, html, dtype, threads, as_json)
         return
     content = read(text)
-    network, tokenizer = load(model, ModelOptions(dtype=dtype), threads)
+    # What is looked at are linear layers of PyTorch.
+    network, tokenizer = load(model, ModelOptions(dtype=dtype, weights="dequantized"), threads)
     cut = cut_windows(tokenizer, content, window, windows)
     # Imported here: PyTorch takes seconds, and what is wrong with the arguments should show before.
     from gossamer.report.ablation import ablate, passes

@@ -37,13 +37,12 @@ def load(model: str, options: ModelOptions, threads: int | None) -> tuple[Any, A
     notice(f"Loading {model}", "dim")
     import torch
 
-    from gossamer.models import resolve_model
-    from gossamer.models.load import load_model
+    from gossamer.runners.loading import load_network, weights_of
 
     if threads is not None:
         torch.set_num_threads(threads)
-    network, tokenizer = load_model(resolve_model(model, for_int8=options.quantization is not None), options=options)
-    tell_weights(model, stored_weights(network))
+    network, tokenizer = load_network(model, options)
+    tell_weights(model, stored_weights(network), weights_of(network))
     return network, tokenizer
 
 

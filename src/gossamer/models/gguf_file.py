@@ -28,6 +28,7 @@ _MOST_VERSIONS = 2**16  # beyond it are bytes in the other order, or no number a
 # Formats of struct, by the number of the type. Text (8) and lists (9) are of any length.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
+_LENGTH = struct.Struct("<Q")  # of a text
 _MOST_DIMENSIONS = 4
 
 
@@ -144,6 +145,11 @@ class GGUFFile:
         """The keys, in the order of the file."""
         return list(self._values)
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a tensor of it is in quantized blocks."""
+        return any(tensor.in_blocks for tensor in self.tensors.values())
+
     @cached_property
     def architecture(self) -> str:
         """What computation the weights are for, in GGUF's terms."""
@@ -235,7 +241,24 @@ class _Part:
             return list(self._numbers(_NUMBERS[kind], count))
         if kind != _TEXT:
             raise self._damage(f"a list has values of the type {kind}, which are not read in lists")
-        return [self._text() for _ in range(self._count(count))]
+        return self._texts(self._count(count))
+
+    def _texts(self, count: int) -> list[str]:
+        """Texts one after the other; vocabularies have hundreds of thousands."""
+        texts, at, end = [], self._at, len(self._view)
+        try:
+            for _ in range(count):
+                (length,) = _LENGTH.unpack_from(self._view, at)
+                at += _LENGTH.size + length
+                if at > end:
+                    break
+                texts.append(str(self._view[at - length : at], "utf-8"))
+        except UnicodeDecodeError:
+            raise self._damage("a text in it is not UTF-8") from None
+        except struct.error:
+            at = end + 1
+        self._take(at - self._at)
+        return texts
 
     def _description(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type and place of a tensor."""

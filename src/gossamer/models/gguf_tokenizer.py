@@ -186,9 +186,9 @@ def _sentencepiece(file: GGUFFile, vocabulary: GGUFVocabulary) -> Tokenizer:
 
 def _bpe(file: GGUFFile, vocabulary: GGUFVocabulary, merges: list[tuple[str, str]], **options: Any) -> models.BPE:
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
-    for pair in merges:
-        if missing := next((piece for piece in (*pair, "".join(pair)) if piece not in ids), None):
-            raise CheckpointError(f"{file.path}: its merges name {missing!r}, which is none of its tokens")
+    pieces = {left for left, _ in merges} | {right for _, right in merges} | {left + right for left, right in merges}
+    if missing := pieces - ids.keys():
+        raise CheckpointError(f"{file.path}: its merges name {min(missing)!r}, which is none of its tokens")
     return models.BPE(ids, merges, **options)
 
 

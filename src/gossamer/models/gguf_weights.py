@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
@@ -24,7 +26,6 @@ from gossamer.models.support import check_supported
 from gossamer.nn.block_types import BLOCK_TYPES
 from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.progress import Progress
-
 
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
@@ -100,7 +101,7 @@ def open_weights(
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
+    names = _names_in(file, model, processor)
     kept = quantized_weights(model, skip)
     stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
@@ -138,6 +139,21 @@ def open_weights(
     return weights
 
 
+def _names_in(file: GGUFFile, model: Any, processor: TensorProcessor) -> dict[str, str]:
+    """transformers' names of tensors, by those that they have in a file of this architecture."""
+    architecture = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
+    known = gguf.get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
+    names: dict[str, str] = {}
+    for name in map(processor.preprocess_name, model.state_dict()):
+        module, _, last = name.rpartition(".")
+        stem, suffix = (module, f".{last}") if last in ("weight", "bias") else (name, "")
+        if (found := known.get_name(stem)) is not None:
+            names[found + suffix] = name
+        else:  # one of transformers for several in the file
+            processor.perform_fallback_tensor_mapping(names, suffix, "", name)
+    return names
+
+
 def _storable_weights(model: Any) -> frozenset[str]:
     """Names of the weights that can stay in blocks: those of linear layers and of the embedding."""
     embedding = model.get_input_embeddings()
@@ -157,9 +173,9 @@ def _stored(tensor: GGUFTensor, processor: TensorProcessor, storable: bool) -> S
 
 def _check_scales(file: GGUFFile) -> None:
     """Reads the scales of all blocks, so that none is a surprise later."""
-    with Progress(len(file.tensors), "checking weights") as progress:
-        for tensor in file.tensors.values():
-            tensor.check_scales()
+    tensors = file.tensors.values()
+    with Progress(len(tensors), "checking weights") as progress, ThreadPoolExecutor() as pool:
+        for _ in pool.map(GGUFTensor.check_scales, tensors):
             progress.advance()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -11,6 +14,18 @@ from gossamer.errors import ConfigurationError
 from gossamer.nn.int8_embedding import unsupported_embedding
 from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.ops.int8 import piece_rows
+
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """In the body, stored weights are not read, and results are zeros: for whoever looks at shapes only."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
 
 
 class StoredLinear(nn.Module):
@@ -60,6 +75,8 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in the dtype of x."""
+        if _shapes_only.get():
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         result = x.new_empty(*x.shape[:-1], self.out_features)
         step = piece_rows(self.in_features)
         for start in range(0, self.out_features, step):
@@ -114,6 +131,8 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D) fp32."""
+        if _shapes_only.get():
+            return torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
         rows = self.stored.dequantize(ids).to(ids.device)
         # Gemma's factor is a tensor of the type of the weights
         return rows * torch.tensor(self.multiplier, device=rows.device) if self.multiplier != 1.0 else rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,23 @@ class Mapped:
         end = (self.offset + self.size) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             self.file.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class BlockRows(Protocol):
+    """Rows of blocks (N, bytes of a row) uint8: an array, or what makes the rows that are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 class StoredMatrix:
@@ -70,7 +87,7 @@ class StoredMatrix:
         self,
         type: str,
         inputs: int,
-        data: np.ndarray,
+        data: BlockRows,
         order: np.ndarray | None = None,
         mapped: Mapped | None = None,
         input_order: Tensor | None = None,
@@ -78,10 +95,11 @@ class StoredMatrix:
         if type not in BLOCK_TYPES:
             raise ConfigurationError(f"{type!r} is not a type of blocks; these are: {', '.join(BLOCK_TYPES)}")
         block = BLOCK_TYPES[type]
-        if inputs % block.weights or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != block.row_bytes(inputs):
+        fits = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == block.row_bytes(inputs)
+        if inputs % block.weights or not fits:
             raise ConfigurationError(
-                f"rows of {inputs} weights in {type}, whose blocks have {block.weights} weights in {block.bytes} bytes, "
-                f"cannot be {data.dtype} {list(data.shape)}"
+                f"rows of {inputs} weights in {type}, whose blocks hold {block.weights} in {block.bytes} bytes, "
+                f"are not {data.dtype} {list(data.shape)}"
             )
         if order is not None and np.array_equal(order, np.arange(len(data))):
             order = None
@@ -104,7 +122,7 @@ class StoredMatrix:
 
     def rows(self) -> np.ndarray:
         """(N, bytes of a row) uint8, contiguous: a view where the rows are in order, otherwise a copy."""
-        return np.ascontiguousarray(self._data if self._order is None else self._data[self._order])
+        return np.ascontiguousarray(self._data[... if self._order is None else self._order])
 
     def dequantize(self, rows: Any = ...) -> Tensor:
         """Values of some rows, or of all.
@@ -124,8 +142,8 @@ class StoredMatrix:
         return found if self.input_order is None else found[..., self.input_order.argsort()]
 
     def first_bad_block(self) -> int | None:
-        """The offset in bytes, within the data of the file, of the first block with a scale that is no finite number."""
-        place = self._block.first_bad_block(self._data.reshape(-1, self._block.bytes))
+        """The offset in bytes, within the data, of the first block with a scale that is no finite number."""
+        place = self._block.first_bad_block(self._data[...].reshape(-1, self._block.bytes))
         return None if place is None else place * self._block.bytes
 
     def release(self) -> None:

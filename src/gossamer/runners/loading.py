@@ -39,8 +39,8 @@ class LoadedModel:
         runner: what computes it.
         runner_note: why that is not the native runner, if it might have been; otherwise empty.
         weights: what is computed with, such as ``as stored: Q4_K 169, Q6_K 29``, ``int8`` or ``float32``.
-        weights_note: why weights in quantized blocks are not used as they are stored, if they might have been;
-            otherwise empty.
+        weights_note: why the weights of a GGUF file are not used as they are stored, if they might have been; otherwise
+            empty.
     """
 
     path: Path
@@ -73,7 +73,7 @@ def load_for_runner(
             cannot be used so, are an ``UnsupportedModelError``.
     """
     choosing = options.weights == "auto" and options.may_stay_stored and _may_be_native(options, runner)
-    path = resolve_model(model, as_file=options.int8 or options.weights == "as-stored" or choosing)
+    path = resolve_model(model, as_file=choosing or _reads_file(options))
     note = ""
     if choosing and (found := _in_blocks(path)):
         source, note = found
@@ -88,11 +88,40 @@ def load_for_runner(
     return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
 
 
+def load_network(model: str | Path, options: ModelOptions = ModelOptions()) -> tuple[Any, Any]:
+    """Find a model and load it, to be called by itself, without a runner.
+
+    Its weights are as they are stored where they would be with a runner. They are dequantized anew in every pass then,
+    which takes time in place of memory, and changes no value.
+
+    Returns:
+        A model of transformers and its tokenizer.
+
+    Raises:
+        GossamerError: what finding and loading raise.
+    """
+    choosing = options.weights == "auto" and options.may_stay_stored
+    path = resolve_model(model, as_file=choosing or _reads_file(options))
+    if choosing and (found := _in_blocks(path)) and not found[1]:
+        return load_model(found[0], options=replace(options, weights="as-stored"))
+    if choosing and path.is_file():
+        path = resolve_model(model)
+    return load_model(path, options=options)
+
+
+def _reads_file(options: ModelOptions) -> bool:
+    """Whether a GGUF file is loaded by itself in any case."""
+    return options.int8 or options.weights == "as-stored"
+
+
 def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
-    """What holds quantized blocks, and why they cannot be used as they are stored; ``None`` where there are none."""
+    """What holds weights in quantized blocks, and why the native runner would not take them as they are.
+
+    The reason is told as far as the files tell it, and is empty otherwise. ``None``: no weights are in such blocks.
+    """
     if path.is_file():
         opened = read_gguf(path)
-        if not any(tensor.in_blocks for tensor in opened.file.tensors.values()):
+        if not opened.file.in_blocks:
             return None
         return opened, unstorable(opened.file) or unsupported(opened.config.get_text_config())
     config = load_config(path)

@@ -20,6 +20,7 @@ from gossamer.engine.memory import KVLayout, LayerShape
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
 from gossamer.errors import UnsupportedModelError
+from gossamer.nn.stored_linear import shapes_only
 from gossamer.runners.planned_step import AttentionSettings, PlannedStep, Step
 from gossamer.runners.timing import attention_seconds
 
@@ -117,7 +118,7 @@ class TransformersRunner:
         """One token through the model tells what each layer stores: no reading of model-specific configurations."""
         probe = ShapeProbe()
         token = torch.zeros(1, dtype=torch.long, device=self.model.device)
-        with torch.inference_mode(), running(probe):
+        with torch.inference_mode(), shapes_only(), running(probe):
             self._call(token, token, token)
         layers = sorted(probe.shapes)
         expected = self.model.config.get_text_config().num_hidden_layers

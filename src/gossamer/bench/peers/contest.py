@@ -242,7 +242,8 @@ class Contest:
             if python is None:
                 raise PeerError("is not installed (make bench-peers)", peer=kind.name)
             self._progress(f"{note}: loading")
-            model = kind.model(resolve_model(self._model), self._options.environments / kind.name, self._threads)
+            found = resolve_model(self._model, as_file=kind.takes_files)
+            model = kind.model(found, self._options.environments / kind.name, self._threads)
             entry.peer = Peer(
                 kind.name, python, HERE / kind.script, threads=self._threads, timeout=self._options.timeout
             )

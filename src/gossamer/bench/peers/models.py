@@ -40,8 +40,10 @@ def converted(peer: str, checkpoint: Path, convert: Callable[[Path], None]) -> P
     return get_or_build(f"peer-{peer}-{digest[:16]}", build).path
 
 
-def gguf(checkpoint: Path) -> Path:
-    """A Q8_0 file for llama.cpp, which Gossamer exports itself."""
+def gguf(model: Path) -> Path:
+    """What llama.cpp loads: a GGUF file itself, or one in Q8_0, which Gossamer exports from a checkpoint."""
+    if model.is_file():
+        return model
 
     def convert(directory: Path) -> None:
         # Imported here: quantizing needs PyTorch and transformers.
@@ -51,10 +53,10 @@ def gguf(checkpoint: Path) -> Path:
 
         directory.mkdir()
         int8 = directory.with_name("int8")
-        compress_int8(checkpoint, int8, GossamerInt8Config())
+        compress_int8(model, int8, GossamerInt8Config())
         export(int8, directory / "model.gguf", "gguf")
 
-    return converted("llama.cpp", checkpoint, convert) / "model.gguf"
+    return converted("llama.cpp", model, convert) / "model.gguf"
 
 
 def openvino(checkpoint: Path, environment: Path, threads: int) -> Path:

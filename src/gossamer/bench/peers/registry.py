@@ -28,6 +28,7 @@ class PeerKind:
             checkpoint's; ``None`` if sequences share it.
         copies_at_once: how many such copies exist at the worst moment.
         own_environment: it does not run in Gossamer's.
+        takes_files: a GGUF file is loaded as it is, and not as the checkpoint that it would be converted to.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PeerKind:
     copies: str | None = None
     copies_at_once: int = 1
     own_environment: bool = True
+    takes_files: bool = False
 
     def python(self, environments: Path) -> Path | None:
         """The interpreter to run it with; ``None`` if the peer is not installed."""
@@ -48,7 +50,7 @@ class PeerKind:
 KINDS = {
     kind.name: kind
     for kind in (
-        PeerKind("llama.cpp", "llama_cpp.py", lambda checkpoint, environment, threads: models.gguf(checkpoint)),
+        PeerKind("llama.cpp", "llama_cpp.py", lambda model, environment, threads: models.gguf(model), takes_files=True),
         PeerKind("openvino", "openvino.py", models.openvino),
         PeerKind("vllm", "vllm.py"),
         PeerKind("ctranslate2", "ctranslate2.py", models.ctranslate2, copies="float32", copies_at_once=3),
