@@ -212,7 +212,9 @@ def test_inputs_that_fill_no_block_are_refused(tmp_path):
 
 def test_a_layer_that_the_model_does_not_have_is_refused(tmp_path):
     layer = FORMATS["awq"](draw(*SHAPE, 32))
-    with pytest.raises(CheckpointError, match=r"experts\.0\.qweight is in 4 bit, but the model has no such linear layer"):
+    with pytest.raises(
+        CheckpointError, match=r"experts\.0\.qweight is in 4 bit, but the model has no such linear layer"
+    ):
         read(write_layer(tmp_path / "a", layer, "experts.0"), config("awq", 32))
 
 

@@ -52,7 +52,8 @@ def config_groups(config: Mapping[str, Any], format: str) -> dict[str, Mapping[s
 def has_format(config: Mapping[str, Any], format: str) -> bool:
     """Whether any scheme of a configuration is in ``format``.
 
-    >>> has_format({"format": "mixed-precision", "config_groups": {"a": {"format": "pack-quantized"}}}, "pack-quantized")
+    >>> schemes = {"group_0": {"format": "pack-quantized"}, "group_1": {}}
+    >>> has_format({"format": "mixed-precision", "config_groups": schemes}, "pack-quantized")
     True
     """
     groups = config.get("config_groups")

@@ -129,7 +129,9 @@ def open_weight(reader: ShardReader, path: str, shape: tuple[int, int], settings
     why = f"{path} of {list(shape)} in 4 bit"
     words = part(reader, f"{path}.weight_packed", (torch.int32,), (outputs, inputs // PER_WORD), why)
     if (said := part(reader, f"{path}.weight_shape", _INDICES, (2,), why).tolist()) != [outputs, inputs]:
-        raise CheckpointError(f"{reader.file_of(f'{path}.weight_shape')}: {path}.weight_shape is {said}, not {list(shape)}")
+        raise CheckpointError(
+            f"{reader.file_of(f'{path}.weight_shape')}: {path}.weight_shape is {said}, not {list(shape)}"
+        )
     count = group_count(reader, f"{path}.weight_scale", axis=1)
     groups = _groups(reader, path, inputs, count, settings)
     scale = scales(reader, f"{path}.weight_scale", (outputs, count), why)
@@ -152,8 +154,8 @@ def _groups(reader: ShardReader, path: str, inputs: int, count: int, settings: S
     if {size, inputs // count}.isdisjoint(settings.group_sizes) or inputs % count:
         wanted = ", ".join(str(each) for each in sorted(settings.group_sizes))
         raise CheckpointError(
-            f"{reader.file_of(f'{path}.weight_scale')}: {path}.weight_scale is of {count} groups of {inputs} inputs, and "
-            f"quantization_config has group sizes of {wanted} (-1 is a whole row)"
+            f"{reader.file_of(f'{path}.weight_scale')}: {path}.weight_scale is of {count} groups of {inputs} inputs, "
+            f"and quantization_config has group sizes of {wanted} (-1 is a whole row)"
         )
     if settings.act_order and count > 1 and name not in reader.specs:
         raise CheckpointError(f"the checkpoint has no {name}, which actorder needs; copy or make it again")

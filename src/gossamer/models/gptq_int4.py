@@ -142,6 +142,6 @@ def _check_range(reader: ShardReader, name: str, zero: Tensor) -> None:
     if bool((beyond := zero > 15).any()):
         group, output = beyond.nonzero()[0].tolist()
         raise CheckpointError(
-            f"{reader.file_of(name)}: {name} gives output {output} in group {group} the zero point 16, beyond the range "
-            "0 to 15; save it as gptq_v2, or quantize with sym=True"
+            f"{reader.file_of(name)}: {name} gives output {output} in group {group} the zero point 16, beyond the "
+            "range 0 to 15; save it as gptq_v2, or quantize with sym=True"
         )

@@ -172,8 +172,8 @@ def listed_groups(reader: ShardReader, name: str, inputs: int, count: int) -> Te
     if bool((odd := sizes.eq(0) | sizes.remainder(BLOCK).ne(0)).any()):
         group = int(odd.int().argmax())
         raise CheckpointError(
-            f"{reader.file_of(name)}: {name} gives group {group} of {count} {int(sizes[group])} inputs; only groups whose "
-            f"inputs are a multiple of {BLOCK} can be read"
+            f"{reader.file_of(name)}: {name} gives group {group} of {count} {int(sizes[group])} inputs; only groups "
+            f"whose inputs are a multiple of {BLOCK} can be read"
         )
     return groups
 
@@ -185,7 +185,9 @@ def check_bits(bits: Any, where: str, what: str) -> None:
         UnsupportedModelError: says which it is.
     """
     if bits != BITS or isinstance(bits, bool):
-        raise UnsupportedModelError(f"{where} is {bits!r}; of {what} checkpoints only those with {BITS} bit can be read")
+        raise UnsupportedModelError(
+            f"{where} is {bits!r}; of {what} checkpoints only those with {BITS} bit can be read"
+        )
 
 
 def check_group_size(size: Any, where: str) -> int:

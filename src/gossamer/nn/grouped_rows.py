@@ -4,8 +4,8 @@ GPTQ, AWQ and compressed-tensors give every group of inputs a scale s and a zero
 
     w_nk = s_ng (q_nk - z_ng),    g the group of input k, q_nk in 0 ... 15.
 
-Blocks of 32 inputs (``G4F16``, ``G4BF16`` in :mod:`gossamer.nn.block_types`) repeat both, so that a row can be read from
-its start to its end.
+Blocks of 32 inputs (``G4F16``, ``G4BF16`` in :mod:`gossamer.nn.block_types`) repeat both, so that a row can be read
+from its start to its end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def input_order(groups: Tensor) -> Tensor | None:
 
 
 class GroupedRows:
-    """Rows of blocks (N, bytes) uint8 that are made when they are asked for; where NumPy takes an array, it takes this.
+    """Rows of blocks (N, bytes) uint8 that are made when they are asked for, as an array would give them.
 
     Args:
         codes: gives the codes of a slice of rows, (n, K) uint8, inputs in the order of the model.
@@ -57,7 +57,7 @@ class GroupedRows:
     ((2, 20), [0, 60, 1, 0, 0, 17])
     """
 
-    dtype = np.dtype(np.uint8)
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
     ndim = 2
 
     def __init__(
@@ -73,7 +73,7 @@ class GroupedRows:
         self._zero = zero
         self._order = order
         self._groups = (groups if order is None else groups[order])[::BLOCK]  # of each block
-        self.shape = len(scale), len(self._groups) * BLOCK_BYTES
+        self.shape: tuple[int, ...] = (len(scale), len(self._groups) * BLOCK_BYTES)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -93,6 +93,3 @@ class GroupedRows:
         shape = *low.shape[:2], 2
         blocks = torch.cat([scale.view(shape), zero.view(shape), low | high << 4], dim=2)
         return blocks.flatten(1).numpy()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:]

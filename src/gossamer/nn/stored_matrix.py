@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,23 @@ class Mapped:
         end = (self.offset + self.size) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             self.file.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+class BlockRows(Protocol):
+    """Rows of blocks (N, bytes of a row) uint8: an array, or what makes the rows that are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
 
 
 class StoredMatrix:
@@ -70,7 +87,7 @@ class StoredMatrix:
         self,
         type: str,
         inputs: int,
-        data: np.ndarray,
+        data: BlockRows,
         order: np.ndarray | None = None,
         mapped: Mapped | None = None,
         input_order: Tensor | None = None,
@@ -105,7 +122,7 @@ class StoredMatrix:
 
     def rows(self) -> np.ndarray:
         """(N, bytes of a row) uint8, contiguous: a view where the rows are in order, otherwise a copy."""
-        return np.ascontiguousarray(self._data if self._order is None else self._data[self._order])
+        return np.ascontiguousarray(self._data[... if self._order is None else self._order])
 
     def dequantize(self, rows: Any = ...) -> Tensor:
         """Values of some rows, or of all.
@@ -126,7 +143,7 @@ class StoredMatrix:
 
     def first_bad_block(self) -> int | None:
         """The offset in bytes, within the data, of the first block with a scale that is no finite number."""
-        place = self._block.first_bad_block(self._data.reshape(-1, self._block.bytes))
+        place = self._block.first_bad_block(self._data[...].reshape(-1, self._block.bytes))
         return None if place is None else place * self._block.bytes
 
     def release(self) -> None:

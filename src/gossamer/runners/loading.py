@@ -115,7 +115,10 @@ def _reads_file(options: ModelOptions) -> bool:
 
 
 def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
-    """What holds quantized blocks, and why they cannot be used as they are stored; ``None`` where there are none."""
+    """What holds weights in quantized blocks, and why the native runner would not take them as they are.
+
+    The reason is told as far as the files tell it, and is empty otherwise. ``None``: no weights are in such blocks.
+    """
     if path.is_file():
         opened = read_gguf(path)
         if not opened.file.in_blocks:
