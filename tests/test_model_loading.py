@@ -16,7 +16,7 @@ from gossamer.errors import (
     ConfigurationError,
     UnsupportedModelError,
 )
-from gossamer.models.load import load_model
+from gossamer.models.load import load_model, load_tokenizer
 from gossamer.models.support import SUPPORTED_MODEL_TYPES, check_supported
 
 pytestmark = pytest.mark.usefixtures("private_cache")
@@ -70,6 +70,13 @@ class TestLoad:
         (tiny / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.json"):
             load_model(tiny)
+
+    @pytest.mark.parametrize(("name", "value"), [("model_max_length", ["x"]), ("model_input_names", 5)])
+    def test_settings_of_a_tokenizer_that_show_in_use_only(self, tiny, name, value):
+        file = tiny / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+        with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read"):
+            load_tokenizer(tiny)
 
     def test_damaged_tokenizer(self, tiny):
         (tiny / "tokenizer.json").write_text("{")

@@ -91,8 +91,12 @@ template <class T, int ROWS>
 GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows,
                                       float* scratch, float* sums) {
   constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
-  // With 16 registers, four rows take all of them for a sub-block: the sums of the rows wait in memory.
-  constexpr bool WAITING = W == 8 && ROWS == 4;
+  // Without VNNI a full tile takes all registers for a sub-block: the sums of its rows wait in memory.
+#if defined(__AVX512VNNI__)
+  constexpr bool WAITING = false;
+#else
+  constexpr bool WAITING = ROWS == TILE;
+#endif
   F y[ROWS];
   repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
     constexpr int R = decltype(r)::value;

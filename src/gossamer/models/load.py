@@ -152,9 +152,17 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory; no remote code, no network."""
+    """The tokenizer of a directory; no remote code, no network.
+
+    Raises:
+        CheckpointError: a file of it is missing or damaged, or it cannot encode a text.
+    """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length is {type(tokenizer.model_max_length).__name__}, and has to be a number")
+        tokenizer.encode("")  # reads settings that are taken over unseen
+        return tokenizer
     except BaseException as error:  # the tokenizers library raises plain Exception, and its panics are no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
