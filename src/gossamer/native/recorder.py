@@ -148,7 +148,8 @@ class Recorder:
             self._prepared[key] = self.native.prepared(*key)
         gain = 0 if x.gain is None else x.gain.data_ptr()
         order = 0 if weight.input_order is None else weight.input_order.data_ptr()
-        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, self._prepared[key], *weight.outlier_rule(), last)
+        rule = weight.outlier_rule()
+        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, self._prepared[key], *rule, last)
         self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
 
 

@@ -7,6 +7,7 @@ while both are in registers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +123,7 @@ def _check_stored(layers: Sequence[Any]) -> None:
     if not all(isinstance(layer, StoredLinear) for layer in layers):
         raise UnsupportedModelError("layers that read the same input are partly in quantized blocks and partly not")
     order = layers[0].input_order
-    for before, layer in zip(layers, layers[1:], strict=False):
+    for before, layer in itertools.pairwise(layers):
         same = layer.input_order is order
         if not same and (layer.input_order is None or order is None or not torch.equal(layer.input_order, order)):
             raise UnsupportedModelError("layers that read the same input take it in different orders")
