@@ -46,13 +46,13 @@ test-peers: model $(PEERS)/.installed ## Check that other projects read what we 
 SANITIZED := build/sanitize
 SANITIZED_PYTEST = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
-	$(IN_VENV) -m pytest -p no:cacheprovider -k "native or sparse or prefix or invarian" $(PYTEST_ARGS)
+	$(IN_VENV) -m pytest -p no:cacheprovider -k "native or block or sparse or prefix or invarian" $(PYTEST_ARGS)
 
 sanitize: setup model ## Run the tests of the native kernels with address and undefined-behaviour checks
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
 		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
-	$(SANITIZED_PYTEST) $(addprefix tests/test_,native_kernels.py native_sampling.py native_gradients.py sparse_int8.py)
+	$(SANITIZED_PYTEST) $(addprefix tests/test_,native_kernels.py block_kernels.py native_sampling.py native_gradients.py sparse_int8.py)
 	for isa in $$($(IN_VENV) -c "from gossamer.kernels.library import instruction_sets; print(*instruction_sets())"); do \
 		GOSSAMER_ISA=$$isa $(SANITIZED_PYTEST) $(addprefix tests/test_,exactness.py sparse_int8_engine.py prefix_means.py \
 			batch_invariance.py) || exit 1; \
@@ -65,7 +65,8 @@ emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has o
 		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(EMULATED)
 	GOSSAMER_NATIVE="$$(ls $(EMULATED)/_native*.so)" $(IN_VENV) -m pytest -p no:cacheprovider \
-		tests/test_native_kernels.py tests/test_native_sampling.py tests/test_native_gradients.py tests/test_native_runner.py \
+		tests/test_native_kernels.py tests/test_block_kernels.py tests/test_native_sampling.py tests/test_native_gradients.py \
+		tests/test_native_runner.py \
 		tests/test_sparse_int8.py tests/test_sparse_int8_engine.py tests/test_prefix_means.py \
 		tests/test_batch_invariance.py $(PYTEST_ARGS)
 

@@ -30,10 +30,11 @@ PRODUCTS = {
         "tileINS_8FloatDot": 4,
         "row_products": 2,
         "exponentials": 2,
+        "strip_products": 50,
     },
-    "avx512": {"tileINS_7Int8Dot": 8, "tileINS_8FloatDot": 8, "exponentials": 2},
-    "avx512_vnni": {"tileINS_7Int8Dot": 8, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
-    "avx512_vbmi2": {"tileINS_7Int8Dot": 16, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16},
+    "avx512": {"tileINS_7Int8Dot": 8, "tileINS_8FloatDot": 8, "exponentials": 2, "strip_products": 70},
+    "avx512_vnni": {"tileINS_7Int8Dot": 8, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16, "strip_products": 70},
+    "avx512_vbmi2": {"tileINS_7Int8Dot": 16, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16, "strip_products": 70},
 }
 
 
@@ -47,21 +48,26 @@ def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     cmake = tools / "cmake" if (tools / "cmake").exists() else "cmake"
     subprocess.run([cmake, "-S", ROOT, "-B", build, *options, *compiler], check=True, capture_output=True)
     commands = {
-        Path(entry["output"]).parts[1].removesuffix(".dir").removeprefix("kernels_"): shlex.split(entry["command"])
+        (Path(entry["output"]).parts[1].removesuffix(".dir").removeprefix("kernels_"), Path(entry["file"]).stem): shlex.split(
+            entry["command"]
+        )
         for entry in json.loads((build / "compile_commands.json").read_text())
-        if entry["file"].endswith("kernels.cpp")
+        if "csrc/kernels/" in entry["file"]
     }
 
-    def compile_one(item: tuple[str, list[str]]) -> tuple[str, str]:
-        name, command = item
-        out = build / f"{name}.s"
+    def compile_one(item: tuple[tuple[str, str], list[str]]) -> tuple[str, str]:
+        (name, file), command = item
+        out = build / f"{name}_{file}.s"
         command[command.index("-o") + 1] = str(out)
         command[command.index("-c")] = "-S"
         subprocess.run(command, check=True, cwd=build, capture_output=True)
         return name, out.read_text()
 
+    texts: dict[str, str] = {}
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(compile_one, ((name, line) for name, line in commands.items() if name in PRODUCTS)))
+        for name, text in pool.map(compile_one, (item for item in commands.items() if item[0][0] in PRODUCTS)):
+            texts[name] = texts.get(name, "") + text
+    return texts
 
 
 @pytest.mark.skipif(not COMPILERS, reason="no C++ compiler")

@@ -13,6 +13,11 @@ namespace GOSSAMER_NS {
 
 using namespace gossamer;
 
+// Bytes ahead of a packed strip's block that are fetched meanwhile: a block's words are not read in the order of their
+// addresses, which a processor's own prefetching would need. Half again as fast for Q6_K on Zen 3; with AVX-512 not
+// measured, and left out.
+constexpr int64_t FETCH_AHEAD = W == 8 ? 2048 : 0;
+
 // Some prepared rows.
 struct BlockRows {
   const int8_t* codes;      // `stride` bytes from row to row
@@ -110,6 +115,10 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
     if constexpr (Reading<T>::UNPACKED) {
       scale = reinterpret_cast<const float*>(halves);
     } else {
+      if constexpr (FETCH_AHEAD > 0)
+        repeat<Reading<T>::LINE_BYTES / 64>([&](auto i) GOSSAMER_LAMBDA {
+          __builtin_prefetch(lines + FETCH_AHEAD + 64 * decltype(i)::value, 0, 3);
+        });
       T::scales(lines, halves, scratch);
       scale = scratch;
     }
