@@ -145,9 +145,7 @@ def test_half_of_a_request_is_no_request(server: Running) -> None:
 
 def test_requests_in_a_row_before_the_half_close_are_all_answered(server: Running) -> None:
     connection = socket.create_connection(server.address, timeout=60)
-    connection.sendall(
-        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    )
+    connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
     connection.shutdown(socket.SHUT_WR)
     assert everything(connection).count(b"HTTP/1.1 200 OK") == 2
 

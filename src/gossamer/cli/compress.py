@@ -53,8 +53,8 @@ def compress(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="With --sparsity or --int4: a UTF-8 file to calibrate on, of the kind that the model will see; Python's "
-            "language reference by default.",
+            help="With --sparsity or --int4: a UTF-8 file to calibrate on, of the kind that the model will see; "
+            "Python's language reference by default.",
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="With --sparsity or --int4: calibration sequences.")] = 64,

@@ -77,7 +77,7 @@ class BlockType(ABC):
 
     @abstractmethod
     def pack(self, grid: Grid, codes: Tensor) -> dict[str, Tensor]:
-        """What is stored of codes (N, K) int8, by names of the format; for GGUF ``blocks`` (N, bytes of a row) uint8."""
+        """What is stored of codes (N, K) int8, by names of the format; for GGUF ``blocks`` (N, row bytes) uint8."""
 
     @abstractmethod
     def unpack(self, stored: dict[str, Tensor]) -> Tensor:

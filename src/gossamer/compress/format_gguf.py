@@ -1,8 +1,8 @@
 """GGUF files, for llama.cpp and what is built on it.
 
-Weights are quantized while they are written: rounded to the nearest point of the grid that fits them best. Those that
-were rounded before, on a grid of their own, are given as blocks. Native int8 weights have one scale per row, so they are
-dequantized, exact outlier columns included, and quantized again.
+Weights are quantized while they are written: rounded to the nearest points of the grid that fits them best. Those that
+were rounded before, on a grid of their own, are given as blocks. Native int8 weights have one scale per row, so they
+are dequantized, exact outlier columns included, and quantized again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The points that a weight may be rounded to: what every format of blocks comes down to.
 
-A row is cut into groups of neighbours; entry k of group g has a code q between ``lowest`` and ``highest``, and stands for
+A row is cut into groups of neighbours; an entry of group g has a code q between ``lowest`` and ``highest``, and is
 
     value = scale[g] * q - offset[g]
 

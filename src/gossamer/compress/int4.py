@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gossamer
 from gossamer.compress.block_types import GGUF_TYPES, BlockType

@@ -1,9 +1,9 @@
 """Mixtures of GGUF types: which tensor of a file is stored how.
 
-``q4_k_m`` is llama.cpp's Q4_K_M (llama-quant.cpp): Q4_K, but Q6_K for the output layer (the embedding, where it is tied),
-and for ``attn_v`` and ``ffn_down`` of the first and last eighth of the layers and of every third one between. ``q4_0`` is
-Q4_0 with the output layer in Q6_K. Rows that are no multiple of 256 long take the next wider type of 32, and rows that
-are no multiple of 32 either are F16.
+``q4_k_m`` is llama.cpp's Q4_K_M (llama-quant.cpp): Q4_K, but Q6_K for the output layer (the embedding, where it is
+tied), and for ``attn_v`` and ``ffn_down`` of the first and last eighth of the layers and of every third one between.
+``q4_0`` is Q4_0 with the output layer in Q6_K. Rows that are no multiple of 256 long take the next wider type of 32,
+and rows that are no multiple of 32 either are F16. ``q8_0`` and ``f32`` are the same type throughout.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _q4_0(place: Place) -> GGMLQuantizationType:
 MIXTURES = {
     mixture.name: mixture
     for mixture in (
+        Mixture("f32", LlamaFileType.ALL_F32, lambda place: GGMLQuantizationType.F32),
         Mixture("q8_0", LlamaFileType.MOSTLY_Q8_0, lambda place: GGMLQuantizationType.Q8_0),
         Mixture("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, _q4_k_m),
         Mixture("q4_0", LlamaFileType.MOSTLY_Q4_0, _q4_0),

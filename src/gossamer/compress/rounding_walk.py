@@ -1,4 +1,4 @@
-"""Rounds the linear layers of a language model block by block, each on the inputs that the rounded blocks before it give.
+"""Rounds the linear layers of a language model block by block, on the inputs that the rounded blocks before give.
 
 Layers that are called with the same tensor, such as the three that make queries, keys and values, share its moments.
 """

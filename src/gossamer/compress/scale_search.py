@@ -1,8 +1,8 @@
 """Scales for groups of weights: several are tried, and the one of least weighted squared error is kept.
 
-For codes l that are fixed, the best scale is a least-squares fit, ``s = sum(w x l) / sum(w l^2)``, and with an offset the
-two by two system of it. The codes are found by rounding with scales around the one that just covers the group; what a
-fit gains is compared among them, as in llama.cpp's quantization (ggml-quants.c, make_qx_quants and make_qkx3_quants).
+For codes l that are fixed, the best scale is a least-squares fit, ``s = sum(w x l) / sum(w l^2)``, and with an offset
+the two by two system of it. The codes are found by rounding with scales around the one that just covers the group; what
+a fit gains is compared among them, as in llama.cpp (ggml-quants.c, make_qx_quants and make_qkx3_quants).
 """
 
 from __future__ import annotations
