@@ -3,15 +3,15 @@
     .venv/bin/python scripts/int4_quality.py --model smollm2-135m
     .venv/bin/python scripts/int4_quality.py --model gemma3-270m --sequences 16
 
-Perplexity ratio and KL(original || quantized) in nats per token of text that neither was calibrated on, in fp32 with the
-weights of each file dequantized, and the sizes of the files. Both sides calibrate on the same sequences of Python's
+Perplexity ratio and KL(original || quantized) in nats per token of text that neither was calibrated on, in fp32 with
+the weights of each file dequantized, and the sizes of the files. Both sides calibrate on the same sequences of Python's
 language reference: ours takes the second moments of each layer's inputs, and llama.cpp's quantization the mean squares
-that its llama-imatrix collects, computed here. llama.cpp is called through llama-cpp-python in an environment of its own
-(``make .venv-bench/llama.cpp/.installed``, or LLAMA_CPP_PYTHON).
+that its llama-imatrix collects, computed here. llama.cpp is called through llama-cpp-python in an environment of its
+own (``make .venv-bench/llama.cpp/.installed``, or LLAMA_CPP_PYTHON).
 
 The models that can be fetched by name are 4-bit themselves, so their weights lie on a grid that a second rounding may
-meet again. Unless ``--as-stored`` is given, each is first changed to one that computes the same: inputs of linear layers
-are scaled by random factors between 1/2 and 2 (seeded) in the norms and rows before them, and back in their columns.
+meet again. Unless ``--as-stored`` is given, each is first changed to one that computes the same: inputs of linear
+layers are scaled by random factors between 1/2 and 2 in the norms and rows before them, and back in their columns.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gossamer.models.load import load_model
 from gossamer.pruning import Wanda, decoder_blocks
 from gossamer.pruning.statistics import begin, see_inputs
 from gossamer.pruning.targets import find_targets
-from gossamer.report.quality import evaluate
+from gossamer.report.quality import Evaluation, Quality
 from gossamer.texts import token_windows
 
 LLAMA_CPP = os.environ.get("LLAMA_CPP_PYTHON", str(Path(__file__).parents[1] / ".venv-bench/llama.cpp/bin/python"))
@@ -133,6 +133,33 @@ def files(source: Path, directory: Path, text: str, args: argparse.Namespace) ->
     yield f"ours, second order ({time.perf_counter() - started:,.0f} s)", directory / "second.gguf"
 
 
+class Latest:
+    """A model that remembers its latest answer, which several are compared with."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        self._ids, self._answer = torch.empty(0), None
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> Any:
+        if not torch.equal(self._ids, input_ids):
+            self._ids, self._answer = input_ids, self.model(input_ids=input_ids, **options)
+        return self._answer
+
+
+def describe(kind: str, file: Path, found: Quality) -> dict[str, Any]:
+    """Prints the figures of a file."""
+    assert found.kl_interval is not None and found.perplexity_ratio is not None
+    types = [tensor.tensor_type.name for tensor in GGUFReader(file).tensors]
+    counts = ", ".join(f"{types.count(each)} {each}" for each in sorted(set(types)))
+    size, (low, high) = file.stat().st_size, found.kl_interval
+    print(
+        f"{kind}: KL {found.kl:.5f} ({low:.5f} to {high:.5f}), perplexity x {found.perplexity_ratio:.4f}, "
+        f"{size / 1e6:.2f} MB ({counts})",
+        flush=True,
+    )
+    return {"file": kind, "bytes": size, "types": counts} | found.to_dict()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -153,23 +180,16 @@ def main() -> None:
             rescale(original)
         original.save_pretrained(source)
         tokenizer.save_pretrained(source)
-        for kind, file in files(source, directory, calibration, args):
-            types = [tensor.tensor_type.name for tensor in GGUFReader(file).tensors]
-            model, _ = load_model(file, "float32")
-            found = evaluate(model, windows, original)
-            assert found.kl_interval is not None and found.perplexity_ratio is not None
-            low, high = found.kl_interval
-            counts = ", ".join(f"{types.count(each)} {each}" for each in sorted(set(types)))
-            print(
-                f"{kind}: KL {found.kl:.5f} ({low:.5f} to {high:.5f}), perplexity x {found.perplexity_ratio:.4f}, "
-                f"{file.stat().st_size / 1e6:.2f} MB ({counts})",
-                flush=True,
-            )
-            figures.append({"file": kind, "bytes": file.stat().st_size, "types": counts} | found.to_dict())
+        reference = Latest(original)
+        compared = list(files(source, directory, calibration, args))
+        evaluations = [Evaluation(load_model(file, "float32")[0], reference) for _, file in compared]
+        for window in windows:
+            for evaluation in evaluations:
+                evaluation.add(window)
+        for (kind, file), evaluation in zip(compared, evaluations, strict=True):
+            figures.append(describe(kind, file, evaluation.quality()))
     if args.json:
-        args.json.write_text(
-            json.dumps({"arguments": vars(args) | {"json": None}, "figures": figures}, indent=1) + "\n"
-        )
+        args.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import MANIFEST, write_manifest
 from gossamer.models.resolve import local_path, resolve_model
 from gossamer.models.shards import Progress
+from gossamer.options import ModelOptions
 from gossamer.pruning.job import OnProgress
 from gossamer.pruning.targets import Target, find_targets
 from gossamer.pruning.unfinished import Unfinished
@@ -154,6 +155,7 @@ def compress_int4(
         UnsupportedModelError: the format cannot express the model.
         GossamerError: what loading raises, or ``output`` cannot be written.
     """
+    ModelOptions(dtype=dtype)  # refuses an unknown one
     target = Path(output).resolve()
     source = _source(model)
     check_output(source.resolve(), target, is_file=recipe.is_file, overwrite=overwrite)

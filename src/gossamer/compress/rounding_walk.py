@@ -77,6 +77,8 @@ def round_blocks(
     inside = [_inside(block, targets) for block in blocks]
     if outside := targets.keys() - {name for names in inside for name in names}:
         raise ConfigurationError(f"{min(outside)} lies in no decoder block, so that its inputs are not seen: skip it")
+    for name, target in targets.items():
+        check_weight(target.read(), name)
     with own_attention(model):  # the masks that blocks are called with are made for it
         run = BlockRun(model, blocks, batches)
         for index, names in enumerate(inside):
@@ -121,7 +123,6 @@ def _round(
         inverse = factor(matrix, relative_damping)
         for name in same:
             weight = targets[name].read()
-            check_weight(weight, name)
             grid, codes = round_second_order(weight, types[name], inverse)
             energy = _energy(weight, matrix)
             error = (_energy(grid.values(codes) - weight, matrix) / max(energy, torch.finfo(torch.float32).tiny)) ** 0.5

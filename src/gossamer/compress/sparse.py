@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.compress.calibration import calibration_batches, digest, parts_directory, remove_parts
+from gossamer.compress.calibration import calibration_batches, check_calibration, digest, parts_directory, remove_parts
 from gossamer.compress.output import all_or_nothing, check_output, size_of
 from gossamer.compress.writing import write_model
 from gossamer.errors import ConfigurationError
@@ -80,10 +80,7 @@ class SparsityRecipe:
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
             raise ConfigurationError(f"curvature is one of {', '.join(CURVATURES)}; got {self.curvature!r}")
-        if self.sequences < 1 or self.length < 2:
-            raise ConfigurationError(
-                f"calibration takes at least one sequence of two tokens, got {self.sequences} of {self.length}"
-            )
+        check_calibration(self.sequences, self.length)
         if self.reconstruction < 0:
             raise ConfigurationError(f"reconstruction counts times over the data, got {self.reconstruction}")
         check_share(self.sparsity)
