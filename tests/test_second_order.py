@@ -82,6 +82,17 @@ def test_what_lies_on_the_grid_stays():
     assert torch.equal(grid.values(found), weight)
 
 
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]], ids=lambda kind: kind.name)
+def test_zeros_of_pruning_stay_and_are_made_up_for(kind):
+    x = inputs(256)
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
+    keep = torch.rand(32, 256, generator=torch.Generator().manual_seed(2)) < 0.5
+    grid, codes = round_second_order(weight * keep, kind, factor(moments(x), 0.01))
+    assert not (grid.values(codes) * ~keep).any()
+    nearest = grid.values(grid.codes(weight * keep))
+    assert output_error(grid.values(codes), weight * keep, x) < 0.7 * output_error(nearest, weight * keep, x)
+
+
 def test_rows_do_not_depend_on_each_other():
     kind = GGUF_TYPES["Q4_K"]
     weight = torch.randn(2100, 256, generator=torch.Generator().manual_seed(1))

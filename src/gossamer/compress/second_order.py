@@ -77,7 +77,7 @@ def factor(moments: Tensor, relative_damping: float) -> InverseFactor:
 
 
 def round_second_order(weight: Tensor, kind: BlockType, inverse: InverseFactor) -> tuple[Grid, Tensor]:
-    """Rounds a weight (N, K) fp32.
+    """Rounds a weight (N, K) fp32. Its zeros, which may be those of pruning, stay where the grid has no offsets.
 
     Returns:
         The grid, and codes (N, K) int8.
@@ -97,6 +97,8 @@ def _round_rows(weight: Tensor, grid: Grid, inverse: InverseFactor) -> Tensor:
     offsets = torch.zeros_like(scales) if grid.offset is None else grid.offset.t().contiguous()
     groups = (inverse.order // grid.group).tolist()
     upper, roots = inverse.upper, (1 / inverse.upper.diagonal()).tolist()
+    kept = left != 0
+    pruned = grid.offset is None and not bool(kept.all())
     codes = torch.empty(left.shape, dtype=torch.int8)
     errors = torch.empty(_TOGETHER, left.shape[1])
     for first in range(0, len(left), _TOGETHER):
@@ -104,6 +106,8 @@ def _round_rows(weight: Tensor, grid: Grid, inverse: InverseFactor) -> Tensor:
         for k in range(first, last):
             group, error = groups[k], errors[k - first]
             code = left[k].add(offsets[group]).mul_(inverses[group]).round_().clamp_(grid.lowest, grid.highest)
+            if pruned:
+                code.mul_(kept[k])
             codes[k] = code
             torch.sub(left[k], code.mul_(scales[group]).sub_(offsets[group]), out=error).mul_(roots[k])
             left[k + 1 : last].addr_(upper[k, k + 1 : last], error, alpha=-1)
