@@ -134,29 +134,28 @@ class TestPackQuantized:
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("name", ["out.gguf", "out"])
-    def test_it_goes_on_where_it_was_killed(self, source: Path, tmp_path: Path, name: str) -> None:
+    def test_it_goes_on_where_it_was_killed(self, source: Path, tmp_path: Path) -> None:
         script = """
 import os, signal, sys
 from gossamer.texts import reference_text
 from gossamer.compress.int4 import Int4Recipe, compress_int4
 def stop(phase, done, total):
     os.kill(os.getpid(), signal.SIGKILL)
-recipe = Int4Recipe("q4_k_m" if sys.argv[2].endswith(".gguf") else "w4a16", sequences=8, length=32)
+recipe = Int4Recipe("w4a16", sequences=8, length=32)
 compress_int4(sys.argv[1], sys.argv[2], recipe, reference_text()[:20_000], on_progress=stop)
 """
-        command = [sys.executable, "-c", script, str(source), str(tmp_path / name)]
+        command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr
         left = [path.name for path in tmp_path.iterdir()]
-        assert len(left) == 1 and left[0].startswith(f".{name}.unfinished-")
-        recipe = Int4Recipe("q4_k_m" if name.endswith(".gguf") else "w4a16", **FAST)
-        resumed = compress_int4(source, tmp_path / name, recipe, TEXT)
-        other = compress_int4(source, tmp_path / f"other-{name}", recipe, TEXT)
+        assert len(left) == 1 and left[0].startswith(".out.unfinished-")
+        recipe = Int4Recipe("w4a16", **FAST)
+        resumed = compress_int4(source, tmp_path / "out", recipe, TEXT)
+        other = compress_int4(source, tmp_path / "other", recipe, TEXT)
         assert (resumed.resumed, other.resumed) == (1, 0) and resumed.layers == other.layers
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"other-{name}"])
-        files = [path / "model.safetensors" if path.is_dir() else path for path in (resumed.path, other.path)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "other"))
+        assert first == second
 
     def test_ctrl_c_leaves_no_output_and_other_settings_do_not_go_on(self, source: Path, tmp_path: Path) -> None:
         def stop(*args: Any) -> None:
@@ -184,6 +183,7 @@ class TestBadInput:
         [
             ({"type": "q3_k"}, "one of q4_k_m, q4_0, w4a16"),
             ({"sequences": 0}, "at least one sequence"),
+            ({"skip": ("lm_head",)}, "nothing can be skipped with q4_k_m"),
             ({"relative_damping": 0.0}, "damping is above 0"),
         ],
     )
@@ -261,7 +261,9 @@ class TestCommand:
         [
             (["--int4", "--int8"], "--int4 goes alone"),
             (["--type", "q4_0", "--int8"], "--type is of 4-bit weights"),
-            (["--int4", "--memory", "1GB"], "are for pruning"),
+            (["--int4", "--memory", "1GB", "--pattern", "2:4"], "are for pruning: --pattern, --memory"),
+            (["--int4", "--skip", "lm_head"], "nothing can be skipped"),
+            (["--int4", "--dtype", "float16"], "in a GGUF file is float32"),
             ([], "say how to compress"),
         ],
     )

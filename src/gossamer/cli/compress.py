@@ -143,16 +143,21 @@ def compress(
 
         own = Options.of(options).model
         config = GossamerInt8Config(own.int8_threshold, own.int8_criterion, own.int8_outliers, outlier_store, skipped)
+    if sparsity is None:
+        given = {"--pattern": pattern, "--curvature": curvature, "--update": update, "--reconstruction": reconstruction}
+        usual = {"--pattern": "unstructured", "--curvature": "gram", "--update": "joint", "--reconstruction": 1}
+        wrong = [name for name in given if given[name] != usual[name]] + ["--memory"] * (memory is not None)
+        if wrong:
+            raise ConfigurationError(f"such options are for pruning: {', '.join(wrong)}; say how much with --sparsity")
     if int4:
-        if memory is not None or pattern != "unstructured":
-            raise ConfigurationError("--memory and --pattern are for pruning: say how much with --sparsity")
         kind = type or ("q4_k_m" if output.suffix.lower() == ".gguf" else "w4a16")
-        settings = {"type": kind, "sequences": sequences, "length": length, "skip": tuple(skipped)}
+        settings = {"type": kind, "sequences": sequences, "length": length}
+        settings["skip"] = None if skip is None else tuple(skipped)
         _round(model, output, settings, text, dtype, overwrite, as_json)
         return
     if sparsity is None:
-        if text is not None or memory is not None or pattern != "unstructured":
-            raise ConfigurationError("--text, --memory and --pattern are for pruning: say how much with --sparsity")
+        if text is not None:
+            raise ConfigurationError("--text is for pruning and 4-bit weights: give --sparsity or --int4 with it")
         assert config is not None
         _quantize(model, output, config, dtype, overwrite, as_json)
         return

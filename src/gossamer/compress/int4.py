@@ -32,6 +32,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import MANIFEST, write_manifest
 from gossamer.models.resolve import local_path, resolve_model
 from gossamer.models.shards import Progress
+from gossamer.nn.quantize import SKIP
 from gossamer.options import ModelOptions
 from gossamer.pruning.job import OnProgress
 from gossamer.pruning.targets import Target, find_targets
@@ -50,7 +51,8 @@ class Int4Recipe:
     Args:
         type: ``q4_k_m`` or ``q4_0`` for a GGUF file, ``w4a16`` for a compressed-tensors directory.
         sequences, length: of the calibration text: how many, and tokens of each.
-        skip: with ``w4a16``, names of modules that stay in floating point. Of a GGUF file all matrices are quantized.
+        skip: with ``w4a16``, names of modules that stay in floating point; ``lm_head`` by default. In a GGUF file all
+            matrices are quantized.
         relative_damping: of the moments of a layer's inputs, in units of the mean of their diagonal.
 
     Raises:
@@ -60,13 +62,17 @@ class Int4Recipe:
     type: str = "q4_k_m"
     sequences: int = 64
     length: int = 512
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] | None = None
     relative_damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise ConfigurationError(f"the type of 4-bit weights is one of {', '.join(TYPES)}; got {self.type!r}")
         check_calibration(self.sequences, self.length)
+        if self.is_file and self.skip is not None:
+            raise ConfigurationError(
+                f"all matrices of a GGUF file are quantized: nothing can be skipped with {self.type}"
+            )
         if not self.relative_damping > 0:
             raise ConfigurationError(f"damping is above 0, got {self.relative_damping}")
 
@@ -162,20 +168,16 @@ def compress_int4(
     config = load_config(source)
     refuse_quantized(source, config)
     network, tokenizer = load_model(source, dtype="float32")
-    wanted = _dtype(dtype, config)
+    wanted = _dtype(dtype, config, recipe)
     types = _gguf_types(LoadedModel(network, source), recipe) if recipe.is_file else {}
-    targets = find_targets(network, exclude=("lm_head",) if recipe.is_file else recipe.skip)
+    targets = find_targets(network, exclude=SKIP if recipe.skip is None else recipe.skip)
     if recipe.is_file:
         targets = {name: each for name, each in targets.items() if name in types}
     else:
         types = _w4a16_types(targets, wanted)
     batches = calibration_batches(tokenizer, text, recipe.sequences, recipe.length)
-    settings = {
-        "model": str(model),
-        "int4": asdict(recipe),
-        "dtype": str(wanted),
-        "calibration_sha256": digest(batches),
-    }
+    settings = {"model": str(model), "int4": asdict(recipe), "calibration_sha256": digest(batches)}
+    settings |= {} if recipe.is_file else {"dtype": str(wanted).removeprefix("torch.")}
     parts = Unfinished(parts_directory(target, source, settings))
     seconds: dict[str, float] = {}
     stored, layers = round_blocks(
@@ -211,7 +213,9 @@ def _source(model: str | Path) -> Path:
     return resolve_model(model)
 
 
-def _dtype(dtype: str, config: Any) -> torch.dtype:
+def _dtype(dtype: str, config: Any, recipe: Int4Recipe) -> torch.dtype:
+    if recipe.is_file and dtype != "auto":
+        raise ConfigurationError(f"what is not quantized in a GGUF file is float32, and not {dtype}")
     if dtype != "auto":
         chosen = getattr(torch, dtype)
     else:
