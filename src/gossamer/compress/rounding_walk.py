@@ -83,7 +83,7 @@ def round_blocks(
         run = BlockRun(model, blocks, batches)
         for index, names in enumerate(inside):
             part = f"block-{index:03}"
-            done = parts.load(part)
+            done = parts.load(part) if names else {}
             if done is None:
                 with timed(seconds, "statistics"):
                     moments = _moments(run, index, {name: targets[name] for name in names})
