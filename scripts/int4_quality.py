@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,11 +104,13 @@ def importance_matrix(model: Any, batches: list[dict[str, Tensor]], path: Path) 
     np.savez(path, **{f"{names.get_name(name.removesuffix('.weight'))}.weight": value for name, value in means.items()})
 
 
-def llama_cpp_quantize(source: Path, target: Path, matrix: Path | None) -> None:
-    command = [LLAMA_CPP, "-c", QUANTIZE, str(source), str(target), str(matrix or "")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise SystemExit(f"llama.cpp did not quantize {source}: {run.stderr[-2000:]}")
+def llama_cpp_quantize(source: Path, target: Path, matrix: Path | None) -> Path:
+    if not target.exists():
+        command = [LLAMA_CPP, "-c", QUANTIZE, str(source), str(target), str(matrix or "")]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise SystemExit(f"llama.cpp did not quantize {source}: {run.stderr[-2000:]}")
+    return target
 
 
 def files(source: Path, directory: Path, text: str, args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
@@ -117,28 +118,32 @@ def files(source: Path, directory: Path, text: str, args: argparse.Namespace) ->
     model, tokenizer = load_model(source, "float32")
     if Path(LLAMA_CPP).exists():
         batches = calibration_batches(tokenizer, text, args.sequences, args.length)
-        importance_matrix(model, batches, directory / "importance.npz")
-        export(source, directory / "f32.gguf", "gguf", type="f32")
-        for name, matrix in (("llama.cpp", None), ("llama.cpp, importance matrix", directory / "importance.npz")):
-            target = directory / f"{'plain' if matrix is None else 'weighted'}.gguf"
-            llama_cpp_quantize(directory / "f32.gguf", target, matrix)
-            yield name, target
+        matrix, floats = directory / "importance.npz", directory / "f32.gguf"
+        if not matrix.exists():
+            importance_matrix(model, batches, matrix)
+            export(source, floats, "gguf", type="f32", overwrite=True)
+        yield "llama.cpp", llama_cpp_quantize(floats, directory / "plain.gguf", None)
+        yield "llama.cpp, importance matrix", llama_cpp_quantize(floats, directory / "weighted.gguf", matrix)
     else:
         print(f"llama.cpp is left out: there is no {LLAMA_CPP}")
-    export(source, directory / "nearest.gguf", "gguf", type="q4_k_m")
-    yield "ours, to the nearest", directory / "nearest.gguf"
-    recipe = Int4Recipe("q4_k_m", args.sequences, args.length)
-    started = time.perf_counter()
-    compress_int4(source, directory / "second.gguf", recipe, text)
-    yield f"ours, second order ({time.perf_counter() - started:,.0f} s)", directory / "second.gguf"
+    nearest, second = directory / "nearest.gguf", directory / "second.gguf"
+    if not nearest.exists():
+        export(source, nearest, "gguf", type="q4_k_m")
+    yield "ours, to the nearest", nearest
+    if not second.exists():
+        compress_int4(source, second, Int4Recipe("q4_k_m", args.sequences, args.length), text)
+    yield "ours, second order", second
 
 
 class Latest:
     """A model that remembers its latest answer, which several are compared with."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config, self.device = model, model.config, model.device
+        self.model = model
         self._ids, self._answer = torch.empty(0), None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def __call__(self, input_ids: Tensor, **options: Any) -> Any:
         if not torch.equal(self._ids, input_ids):
@@ -167,19 +172,21 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each, and of each measured window")
     parser.add_argument("--windows", type=int, default=24, help="measured")
     parser.add_argument("--as-stored", action="store_true", help="do not take the weights off their grid")
+    parser.add_argument("--directory", type=Path, help="for the files; those that are there are not made again")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     calibration, held_out = texts()
     figures = []
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        directory = Path(name)
+        directory = args.directory or Path(name)
         original, tokenizer = load_model(resolve_model(args.model), "float32")
         windows = token_windows(tokenizer, held_out, args.length, args.windows)
         source = directory / args.model
         if not args.as_stored:
             rescale(original)
-        original.save_pretrained(source)
-        tokenizer.save_pretrained(source)
+        if not source.exists():
+            original.save_pretrained(source)
+            tokenizer.save_pretrained(source)
         reference = Latest(original)
         compared = list(files(source, directory, calibration, args))
         evaluations = [Evaluation(load_model(file, "float32")[0], reference) for _, file in compared]

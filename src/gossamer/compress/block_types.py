@@ -29,7 +29,7 @@ from gossamer.errors import CheckpointError
 _PIECE = 1 << 20  # weights whose scales are searched at a time: temporaries stay in the caches
 _SIX_BITS = 63
 _TINY = 1e-30
-_LARGEST = 65504.0  # of float16, in which scales are; an entry is several of them
+_LARGEST = 65504.0  # of float16, in which scales are stored
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class BlockType(ABC):
         Args:
             weight: (N, K) fp32, finite; K a multiple of ``block``.
             importance: (K) or (N, K) of each entry's squared error; by default larger entries count more.
+
+        >>> weight = torch.linspace(-1, 1, 256)[None]
+        >>> grid = GGUF_TYPES["Q4_K"].fit(weight)
+        >>> blocks = GGUF_TYPES["Q4_K"].pack(grid, grid.codes(weight))["blocks"]
+        >>> tuple(blocks.shape), bool((grid.values(grid.codes(weight)) - weight).abs().max() < 0.02)
+        ((1, 144), True)
         """
         rows = max(1, _PIECE // weight.shape[1])
         importance = None if importance is None else importance.expand_as(weight)

@@ -93,7 +93,7 @@ MIXTURES = {
 
 
 def find_mixture(name: str) -> Mixture:
-    """The mixture of a name.
+    """The mixture of a name, as a user types it.
 
     Raises:
         ConfigurationError: there is none.
