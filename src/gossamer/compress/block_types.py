@@ -58,10 +58,10 @@ class BlockType(ABC):
             weight: (N, K) fp32, finite; K a multiple of ``block``.
             importance: (K) or (N, K) of each entry's squared error; by default larger entries count more.
 
-        >>> weight = torch.linspace(-1, 1, 256)[None]
+        >>> weight = torch.arange(256.0).sin()[None]
         >>> grid = GGUF_TYPES["Q4_K"].fit(weight)
         >>> blocks = GGUF_TYPES["Q4_K"].pack(grid, grid.codes(weight))["blocks"]
-        >>> tuple(blocks.shape), bool((grid.values(grid.codes(weight)) - weight).abs().max() < 0.02)
+        >>> tuple(blocks.shape), bool((grid.values(grid.codes(weight)) - weight).abs().max() < 0.08)
         ((1, 144), True)
         """
         rows = max(1, _PIECE // weight.shape[1])
