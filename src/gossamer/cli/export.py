@@ -30,7 +30,7 @@ def export(
     ],
     type: Annotated[
         str | None,
-        typer.Option(help="With gguf: q8_0, q4_k_m or q4_0.", show_default="q8_0"),
+        typer.Option(help="With gguf: q8_0, q4_k_m, q4_0 or f32.", show_default="q8_0"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     as_json: AsJson = False,
