@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -14,7 +14,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.options import Options
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from gossamer.models.int8_quantizer import GossamerInt8Config
 
@@ -53,17 +53,28 @@ def compress(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="With --sparsity: a UTF-8 file to calibrate on, of the kind that the model will see; Python's "
-            "language reference by default.",
+            help="With --sparsity or --int4: a UTF-8 file to calibrate on, of the kind that the model will see; "
+            "Python's language reference by default.",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="With --sparsity: calibration sequences.")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="With --sparsity: tokens of each.")] = 512,
+    sequences: Annotated[int, typer.Option(min=1, help="With --sparsity or --int4: calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="With --sparsity or --int4: tokens of each.")] = 512,
     memory: Annotated[
         str | None,
         typer.Option(
             help="With --sparsity: what the process may take, such as 8GB; most of what is free by default. Statistics "
             "that do not fit are taken in several rounds.",
+            show_default=False,
+        ),
+    ] = None,
+    int4: Annotated[
+        bool, typer.Option("--int4", help="Round the linear layers to 4 bits, by second order on the text.")
+    ] = False,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="With --int4: q4_k_m (default) or q4_0 for an output that ends in .gguf; w4a16 for a directory "
+            "(compressed-tensors).",
             show_default=False,
         ),
     ] = None,
@@ -101,13 +112,25 @@ def compress(
 
         gossamer compress smollm2-135m -o smollm2-half --sparsity 0.5 --int8 --text mine.txt
 
-    The output appears when it is complete, or not at all. Pruning that was interrupted goes on where it stopped when
-    the same command is given again.
+    --int4 rounds to 4 bits, such that the layers' outputs on the text change least, and takes minutes. A GGUF file is
+    what llama.cpp and Gossamer run; a directory is in the format of compressed-tensors, for transformers and vLLM.
+
+        gossamer compress smollm2-135m -o smollm2.gguf --int4 --text mine.txt
+
+    The output appears when it is complete, or not at all. Pruning or rounding that was interrupted goes on where it
+    stopped when the same command is given again.
     """
-    if not int8 and sparsity is None:
+    if not (int8 or int4) and sparsity is None:
         raise ConfigurationError(
-            "say how to compress: --int8 makes the linear layers int8, --sparsity 0.5 makes half of their weights zero"
+            "say how to compress: --int8 makes the linear layers int8, --int4 rounds them to 4 bits, --sparsity 0.5 "
+            "makes half of their weights zero"
         )
+    if int4 and (int8 or sparsity is not None):
+        raise ConfigurationError(
+            "--int4 goes alone: prune with --sparsity first, and give the result to a second command with --int4"
+        )
+    if type is not None and not int4:
+        raise ConfigurationError("--type is of 4-bit weights: say --int4 as well")
     if threads is not None:
         import torch
 
@@ -121,8 +144,20 @@ def compress(
         own = Options.of(options).model
         config = GossamerInt8Config(own.int8_threshold, own.int8_criterion, own.int8_outliers, outlier_store, skipped)
     if sparsity is None:
-        if text is not None or memory is not None or pattern != "unstructured":
-            raise ConfigurationError("--text, --memory and --pattern are for pruning: say how much with --sparsity")
+        given = {"--pattern": pattern, "--curvature": curvature, "--update": update, "--reconstruction": reconstruction}
+        usual = {"--pattern": "unstructured", "--curvature": "gram", "--update": "joint", "--reconstruction": 1}
+        wrong = [name for name in given if given[name] != usual[name]] + ["--memory"] * (memory is not None)
+        if wrong:
+            raise ConfigurationError(f"such options are for pruning: {', '.join(wrong)}; say how much with --sparsity")
+    if int4:
+        kind = type or ("q4_k_m" if output.suffix.lower() == ".gguf" else "w4a16")
+        settings = {"type": kind, "sequences": sequences, "length": length}
+        settings["skip"] = None if skip is None else tuple(skipped)
+        _round(model, output, settings, text, dtype, overwrite, as_json)
+        return
+    if sparsity is None:
+        if text is not None:
+            raise ConfigurationError("--text is for pruning and 4-bit weights: give --sparsity or --int4 with it")
         assert config is not None
         _quantize(model, output, config, dtype, overwrite, as_json)
         return
@@ -165,6 +200,37 @@ def _quantize(model: str, output: Path, config: GossamerInt8Config, dtype: str, 
         notice(f"The rest, {rest / 1e6:,.1f} MB, is float32; --dtype bfloat16 would halve it.", "dim")
 
 
+def _round(
+    model: str, output: Path, settings: dict[str, Any], text: Path | None, dtype: str, overwrite: bool, as_json: bool
+) -> None:
+    from gossamer.cli.measured_text import describe_text, read
+    from gossamer.compress.int4 import Int4Recipe, compress_int4
+
+    recipe = Int4Recipe(**settings)
+    content = read(text)
+    notice(f"Calibrating on {describe_text(text)}", "dim")
+    with _Phases() as phases:
+        report = compress_int4(
+            model,
+            output,
+            recipe,
+            content,
+            dtype=dtype,
+            overwrite=overwrite,
+            on_progress=phases.advance,
+            on_bytes=phases.advance_bytes,
+        )
+    for warning in report.warnings:
+        notice(f"warning: {warning}", "yellow")
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    if report.resumed:
+        notice(f"Went on after {report.resumed} blocks that an interrupted run had finished.", "dim")
+    typer.echo(report)
+    typer.echo(f"{report.path}: {report.bytes / 1e6:,.1f} MB, from {report.source_bytes / 1e6:,.1f} MB")
+
+
 def _prune(
     model: str,
     output: Path,
@@ -183,15 +249,7 @@ def _prune(
     recipe = SparsityRecipe(**settings)
     content = read(text)
     notice(f"Calibrating on {describe_text(text)}", "dim")
-    bar = _bar()
-    tasks: dict[str, Any] = {}
-
-    def advance(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = bar.add_task(phase, total=total)
-        bar.update(tasks[phase], completed=done, total=total)
-
-    with bar:
+    with _Phases() as phases:
         report = compress_sparse(
             model,
             output,
@@ -201,8 +259,8 @@ def _prune(
             dtype=dtype,
             memory=None if memory is None else parse_bytes(memory),
             overwrite=overwrite,
-            on_progress=advance,
-            on_bytes=lambda done, total: advance("writing MB", done // 10**6, total // 10**6),
+            on_progress=phases.advance,
+            on_bytes=phases.advance_bytes,
         )
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
@@ -215,6 +273,29 @@ def _prune(
     typer.echo(f"{report.path}: {report.bytes / 1e6:,.1f} MB, from {report.source_bytes / 1e6:,.1f} MB")
     if config is None:
         notice("The zeros are stored as zeros; --int8 stores what is left of them only.", "dim")
+
+
+class _Phases:
+    """A bar for each phase of a run, which begin when they are first heard of."""
+
+    def __init__(self) -> None:
+        self._bar = _bar()
+        self._tasks: dict[str, TaskID] = {}
+
+    def advance(self, phase: str, done: int, total: int) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._bar.add_task(phase, total=total)
+        self._bar.update(self._tasks[phase], completed=done, total=total)
+
+    def advance_bytes(self, done: int, total: int) -> None:
+        self.advance("writing MB", done // 10**6, total // 10**6)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
 
 
 def _bar() -> Progress:

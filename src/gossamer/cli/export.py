@@ -1,4 +1,4 @@
-"""``gossamer export``: an int8 checkpoint in the format of another project."""
+"""``gossamer export``: a checkpoint in the format of another project."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from gossamer.cli.terminal import notice, stderr
 
 
 def export(
-    directory: Annotated[
-        Path, typer.Argument(help="A checkpoint that `gossamer compress --int8` made.", show_default=False)
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint that `gossamer compress --int8` made; for gguf also one in floating point.",
+            show_default=False,
+        ),
     ],
     format: Annotated[
         str, typer.Option("--format", "-f", help="bitsandbytes, compressed-tensors or gguf.", show_default=False)
@@ -24,15 +28,23 @@ def export(
         Path,
         typer.Option("--output", "-o", help="The directory to write; for gguf a file (.gguf).", show_default=False),
     ],
+    type: Annotated[
+        str | None,
+        typer.Option(help="With gguf: q8_0, q4_k_m, q4_0 or f32.", show_default="q8_0"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an int8 checkpoint in the format of another project.
+    """Write a checkpoint in the format of another project.
 
-    bitsandbytes for transformers, with the decomposition of outliers; compressed-tensors (W8A8) for vLLM; gguf (Q8_0)
-    for llama.cpp. How results will differ is said in warnings. The output appears when it is complete, or not at all.
+    bitsandbytes for transformers, with the decomposition of outliers; compressed-tensors (W8A8) for vLLM; gguf for
+    llama.cpp. How results will differ is said in warnings. The output appears when it is complete, or not at all.
 
         gossamer export small-int8 --format gguf -o small.gguf
+
+    A GGUF file of 4 bits is rounded weight by weight here; `gossamer compress --int4` does it better, on a text.
+
+        gossamer export smollm2-135m --format gguf --type q4_k_m -o small.gguf
     """
     # Imported here: PyTorch and transformers take seconds.
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,9 +63,10 @@ def export(
     task = bar.add_task(f"writing {format}", total=None)
     with bar:
         report = export_checkpoint(
-            directory,
+            model,
             output,
             format,
+            type=type,
             overwrite=overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

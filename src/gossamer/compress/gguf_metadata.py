@@ -82,7 +82,7 @@ def head_size(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> list[str]:
+def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str, file_type: LlamaFileType) -> list[str]:
     """Adds the model's measures and settings.
 
     Returns:
@@ -93,7 +93,7 @@ def add_metadata(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> lis
     """
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(file_type)
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     add_measures(writer, config)
     writer.add_rope_dimension_count(head_size(config))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.compress.calibration import calibration_batches, check_calibration, digest, parts_directory, remove_parts
 from gossamer.compress.output import all_or_nothing, check_output, size_of
 from gossamer.compress.writing import write_model
 from gossamer.errors import ConfigurationError
@@ -43,7 +40,6 @@ from gossamer.pruning.pruner import Pruner, Update
 from gossamer.pruning.reconstruction import Reconstruction
 from gossamer.pruning.report import PruneReport
 from gossamer.pruning.unfinished import Unfinished
-from gossamer.texts import token_windows
 
 CURVATURES: dict[str, Callable[[], Curvature]] = {
     "gram": LayerGram,
@@ -53,8 +49,6 @@ CURVATURES: dict[str, Callable[[], Curvature]] = {
     "block-fisher": BlockFisher,
     "mfac": MFACFisher,
 }
-
-_PARTS_FORMAT = 1  # of what an interrupted run leaves; those of another one are not taken
 
 
 @dataclass(frozen=True)
@@ -86,10 +80,7 @@ class SparsityRecipe:
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
             raise ConfigurationError(f"curvature is one of {', '.join(CURVATURES)}; got {self.curvature!r}")
-        if self.sequences < 1 or self.length < 2:
-            raise ConfigurationError(
-                f"calibration takes at least one sequence of two tokens, got {self.sequences} of {self.length}"
-            )
+        check_calibration(self.sequences, self.length)
         if self.reconstruction < 0:
             raise ConfigurationError(f"reconstruction counts times over the data, got {self.reconstruction}")
         check_share(self.sparsity)
@@ -193,11 +184,10 @@ def compress_sparse(
     network, tokenizer = load_model(source, dtype="float32")
     with ShardReader(source) as reader:
         wanted = dtype if dtype != "auto" else str(stored.dtype or reader.stored_dtype()).removeprefix("torch.")
-    batches = _calibration(tokenizer, text, recipe)
+    batches = calibration_batches(tokenizer, text, recipe.sequences, recipe.length)
     pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), target.parent)
-    data = hashlib.sha256(torch.cat([batch["input_ids"] for batch in batches]).numpy().tobytes()).hexdigest()
-    settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": data}
-    parts = Unfinished(_parts_directory(target, source, settings))
+    settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": digest(batches)}
+    parts = Unfinished(parts_directory(target, source, settings))
     loss = None if recipe.curvature == "magnitude" and not recipe.reconstruction else _loss
     report = pruner.prune_to(recipe.sparsity, batches, loss, unfinished=parts, progress=on_progress)
     quantization = None
@@ -218,21 +208,8 @@ def compress_sparse(
         if int8 is None:
             save_masks(unfinished / MASKS, pruner.masks)
         write_manifest(unfinished, settings | {"pruning": report.to_dict()})
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.unfinished-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_parts(target)
     return SparseReport(target, size_of(target), size_of(source), report, quantization, parts.taken)
-
-
-def _calibration(tokenizer: Any, text: str, recipe: SparsityRecipe) -> list[dict[str, Tensor]]:
-    windows = token_windows(tokenizer, text, recipe.length)
-    if len(windows) < recipe.sequences:
-        raise ConfigurationError(
-            f"the calibration text holds {len(windows)} sequences of {recipe.length} tokens, and {recipe.sequences} "
-            "are needed: give a longer text, or ask for fewer or shorter sequences"
-        )
-    step = len(windows) / recipe.sequences  # spread over the text
-    chosen = [windows[int(number * step)][None] for number in range(recipe.sequences)]
-    return [{"input_ids": ids, "labels": ids} for ids in chosen]
 
 
 def _loss(outputs: Any, batch: Any) -> Tensor:
@@ -254,11 +231,3 @@ def _for_statistics(network: Any, recipe: SparsityRecipe, memory: int | None) ->
             f"the hidden states of {recipe.sequences} sequences of {recipe.length} tokens {states / 1e9:,.2f} GB"
         )
     return left
-
-
-def _parts_directory(target: Path, source: Path, settings: dict[str, Any]) -> Path:
-    """Another one for other settings, and for other weights under the same name."""
-    stats = {path.name: path.stat() for path in sorted(source.iterdir()) if path.is_file()}
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
-    key = hashlib.sha256(json.dumps([_PARTS_FORMAT, settings, str(source), files]).encode()).hexdigest()[:12]
-    return target.parent / f".{target.name}.unfinished-{key}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -12,15 +13,26 @@ from gossamer.models.shards import Progress, ShardWriter, TensorSpec
 
 
 def write_model(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, on_bytes: Progress
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    on_bytes: Progress,
+    stored: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> int:
     """Writes weights, configurations and tokenizer into ``directory``, which is made.
+
+    Args:
+        network: the model.
+        tokenizer: its.
+        directory: to write.
+        on_bytes: called with the bytes of weights that are written and the bytes there will be.
+        stored: what is written in place of some weights: by the weight's name, tensors by the last part of theirs.
 
     Returns:
         Bytes of the weights.
     """
     directory.mkdir()
-    written = _write_weights(network, directory, on_bytes)
+    written = _write_weights(network, directory, on_bytes, stored or {})
     network.config.architectures = [type(network).__name__]
     network.config.save_pretrained(directory)
     if network.can_generate():
@@ -34,8 +46,14 @@ def dtype_name(network: PreTrainedModel) -> str:
     return str(network.dtype).removeprefix("torch.")
 
 
-def _write_weights(network: PreTrainedModel, directory: Path, on_bytes: Progress) -> int:
-    tensors = revert_weight_conversion(network, _without_ties(network))
+def _write_weights(
+    network: PreTrainedModel, directory: Path, on_bytes: Progress, stored: Mapping[str, Mapping[str, Tensor]]
+) -> int:
+    state = _without_ties(network)
+    for name, fields in stored.items():
+        del state[name]
+        state |= {f"{name.rpartition('.')[0]}.{last}": tensor for last, tensor in fields.items()}
+    tensors = revert_weight_conversion(network, state)
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     total = sum(spec.nbytes for spec in specs)
     done = 0

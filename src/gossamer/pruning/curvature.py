@@ -123,7 +123,7 @@ class LayerGram(_AnyBlocks):
     source: ClassVar[Source] = "inputs"
 
     def begin(self, shape: tuple[int, int]) -> Statistic:
-        return _Gram(shape[1], self.rounds)
+        return Gram(shape[1], self.rounds)
 
     def bytes(self, shape: tuple[int, int]) -> int:
         return 6 * 8 * shape[1] ** 2  # with its inverse, its eigenvectors, and copies in fp32
@@ -225,8 +225,24 @@ class _Squares:
         return Diagonal(mean.clamp_min(torch.finfo(torch.float32).tiny), self.shape)
 
 
-class _Gram:
-    def __init__(self, columns: int, rounds: int) -> None:
+class Gram:
+    """Second moments of a layer's inputs.
+
+    Args:
+        columns: K, inputs of the layer.
+        rounds: see :class:`LayerGram`.
+
+    Attributes:
+        count: rows that were seen.
+
+    >>> gram = Gram(2)
+    >>> gram.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> gram.mean()
+    tensor([[5., 1.],
+            [1., 2.]], dtype=torch.float64)
+    """
+
+    def __init__(self, columns: int, rounds: int = 0) -> None:
         self.sums, self.count, self.rounds = torch.zeros(columns, columns, dtype=torch.float64), 0, rounds
 
     def add(self, seen: Tensor) -> None:
@@ -235,12 +251,16 @@ class _Gram:
         self.sums += rows.T @ rows
         self.count += len(rows)
 
+    def mean(self) -> Tensor:
+        """The mean of x^T x over the rows x that were seen, (K, K) fp64."""
+        return self.sums / self.count
+
     @property
     def scale(self) -> float:
         return float(self.sums.diagonal().mean()) / self.count
 
     def quadratic(self, damping: float) -> Quadratic:
-        matrix = self.sums / self.count
+        matrix = self.mean()
         matrix.diagonal().add_(damping)
         return SharedGram(matrix, self.rounds)
 
