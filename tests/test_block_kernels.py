@@ -40,7 +40,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def check(result: torch.Tensor, x: np.ndarray, weight: np.ndarray) -> None:
-    """Within what fp32 sums of exact integers, one for each 16 or 32 weights, may be off by the sizes of what is added."""
+    """Within what fp32 sums of exact integers, one for each 16 or 32 weights, may be off, by the sizes of these."""
     exact = rounded(x) @ weight.astype(np.float64).T
     size = np.abs(rounded(x)) @ np.abs(weight.astype(np.float64)).T
     assert (np.abs(result.numpy() - exact) <= (x.shape[1] / 16 + 4) * 2**-24 * size + 1e-30).all()
@@ -125,7 +125,9 @@ def test_inputs_in_another_order(isa: str) -> None:
     matrix = StoredMatrix("Q4_0", 256, random_rows("Q4_0", 32, 256), input_order=order)
     x = torch.randn(2, 256)
     packed = pack_linear([StoredLinear(matrix)], isa, "float32")
-    assert torch.allclose(packed(x), x @ matrix.dequantize().T, rtol=0, atol=0.05 * float((x @ matrix.dequantize().T).std()))
+    assert torch.allclose(
+        packed(x), x @ matrix.dequantize().T, rtol=0, atol=0.05 * float((x @ matrix.dequantize().T).std())
+    )
 
 
 def test_what_cannot_be_one_product_is_refused() -> None:

@@ -33,8 +33,20 @@ PRODUCTS = {
         "strip_products": 50,
     },
     "avx512": {"tileINS_7Int8Dot": 8, "tileINS_8FloatDot": 8, "exponentials": 2, "strip_products": 70},
-    "avx512_vnni": {"tileINS_7Int8Dot": 8, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16, "strip_products": 70},
-    "avx512_vbmi2": {"tileINS_7Int8Dot": 16, "tileINS_7Bf16Dot": 8, "score_few": 2, "add_values_few": 16, "strip_products": 70},
+    "avx512_vnni": {
+        "tileINS_7Int8Dot": 8,
+        "tileINS_7Bf16Dot": 8,
+        "score_few": 2,
+        "add_values_few": 16,
+        "strip_products": 70,
+    },
+    "avx512_vbmi2": {
+        "tileINS_7Int8Dot": 16,
+        "tileINS_7Bf16Dot": 8,
+        "score_few": 2,
+        "add_values_few": 16,
+        "strip_products": 70,
+    },
 }
 
 
@@ -48,9 +60,10 @@ def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     cmake = tools / "cmake" if (tools / "cmake").exists() else "cmake"
     subprocess.run([cmake, "-S", ROOT, "-B", build, *options, *compiler], check=True, capture_output=True)
     commands = {
-        (Path(entry["output"]).parts[1].removesuffix(".dir").removeprefix("kernels_"), Path(entry["file"]).stem): shlex.split(
-            entry["command"]
-        )
+        (
+            Path(entry["output"]).parts[1].removesuffix(".dir").removeprefix("kernels_"),
+            Path(entry["file"]).stem,
+        ): shlex.split(entry["command"])
         for entry in json.loads((build / "compile_commands.json").read_text())
         if "csrc/kernels/" in entry["file"]
     }
