@@ -31,7 +31,7 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import compared, using
-from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear
+from gossamer.nn import Int8Linear, Int8TiedHead, SparseInt8Linear, StoredLinear
 from gossamer.options import SHARING_MODES, EngineOptions, ModelOptions, RunnerOptions, SharingMode
 from gossamer.runners.loading import load_for_runner
 from gossamer.runners.native import NativeRunner
@@ -180,7 +180,7 @@ def bench_decode(
     if None not in natives:
         sharing = tuple(mode for mode in sharing if mode != BOUND)  # it cannot leave attention out
     multiplied = torch.bfloat16 if made.layout.dtype == torch.int8 else made.layout.dtype
-    int8 = any(isinstance(module, (Int8Linear, Int8TiedHead)) for module in network.modules())
+    int8 = any(isinstance(module, (Int8Linear, Int8TiedHead, StoredLinear)) for module in network.modules())
     ceilings = Ceilings(multiplied, int8=int8)
     sizes = Sizes([(b, p) for b in batches for p in prefixes], suffix, new, numbers_per_token(network))
     settings: dict[str, Any] = {"threads": machine["threads"], "dtype": network.dtype, "memory": memory}
@@ -380,7 +380,7 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
     # a tied embedding is the head's weight; another one is looked up, not multiplied
     floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
-    int8 = [m for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead))]
+    int8 = [m for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead, StoredLinear))]
     runner = engine.runner
     packed = runner.report().sparse_weights
     sparse = packed is not None and packed["sparse"] > 0
@@ -406,7 +406,9 @@ def _seconds(weights: list[Any], batch: int, flops: float, read: float, width: i
 
 
 def _code_bytes(layer: Any, sparse: bool) -> int:
-    """Bytes of a layer's codes, as they are read at least."""
+    """Bytes of a layer's codes, as they are read at least; of blocks with their scales."""
+    if isinstance(layer, StoredLinear):
+        return layer.stored.nbytes
     if sparse and isinstance(layer, SparseInt8Linear):
         return int(layer.weight_codes.nbytes + layer.weight_mask.nbytes)
     return int(layer.in_features * layer.out_features)

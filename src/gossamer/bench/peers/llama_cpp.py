@@ -1,4 +1,4 @@
-"""llama.cpp through its C interface: Q8_0 weights, one unified cache, flash attention.
+"""llama.cpp through its C interface: the weights of a GGUF file, one unified cache, flash attention.
 
 The prefix is computed on sequence 0 and becomes part of the others by ``llama_memory_seq_cp``, which copies nothing.
 Every step submits one token per sequence.
@@ -6,6 +6,7 @@ Every step submits one token per sequence.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from importlib.metadata import version
@@ -38,7 +39,10 @@ class Decoder:
             raise RuntimeError(f"llama_model_load_from_file cannot read {model}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         packages = ("llama-cpp-python",)
-        return {"versions": {name: version(name) for name in packages}, "weights": "Q8_0", "keys": "float16"}
+        described = ctypes.create_string_buffer(128)  # such as "qwen2 1.5B Q4_K - Medium"
+        llama_cpp.llama_model_desc(self.model, described, len(described))
+        weights = described.value.decode(errors="replace")
+        return {"versions": {name: version(name) for name in packages}, "weights": weights, "keys": "float16"}
 
     def prepare(self, prompts: list[list[int]], shared: int, steps: int) -> dict[str, Any]:
         lib, batch = self.lib, len(prompts)
