@@ -55,6 +55,7 @@ def test_transformers_reads_the_directory(changes: dict[str, Any], dtype: str, t
     kind = w4a16(scheme["weights"]["group_size"], getattr(torch, dtype))
     weights = model.state_dict()
     with safe_open(path / "model.safetensors", "pt") as stored:
+        # (an open safetensors file is no dictionary: it cannot be iterated)
         names = [name.removesuffix("_packed") for name in stored.keys() if name.endswith("_packed")]  # noqa: SIM118
         assert len(names) == 14
         for name in names:

@@ -75,6 +75,7 @@ def test_any_tensors_in_any_order_of_blocks_are_read_back(wanted, max_shard_byte
         for path in weight_files(directory):
             check_alignment(path)
             with safe_open(path, framework="pt") as file:
+                # (an open safetensors file is no dictionary: it cannot be iterated)
                 shard = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 assert file.metadata() == {"format": "pt"}
             assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= max_shard_bytes

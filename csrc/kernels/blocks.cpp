@@ -14,7 +14,7 @@ namespace GOSSAMER_NS {
 using namespace gossamer;
 
 // Bytes ahead of a packed strip's block that are fetched meanwhile: a block's words are not read in the order of their
-// addresses, which a processor's own prefetching would need. Half again as fast for Q6_K on Zen 3; with AVX-512 not
+// addresses, which a processor's own prefetching would need. Worth it on Zen 3, for Q6_K above all; with AVX-512 not
 // measured, and left out.
 constexpr int64_t FETCH_AHEAD = W == 8 ? 2048 : 0;
 
