@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,23 @@ def test_int8_is_said_in_either_way(llama):
         ModelOptions(weights="dequantized", quantization="int8")
     with pytest.raises(ConfigurationError, match="weights must be 'auto', 'as-stored'"):
         ModelOptions(weights="stored")  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_what_is_int8_already_stays_as_it_is(llama, tmp_path):
+    file = store(llama, tmp_path / "x.gguf", "Q8_0")
+    int8 = ModelOptions(quantization="int8")
+    for options in (int8, replace(int8, int8_head=True)):
+        assert load_for_runner(file, options, max_rows=8).weights == "as stored: Q8_0 15"
+        assert weights_of(load_network(file, options)[0]) == "as stored: Q8_0 15"
+    for options, runner in (
+        (replace(int8, int8_threshold=5.0), "auto"),
+        (replace(int8, int8_outliers=None), "auto"),
+        (ModelOptions(weights="int8"), "auto"),
+        (int8, "transformers"),
+    ):
+        loaded = load_for_runner(file, options, RunnerOptions(runner=runner), max_rows=8)
+        assert (loaded.weights, loaded.path) == ("int8", file)
+    assert not cache_directory().exists()
 
 
 # --- which weights, and what runs them -------------------------------------------------------------------------------

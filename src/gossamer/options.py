@@ -73,13 +73,15 @@ class ModelOptions:
 
     dtype: str = option("auto", "Number format of the weights: auto, float32, bfloat16 or float16.")
     quantization: Literal["int8"] | None = option(
-        None, "int8: make the linear layers int8 while they are read (LLM.int8())."
+        None,
+        "int8: make the linear layers int8 while they are read (LLM.int8()); a GGUF file in Q8_0 is that already, and "
+        "stays as it is.",
     )
     weights: WeightsChoice = option(
         "auto",
         "What is computed with: as-stored (the quantized blocks of a GGUF file, in its own size), dequantized (such "
-        "weights in floating point), int8 (as quantization int8) or auto (as stored where the native runner can, "
-        "otherwise dequantized).",
+        "weights in floating point), int8 (LLM.int8(), whatever is stored) or auto (as stored where the native runner "
+        "can, otherwise dequantized).",
     )
     int8_threshold: float = option(
         6.0, "With int8: entries beyond this are outliers and are multiplied in floating point."
@@ -126,6 +128,13 @@ class ModelOptions:
         """Whether nothing that was said keeps weights from being computed with as a file stores them."""
         undecided = self.weights == "auto" and self.dtype == "auto" and not self.int8 and not self.int8_head
         return undecided or self.weights == "as-stored"
+
+    @property
+    def may_stay_in_8_bits(self) -> bool:
+        """Whether int8 was asked for, and nothing else that weights stored in 8 bits already would not give."""
+        return self.quantization == "int8" and ModelOptions() == replace(
+            self, quantization=None, int8_head=False, device="cpu"
+        )
 
 
 @dataclass(frozen=True)

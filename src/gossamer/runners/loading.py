@@ -2,7 +2,8 @@
 
 The weights of a GGUF file, and 4-bit weights of a directory, are used as they are stored where the native runner can.
 Otherwise they are computed with in floating point: the file is converted once into the cache, those of a directory are
-dequantized whenever they are loaded.
+dequantized whenever they are loaded. Asking for int8 keeps those in Q8_0 as they are: rows with one scale each would only
+lose what blocks of 32 have kept.
 """
 
 from __future__ import annotations
@@ -72,18 +73,18 @@ def load_for_runner(
         GossamerError: what finding, loading and running raise. Weights that were asked for as they are stored, and
             cannot be used so, are an ``UnsupportedModelError``.
     """
-    choosing = options.weights == "auto" and options.may_stay_stored and _may_be_native(options, runner)
+    choosing = _may_choose(options) and _may_be_native(options, runner)
     path = resolve_model(model, as_file=choosing or _reads_file(options))
     note = ""
-    if choosing and (found := _in_blocks(path)):
+    if choosing and (found := _in_blocks(path, options)):
         source, note = found
         if not note:
-            stored = replace(options, weights="as-stored")
+            stored = _as_stored(options)
             try:
                 return _load(source, stored, replace(runner, runner="native"), max_rows, max_seqs)
             except UnsupportedModelError as error:
                 note = str(error)
-    if choosing and path.is_file():
+    if choosing and path.is_file() and not options.int8:
         path = resolve_model(model)
     return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
 
@@ -100,13 +101,23 @@ def load_network(model: str | Path, options: ModelOptions = ModelOptions()) -> t
     Raises:
         GossamerError: what finding and loading raise.
     """
-    choosing = options.weights == "auto" and options.may_stay_stored
+    choosing = _may_choose(options)
     path = resolve_model(model, as_file=choosing or _reads_file(options))
-    if choosing and (found := _in_blocks(path)) and not found[1]:
-        return load_model(found[0], options=replace(options, weights="as-stored"))
-    if choosing and path.is_file():
+    if choosing and (found := _in_blocks(path, options)) and not found[1]:
+        return load_model(found[0], options=_as_stored(options))
+    if choosing and path.is_file() and not options.int8:
         path = resolve_model(model)
     return load_model(path, options=options)
+
+
+def _may_choose(options: ModelOptions) -> bool:
+    """Whether it is left open if weights in quantized blocks are used as they are."""
+    return options.weights == "auto" and (options.may_stay_stored or options.may_stay_in_8_bits)
+
+
+def _as_stored(options: ModelOptions) -> ModelOptions:
+    """What was asked for, once weights are found to stay as they are."""
+    return replace(options, weights="as-stored", quantization=None, int8_head=False)
 
 
 def _reads_file(options: ModelOptions) -> bool:
@@ -114,16 +125,20 @@ def _reads_file(options: ModelOptions) -> bool:
     return options.int8 or options.weights == "as-stored"
 
 
-def _in_blocks(path: Path) -> tuple[Path | GGUFModel, str] | None:
+def _in_blocks(path: Path, options: ModelOptions) -> tuple[Path | GGUFModel, str] | None:
     """What holds weights in quantized blocks, and why the native runner would not take them as they are.
 
-    The reason is told as far as the files tell it, and is empty otherwise. ``None``: no weights are in such blocks.
+    The reason is told as far as the files tell it, and is empty otherwise. ``None``: no weights are in such blocks, or
+    int8 was asked for and they are something else.
     """
     if path.is_file():
         opened = read_gguf(path)
-        if not opened.file.in_blocks:
+        types = {tensor.type.name for tensor in opened.file.tensors.values() if tensor.in_blocks}
+        if not types or (options.int8 and types != {"Q8_0"}):
             return None
         return opened, unstorable(opened.file) or unsupported(opened.config.get_text_config())
+    if options.int8:
+        return None
     config = load_config(path)
     return (path, unsupported(config.get_text_config())) if int4_format(config) else None
 
