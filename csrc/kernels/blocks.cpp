@@ -13,10 +13,21 @@ namespace GOSSAMER_NS {
 
 using namespace gossamer;
 
-// Bytes ahead of a packed strip's block that are fetched meanwhile: a block's words are not read in the order of their
-// addresses, which a processor's own prefetching would need. Worth it on Zen 3, for Q6_K above all; with AVX-512 not
-// measured, and left out.
-constexpr int64_t FETCH_AHEAD = W == 8 ? 2048 : 0;
+// How far ahead of what is read of a packed strip memory is asked for, in bytes. A processor's own prefetching loses its
+// way here: a block's words are not read in the order of their addresses, and where a strip begins its scales lie apart.
+// Measured on Zen 3 alone.
+constexpr int64_t FETCH_AHEAD = 2048;
+
+// Asks for sub-block H's part of what lies ahead: all of a block at once would be more than a core can wait for.
+template <class T, int H>
+GOSSAMER_INLINE void fetch_ahead(const uint8_t* lines, int group) {
+  constexpr int BYTES = Reading<T>::LINE_BYTES / T::GROUPS, FETCHES = (BYTES + 63) / 64, PARTS = T::SUBS / T::GROUPS;
+  const uint8_t* ahead = lines + FETCH_AHEAD + group * BYTES;
+  repeat<FETCHES>([&](auto i) GOSSAMER_LAMBDA {
+    constexpr int AT = decltype(i)::value;
+    if constexpr (AT * PARTS / FETCHES == H) __builtin_prefetch(ahead + 64 * AT);
+  });
+}
 
 // Some prepared rows.
 struct BlockRows {
@@ -110,21 +121,20 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
   });
   const int8_t* a = rows.codes;
   const RowBlock* block = rows.blocks;
+  const int64_t strip = blocks * (Reading<T>::LINE_BYTES + Reading<T>::SCALE_BYTES);
   for (int64_t b = 0; b < blocks; ++b) {
     const float* scale;
     if constexpr (Reading<T>::UNPACKED) {
       scale = reinterpret_cast<const float*>(halves);
     } else {
-      if constexpr (FETCH_AHEAD > 0)
-        repeat<Reading<T>::LINE_BYTES / 64>([&](auto i) GOSSAMER_LAMBDA {
-          __builtin_prefetch(lines + FETCH_AHEAD + 64 * decltype(i)::value, 0, 3);
-        });
+      __builtin_prefetch(halves + strip);  // where those of the next one are
       T::scales(lines, halves, scratch);
       scale = scratch;
     }
     for (int group = 0; group < T::GROUPS; ++group) {
       repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
         constexpr int H = decltype(h)::value;
+        if constexpr (!Reading<T>::UNPACKED) fetch_ahead<T, H>(lines, group);
         I sum[ROWS];
         sub_block<T, H, ROWS>(read_again(lines), group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
         repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
@@ -154,10 +164,13 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
 template <class T>
 GOSSAMER_NOINLINE void unpack_strip(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales) {
   constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
+  const int64_t strip = blocks * (Reading<T>::LINE_BYTES + Reading<T>::SCALE_BYTES);
   for (int64_t b = 0; b < blocks; ++b) {
+    __builtin_prefetch(halves + strip);
     T::scales(lines, halves, scales);
     for (int group = 0; group < T::GROUPS; ++group) {
       repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
+        fetch_ahead<T, decltype(h)::value>(lines, group);
         repeat<T::SUB / 4>([&](auto step) GOSSAMER_LAMBDA {
           constexpr int H = decltype(h)::value, S = decltype(step)::value;
           store_int(codes + (H * T::SUB / 4 + S) * LINE, T::template codes<H, S>(lines, group));
