@@ -29,6 +29,18 @@ GOSSAMER_INLINE void fetch_ahead(const uint8_t* lines, int group) {
   });
 }
 
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
+#define GOSSAMER_PAIRS _mm512_maddubs_epi16
+#define GOSSAMER_ADD_PAIRS _mm512_add_epi16
+#define GOSSAMER_SHIFT_PAIRS _mm512_slli_epi16
+#define GOSSAMER_JOIN_PAIRS(v) _mm512_madd_epi16(v, _mm512_set1_epi16(1))
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#define GOSSAMER_PAIRS _mm256_maddubs_epi16
+#define GOSSAMER_ADD_PAIRS _mm256_add_epi16
+#define GOSSAMER_SHIFT_PAIRS _mm256_slli_epi16
+#define GOSSAMER_JOIN_PAIRS(v) _mm256_madd_epi16(v, _mm256_set1_epi16(1))
+#endif
+
 // Some prepared rows.
 struct BlockRows {
   const int8_t* codes;      // `stride` bytes from row to row
@@ -36,12 +48,60 @@ struct BlockRows {
   int64_t stride, count;
 };
 
-// sum[r] += the products of a sub-block's codes with those of the row, at `a`. Where codes are stored with an offset, or get
-// one here because the instruction wants it, the sums are those without it.
-template <class T, int H, int ROWS>
-GOSSAMER_INLINE void sub_block(const uint8_t* lines, int group, const BlockRows& rows, const int8_t* a, const RowBlock* block,
-                               I (&sum)[ROWS]) {
-  constexpr int STEPS = T::SUB / 4;
+// sum[s][r] = the products of a sub-block's codes in strip s, `strip` bytes after the one before, with those of row r, at
+// `a`. Where codes are stored with an offset, or get one here because the instruction wants it, the sums are those without
+// it.
+template <class T, int H, int STRIPS, int ROWS>
+GOSSAMER_INLINE void sub_block(const uint8_t* lines, int64_t strip, int group, const BlockRows& rows, const int8_t* a,
+                               const RowBlock* block, I (&sum)[STRIPS][ROWS]) {
+  // each(strip, row, codes, activations, whether they are the first ones), in the order of the weights
+  const auto products = [&](const auto& each) GOSSAMER_LAMBDA {
+    repeat<T::SUB / 4>([&](auto step) GOSSAMER_LAMBDA {
+      constexpr int S = decltype(step)::value;
+      I codes[STRIPS];
+      repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA {
+        const uint8_t* from = lines + decltype(s)::value * strip;
+        codes[decltype(s)::value] = T::template codes<H, S>(ROWS > 1 ? read_again(from) : from, group);
+      });
+      repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+        const I activations = broadcast(a + decltype(r)::value * rows.stride + 4 * S);
+        repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA {
+          each(s, r, codes[decltype(s)::value], activations, Count<S == 0>{});
+        });
+      });
+    });
+  };
+#if defined(GOSSAMER_PAIRS)
+  if constexpr (!T::SIGNED) {
+    // Products of two neighbours are added up in 16 bit, all that a lane gets of a sub-block. These sums may wrap around
+    // on the way: with an offset, the stored one or one that is taken back in the end, the last of them fits.
+    constexpr int PRODUCTS = T::SUB / 2;
+    constexpr int OFFSET = T::OFFSET > 0 ? T::OFFSET : T::MOST * 127 * PRODUCTS <= 32767 ? 0 : 4;
+    static_assert((OFFSET ? (T::MOST < 2 << OFFSET ? 1 << OFFSET : T::MOST + 1 - (1 << OFFSET)) : T::MOST) * 127 * PRODUCTS <= 32767);
+    static_assert(2 * T::MOST * 127 <= 32767);  // what the instruction adds up itself saturates
+    I pairs[STRIPS][ROWS];
+    if constexpr (OFFSET > 0)
+      repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+        const RowBlock& at = block[decltype(r)::value * rows.count];
+        const I start = GOSSAMER_SHIFT_PAIRS(broadcast(T::SUB == 32 ? &at.minus_pairs : at.minus_half_pairs + H % 2), OFFSET);
+        repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA { pairs[decltype(s)::value][decltype(r)::value] = start; });
+      });
+    products([&](auto s, auto r, I codes, I activations, auto first) GOSSAMER_LAMBDA {
+      I& to = pairs[decltype(s)::value][decltype(r)::value];
+      const I more = GOSSAMER_PAIRS(codes, activations);
+      to = OFFSET == 0 && decltype(first)::value ? more : GOSSAMER_ADD_PAIRS(to, more);
+      keep_order(to);
+    });
+    repeat<ROWS * STRIPS>([&](auto i) GOSSAMER_LAMBDA {
+      constexpr int S = decltype(i)::value % STRIPS, R = decltype(i)::value / STRIPS;
+      sum[S][R] = GOSSAMER_JOIN_PAIRS(pairs[S][R]);
+      if constexpr (OFFSET > 0 && T::OFFSET < 0)
+        sum[S][R] = add_int(sum[S][R], shift_right<-OFFSET>(broadcast(&block[R * rows.count].sum)));
+      keep_order(sum[S][R]);
+    });
+    return;
+  }
+#endif
 #if defined(__AVX512VNNI__)
   constexpr int OFFSET = T::SIGNED ? 7 : T::OFFSET;
 #else
@@ -49,85 +109,55 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int group, const BlockRows&
 #endif
   repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
     constexpr int R = decltype(r)::value;
-    sum[R] = zero_int();
+    I start = zero_int();
     if constexpr (OFFSET > 0) {
       const RowBlock& at = block[R * rows.count];
-      const int32_t* total = T::SUB == 32 ? &at.sum : at.half_sum + H % 2;
-      sum[R] = sub_int(sum[R], shift_right<-OFFSET>(broadcast(total)));
+      start = sub_int(start, shift_right<-OFFSET>(broadcast(T::SUB == 32 ? &at.sum : at.half_sum + H % 2)));
     }
+    repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA { sum[decltype(s)::value][R] = start; });
   });
-#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
-#define GOSSAMER_PAIRS _mm512_maddubs_epi16
-#define GOSSAMER_ADD_PAIRS _mm512_add_epi16
-#define GOSSAMER_JOIN_PAIRS(v) _mm512_madd_epi16(v, _mm512_set1_epi16(1))
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-#define GOSSAMER_PAIRS _mm256_maddubs_epi16
-#define GOSSAMER_ADD_PAIRS _mm256_add_epi16
-#define GOSSAMER_JOIN_PAIRS(v) _mm256_madd_epi16(v, _mm256_set1_epi16(1))
-#endif
-#if defined(GOSSAMER_PAIRS)
-  if constexpr (!T::SIGNED) {
-    // as many sums of two products as fit into 16 bits
-    constexpr int MOST = 32767 / (2 * T::MOST * 127), RUN = MOST < STEPS ? MOST >= 4 && STEPS == 8 ? MOST / 4 * 4 : MOST : STEPS;
-    static_assert(STEPS % RUN == 0);
-    repeat<STEPS / RUN>([&](auto run) GOSSAMER_LAMBDA {
-      I pairs[ROWS];
-      repeat<RUN>([&](auto step) GOSSAMER_LAMBDA {
-        constexpr int S = decltype(run)::value * RUN + decltype(step)::value;
-        const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
-        repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-          constexpr int R = decltype(r)::value;
-          const I products = GOSSAMER_PAIRS(codes, broadcast(a + R * rows.stride + 4 * S));
-          pairs[R] = decltype(step)::value ? GOSSAMER_ADD_PAIRS(pairs[R], products) : products;
-          keep_order(pairs[R]);
-        });
-      });
-      repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-        constexpr int R = decltype(r)::value;
-        sum[R] = add_int(sum[R], GOSSAMER_JOIN_PAIRS(pairs[R]));
-        keep_order(sum[R]);
-      });
-    });
-    return;
-  }
-#endif
-  repeat<STEPS>([&](auto step) GOSSAMER_LAMBDA {
-    constexpr int S = decltype(step)::value;
-    const I codes = T::template codes<H, S>(ROWS > 1 ? read_again(lines) : lines, group);
-    repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-      constexpr int R = decltype(r)::value;
-      sum[R] = dot_bytes<T::SIGNED>(sum[R], codes, broadcast(a + R * rows.stride + 4 * S));
-      keep_order(sum[R]);
-    });
+  products([&](auto s, auto r, I codes, I activations, auto) GOSSAMER_LAMBDA {
+    I& to = sum[decltype(s)::value][decltype(r)::value];
+    to = dot_bytes<T::SIGNED>(to, codes, activations);
+    keep_order(to);
   });
 }
 
-// The products of ROWS rows with a strip, into sums + r * PANEL. `scratch`: the scales of a block.
+// The strips of an unpacked weight that are read side by side: with 16 registers and without VNNI most time goes into
+// loading activations, which they share.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int SIDE_BY_SIDE = 2;
+#else
+constexpr int SIDE_BY_SIDE = 1;
+#endif
+
+// The products of ROWS rows with a strip, or those side by side, into sums + r * PANEL. `scratch`: the scales of a block.
 template <class T, int ROWS>
 GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows,
                                       float* scratch, float* sums) {
   constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
+  constexpr int STRIPS = Reading<T>::UNPACKED ? SIDE_BY_SIDE : 1;
   // Without VNNI a full tile takes all registers for a sub-block: the sums of its rows wait in memory.
 #if defined(__AVX512VNNI__)
   constexpr bool WAITING = false;
 #else
   constexpr bool WAITING = ROWS == TILE;
 #endif
-  F y[ROWS];
-  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-    constexpr int R = decltype(r)::value;
-    y[R] = zero();
-    if constexpr (WAITING) store(sums + R * PANEL, y[R]);
+  const int64_t line_bytes = blocks * Reading<T>::LINE_BYTES, scale_bytes = blocks * Reading<T>::SCALE_BYTES;
+  F y[STRIPS][ROWS];
+  repeat<STRIPS * ROWS>([&](auto i) GOSSAMER_LAMBDA {
+    constexpr int S = decltype(i)::value / ROWS, R = decltype(i)::value % ROWS;
+    y[S][R] = zero();
+    if constexpr (WAITING) store(sums + R * PANEL + S * W, y[S][R]);
   });
   const int8_t* a = rows.codes;
   const RowBlock* block = rows.blocks;
-  const int64_t strip = blocks * (Reading<T>::LINE_BYTES + Reading<T>::SCALE_BYTES);
   for (int64_t b = 0; b < blocks; ++b) {
     const float* scale;
     if constexpr (Reading<T>::UNPACKED) {
       scale = reinterpret_cast<const float*>(halves);
     } else {
-      __builtin_prefetch(halves + strip);  // where those of the next one are
+      __builtin_prefetch(halves + line_bytes + scale_bytes);  // where those of the next strip are
       T::scales(lines, halves, scratch);
       scale = scratch;
     }
@@ -135,18 +165,20 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
       repeat<PER_GROUP>([&](auto h) GOSSAMER_LAMBDA {
         constexpr int H = decltype(h)::value;
         if constexpr (!Reading<T>::UNPACKED) fetch_ahead<T, H>(lines, group);
-        I sum[ROWS];
-        sub_block<T, H, ROWS>(read_again(lines), group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
-        repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-          constexpr int R = decltype(r)::value;
+        I sum[STRIPS][ROWS];
+        sub_block<T, H>(read_again(lines), line_bytes, group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
+        repeat<ROWS * STRIPS>([&](auto i) GOSSAMER_LAMBDA {
+          constexpr int S = decltype(i)::value % STRIPS, R = decltype(i)::value / STRIPS;
+          const float* scales = scale + S * (scale_bytes / 4) + H * SCALES * W;
           const RowBlock& at = block[R * rows.count + H * T::SUB / 32];
-          if constexpr (WAITING) y[R] = load(sums + R * PANEL);
-          y[R] = fma(to_float(sum[R]), mul(load(scale + H * SCALES * W), set1(at.scale)), y[R]);
+          F& to = y[S][R];
+          if constexpr (WAITING) to = load(sums + R * PANEL + S * W);
+          to = fma(to_float(sum[S][R]), mul(load(scales), set1(at.scale)), to);
           if constexpr (T::OFFSET < 0) {
             const float* total = T::SUB == 32 ? &at.scaled_sum : at.scaled_half_sum + H % 2;
-            y[R] = fma(load(scale + (H * SCALES + 1) * W), set1(*total), y[R]);
+            to = fma(load(scales + W), set1(*total), to);
           }
-          if constexpr (WAITING) store(sums + R * PANEL, y[R]);
+          if constexpr (WAITING) store(sums + R * PANEL + S * W, to);
         });
       });
       a += PER_GROUP * T::SUB;
@@ -157,7 +189,10 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
     halves += Reading<T>::SCALE_BYTES;
   }
   if constexpr (!WAITING)
-    repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA { store(sums + decltype(r)::value * PANEL, y[decltype(r)::value]); });
+    repeat<STRIPS * ROWS>([&](auto i) GOSSAMER_LAMBDA {
+      constexpr int S = decltype(i)::value / ROWS, R = decltype(i)::value % ROWS;
+      store(sums + R * PANEL + S * W, y[S][R]);
+    });
 }
 
 // Writes a strip out: its codes as bytes, in the order of the weights, and the scales of all sub-blocks.
@@ -337,12 +372,18 @@ void multiply_blocks(const LinearCall& c) {
       blocks[s] = w.k / 32;
       scales += blocks[s] * strip.kernels->sub_block_scales * W;
     }
+    // Memory brings the next panel while rows are multiplied with this one.
+    const uint8_t *next = nullptr, *end = nullptr;
+    if (unpacked && panel + 1 < c.last_panel) next = w.panel(panel + 1), end = w.panel(panel + 2);
+    const int64_t share = (end - next) * TILE * SIDE_BY_SIDE / (rows * STRIPS) + 64;
     for (int64_t m = c.first_row; m < c.last_row;) {
       int size = !unpacked && PACKED_ROWS == 2 ? 1 : unpacked && TILE == 8 ? 3 : 2;
       while (m + (1 << size) > c.last_row) --size;
       const BlockRows some{static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
-      for (int s = 0; s < STRIPS; ++s)
+      for (int s = 0; s < STRIPS; s += unpacked ? SIDE_BY_SIDE : 1) {
+        for (const uint8_t* until = next + share; next < end && next < until; next += 64) __builtin_prefetch(next, 0, 2);
         (unpacked ? kernels[s]->unpacked[size] : kernels[s]->packed[size])(lines[s], halves[s], blocks[s], some, c.scratch, sums + s * W);
+      }
       finish<Sums>(c, panel, m, m + (1 << size), sums);
       m += 1 << size;
     }

@@ -75,6 +75,8 @@ struct RowBlock {
   float scale, scaled_sum;
   int32_t sum, half_sum[2];
   float scaled_half_sum[2];  // times the scale
+  // The same, negative, in two parts of 16 bit: the codes 0 and 1 of every four, and 2 and 3.
+  uint32_t minus_pairs, minus_half_pairs[2];
 };
 constexpr int64_t ROW_BLOCK_ENTRIES = 32;
 

@@ -91,22 +91,35 @@ inline void prepare_blocks(const Prepared& x, int64_t row, const float* v) {
       broken = fma(load(v + j), zero(), broken);
     }
     const float nothing = reduce_add(broken), scale = nothing == 0 ? reduce_max(largest) / 127 : nothing;
-    int32_t sum[2] = {0, 0};
+    int32_t pairs[2][2] = {};  // of each half
     if (scale > 0) {
       const F limit = set1(127.0f);
-      I sums[2] = {zero_int(), zero_int()};
-      for (int j = 0; j < ROW_BLOCK_ENTRIES; j += W) {
-        const I code = round_to_int(max(min(div(load(v + j), set1(scale)), limit), sub(zero(), limit)));
-        store_int8(codes + j, code);
-        sums[j / 16] = add_int(sums[j / 16], code);
+      for (int half = 0; half < 2; ++half) {
+        I sums = zero_int();
+        for (int j = 16 * half; j < 16 * half + 16; j += W) {
+          const I code = round_to_int(max(min(div(load(v + j), set1(scale)), limit), sub(zero(), limit)));
+          store_int8(codes + j, code);
+          sums = add_int(sums, code);
+        }
+        alignas(64) int32_t lanes[W];
+        store_int(lanes, sums);
+        for (int j = 0; j < W; ++j) pairs[half][j / 2 % 2] += lanes[j];
       }
-      sum[0] = reduce_add_int(sums[0]);
-      sum[1] = reduce_add_int(sums[1]);
     } else {
       std::memset(codes, 0, ROW_BLOCK_ENTRIES);
     }
+    const int32_t first = pairs[0][0] + pairs[0][1], second = pairs[1][0] + pairs[1][1];
     const auto scaled = [&](int32_t of) GOSSAMER_LAMBDA { return scale * static_cast<float>(of); };
-    *block = {scale, scaled(sum[0] + sum[1]), sum[0] + sum[1], {sum[0], sum[1]}, {scaled(sum[0]), scaled(sum[1])}};
+    const auto minus = [](int32_t a, int32_t b) GOSSAMER_LAMBDA {
+      return static_cast<uint32_t>(-a & 0xffff) | static_cast<uint32_t>(-b) << 16;
+    };
+    *block = {.scale = scale,
+              .scaled_sum = scaled(first + second),
+              .sum = first + second,
+              .half_sum = {first, second},
+              .scaled_half_sum = {scaled(first), scaled(second)},
+              .minus_pairs = minus(pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]),
+              .minus_half_pairs = {minus(pairs[0][0], pairs[0][1]), minus(pairs[1][0], pairs[1][1])}};
   }
 }
 
