@@ -245,14 +245,14 @@ class _Part:
 
     def _texts(self, count: int) -> list[str]:
         """Texts one after the other; vocabularies have hundreds of thousands."""
-        texts, at, end = [], self._at, len(self._view)
+        texts, at, end, data = [], self._at, len(self._view), self._mapping
         try:
             for _ in range(count):
-                (length,) = _LENGTH.unpack_from(self._view, at)
+                (length,) = _LENGTH.unpack_from(data, at)
                 at += _LENGTH.size + length
                 if at > end:
                     break
-                texts.append(str(self._view[at - length : at], "utf-8"))
+                texts.append(data[at - length : at].decode())
         except UnicodeDecodeError:
             raise self._damage("a text in it is not UTF-8") from None
         except struct.error:

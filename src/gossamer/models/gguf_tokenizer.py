@@ -90,6 +90,16 @@ class GGUFVocabulary:
         return None if ordinary else self.spelling(name)
 
 
+class _Uncopied:
+    """A tokenizer that transformers keeps as it is: its copy of a large one takes as long as making it did."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self._backend
+
+
 def read_tokenizer(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedTokenizerFast:
     """The tokenizer of a file.
 
@@ -112,7 +122,7 @@ def read_tokenizer(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedToke
     begins = file.get("tokenizer.ggml.add_bos_token", begins)
     bos, eos = vocabulary.spelling("bos"), vocabulary.spelling("eos")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=_Uncopied(backend),
         bos_token=bos,
         eos_token=eos,
         unk_token=vocabulary.special("unknown"),
@@ -186,9 +196,10 @@ def _sentencepiece(file: GGUFFile, vocabulary: GGUFVocabulary) -> Tokenizer:
 
 def _bpe(file: GGUFFile, vocabulary: GGUFVocabulary, merges: list[tuple[str, str]], **options: Any) -> models.BPE:
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
-    pieces = {left for left, _ in merges} | {right for _, right in merges} | {left + right for left, right in merges}
-    if missing := pieces - ids.keys():
-        raise CheckpointError(f"{file.path}: its merges name {min(missing)!r}, which is none of its tokens")
+    for left, right in merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            missing = next(piece for piece in (left, right, left + right) if piece not in ids)
+            raise CheckpointError(f"{file.path}: its merges name {missing!r}, which is none of its tokens")
     return models.BPE(ids, merges, **options)
 
 
