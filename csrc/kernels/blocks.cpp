@@ -48,6 +48,16 @@ struct BlockRows {
   int64_t stride, count;
 };
 
+// each(r, what is at `block` of row r): a pointer goes from row to row, as there are too few registers for one to each.
+template <int ROWS, class Each>
+GOSSAMER_INLINE void for_rows(const RowBlock* block, const BlockRows& rows, const Each& each) {
+  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
+    if constexpr (ROWS > 1) block = read_again(block);
+    each(r, *block);
+    block += rows.count;
+  });
+}
+
 // sum[s][r] = the products of a sub-block's codes in strip s, `strip` bytes after the one before, with those of row r, at
 // `a`. Where codes are stored with an offset, or get one here because the instruction wants it, the sums are those without
 // it.
@@ -81,8 +91,7 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int64_t strip, int group, c
     static_assert(2 * T::MOST * 127 <= 32767);  // what the instruction adds up itself saturates
     I pairs[STRIPS][ROWS];
     if constexpr (OFFSET > 0)
-      repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-        const RowBlock& at = block[decltype(r)::value * rows.count];
+      for_rows<ROWS>(block, rows, [&](auto r, const RowBlock& at) GOSSAMER_LAMBDA {
         const I start = GOSSAMER_SHIFT_PAIRS(broadcast(T::SUB == 32 ? &at.minus_pairs : at.minus_half_pairs + H % 2), OFFSET);
         repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA { pairs[decltype(s)::value][decltype(r)::value] = start; });
       });
@@ -92,12 +101,13 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int64_t strip, int group, c
       to = OFFSET == 0 && decltype(first)::value ? more : GOSSAMER_ADD_PAIRS(to, more);
       keep_order(to);
     });
-    repeat<ROWS * STRIPS>([&](auto i) GOSSAMER_LAMBDA {
-      constexpr int S = decltype(i)::value % STRIPS, R = decltype(i)::value / STRIPS;
-      sum[S][R] = GOSSAMER_JOIN_PAIRS(pairs[S][R]);
-      if constexpr (OFFSET > 0 && T::OFFSET < 0)
-        sum[S][R] = add_int(sum[S][R], shift_right<-OFFSET>(broadcast(&block[R * rows.count].sum)));
-      keep_order(sum[S][R]);
+    for_rows<ROWS>(block, rows, [&](auto r, const RowBlock& at) GOSSAMER_LAMBDA {
+      repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA {
+        I& to = sum[decltype(s)::value][decltype(r)::value];
+        to = GOSSAMER_JOIN_PAIRS(pairs[decltype(s)::value][decltype(r)::value]);
+        if constexpr (OFFSET > 0 && T::OFFSET < 0) to = add_int(to, shift_right<-OFFSET>(broadcast(&at.sum)));
+        keep_order(to);
+      });
     });
     return;
   }
@@ -107,14 +117,11 @@ GOSSAMER_INLINE void sub_block(const uint8_t* lines, int64_t strip, int group, c
 #else
   constexpr int OFFSET = T::SIGNED ? 0 : T::OFFSET;
 #endif
-  repeat<ROWS>([&](auto r) GOSSAMER_LAMBDA {
-    constexpr int R = decltype(r)::value;
+  for_rows<ROWS>(block, rows, [&](auto r, const RowBlock& at) GOSSAMER_LAMBDA {
     I start = zero_int();
-    if constexpr (OFFSET > 0) {
-      const RowBlock& at = block[R * rows.count];
+    if constexpr (OFFSET > 0)
       start = sub_int(start, shift_right<-OFFSET>(broadcast(T::SUB == 32 ? &at.sum : at.half_sum + H % 2)));
-    }
-    repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA { sum[decltype(s)::value][R] = start; });
+    repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA { sum[decltype(s)::value][decltype(r)::value] = start; });
   });
   products([&](auto s, auto r, I codes, I activations, auto) GOSSAMER_LAMBDA {
     I& to = sum[decltype(s)::value][decltype(r)::value];
@@ -167,18 +174,19 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
         if constexpr (!Reading<T>::UNPACKED) fetch_ahead<T, H>(lines, group);
         I sum[STRIPS][ROWS];
         sub_block<T, H>(read_again(lines), line_bytes, group, rows, a + H * T::SUB, block + H * T::SUB / 32, sum);
-        repeat<ROWS * STRIPS>([&](auto i) GOSSAMER_LAMBDA {
-          constexpr int S = decltype(i)::value % STRIPS, R = decltype(i)::value / STRIPS;
-          const float* scales = scale + S * (scale_bytes / 4) + H * SCALES * W;
-          const RowBlock& at = block[R * rows.count + H * T::SUB / 32];
-          F& to = y[S][R];
-          if constexpr (WAITING) to = load(sums + R * PANEL + S * W);
-          to = fma(to_float(sum[S][R]), mul(load(scales), set1(at.scale)), to);
-          if constexpr (T::OFFSET < 0) {
-            const float* total = T::SUB == 32 ? &at.scaled_sum : at.scaled_half_sum + H % 2;
-            to = fma(load(scales + W), set1(*total), to);
-          }
-          if constexpr (WAITING) store(sums + R * PANEL + S * W, to);
+        for_rows<ROWS>(block + H * T::SUB / 32, rows, [&](auto r, const RowBlock& at) GOSSAMER_LAMBDA {
+          repeat<STRIPS>([&](auto s) GOSSAMER_LAMBDA {
+            constexpr int S = decltype(s)::value, R = decltype(r)::value;
+            const float* scales = scale + S * (scale_bytes / 4) + H * SCALES * W;
+            F& to = y[S][R];
+            if constexpr (WAITING) to = load(read_again(sums) + R * PANEL + S * W);
+            to = fma(to_float(sum[S][R]), mul(load(scales), set1(at.scale)), to);
+            if constexpr (T::OFFSET < 0) {
+              const float* total = T::SUB == 32 ? &at.scaled_sum : at.scaled_half_sum + H % 2;
+              to = fma(load(scales + W), set1(*total), to);
+            }
+            if constexpr (WAITING) store(sums + R * PANEL + S * W, to);
+          });
         });
       });
       a += PER_GROUP * T::SUB;
