@@ -150,6 +150,9 @@ NB_MODULE(_native, m) {
       })
       .def("drop_zeros", &Weight::drop_zeros, nb::call_guard<nb::gil_scoped_release>())
       .def("copy", &Weight::copy, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_rw(
+          "few_rows", [](Weight& self) { return self.packed().few_rows; },
+          [](Weight& self, int64_t rows) { self.packed().few_rows = rows; })
       .def_prop_ro("bytes", &Weight::bytes);
 
   // One task of attention, on this thread.

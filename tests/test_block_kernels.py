@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import core, instruction_sets
-from gossamer.native.weights import _BLOCK_IDS, check_linear, pack_linear, refer_to
+from gossamer.native import few_rows
+from gossamer.native.weights import _BLOCK_IDS, PackedLinear, check_linear, pack_linear, refer_to
 from gossamer.nn import StoredLinear
 from gossamer.nn.block_types import BLOCK_TYPES
 from gossamer.nn.stored_matrix import StoredMatrix
@@ -69,8 +72,46 @@ def test_products_of_any_number_of_rows_are_exact_sums_and_the_same(kind: str, i
     x[6] = 0
     whole = packed(torch.from_numpy(x))
     check(whole, x, matrix.dequantize().numpy())
-    for rows in (1, 2, 3, 4, 5, 8, 9, 16, 33):
-        assert torch.equal(packed(torch.from_numpy(x[:rows])), whole[:rows])
+    for packed.handle.few_rows in (0, 4, 8):
+        for rows in (1, 2, 3, 4, 5, 7, 8, 9, 16, 33):
+            assert torch.equal(packed(torch.from_numpy(x[:rows])), whole[:rows])
+
+
+def test_how_many_rows_are_few_is_measured_for_each_mixture(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """A clock that says which way is faster: up to 3 rows the packed one, and for Q8_0 never."""
+    monkeypatch.setattr(few_rows, "_measured", {})
+    now = 0.0
+
+    class Weight:
+        def __init__(self, packed: PackedLinear, most: int) -> None:
+            self.bytes, self.few_rows, self.most = packed.handle.bytes, 0, most
+
+        def multiply(self, x: int, rows: int, *_: object) -> None:
+            nonlocal now
+            assert 0 < rows <= few_rows.MOST_ROWS
+            now += 1.0 + ((rows <= self.few_rows) != (rows <= self.most))
+
+    def weights(kinds: list[str], most: int) -> PackedLinear:
+        packed = pack_linear([StoredLinear(stored(kind, 32, 256)) for kind in kinds], isa, "float32")
+        return replace(packed, handle=Weight(packed, most))
+
+    monkeypatch.setattr(few_rows.time, "perf_counter", lambda: now)
+    made = [weights(["Q4_K"], 3), weights(["Q8_0"], 1), weights(["Q6_K", "Q4_K", "Q4_K"], 8), weights(["Q4_K"], 3)]
+    made.append(pack_linear([torch.nn.Linear(32, 32)], isa, "float32"))
+    expected = {("Q4_K",): 3, ("Q8_0",): 1, ("Q4_K", "Q6_K"): 8}
+    for _ in range(2):
+        assert few_rows.choose_few_rows(made, isa, 1) == expected
+        assert [weight.handle.few_rows for weight in made[:-1]] == [3, 1, 8, 3]
+        monkeypatch.setattr(few_rows, "_seconds", lambda *_: pytest.fail("measured twice"))
+
+
+def test_measuring_leaves_products_as_they_are(isa: str) -> None:
+    packed = pack_linear([StoredLinear(stored("Q5_0", 75, 256))], isa, "float32")
+    x = torch.randn(5, 256)
+    before = packed(x)
+    (few,) = few_rows.choose_few_rows([packed], isa, 2).values()
+    assert 1 <= few <= few_rows.MOST_ROWS and packed.handle.few_rows == few
+    assert torch.equal(packed(x), before)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from architectures import ARCHITECTURES, VOCAB, make_model, reference
+from gguf_files import export_model, read_model
 from gossamer.engine.cost import CostModel
 from gossamer.engine.engine import Engine
 from gossamer.engine.runner import Runner
 from gossamer.kernels.library import instruction_set
-from gossamer.options import SHARING_MODES, EngineOptions
+from gossamer.models.load import load_model
+from gossamer.options import SHARING_MODES, EngineOptions, ModelOptions
 from gossamer.runners.native import NativeRunner, why_not_native
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
+from stored_blocks import q4_k_m, store
 
 # Levels of a prefix tree, as lengths: each level is spread evenly over the one above (the matrix of the Hydragen
 # repository's tests), then three levels.
@@ -110,6 +114,30 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
             assert warm == cold
         else:  # at most the last prompt token and what is generated
             assert warm <= len(prompts) * 8
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def gguf_case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[int]], list[list[int]]]:
+    """A file with the types of Q4_K_M, prompts, and what transformers answers to them with the weights that it reads."""
+    directory = tmp_path_factory.mktemp(request.param)
+    source = export_model(request.param, directory, hidden_size=256, intermediate_size=512)[1]
+    file = store(source, directory / "mixed.gguf", q4_k_m)
+    generator = random.Random(request.param)
+    prompts = [prompt for tree in TREES[1:3] for prompt in prompts_of(tree, generator)]
+    generate = reference(read_model(file))
+    return file, prompts, [generate(prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("sharing", SHARING_MODES)
+@pytest.mark.parametrize(("runner", "weights"), [("native", "dequantized"), ("transformers", "as-stored")])
+def test_greedy_tokens_of_gguf_equal_transformers(gguf_case: Any, sharing: Any, runner: str, weights: Any) -> None:
+    """With activations in fp32, of the values of a file's blocks, or of the blocks as they are."""
+    file, prompts, expected = gguf_case
+    model, _ = load_model(file, attn_implementation=IMPLEMENTATION, options=ModelOptions(weights=weights))
+    engine = Engine(make(runner, model), NumberTokenizer(), EngineOptions(sharing=sharing, max_num_batched_tokens=37))
+    assert answers(engine, prompts, 8) == expected
 
 
 def _random_tree(draw: Any) -> list[list[int]]:

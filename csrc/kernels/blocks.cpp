@@ -227,8 +227,7 @@ GOSSAMER_NOINLINE void unpack_strip(const uint8_t* lines, const uint8_t* halves,
   }
 }
 
-constexpr int64_t FEW_ROWS = 4;                   // whose products read packed codes; for more rows these are written out
-constexpr int64_t PACKED_ROWS = W == 8 ? 2 : 4;  // of them at a time: as many as 16 registers have room for, or 32
+constexpr int64_t PACKED_ROWS = W == 8 ? 2 : 4;  // at a time: as many as 16 registers have room for, or 32
 
 // The kernels of a type.
 struct StripKernels {
@@ -359,7 +358,7 @@ void multiply_blocks(const LinearCall& c) {
   const PackedWeight& w = *c.weight;
   const Prepared& x = *c.x;
   const int64_t rows = c.last_row - c.first_row;
-  const bool unpacked = rows > FEW_ROWS;
+  const bool unpacked = rows > w.few_rows;
   alignas(64) float sums[TILE * PANEL];
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
     const StripKernels* kernels[STRIPS];

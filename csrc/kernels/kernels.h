@@ -57,6 +57,7 @@ struct PackedWeight {
   int64_t* start;              // (panels + 1): where in the data each sparse panel begins; null for what is not sparse
   uint8_t* data;               // panels * stride bytes
   BlockType* types;            // of each 16 outputs, in blocks; of all, for stored rows
+  int64_t few_rows;            // up to so many rows are multiplied with blocks as they are packed
   int32_t* place;              // (K): where the column stands in the store, or -1; null without a store
   float* bias;                 // (panels * 32), or null
 

@@ -50,6 +50,7 @@ Weight::Weight(const Kernels& kernels, const std::vector<BlockType>& types, int6
   w.k = k;
   w.panels = (n + PANEL - 1) / PANEL;
   w.steps = k / step_of(w.type);
+  w.few_rows = 4;
   if (static_cast<int64_t>(types.size()) != w.panels * 2) throw std::invalid_argument("each 16 outputs need a type");
   std::vector<int64_t> start(w.panels + 1);
   for (int64_t p = 0; p < w.panels; ++p) {

@@ -5,6 +5,7 @@ The architectures of :mod:`gossamer.native.architectures` are the same blocks: w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,12 @@ class Decoder:
     norm: Norm
     head: PackedLinear
     tables: list[tuple[Tensor, float]]
+
+    def weights(self) -> Iterator[PackedLinear]:
+        """Those of all layers, and of the output layer."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self.head
 
 
 def record(p: Recorder, model: Decoder) -> None:

@@ -43,6 +43,7 @@ class PackedLinear:
         static_columns: (K) uint8, 1 where an input is always an outlier; for ``outliers="static"``.
         input_order: (K) int64, which input each column multiplies; in order by default.
         rows: (N, bytes) uint8 that the native object refers to, if it does not own its memory.
+        block_types: of the quantized blocks that it multiplies as they are stored, sorted.
     """
 
     handle: Any
@@ -53,6 +54,7 @@ class PackedLinear:
     static_columns: Tensor | None = None
     input_order: Tensor | None = None
     rows: Any = None
+    block_types: tuple[str, ...] = ()
 
     def outlier_rule(self) -> tuple[str, bool, float, int]:
         """The decomposition as the kernels take it: extent, relative, threshold, address of the static columns."""
@@ -255,7 +257,8 @@ def _pack_stored(layers: Sequence[StoredLinear], isa: str, gated: bool) -> Packe
             handle.set_bias(bias.data_ptr(), *where)
         row += layer.out_features
     made = outputs // parts if gated else outputs
-    return PackedLinear(handle, "int8_blocks", made, inputs, input_order=layers[0].input_order)
+    order, types = layers[0].input_order, tuple(sorted(set(kinds)))
+    return PackedLinear(handle, "int8_blocks", made, inputs, input_order=order, block_types=types)
 
 
 def _pack_rows(handle: Any, layer: Any, where: tuple[int, int, int, int]) -> None:

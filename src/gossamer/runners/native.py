@@ -15,6 +15,7 @@ from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
+from gossamer.native.few_rows import choose_few_rows
 from gossamer.native.recorder import Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.nn import Int8Linear, Int8TiedHead, StoredLinear
@@ -54,6 +55,7 @@ class NativeRunner:
 
     Attributes:
         batch_invariant: whether the bits of a token's results are the same whatever other tokens a step has.
+        few_rows: up to how many rows are multiplied with quantized blocks as they are packed, for each mixture of types.
         tolerance: what keeps attention to long shared prefixes within what was asked for, or ``None``.
 
     Raises:
@@ -98,6 +100,7 @@ class NativeRunner:
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention)
         self._sparse_weights = pack.summary()
+        self.few_rows = choose_few_rows(self.decoder.weights(), isa, self.threads)
         recorder = Recorder(
             isa,
             layers=len(self.layout.layers),
