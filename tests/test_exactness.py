@@ -120,7 +120,7 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
 def gguf_case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[int]], list[list[int]]]:
-    """A file with the types of Q4_K_M, prompts, and what transformers answers to them with the weights that it reads."""
+    """A file with the types of Q4_K_M, prompts, and what transformers answers to them with the weights it reads."""
     directory = tmp_path_factory.mktemp(request.param)
     source = export_model(request.param, directory, hidden_size=256, intermediate_size=512)[1]
     file = store(source, directory / "mixed.gguf", q4_k_m)

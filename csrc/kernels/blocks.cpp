@@ -139,9 +139,10 @@ constexpr int SIDE_BY_SIDE = 1;
 #endif
 
 // The products of ROWS rows with a strip, or those side by side, into sums + r * PANEL. `scratch`: the scales of a block.
+// An unpacked strip lies in a cache: memory is asked for two lines of what stands at `ahead` per block meanwhile.
 template <class T, int ROWS>
 GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows,
-                                      float* scratch, float* sums) {
+                                      float* scratch, const uint8_t* ahead, float* sums) {
   constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, PER_GROUP = T::SUBS / T::GROUPS;
   constexpr int STRIPS = Reading<T>::UNPACKED ? SIDE_BY_SIDE : 1;
   // Without VNNI a full tile takes all registers for a sub-block: the sums of its rows wait in memory.
@@ -163,6 +164,8 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
     const float* scale;
     if constexpr (Reading<T>::UNPACKED) {
       scale = reinterpret_cast<const float*>(halves);
+      __builtin_prefetch(ahead + 128 * b, 0, 2);
+      __builtin_prefetch(ahead + 128 * b + 64, 0, 2);
     } else {
       __builtin_prefetch(halves + line_bytes + scale_bytes);  // where those of the next strip are
       T::scales(lines, halves, scratch);
@@ -231,7 +234,8 @@ constexpr int64_t PACKED_ROWS = W == 8 ? 2 : 4;  // at a time: as many as 16 reg
 
 // The kernels of a type.
 struct StripKernels {
-  using Products = void (*)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, float* scratch, float* sums);
+  using Products = void (*)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, float* scratch,
+                            const uint8_t* ahead, float* sums);
   Products packed[3], unpacked[4];  // of 1, 2, 4 and 8 rows
   void (*unpack)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales);
   int sub_block_scales;             // per 32 weights: with minima
@@ -379,17 +383,17 @@ void multiply_blocks(const LinearCall& c) {
       blocks[s] = w.k / 32;
       scales += blocks[s] * strip.kernels->sub_block_scales * W;
     }
-    // Memory brings the next panel while rows are multiplied with this one.
-    const uint8_t *next = nullptr, *end = nullptr;
-    if (unpacked && panel + 1 < c.last_panel) next = w.panel(panel + 1), end = w.panel(panel + 2);
-    const int64_t share = (end - next) * TILE * SIDE_BY_SIDE / (rows * STRIPS) + 64;
+    // memory brings the next panel while rows are multiplied with this one
+    const bool last = panel + 1 == c.last_panel;
+    const uint8_t *next = w.panel(panel + !last), *end = last ? next : w.panel(panel + 2);
     for (int64_t m = c.first_row; m < c.last_row;) {
       int size = !unpacked && PACKED_ROWS == 2 ? 1 : unpacked && TILE == 8 ? 3 : 2;
       while (m + (1 << size) > c.last_row) --size;
       const BlockRows some{static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
       for (int s = 0; s < STRIPS; s += unpacked ? SIDE_BY_SIDE : 1) {
-        for (const uint8_t* until = next + share; next < end && next < until; next += 64) __builtin_prefetch(next, 0, 2);
-        (unpacked ? kernels[s]->unpacked[size] : kernels[s]->packed[size])(lines[s], halves[s], blocks[s], some, c.scratch, sums + s * W);
+        const auto products = unpacked ? kernels[s]->unpacked[size] : kernels[s]->packed[size];
+        products(lines[s], halves[s], blocks[s], some, c.scratch, next < end ? next : lines[s], sums + s * W);
+        if (next < end) next += 128 * blocks[s];
       }
       finish<Sums>(c, panel, m, m + (1 << size), sums);
       m += 1 << size;

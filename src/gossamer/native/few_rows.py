@@ -1,8 +1,8 @@
 """How many rows are multiplied with quantized blocks as they are packed: measured on this machine.
 
-A few rows take the codes of a weight from its packed words; for more, a panel is written out as bytes first, once for all
-of them. Where the one becomes faster than the other depends on the processor and on the types of the blocks. Results do
-not: both give the same bits.
+A few rows take the codes of a weight from its packed words; for more, a panel is written out as bytes first, once for
+all of them. Where the one becomes faster than the other depends on the processor and on the types of the blocks.
+Results do not: both give the same bits.
 """
 
 from __future__ import annotations

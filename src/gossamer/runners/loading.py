@@ -2,8 +2,8 @@
 
 The weights of a GGUF file, and 4-bit weights of a directory, are used as they are stored where the native runner can.
 Otherwise they are computed with in floating point: the file is converted once into the cache, those of a directory are
-dequantized whenever they are loaded. Asking for int8 keeps those in Q8_0 as they are: rows with one scale each would only
-lose what blocks of 32 have kept.
+dequantized whenever they are loaded. Asking for int8 keeps those in Q8_0 as they are: rows with one scale each would
+only lose what blocks of 32 have kept.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class NativeRunner:
 
     Attributes:
         batch_invariant: whether the bits of a token's results are the same whatever other tokens a step has.
-        few_rows: up to how many rows are multiplied with quantized blocks as they are packed, for each mixture of types.
+        few_rows: up to how many rows are multiplied with quantized blocks as they are packed, by mixture of types.
         tolerance: what keeps attention to long shared prefixes within what was asked for, or ``None``.
 
     Raises:
