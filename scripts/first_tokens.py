@@ -4,8 +4,9 @@
 
 Prompts are a question about each of some paragraphs of Python's language reference, in the model's chat template. Both
 see the same token ids, and llama.cpp's own tokenizer is asked as well. Printed are Kullback-Leibler divergences of the
-distributions of the next token, in nats, and how often the most probable token is the same. llama.cpp multiplies 4-bit
-weights with activations that it rounds to 8 bit, so the distributions are not equal.
+distributions of the next token, in nats, and how often the most probable token is the same: of transformers with
+the values of the file's weights in fp32, and of `LLM(file)`. llama.cpp rounds activations to 8 bit, and so does it,
+by rules of its own, so the distributions are not equal.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gossamer import LLM, SamplingParams
 from gossamer.models.catalog import find_model
 from gossamer.models.fetch import fetch
 from gossamer.models.load import load_model
-from gossamer.models.pull import import_gguf
 from gossamer.options import ModelOptions
 from gossamer.texts import reference_text
 
@@ -64,6 +65,19 @@ def make_prompts(tokenizer: object, count: int) -> list[dict[str, object]]:
     return prompts
 
 
+def of_llm(file: Path, prompts: list[dict[str, object]], vocabulary: int) -> torch.Tensor:
+    """The log-probabilities of all first tokens, ``[prompts, tokens]``, as a user's program gets them."""
+    llm = LLM(file)
+    print(f"LLM(file) computes with weights {llm.weights}")
+    rows = torch.full((len(prompts), vocabulary), -torch.inf, dtype=torch.float64)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=vocabulary, ignore_eos=True)
+    for row, prompt in zip(rows, prompts, strict=True):
+        (output,) = llm.generate({"prompt_token_ids": prompt["ids"]}, params, use_tqdm=False)
+        (first,) = output.outputs[0].logprobs
+        row[torch.tensor(list(first))] = torch.tensor([each.logprob for each in first.values()], dtype=torch.float64)
+    return rows
+
+
 def report(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
     """Print how far ``ours`` is from ``theirs``, both log-probabilities ``[prompts, tokens]``."""
     kl = (theirs.exp() * (theirs - ours)).sum(1)
@@ -85,9 +99,8 @@ def main() -> None:
         entry = find_model("smollm2-135m")
         assert entry is not None
         file = given.gguf or fetch(entry, Path(directory))
-        models = {"fp32": load_model(import_gguf(file).path)}
-        models["int8"] = load_model(file, options=ModelOptions(quantization="int8"))
-        prompts = make_prompts(models["fp32"][1], given.prompts)
+        network, tokenizer = load_model(file, options=ModelOptions(weights="dequantized"))
+        prompts = make_prompts(tokenizer, given.prompts)
         asked, answered = Path(directory) / "prompts.json", Path(directory) / "logits.npy"
         asked.write_text(json.dumps(prompts))
         command = [PEER, "-c", ASK, str(file), str(asked), str(answered)]
@@ -96,9 +109,13 @@ def main() -> None:
         theirs = torch.from_numpy(np.load(answered)).double().log_softmax(-1)
     print(f"{file.name}, {len(prompts)} prompts, llama-cpp-python {version}; same token ids: {same} of {len(prompts)}")
     with torch.inference_mode():
-        for name, (network, _) in models.items():
-            rows = [network(torch.tensor([prompt["ids"]])).logits[0, -1] for prompt in prompts]
-            report(f"{name} against llama.cpp", theirs, torch.stack(rows).double().log_softmax(-1))
+        rows = [network(torch.tensor([prompt["ids"]])).logits[0, -1] for prompt in prompts]
+    exact = torch.stack(rows).double().log_softmax(-1)
+    report("fp32 against llama.cpp", theirs, exact)
+    del network
+    ours = of_llm(file, prompts, theirs.shape[1])
+    report("LLM(file) against llama.cpp", theirs, ours)
+    report("LLM(file) against fp32", exact, ours)
 
 
 if __name__ == "__main__":
