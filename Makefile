@@ -44,16 +44,18 @@ test-peers: model $(PEERS)/.installed ## Check that other projects read what we 
 	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)
 
 SANITIZED := build/sanitize
+INSTRUCTION_SETS = $(IN_VENV) -c "from gossamer.kernels.library import instruction_sets; print(*instruction_sets())"
 SANITIZED_PYTEST = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 GOSSAMER_NATIVE="$$(ls $(SANITIZED)/_native*.so)" \
 	$(IN_VENV) -m pytest -p no:cacheprovider -k "native or block or sparse or prefix or invarian" $(PYTEST_ARGS)
 
 sanitize: setup model ## Run the tests of the native kernels with address and undefined-behaviour checks
+	@# of the instruction sets that this processor has: the others would take minutes to compile, and could not run
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
-		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
+		-DGOSSAMER_SETS="$$($(INSTRUCTION_SETS) | tr ' ' ';')" -DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	$(SANITIZED_PYTEST) $(addprefix tests/test_,native_kernels.py block_kernels.py native_sampling.py native_gradients.py sparse_int8.py)
-	for isa in $$($(IN_VENV) -c "from gossamer.kernels.library import instruction_sets; print(*instruction_sets())"); do \
+	for isa in $$($(INSTRUCTION_SETS)); do \
 		GOSSAMER_ISA=$$isa $(SANITIZED_PYTEST) $(addprefix tests/test_,exactness.py sparse_int8_engine.py prefix_means.py \
 			batch_invariance.py) || exit 1; \
 	done
@@ -62,6 +64,7 @@ EMULATED := build/emulated
 
 emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has only AVX2
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(EMULATED) -G Ninja -DGOSSAMER_EMULATE=ON \
+		-DGOSSAMER_SETS="avx512_emulated;avx2;portable" \
 		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(EMULATED)
 	GOSSAMER_NATIVE="$$(ls $(EMULATED)/_native*.so)" $(IN_VENV) -m pytest -p no:cacheprovider \
@@ -113,6 +116,7 @@ model: setup
 # stands while it works; a marker that is still there means that the environment is made again from nothing.
 
 UNFINISHED := $(VENV)/.unfinished
+NATIVE := build/native
 
 # The environment is also checked again when its interpreter is gone or the checkout has moved.
 USABLE := test -x $(IN_VENV) && test ! -e $(UNFINISHED) && test "$$(cat $(VENV)/.created 2>/dev/null)" = "$(CURDIR)"
@@ -137,8 +141,10 @@ $(VENV)/.requirements-installed: requirements.txt $(VENV)/.created
 	@rm $(UNFINISHED)
 	@touch $@
 
-$(VENV)/.package-installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*) $(VENV)/.requirements-installed
-	$(IN_VENV) -m pip install --quiet --no-build-isolation -e .
+$(VENV)/.package-installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.* csrc/*/*/*.*) $(VENV)/.requirements-installed
+	@# the assembly is kept: a test reads it
+	$(IN_VENV) -m pip install --quiet --no-build-isolation -C build-dir=$(NATIVE) \
+		-C cmake.define.CMAKE_CXX_FLAGS=-save-temps=obj -e .
 	@touch $@
 
 $(VENV)/.docs-installed: requirements-docs.txt $(VENV)/.package-installed

@@ -9,7 +9,7 @@ namespace avx512_emulated { extern const gossamer::Kernels kernels; }
 namespace neon_dot { extern const gossamer::Kernels kernels; }
 namespace portable { extern const gossamer::Kernels kernels; }
 
-#if defined(GOSSAMER_NEON_DOT)
+#if defined(GOSSAMER_HAS_neon_dot)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP
 #define HWCAP_ASIMDDP (1 << 20)
@@ -22,24 +22,34 @@ const Kernels* const* available() {
   static const Kernels* list[7];  // null beyond what is found
   static const bool filled = [] {
     int n = 0;
-#if defined(GOSSAMER_X86)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni_here = avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(GOSSAMER_HAS_avx512_vbmi2)
     if (vnni_here && __builtin_cpu_supports("avx512vbmi2")) list[n++] = &avx512_vbmi2::kernels;
+#endif
+#if defined(GOSSAMER_HAS_avx512_vnni)
     if (vnni_here) list[n++] = &avx512_vnni::kernels;
+#endif
+#if defined(GOSSAMER_HAS_avx512)
     if (avx512_here) list[n++] = &avx512::kernels;
+#endif
+#if defined(GOSSAMER_HAS_avx2)
     if (avx2_here) list[n++] = &avx2::kernels;
-#if defined(GOSSAMER_EMULATED)
+#endif
+#if defined(GOSSAMER_HAS_avx512_emulated)
     if (avx2_here) list[n++] = &avx512_emulated::kernels;
 #endif
-#endif
-#if defined(GOSSAMER_NEON_DOT)
+#if defined(GOSSAMER_HAS_neon_dot)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) list[n++] = &neon_dot::kernels;
 #endif
+#if defined(GOSSAMER_HAS_portable)
     list[n++] = &portable::kernels;
+#endif
     return true;
   }();
   (void)filled;
