@@ -33,6 +33,16 @@ def export_model(name: str, directory: Path, **changes: Any) -> tuple[Path, Path
     return native, export(native, directory / "model.gguf", "gguf").path
 
 
+def damaged(data: bytes, trial: int, end: int, draw: np.random.Generator) -> bytes:
+    """A file cut short, every third trial, or with a few other bytes before ``end``."""
+    if trial % 3 == 0:
+        return data[: int(draw.integers(4, len(data)))]
+    copy = bytearray(data)
+    for place in draw.integers(4, end, size=1 + trial % 4):
+        copy[place] = int(draw.integers(256))
+    return bytes(copy)
+
+
 def read_model(file: Path) -> Any:
     with quiet_transformers():
         return hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()

@@ -14,7 +14,7 @@ import transformers as hf
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
-from gguf_files import export_model, rewrite
+from gguf_files import damaged, export_model, rewrite
 from gossamer import LLM, SamplingParams
 from gossamer.compress.export import export
 from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelError
@@ -95,8 +95,8 @@ def test_all_paths_apply_them(rope, runner, tmp_path):
     byte_level().save_pretrained(tmp_path / "source")
     source = logprobs(tmp_path / "source")
     other = np.abs(logprobs(plain) - source).mean()
-    for quantization in (None, "int8"):
-        assert np.abs(logprobs(file, quantization=quantization) - source).mean() < 0.15 * other
+    for weights in ("auto", "int8"):
+        assert np.abs(logprobs(file, weights=weights) - source).mean() < 0.15 * other
 
 
 def test_factors_that_a_file_brings_along_survive_being_exported_again(tmp_path):
@@ -121,9 +121,9 @@ def test_factors_that_a_file_brings_along_survive_being_exported_again(tmp_path)
 )
 def test_what_is_not_known_of_rotary_embeddings_is_refused_by_name(keys, tensors, named, llama, tmp_path):
     file = rewrite(llama, tmp_path / "x.gguf", tensors=tensors, **keys)
-    for quantization in (None, "int8"):
+    for weights in ("auto", "int8"):
         with pytest.raises(UnsupportedModelError, match=named):
-            LLM(file, quantization=quantization)
+            LLM(file, weights=weights)
 
 
 def test_short_and_long_factors_that_differ_are_refused(llama, tmp_path):
@@ -151,17 +151,17 @@ def test_short_and_long_factors_that_differ_are_refused(llama, tmp_path):
 )
 def test_an_unknown_key_is_refused_by_name(key, value, llama, tmp_path):
     file = rewrite(llama, tmp_path / "x.gguf", **{f"llama.{key}": value})
-    for quantization in (None, "int8"):
+    for weights in ("auto", "int8"):
         with pytest.raises(UnsupportedModelError, match=f"llama.{key}"):
-            LLM(file, quantization=quantization)
+            LLM(file, weights=weights)
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "blk.1.attn_rot_embd.weight", "output.bias", "odd"])
 def test_an_unknown_tensor_is_refused_by_name(name, llama, tmp_path):
     file = rewrite(llama, tmp_path / "x.gguf", tensors={name: np.ones(16, np.float32)})
-    for quantization in (None, "int8"):
+    for weights in ("auto", "int8"):
         with pytest.raises(UnsupportedModelError, match=name):
-            LLM(file, quantization=quantization)
+            LLM(file, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_damaged_and_unknown_values_are_typed_errors(changes, named, llama, tmp_
     drop = changes.pop("drop", ())
     file = rewrite(llama, tmp_path / "x.gguf", drop=drop, **changes)
     changes["drop"] = drop
-    for quantization in (None, "int8"):
+    for weights in ("auto", "int8"):
         with pytest.raises(GossamerError, match=named):
-            LLM(file, quantization=quantization)
+            LLM(file, weights=weights)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
@@ -284,13 +284,7 @@ def test_a_damaged_file_is_a_typed_error_or_another_model(llama, tmp_path):
     draw = np.random.default_rng(0)
     file = tmp_path / "x.gguf"
     for trial in range(150):
-        damaged = bytearray(data)
-        if trial % 3 == 0:
-            damaged = damaged[: int(draw.integers(4, len(data)))]
-        else:
-            for place in draw.integers(4, header, size=1 + trial % 4):
-                damaged[place] = int(draw.integers(256))
-        file.write_bytes(damaged)
+        file.write_bytes(damaged(data, trial, header, draw))
         try:
             with quiet_transformers():
                 load_model(file, options=ModelOptions(quantization="int8"))
@@ -304,9 +298,9 @@ def test_a_damaged_file_is_a_typed_error_or_another_model(llama, tmp_path):
 @pytest.mark.parametrize("key", ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"])
 def test_every_kind_of_end_ends_a_text(key, llama, tmp_path):
     file = rewrite(llama, tmp_path / "x.gguf", **{f"tokenizer.ggml.{key}_token_id": (40, UINT32)})
-    for quantization in (None, "int8"):
+    for weights in ("auto", "int8"):
         params = SamplingParams(temperature=0, max_tokens=4, logit_bias={40: 100})
-        (output,) = LLM(file, quantization=quantization).generate("ab", params, use_tqdm=False)
+        (output,) = LLM(file, weights=weights).generate("ab", params, use_tqdm=False)
         assert (list(output.outputs[0].token_ids), output.outputs[0].finish_reason) == ([40], "stop")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import gossamer.runners.choose
-from gguf_files import export_model, rewrite, write_model
+from gguf_files import damaged, export_model, rewrite, write_model
 from gossamer import LLM, SamplingParams
 from gossamer.cli.app import app
 from gossamer.errors import CheckpointError, ConfigurationError, GossamerError, UnsupportedModelError
@@ -354,13 +354,7 @@ def test_a_damaged_file_is_a_typed_error_or_another_model(llama, tmp_path):
     draw = np.random.default_rng(0)
     file = tmp_path / "x.gguf"
     for trial in range(60):
-        damaged = bytearray(data)
-        if trial % 3 == 0:
-            damaged = damaged[: int(draw.integers(4, len(data)))]
-        else:
-            for place in draw.integers(4, header if trial % 2 else len(data), size=1 + trial % 4):
-                damaged[place] = int(draw.integers(256))
-        file.write_bytes(damaged)
+        file.write_bytes(damaged(data, trial, header if trial % 2 else len(data), draw))
         try:
             read(file)
         except GossamerError as error:
