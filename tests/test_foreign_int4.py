@@ -128,6 +128,57 @@ def test_blocks_may_stand_in_any_order(tmp_path):
     assert matrix.input_order is None and torch.equal(matrix.dequantize(), layer.weight)
 
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "autoround_version": "0.16.1",
+    "data_type": "int",
+    "bits": 4,
+    "group_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("packing", "format"),
+    [
+        ("auto_round:auto_gptq", "gptq"),
+        ("auto_round", "gptq_v2"),
+        ("auto_round:gptqmodel", "gptq_v2"),
+        ("auto_round:auto_awq", "awq"),
+    ],
+)
+def test_auto_round_packs_as_others_do(packing, format, tmp_path):
+    layer = FORMATS[format](draw(*SHAPE, 32))
+    settings = AUTO_ROUND | {"packing_format": packing, "sym": False, "iters": 200, "block_name_to_quantize": "layers"}
+    assert torch.equal(read(write_layer(tmp_path / "a", layer), settings).dequantize(), layer.weight)
+
+
+def test_auto_round_tells_others_more_than_they_know(tmp_path):
+    layer = FORMATS["gptq"](draw(*SHAPE, 32))
+    settings = config("gptq", 32) | {
+        "autoround_version": "0.16.1",
+        "data_type": "int",
+        "amp": False,
+        "provider": "auto-round",
+    }
+    assert torch.equal(read(write_layer(tmp_path / "a", layer), settings).dequantize(), layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, "packing_format is 'auto_round:llm_compressor'"),
+        ({"packing_format": None}, "packing_format is None"),
+        ({"data_type": "mx_fp"}, "data_type is 'mx_fp'"),
+        ({"act_bits": 8}, "act_bits is 8"),
+        ({"rotation_config": {"block_size": 32}}, "rotation_config is {'block_size': 32}"),
+    ],
+)
+def test_what_auto_round_does_otherwise_is_refused(change, reason, tmp_path):
+    layer = FORMATS["gptq"](draw(*SHAPE, 32))
+    with pytest.raises(UnsupportedModelError, match=re.escape(reason)):
+        read(write_layer(tmp_path / "a", layer), AUTO_ROUND | {"packing_format": "auto_round"} | change)
+
+
 # --- what cannot be read ---------------------------------------------------------------------------------------------
 
 

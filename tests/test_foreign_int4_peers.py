@@ -1,4 +1,4 @@
-"""4-bit weights that compressed-tensors packs are read here as it reads them itself (`make test-peers`)."""
+"""4-bit weights of compressed-tensors and AutoRound are read here as they read them themselves (`make test-peers`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from gossamer import LLM, SamplingParams
 from gossamer.models.load import load_model
+from gossamer.options import ModelOptions
 from int4_checkpoints import Layer, Numbers, compressed_tensors_config, draw, pack_quantized, write_layer
 from test_foreign_int4 import read
 
@@ -61,3 +64,31 @@ def test_a_model_is_read_as_transformers_reads_it(tmp_path: Path):
     assert len(weights) == 14
     for name, tensor in weights.items():
         assert torch.equal(ours.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric"), [("auto_gptq", True), ("auto_awq", False), ("auto_round", True), ("auto_round", False)]
+)
+def test_a_real_model_of_auto_round_is_what_it_computed(format, symmetric, smollm2_path, tmp_path):
+    auto_round = pytest.importorskip("auto_round")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def quantize(name: str) -> Path:
+        """The real model with weights rounded to 4 bit by the project, in one of its formats."""
+        model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float16)
+        how = {"scheme": "W4A16", "group_size": 64, "sym": symmetric, "iters": 0, "disable_opt_rtn": True}
+        rounded = auto_round.AutoRound(model, AutoTokenizer.from_pretrained(smollm2_path), device_map="cpu", **how)
+        rounded.quantize_and_save(output_dir=str(tmp_path / name), format=name)
+        return next((tmp_path / name).glob("**/config.json")).parent
+
+    theirs = load_file(quantize("fake") / "model.safetensors")  # in floating point
+    directory = quantize(format)
+    ours, _ = load_model(directory, options=ModelOptions(dtype="float32", weights="dequantized"))
+    weights = {name: tensor for name, tensor in ours.state_dict().items() if name.endswith("proj.weight")}
+    assert len(weights) == 210
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, theirs[name].float()), name
+    llm = LLM(directory)
+    assert str(llm.weights).startswith("as stored")
+    [output] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+    assert output.outputs[0].text == " Paris."

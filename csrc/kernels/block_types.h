@@ -1,8 +1,9 @@
 // Quantized blocks as files hold them: what the bytes of a block are, and where they go in a packed strip.
 //
 // The types of GGUF have the numbers that GGUF gives them (https://github.com/ggml-org/ggml, ggml-common.h describes the
-// bytes); a row of a matrix is a run of blocks. (Functions here are static: one of each instruction set's own; see kernels.cpp.) `group4` is what 4-bit weights of other files become: a scale in fp16 or
-// bf16, a zero point in 16 bit, 16 bytes of codes; value = scale * (code - zero).
+// bytes); a row of a matrix is a run of blocks. `group4` is what 4-bit weights of other files become: a scale in fp16 or
+// bf16, a zero point in 16 bit, 16 bytes of codes; value = scale * (code - zero). Functions here are static: each
+// instruction set has its own; see kernels.cpp.
 #pragma once
 
 #include <cstdint>

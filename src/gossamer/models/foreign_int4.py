@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models import awq_int4, compressed_tensors_int4, gptq_int4
+from gossamer.models.auto_round_int4 import translated
 from gossamer.models.compressed_tensors_config import QUANT_METHOD, has_format
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.int4_layout import Int4Weight, layers_of
@@ -48,11 +49,15 @@ _GPTQ, _AWQ, _COMPRESSED_TENSORS = (
 
 
 def int4_format(config: PreTrainedConfig) -> Format | None:
-    """The format of a checkpoint by its configuration, or ``None`` if it is none of those read here."""
+    """The format of a checkpoint by its configuration, or ``None`` if it is none of those read here.
+
+    Raises:
+        UnsupportedModelError: it is of AutoRound, in a format that is not.
+    """
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict):
         return None
-    method = stored.get("quant_method")
+    method = translated(stored).get("quant_method")
     if method == QUANT_METHOD:
         return _COMPRESSED_TENSORS if has_format(stored, compressed_tensors_int4.FORMAT) else None
     return {gptq_int4.QUANT_METHOD: _GPTQ, awq_int4.QUANT_METHOD: _AWQ}.get(str(method))
@@ -81,7 +86,7 @@ def read_int4(
         CheckpointError: a tensor is missing, damaged or of the wrong shape.
         UnsupportedModelError: the checkpoint is of a kind that cannot be read exactly; says why.
     """
-    settings = format.read_config(config.quantization_config)
+    settings = format.read_config(translated(config.quantization_config))
     del config.quantization_config
     layers = {name: layer for name, layer in model.named_modules() if linear_weight(layer) is not None}
     kept = quantized_weights(model, skip)
