@@ -50,14 +50,15 @@ SANITIZED_PYTEST = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($
 	$(IN_VENV) -m pytest -p no:cacheprovider -k "native or block or sparse or prefix or invarian" $(PYTEST_ARGS)
 
 sanitize: setup model ## Run the tests of the native kernels with address and undefined-behaviour checks
-	@# of the instruction sets that this processor has: the others would take minutes to compile, and could not run
+	@# of the instruction sets that this processor has: the others would take minutes to compile, and could not run;
+	@# the real model's test would take longer than all others together
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
 		-DGOSSAMER_SETS="$$($(INSTRUCTION_SETS) | tr ' ' ';')" -DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(SANITIZED)
 	$(SANITIZED_PYTEST) $(addprefix tests/test_,native_kernels.py block_kernels.py native_sampling.py native_gradients.py sparse_int8.py)
 	for isa in $$($(INSTRUCTION_SETS)); do \
 		GOSSAMER_ISA=$$isa $(SANITIZED_PYTEST) $(addprefix tests/test_,exactness.py sparse_int8_engine.py prefix_means.py \
-			batch_invariance.py) || exit 1; \
+			batch_invariance.py) --deselect tests/test_prefix_means.py::TestEvaluation || exit 1; \
 	done
 
 EMULATED := build/emulated
