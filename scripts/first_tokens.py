@@ -107,15 +107,17 @@ def main() -> None:
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         version, same = json.loads(run.stdout.strip().splitlines()[-1])
         theirs = torch.from_numpy(np.load(answered)).double().log_softmax(-1)
-    print(f"{file.name}, {len(prompts)} prompts, llama-cpp-python {version}; same token ids: {same} of {len(prompts)}")
-    with torch.inference_mode():
-        rows = [network(torch.tensor([prompt["ids"]])).logits[0, -1] for prompt in prompts]
-    exact = torch.stack(rows).double().log_softmax(-1)
-    report("fp32 against llama.cpp", theirs, exact)
-    del network
-    ours = of_llm(file, prompts, theirs.shape[1])
-    report("LLM(file) against llama.cpp", theirs, ours)
-    report("LLM(file) against fp32", exact, ours)
+        print(
+            f"{file.name}, {len(prompts)} prompts, llama-cpp-python {version}; same token ids: {same} of {len(prompts)}"
+        )
+        with torch.inference_mode():
+            rows = [network(torch.tensor([prompt["ids"]])).logits[0, -1] for prompt in prompts]
+        exact = torch.stack(rows).double().log_softmax(-1)
+        report("fp32 against llama.cpp", theirs, exact)
+        del network
+        ours = of_llm(file, prompts, theirs.shape[1])
+        report("LLM(file) against llama.cpp", theirs, ours)
+        report("LLM(file) against fp32", exact, ours)
 
 
 if __name__ == "__main__":

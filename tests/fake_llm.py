@@ -132,6 +132,7 @@ class FakeEngine:
 class FakeLLM:
     def __init__(self, model: str = "fake", **arguments: object) -> None:
         self.sampling_defaults: dict[str, float] = {}
+        self.chat_format = None
         self.stored_weights = None
         self.weights, self.weights_note = "float32", ""
         self.model_name = model
@@ -152,7 +153,7 @@ class FakeLLM:
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(to_dict=lambda: {"requests": len(self.engine.prompts), "seconds": 1.0})
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise ConfigurationError(f"{self.model_name} has no chat template")
         if messages[-1]["role"] == "assistant":

@@ -67,7 +67,7 @@ def test_a_prompt_of_any_other_form_is_refused(prompt):
     assert caught.value.param == "prompt"
 
 
-@pytest.mark.parametrize("field", ["suffix", "tools", "metadata", "logit_biass", "temprature"])
+@pytest.mark.parametrize("field", ["suffix", "background", "logit_biass", "temprature"])
 def test_a_field_that_would_be_ignored_is_refused_by_name(field):
     with pytest.raises(RequestError, match=f"{field} is not supported") as caught:
         ChatCompletionRequest.parse({"messages": HELLO, field: 1})
@@ -205,7 +205,9 @@ def test_a_lone_surrogate_is_named(fields, where):
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "tool", "content": "x"},
+        {"role": "narrator", "content": "x"},
+        {"role": "tool", "content": None},
+        {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from gossamer.chat.tools import Tool, ToolUse
     from gossamer.errors import GossamerError, RequestError
     from gossamer.llm import LLM
     from gossamer.models.int8_quantizer import GossamerInt8Config
@@ -48,6 +49,8 @@ _HOMES = {
     "StructuredOutputsParams": "sampling_params",
     "ScoreOutput": "outputs",
     "SlidingFisher": "operators.sliding_fisher",
+    "Tool": "chat.tools",
+    "ToolUse": "chat.tools",
     "attend": "ops.attention",
     "find_outliers": "report.outliers",
     "merge_states": "ops.attention",
@@ -77,6 +80,8 @@ __all__ = [
     "ScoreOutput",
     "SlidingFisher",
     "StructuredOutputsParams",
+    "Tool",
+    "ToolUse",
     "attend",
     "find_outliers",
     "merge_states",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
-from gossamer.engine.chat_template import Message, render
+from gossamer.chat import Answer, ChatFormat, Tool, ToolUse
+from gossamer.engine.chat_template import Message
 from gossamer.engine.endings import is_token_list
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
@@ -139,19 +141,47 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        tools: ToolUse | Sequence[Tool] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Answer one conversation, or many: each a list of ``{"role": ..., "content": ...}``.
+
+        Args:
+            tools: functions that answers may call, or a :class:`~gossamer.chat.ToolUse` that says more about it. Each
+                call is valid under its schema. ``output.outputs[0].answer`` holds calls, content and thoughts.
+            chat_template_kwargs: more variables of the chat template, such as ``enable_thinking``.
 
         Raises:
             ConfigurationError: the model has no chat template.
             RequestError: as in :meth:`generate`.
         """
         self._check_chat_template()
+        assert self.chat_format is not None
+        use = tools if isinstance(tools, ToolUse) else ToolUse(list(tools))
+        variables = dict(chat_template_kwargs or {})
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if one else list(messages)
-        prompts = [partial(self._chat_prompt, each) for each in conversations]
-        return self._complete(prompts, sampling_params, use_tqdm, on_error, range(len(prompts)))
+        write = partial(self.apply_chat_template, tools=use.tools, template_kwargs=variables)
+        prompts = [partial(_chat_prompt, write, each) for each in conversations]
+        params = [self._with_calls(each, use, variables) for each in _one_each(sampling_params, len(prompts))]
+        outputs = self._complete(prompts, params, use_tqdm, on_error, range(len(prompts)))
+        for completion in (each for output in outputs for each in output.outputs):
+            reader = self.chat_format.reader(use, variables)
+            completion.answer = Answer.read(completion.text, reader)
+        return outputs
+
+    def _with_calls(self, params: SamplingParams, use: ToolUse, variables: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of an answer that may call tools."""
+        assert self.chat_format is not None
+        if self.chat_format.needs_special_tokens(use):
+            params = replace(params, skip_special_tokens=False)
+        form, given = self.chat_format.form(use, variables), params.structured_outputs
+        if form is None:
+            return params
+        if given is not None:
+            raise InvalidSamplingParamsError("tools and structured_outputs cannot both be given", param="tools")
+        return replace(params, structured_outputs=form)
 
     def _complete(
         self,
@@ -264,12 +294,25 @@ class LLM:
         self.engine.stats.prefix_tolerance = self.engine.runner.report().prefix_tolerance
         return self.engine.stats
 
+    @cached_property
+    def chat_format(self) -> ChatFormat | None:
+        """How the model writes calls and thoughts; ``None`` for one that is not made for conversations."""
+        return ChatFormat(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
+
     def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, tokenizer: Any = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        tokenizer: Any = None,
     ) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins.
 
         Args:
+            tools: functions that the model is told of.
+            template_kwargs: more variables of the template, such as ``enable_thinking``.
             add_generation_prompt: go on to there; otherwise end with the last message.
             tokenizer: a copy of the model's, for other threads.
 
@@ -278,7 +321,10 @@ class LLM:
             InvalidPromptError: a message is none, or the template refuses them.
         """
         self._check_chat_template()
-        return render(tokenizer or self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        assert self.chat_format is not None
+        return self.chat_format.prompt_ids(
+            messages, tools, template_kwargs, tokenizer=tokenizer, add_generation_prompt=add_generation_prompt
+        )
 
     def pin(self, prompt: Prompt) -> int:
         """Keep a prefix's keys and values in memory once they are computed; returns its number of tokens."""
@@ -287,9 +333,6 @@ class LLM:
     def unpin(self, prompt: Prompt) -> None:
         """Undo one :meth:`pin` of the same prefix."""
         self.engine.unpin(prompt)
-
-    def _chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        return {"prompt_token_ids": self.apply_chat_template(messages)}
 
     def _check_chat_template(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
@@ -385,6 +428,10 @@ def _sort_key(prompt: Prompt) -> tuple[int, Any]:
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
     # Comparable whatever was passed: what is not a list of integers is refused later, with a proper message.
     return 1, [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
+
+
+def _chat_prompt(write: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message]) -> Prompt:
+    return {"prompt_token_ids": write(messages)}
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

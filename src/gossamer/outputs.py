@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from gossamer.errors import RequestError
 
@@ -31,6 +32,7 @@ class CompletionOutput:
     Attributes:
         finish_reason: ``"stop"`` (end-of-sequence, stop token or stop string), ``"length"``, or ``None`` if unfinished.
         stop_reason: the stop string or stop token id that ended it, ``None`` for end-of-sequence and length.
+        answer: of ``LLM.chat``: the text read as content, thoughts and calls of tools (:class:`gossamer.chat.Answer`).
         cumulative_logprob: sum of the chosen tokens' log-probabilities; ``None`` unless logprobs were asked for.
         logprobs: one mapping per generated token: token id -> :class:`Logprob`.
     """
@@ -42,6 +44,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    answer: Any = None
 
 
 @dataclass(slots=True)

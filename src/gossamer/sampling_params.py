@@ -44,6 +44,11 @@ class StructuredOutputsParams:
         json_object: any JSON object.
         regex: a regular expression that the whole completion matches.
         choice: the completion is one of these texts.
+        grammar: a grammar in the Lark of llguidance
+            (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). With a ``%llguidance`` line of its
+            own, a text that alone can come is spelled in the tokens that the tokenizer makes of it.
+        rules: names in ``grammar`` that stand for JSON Schemas, and for each some of these: the first that can be
+            enforced is.
 
     Raises:
         InvalidSamplingParamsError: none or several are given, or one is of the wrong type.
@@ -56,10 +61,14 @@ class StructuredOutputsParams:
     json_object: bool = False
     regex: str | None = None
     choice: Sequence[str] | None = None
+    grammar: str | None = None
+    rules: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
-        given = self.to_dict()
-        _require(len(given) == 1, "structured_outputs", list(given), "one of json, json_object, regex and choice")
+        given = [name for name in self.to_dict() if name != "rules"]
+        _require(len(given) == 1, "structured_outputs", given, "one of json, json_object, regex, choice and grammar")
+        _require(isinstance(self.grammar, str | None), "grammar", self.grammar, "a grammar")
+        _require(self.rules is None or self.grammar is not None, "rules", "no grammar", "given with a grammar")
         _require(isinstance(self.json, Mapping | str | None), "json", self.json, "a JSON Schema")
         _require(isinstance(self.json_object, bool), "json_object", self.json_object, "True or False")
         _require(isinstance(self.regex, str | None), "regex", self.regex, "a regular expression")
@@ -70,7 +79,8 @@ class StructuredOutputsParams:
 
     def to_dict(self) -> dict[str, Any]:
         """What is given."""
-        fields = {"json": self.json, "regex": self.regex, "choice": self.choice}
+        names = ("json", "regex", "choice", "grammar", "rules")
+        fields = {name: getattr(self, name) for name in names}
         given = {name: value for name, value in fields.items() if value is not None}
         return given | ({"json_object": True} if self.json_object else {})
 

@@ -163,7 +163,7 @@ class BatchRunner:
                 continue
             try:
                 body = read_body(line)
-                params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults)
+                params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
                 prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
             except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on
                 self._write_refused(line, error)
@@ -205,7 +205,7 @@ class BatchRunner:
     def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
         try:
             decoded = partial(decode, llm.tokenizer, unfinished=True)
-            answer = job.body.answer(outputs, model=llm.model_name, decode=decoded)
+            answer = job.body.answer(outputs, model=llm.model_name, decode=decoded, chat=llm.chat_format)
             self._output.append(answer_record(job.line, answer))
         except OutputError:
             raise
@@ -243,4 +243,5 @@ class BatchRunner:
 def _engine_prompt(llm: LLM, prompt: Prompt) -> Prompt:
     if "messages" not in prompt:
         return prompt
-    return {"prompt_token_ids": llm.apply_chat_template(prompt["messages"]), "cache_salt": prompt["cache_salt"]}
+    ids = llm.apply_chat_template(prompt["messages"], tools=prompt["tools"], template_kwargs=prompt["template_kwargs"])
+    return {"prompt_token_ids": ids, "cache_salt": prompt["cache_salt"]}

@@ -66,6 +66,14 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=1, help="Sequences that may wait; more get 429.", rich_help_panel=_LIMITS)
     ] = 1024,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse fields of requests that have no effect here, such as store; without it a header names them.",
+            rich_help_panel=_API,
+        ),
+    ] = False,
     max_logprobs: Annotated[
         int,
         typer.Option(
@@ -115,6 +123,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
         max_logprobs=max_logprobs,
+        strict=strict,
         max_body=parse_bytes(max_body),
         max_file=parse_bytes(max_file),
         request_timeout=request_timeout,

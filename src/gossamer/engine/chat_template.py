@@ -15,13 +15,16 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 _PATH = re.compile(r"(?<![\w:/<.])(?:[A-Za-z]:)?(?:[/\\][\w.@+~ -]*[\w.@+~-])+[/\\][\w.@+~-]+")
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+) -> list[int]:
     """The token ids of a conversation.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: fields that are ``None`` count as not given; an assistant's message without content is empty.
         add_generation_prompt: go on to where the assistant's answer begins; otherwise end with the last message.
+        variables: more that the template knows, such as ``tools``.
 
     Raises:
         InvalidPromptError: a message is none, has no content or holds a lone surrogate, or the template refuses them.
@@ -33,7 +36,9 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
     """
     given = [_given(message, f"messages.{place}") for place, message in enumerate(messages)]
     try:
-        encoded = tokenizer.apply_chat_template(given, add_generation_prompt=add_generation_prompt, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            given, add_generation_prompt=add_generation_prompt, return_dict=True, **variables
+        )
     except Exception as error:  # templates are programs that come with the model and raise what they like
         raise InvalidPromptError(
             f"the chat template refused the messages: {_reason(error)}", param="messages"

@@ -4,17 +4,19 @@ A body class is all there is to an endpoint: its url, how a body is read, what t
 looks. `bodies` lists the classes; the server and batch files take any of them.
 
 The models forbid unknown fields: a field we cannot honour changes the answer, so it is refused by name, never dropped.
-Values are not converted either: ``"temperature": "0.5"`` is refused. ``null`` means "not given", as in OpenAI's API.
+Fields that only advise, or file the answer away, are taken and listed in ``ignored``. Values are not converted:
+``"temperature": "0.5"`` is refused. ``null`` means "not given", as in OpenAI's API.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from gossamer.chat import ChatFormat
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
     ChoiceCount,
@@ -33,6 +35,11 @@ from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
 
+#: Fields without an effect.
+ADVISORY = (
+    *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
+    *("prompt_cache_retention", "prediction", "verbosity"),
+)
 # Fields that the authors of a model may advise about.
 _ADVISABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -63,6 +70,18 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
+
+    # What OpenAI does with these changes no answer; they are listed in `ignored`.
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    verbosity: Any = None
+    modalities: list[Literal["text"]] | None = None
 
     top_k: int = 0
     min_p: float = 0.0
@@ -102,23 +121,31 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             raise ValueError("response_format and structured_outputs mean the same; give one of them")
         return self
 
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that were given and do nothing here."""
+        return [name for name in ADVISORY if getattr(self, name) is not None]
+
     @abstractmethod
     def engine_prompts(self) -> list[Json]:
         """The prompts in the form the engine takes, but a conversation is ``{"messages": ...}`` and still to be written
-        with the chat template. Each holds the body's ``cache_salt``."""
+        with the chat template, with its ``tools`` and ``template_kwargs``. Each holds the body's ``cache_salt``."""
 
     @abstractmethod
-    def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:
+    def answer(
+        self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
+    ) -> Json:
         """The whole answer.
 
         Args:
             outputs: one per prompt, in the order of ``engine_prompts()``.
             model: the name of the model that answered.
             decode: token ids -> text; takes ``skip_special_tokens`` by name.
+            chat: how the model writes calls and thoughts; ``None`` for one that is not made for conversations.
         """
 
     @abstractmethod
-    def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
+    def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
         """What turns outputs into the events of a streamed answer; the arguments are those of ``answer``."""
 
     @property
@@ -134,7 +161,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def _token_limit(self) -> int | None:
         return self.max_tokens
 
-    def _form(self) -> StructuredOutputsParams | None:
+    def _form(self, chat: ChatFormat | None) -> StructuredOutputsParams | None:
         """What the completion must look like."""
         given, wanted = self.response_format, self.structured_outputs
         if given is not None and given.type != "text":
@@ -153,14 +180,22 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def _prompt_logprob_count(self) -> int | None:
         return self.prompt_logprobs
 
+    def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
+        """Whether the text of the answer needs its special tokens, whatever is asked for."""
+        return False
+
     def to_sampling_params(
-        self, default_max_tokens: int | None = None, advised: Mapping[str, float] | None = None
+        self,
+        default_max_tokens: int | None = None,
+        advised: Mapping[str, float] | None = None,
+        chat: ChatFormat | None = None,
     ) -> SamplingParams:
         """The request in the engine's terms.
 
         Args:
             default_max_tokens: the limit for bodies that give none; ``None`` is OpenAI's own default.
             advised: what the model's authors advise, such as a ``temperature``, for what the body does not say.
+            chat: how the model writes calls and thoughts.
 
         Raises:
             InvalidSamplingParamsError: a value is out of its range.
@@ -182,8 +217,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             ignore_eos=self.ignore_eos,
             max_tokens=limit,
             min_tokens=self.min_tokens,
-            skip_special_tokens=self.skip_special_tokens,
+            skip_special_tokens=self.skip_special_tokens and not self._shows_special_tokens(chat),
             logprobs=self._logprob_count(),
             prompt_logprobs=self._prompt_logprob_count(),
-            structured_outputs=self._form(),
+            structured_outputs=self._form(chat),
         )

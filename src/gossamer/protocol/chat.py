@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, model_validator
 
-from gossamer.outputs import Logprob, RequestOutput
+from gossamer.chat import Answer, AnswerReader, ChatFormat, Part, Tool, ToolUse
+from gossamer.chat.answer_reader import new_call_id
+from gossamer.errors import RequestError
+from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.fields import Count, Fields, PositiveCount, drop_nulls
+from gossamer.protocol.chat_messages import Messages, ToolField, template_messages
+from gossamer.protocol.fields import Count, PositiveCount
 from gossamer.protocol.logprobs import (
     Step,
     finite,
@@ -22,80 +26,21 @@ from gossamer.protocol.logprobs import (
 )
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
+from gossamer.sampling_params import StructuredOutputsParams
 
 
-def _joined_parts(content: object) -> object:
-    """Content may be a list of typed parts; chat templates of text models take one string."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        given = drop_nulls(part)
-        # An answer that is sent back may hold a part that says why there is no other.
-        kind = "refusal" if isinstance(given, dict) and given.get("type") == "refusal" else "text"
-        if not isinstance(given, dict) or given.keys() - {"annotations"} != {"type", kind} or given["type"] != kind:
-            raise ValueError('a content part must be {"type": "text", "text": ...}; other types are not supported')
-        if not isinstance(given[kind], str):
-            raise ValueError("the text of a content part must be a string")
-        texts.append(given[kind])
-    return "\n".join(texts)
-
-
-class ChatMessage(Fields):
-    """One turn of a conversation, text only.
-
-    Attributes:
-        name: who speaks, if several share a role.
-        refusal: of an answer without content, what it said instead.
-        reasoning_content, reasoning: what a model thought before its answer; servers name it so or so.
-        type, annotations: what answers hold besides; they do not influence what follows.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_parts)]
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    type: Literal["message"] | None = None
-    annotations: list[Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _answers_come_back(cls, message: object) -> object:
-        """Answers are sent back as history with the fields that they were given."""
-        if not isinstance(message, dict):
-            return message
-        given: dict[str, Any] = {name: each for name, each in message.items() if each is not None}
-        if given.get("tool_calls") == []:
-            del given["tool_calls"]
-        if given.get("role") == "assistant" and "content" not in given:
-            given["content"] = given.get("refusal", "")
-        return given
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it. ``developer`` is OpenAI's later name of ``system``."""
-        role = "system" if self.role == "developer" else self.role
-        given = {"name": self.name, "reasoning_content": self.reasoning_content or self.reasoning}
-        return {"role": role, "content": self.content} | {key: each for key, each in given.items() if each is not None}
-
-
-#: The first message that is wrong refuses all of them: of thousands, one error is enough.
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Messages for a chat template."""
-    return [message.for_template() for message in messages]
-
-
-class ChatCompletionRequest(GeneratingBody):
+class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
     """Body of ``POST /v1/chat/completions``.
 
     Attributes:
         max_completion_tokens: OpenAI's present name of ``max_tokens``; a body may use either.
         logprobs: return log-probabilities of the chosen tokens.
         top_logprobs: and of this many most probable ones at each position; the chosen one is always among them.
+        tools: functions that the answer may call. Others than functions are passed over, and named in ``ignored``.
+        tool_choice: ``"auto"``, ``"none"``, ``"required"``, or a function that has to be called, or some that may be.
+        parallel_tool_calls: whether there may be several calls in one answer.
+        reasoning_effort: ``"none"`` turns thoughts off; what else it means is the template's.
+        chat_template_kwargs: more variables of the chat template.
 
     >>> ChatCompletionRequest.parse({"messages": [{"role": "user", "content": "Hi"}]}).chat_messages()
     [{'role': 'user', 'content': 'Hi'}]
@@ -109,6 +54,34 @@ class ChatCompletionRequest(GeneratingBody):
     max_completion_tokens: PositiveCount | None = None
     logprobs: bool = False
     top_logprobs: Count = 0
+    tools: list[ToolField] = []
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_names(cls, body: object) -> object:
+        """OpenAI's first names of tools and of their choice."""
+        if not isinstance(body, dict) or not body.keys() & {"functions", "function_call"}:
+            return body
+        given = dict(body)
+        functions, choice = given.pop("functions", None), given.pop("function_call", None)
+        if isinstance(functions, list) and "tools" not in given:
+            given["tools"] = [{"type": "function", "function": each} for each in functions]
+        if choice is not None and "tool_choice" not in given:
+            given["tool_choice"] = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
+        return given
+
+    @model_validator(mode="after")
+    def _conversation_agrees(self) -> Self:
+        self.chat_messages()
+        owned = self.chat_template_kwargs.keys() & _OWNED
+        if owned:
+            raise ValueError(f"chat_template_kwargs: {min(owned)} is the server's own")
+        self.tool_use()
+        return self
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -118,34 +91,103 @@ class ChatCompletionRequest(GeneratingBody):
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
         return self
 
-    def chat_messages(self) -> list[dict[str, str]]:
+    def chat_messages(self) -> list[dict[str, Any]]:
         """The messages for a chat template."""
         return template_messages(self.messages)
 
-    def engine_prompts(self) -> list[Json]:
-        return [{"messages": self.chat_messages(), "cache_salt": self.cache_salt}]
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may do with tools; ``None`` if there are none.
 
-    def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:
+        Raises:
+            RequestError: a tool cannot be one, or the choice names another.
+        """
+        functions = [each.function for each in self.tools if each.function is not None and each.type == "function"]
+        choice = self.tool_choice
+        if not functions:
+            if choice not in (None, "auto", "none"):
+                raise RequestError("tool_choice asks for a call; there are no tools", param="tool_choice")
+            return None
+        tools = [Tool(each.name, each.parameters, bool(each.strict), each.description) for each in functions]
+        names, required = _chosen(choice)
+        one = isinstance(choice, dict) and choice.get("type") != "allowed_tools"  # this one, and once
+        return ToolUse(tools, names, required=required, parallel=self.parallel_tool_calls and not one)
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template, besides messages and tools."""
+        effort = self.reasoning_effort
+        given: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        if effort is not None:
+            given["enable_thinking"] = effort != "none"
+        return given | self.chat_template_kwargs
+
+    @property
+    def ignored(self) -> list[str]:
+        others = [f"tools.{place}" for place, each in enumerate(self.tools) if each.type != "function"]
+        return [*super().ignored, *others]
+
+    def engine_prompts(self) -> list[Json]:
+        use = self.tool_use()
+        prompt = {
+            "messages": self.chat_messages(),
+            "tools": list(use.tools) if use else [],
+            "template_kwargs": self.template_kwargs(),
+            "cache_salt": self.cache_salt,
+        }
+        return [prompt]
+
+    def _form(self, chat: ChatFormat | None) -> StructuredOutputsParams | None:
+        use, form = self.tool_use(), super()._form(chat)
+        if use is None or not use.callable or chat is None:
+            return form
+        if form is not None and form.json is None and not form.json_object:
+            raise RequestError("tools go with a JSON Schema, not with another form", param="structured_outputs")
+        schema = None if form is None else form.json if isinstance(form.json, dict) else {"type": "object"}
+        return chat.form(use, self.template_kwargs(), schema)
+
+    def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
+        """Whether special tokens spell calls or thoughts."""
+        return chat is not None and chat.needs_special_tokens(self.tool_use())
+
+    def reader(self, chat: ChatFormat | None) -> AnswerReader | None:
+        """What reads an answer; ``None`` where all of it is content."""
+        return None if chat is None else chat.reader(self.tool_use(), self.template_kwargs())
+
+    def answer(
+        self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
+    ) -> Json:
         [output] = outputs
-        choices = [
-            {
-                "index": completion.index,
-                "message": {"role": "assistant", "content": completion.text, "refusal": None},
-                "logprobs": self.logprobs_of(
-                    within(steps_of(completion.token_ids, completion.logprobs), len(completion.text))
-                ),
-                "finish_reason": completion.finish_reason,
-                "stop_reason": completion.stop_reason,
-            }
-            for completion in output.outputs
-        ]
+        choices = [self._choice(completion, chat) for completion in output.outputs]
         body = envelope(new_head("chatcmpl", "chat.completion", model), choices, outputs)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output)
         return body
 
-    def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
-        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model))
+    def _choice(self, completion: CompletionOutput, chat: ChatFormat | None) -> Json:
+        message: Json = {"role": "assistant", "content": completion.text, "refusal": None}
+        calls = False
+        reader = self.reader(chat)
+        if reader is not None:
+            answer = Answer.read(completion.text, reader)
+            calls = bool(answer.calls)
+            message["content"] = answer.content or (None if calls else "")
+            if answer.reasoning:
+                message["reasoning_content"] = answer.reasoning
+            if calls:
+                message["tool_calls"] = [
+                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                    for call in answer.calls
+                ]
+        steps = steps_of(completion.token_ids, completion.logprobs)
+        return {
+            "index": completion.index,
+            "message": message,
+            "logprobs": self.logprobs_of(within(steps, len(completion.text))),
+            "finish_reason": _finish(completion.finish_reason, calls),
+            "stop_reason": completion.stop_reason,
+        }
+
+    def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
+        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model), chat)
 
     def logprobs_of(self, steps: list[Step]) -> Json | None:
         """The log-probabilities that the body asks for, if it does."""
@@ -177,15 +219,79 @@ class ChatCompletionRequest(GeneratingBody):
         return self.top_logprobs if self.logprobs else None
 
 
+_OWNED = frozenset({"messages", "tools", "add_generation_prompt", "tokenize", "return_dict", "continue_final_message"})
+
+
+def _chosen(choice: Any) -> tuple[list[str] | None, bool]:
+    """The names that may be called, and whether one has to be, of a ``tool_choice``."""
+    if choice is None or choice == "auto":
+        return None, False
+    if choice == "none":
+        return [], False
+    if choice == "required":
+        return None, True
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools")
+        allowed = allowed if isinstance(allowed, dict) else choice
+        return [_function_name(each) for each in allowed.get("tools", ())], allowed.get("mode") == "required"
+    return [_function_name(choice)], True
+
+
+def _function_name(choice: Any) -> str:
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise RequestError(
+            'tool_choice must be "auto", "none", "required", or {"type": "function", "function": {"name": ...}}',
+            param="tool_choice",
+        )
+    return name
+
+
+def _finish(reason: str | None, calls: bool) -> str | None:
+    """Why an answer ended, in OpenAI's terms: an agent goes on if there are calls to make."""
+    return "tool_calls" if calls and reason == "stop" else reason
+
+
 class _Events(StreamedAnswer):
-    def __init__(self, body: ChatCompletionRequest, head: Json) -> None:
+    def __init__(self, body: ChatCompletionRequest, head: Json, chat: ChatFormat | None) -> None:
         super().__init__(head, n=body.n, include_usage=body.include_usage)
         self._body = body
+        self._chat = chat
+        self._readers: dict[int, AnswerReader | None] = {}
+        self._called: set[int] = set()  # choices with a call
 
     def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
         if news.first:
+            self._readers[index] = self._body.reader(self._chat)
             yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         steps = within(news.steps, news.length)
-        if news.text or steps or news.finished:
-            delta = {"content": news.text} if news.text else {}
-            yield {"index": index, "delta": delta, "logprobs": self._body.logprobs_of(steps)} | news.ending
+        reader = self._readers[index]
+        if reader is None:
+            if news.text or steps or news.finished:
+                delta = {"content": news.text} if news.text else {}
+                yield {"index": index, "delta": delta, "logprobs": self._body.logprobs_of(steps)} | news.ending
+            return
+        deltas = [
+            self._delta(index, part) for part in reader.push(news.text) + (reader.finish() if news.finished else [])
+        ]
+        if steps and not deltas:
+            deltas = [{}]
+        logprobs = self._body.logprobs_of(steps)
+        for delta in deltas:
+            yield {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            logprobs = None  # the first tells those of all that came with it
+        if news.finished:
+            finish = _finish(news.ending["finish_reason"], index in self._called)
+            yield {"index": index, "delta": {}, "logprobs": None} | news.ending | {"finish_reason": finish}
+
+    def _delta(self, index: int, part: Part) -> Json:
+        if part.kind == "content":
+            return {"content": part.text}
+        if part.kind == "reasoning":
+            return {"reasoning_content": part.text}
+        self._called.add(index)
+        if part.kind == "call":
+            function = {"name": part.text, "arguments": ""}
+            return {"tool_calls": [{"index": part.call, "id": new_call_id(), "type": "function", "function": function}]}
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}

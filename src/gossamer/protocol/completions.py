@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import WithJsonSchema, field_validator, model_validator
 
+from gossamer.chat import ChatFormat
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.fields import ChoiceCount, Count
@@ -90,7 +91,9 @@ class CompletionRequest(GeneratingBody):
             for prompt in self.prompt
         ]
 
-    def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:
+    def answer(
+        self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
+    ) -> Json:
         choices: list[Json] = []
         for output in outputs:
             for completion in _best(output.outputs, self.n):
@@ -108,7 +111,7 @@ class CompletionRequest(GeneratingBody):
                 choices.append(choice)
         return envelope(new_head("cmpl", "text_completion", model), choices, outputs)
 
-    def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
+    def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
         return _Events(self, new_head("cmpl", "text_completion", model), decode)
 
     def echoed(self, output: RequestOutput, decode: Decode) -> tuple[str, list[Step]]:

@@ -46,9 +46,13 @@ ChoiceCount = Annotated[int, Field(ge=1, le=1024)]  # each is a sequence, and so
 
 
 class StreamOptions(Fields):
-    """``include_usage``: one more event at the end of a stream, with the usage."""
+    """``include_usage``: one more event at the end of a stream, with the usage.
+
+    ``include_obfuscation`` asks OpenAI to make events of one length; it changes no text, and nothing here.
+    """
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class JsonSchema(Fields):
@@ -107,5 +111,7 @@ def as_request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{param} is not supported", param=param)
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param)
+    if first["type"] == "value_error" and isinstance(first["ctx"]["error"], RequestError):
+        return first["ctx"]["error"]
     reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return RequestError(f"{param}: {reason}" if param else reason, param=param)

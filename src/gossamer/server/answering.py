@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gossamer.chat import Tool
 from gossamer.engine.detokenizer import decode
 from gossamer.engine.grammar.compiler import Grammar, GrammarCompiler
 from gossamer.engine.intake import Intake
 from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import GeneratingBody, StreamedAnswer
+from gossamer.protocol import ChatCompletionRequest, GeneratingBody, StreamedAnswer
 from gossamer.protocol.encoding import encode_json
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
@@ -94,7 +95,7 @@ class Answering:
             return [await _last(ticket) for ticket in tickets]
 
     def _answer(self, body: GeneratingBody, outputs: list[RequestOutput]) -> dict[str, Any]:
-        return body.answer(outputs, model=self.model_name, decode=self._decode_prompt)
+        return body.answer(outputs, model=self.model_name, decode=self._decode_prompt, chat=self.llm.chat_format)
 
     async def _away(self, outputs: list[RequestOutput], function: Callable[[], T]) -> T:
         """Run ``function`` elsewhere if it writes log-probabilities, of which there can be millions."""
@@ -110,7 +111,7 @@ class Answering:
             GossamerError: refused. What fails later is raised by the iterator.
         """
         async with self._submitted(body, stream=True) as tickets:
-            answer = body.events(model=self.model_name, decode=self._decode_prompt)
+            answer = body.events(model=self.model_name, decode=self._decode_prompt, chat=self.llm.chat_format)
             yield _events(answer, _updates(tickets), tickets, self._away)
 
     def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +121,8 @@ class Answering:
             RequestError: it is empty, too long or no text; the chat template refuses the messages.
         """
         if "messages" in prompt:
-            ids, prompt = self.chat_ids(prompt["messages"]), {"cache_salt": prompt["cache_salt"]}
+            ids = self.chat_ids(prompt["messages"], prompt["tools"], prompt["template_kwargs"])
+            prompt = {"cache_salt": prompt["cache_salt"]}
         else:
             ids = self.prompt_ids(prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"])
         self._intake.check_length(len(ids), 1, "")  # what is too long is not worth the engine's time
@@ -133,7 +135,12 @@ class Answering:
         self._check_characters(len(prompt))
         return self._intake.encode(prompt, "", add_special_tokens=special)[1]
 
-    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_ids(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Runs in the worker."""
         self._check_characters(characters_of(messages))
         if len(messages) > self.llm.engine.max_model_len:  # the template writes at least a token for each
@@ -142,9 +149,11 @@ class Answering:
                 f"{self.llm.engine.max_model_len} tokens",
                 param="messages",
             )
-        return self.llm.apply_chat_template(messages, tokenizer=self._tokenizer)
+        return self.llm.apply_chat_template(
+            messages, tools=tools, template_kwargs=template_kwargs, tokenizer=self._tokenizer
+        )
 
-    def conversation_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def conversation_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The token ids that all conversations begin with that begin with these messages. Runs in the worker."""
         turns = [self.chat_ids([*messages, {"role": "user", "content": text}]) for text in ("A", "b")]
         common = next((i for i, (a, b) in enumerate(zip(*turns, strict=False)) if a != b), min(map(len, turns)))
@@ -192,7 +201,7 @@ class Answering:
     @asynccontextmanager
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
-        params = body.to_sampling_params(advised=self.llm.sampling_defaults)
+        params = body.to_sampling_params(advised=self.llm.sampling_defaults, chat=self.llm.chat_format)
         prompts = body.engine_prompts()
         count = params.n * len(prompts)
         if count > self.max_sequences:
@@ -260,7 +269,10 @@ def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -
 def _named(error: InvalidSamplingParamsError, body: GeneratingBody) -> InvalidSamplingParamsError:
     """The error under the name that the client knows the form by."""
     named = InvalidSamplingParamsError(error.message, request_id=error.request_id, param=error.param)
-    if body.response_format is not None:
+    if isinstance(body, ChatCompletionRequest) and body.tools:
+        named.param = "tools"
+        named.message = named.message.replace("structured_outputs", "tools", 1)
+    elif body.response_format is not None:
         named.param = "response_format"
     return named
 
@@ -327,9 +339,10 @@ def has_logprobs(output: RequestOutput) -> bool:
     return output.prompt_logprobs is not None or any(each.logprobs is not None for each in output.outputs)
 
 
-def characters_of(messages: list[dict[str, str]]) -> int:
-    """Characters of a conversation's contents."""
-    return sum(len(message["content"]) for message in messages)
+def characters_of(messages: list[dict[str, Any]]) -> int:
+    """Characters of a conversation's contents, the arguments of its calls included."""
+    calls = (call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ()))
+    return sum(len(message["content"]) for message in messages) + sum(len(str(each)) for each in calls)
 
 
 def _size(prompt: dict[str, Any]) -> int:

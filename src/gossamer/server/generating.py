@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gossamer.protocol import BODIES, GeneratingBody
+from gossamer.errors import RequestError
+from gossamer.protocol import BODIES, ChatCompletionRequest, GeneratingBody
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import EventStream, read_body, while_connected
 from gossamer.server.service import Service
+
+logger = logging.getLogger("gossamer.server")
 
 _ERRORS = errors(400, 404, 408, 413, 415, 429, 500, 504)
 _STREAM = {"description": "The answer, or its events.", "content": {"application/json": {}, "text/event-stream": {}}}
@@ -41,9 +45,30 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         body = await read_body(request, kind.parse)
         service.check_model(body.model)
         timeout = service.options.request_timeout
+        headers = _notes(body, service)
         if body.stream:
-            return EventStream(lambda: answering.stream(body), timeout=timeout, prompt_field=kind.prompt_field)
+            return EventStream(
+                lambda: answering.stream(body), timeout=timeout, prompt_field=kind.prompt_field, headers=headers
+            )
         answer = await while_connected(request.receive, answering.complete_json(body), timeout)
-        return Response(answer, media_type="application/json")
+        return Response(answer, media_type="application/json", headers=headers)
 
     return answer
+
+
+def _notes(body: GeneratingBody, service: Service) -> dict[str, str]:
+    """Headers that say what of a body has no effect, or is done in another way than its author may think.
+
+    Raises:
+        RequestError: a field has no effect, and the server is strict.
+    """
+    headers = {}
+    if ignored := body.ignored:
+        if service.options.strict:
+            raise RequestError(f"{ignored[0]} is not supported", param=ignored[0])
+        headers["x-gossamer-ignored"] = ", ".join(ignored[:32])
+        logger.info("without an effect here: %s", headers["x-gossamer-ignored"])
+    chat = service.ready.answering.llm.chat_format
+    if isinstance(body, ChatCompletionRequest) and body.tools and chat is not None and not chat.native:
+        headers["x-gossamer-tools"] = "described in the system message: the chat template knows none"
+    return headers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, TypeVar
 
@@ -119,10 +119,14 @@ class EventStream(Response):
         events: a block in which the events can be read.
         timeout: seconds until the stream is given up.
         prompt_field: the field of the body that the prompt was made from, for errors.
+        headers: more of them.
     """
 
-    def __init__(self, events: Callable[[], Events], *, timeout: float, prompt_field: str) -> None:
+    def __init__(
+        self, events: Callable[[], Events], *, timeout: float, prompt_field: str, headers: Mapping[str, str]
+    ) -> None:
         super().__init__()
+        self._more_headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         self._events = events
         self._timeout = timeout
         self._prompt_field = prompt_field
@@ -150,7 +154,8 @@ class EventStream(Response):
             async for each in events:
                 if not self._begun:
                     self._begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                    headers = [*_STREAM_HEADERS, *self._more_headers]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": each, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -29,6 +29,7 @@ class ServerOptions:
             reach has every name. ``*`` takes any.
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
+        strict: a field of a request that has no effect here is refused, not named in a header.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -50,6 +51,7 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] = ()
     data_dir: Path | None = None
     json_logs: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import Messages, template_messages
+from gossamer.protocol.chat_messages import Messages, template_messages
 from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_body

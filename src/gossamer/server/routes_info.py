@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.chat import Messages, template_messages
+from gossamer.protocol.chat_messages import Messages, template_messages
 from gossamer.protocol.encoding import encode_json
 from gossamer.protocol.fields import Fields
 from gossamer.server.answering import characters_of

@@ -153,6 +153,10 @@ def grammar(form: dict[str, Any]) -> str:
     """What `gossamer.sampling_params.StructuredOutputsParams.to_dict` holds, in llguidance's terms."""
     from llguidance import LLMatcher
 
+    if "grammar" in form:
+        text = form["grammar"] if form["grammar"].startswith("%llguidance") else UNFORCED + form["grammar"]
+        rules = form.get("rules", {}).items()
+        return "\n".join([text, *(f"{name}: %json {_enforceable(some)}" for name, some in rules)])
     if "regex" in form:
         return _unforced(LLMatcher.grammar_from_regex(form["regex"]))
     if "choice" in form:
@@ -163,6 +167,18 @@ def grammar(form: dict[str, Any]) -> str:
             schema if isinstance(schema, str) else json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
         )
     )
+
+
+def _enforceable(schemas: list[dict[str, Any]]) -> str:
+    """The first schema that makes a grammar. Or else one for its error: the first, or that which no text satisfies."""
+    from llguidance import LLMatcher
+
+    texts = [json.dumps(schema) for schema in schemas]
+    for text in texts:
+        error = LLMatcher.validate_grammar(f"start: %json {text}")
+        if not error or "Unsatisfiable schema" in error:
+            return text
+    return texts[0]
 
 
 def _unforced(grammar: str) -> str:

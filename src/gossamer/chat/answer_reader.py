@@ -1,0 +1,319 @@
+"""From the text of an answer, as it comes, to its content, its thoughts, and its calls of functions."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
+from gossamer.chat.tools import Tool
+
+THINK, THINK_END = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of an answer.
+
+    Attributes:
+        kind: what ``text`` goes on with: the content, the thoughts, or the arguments of the call number ``call``. A
+            ``"call"`` begins one: ``text`` is the function's name.
+    """
+
+    kind: Literal["content", "reasoning", "call", "arguments"]
+    text: str
+    call: int = -1
+
+
+@dataclass(slots=True)
+class Call:
+    """A call of a function; ``arguments`` is JSON, cut where the answer was."""
+
+    name: str
+    arguments: str = ""
+    id: str = field(default_factory=lambda: new_call_id())
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole answer, or what there is of it."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, text: str, reader: AnswerReader | None) -> Answer:
+        """What a whole text says; without a reader it is all content."""
+        if reader is None:
+            return cls(content=text)
+        answer = cls()
+        for part in [*reader.push(text), *reader.finish()]:
+            answer.add(part)
+        return answer
+
+    def add(self, part: Part) -> None:
+        """Go on with ``part``."""
+        if part.kind == "content":
+            self.content += part.text
+        elif part.kind == "reasoning":
+            self.reasoning += part.text
+        elif part.kind == "call":
+            self.calls.append(Call(part.text))
+        else:
+            self.calls[part.call].arguments += part.text
+
+
+def new_call_id() -> str:
+    """``call_`` and 24 letters and digits, as OpenAI's."""
+    return "call_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(24))
+
+
+class AnswerReader:
+    """Reads one answer.
+
+    What may be the beginning of a marker is held back until it is known; all else is told at once. The end of arguments
+    is found by reading them, not by looking for what follows: a string may hold that as well.
+
+    Args:
+        format: how calls are spelled; ``None`` where there are none.
+        tools: those that may be called.
+        thinks: whether the model writes thoughts first, in ``<think>``.
+        opened: the prompt ends within these.
+
+    >>> from gossamer.chat.call_formats import HERMES
+    >>> reader = AnswerReader(HERMES, [Tool("look")])
+    >>> for piece in ('Well.\\n<tool', '_call>\\n{"name": "look", "arguments": {"at', '": 1}}\\n</tool_call>'):
+    ...     print([(part.kind, part.text) for part in reader.push(piece)])
+    [('content', 'Well.')]
+    [('call', 'look'), ('arguments', '{"at')]
+    [('arguments', '": 1}')]
+    """
+
+    def __init__(
+        self,
+        format: CallFormat | None,
+        tools: list[Tool] | None = None,
+        *,
+        thinks: bool = False,
+        opened: bool = False,
+    ) -> None:
+        self._format = format if tools else None
+        self._tools = {tool.name: tool for tool in tools or ()}
+        self._pending = ""
+        self._ended = False
+        self._calls = 0
+        self._arguments: _Json | _Parameters | None = None
+        self._state = self._thoughts if opened else self._beginning if thinks else self._content
+        self._blanks = ""  # in front of the marker that was read last
+        self._begun = False  # something of the content was told
+        self._strips = opened  # blanks in front of the next text are dropped
+
+    def push(self, piece: str) -> list[Part]:
+        """The parts that are known once ``piece`` has come."""
+        self._pending += piece
+        parts: list[Part] = []
+        before = None
+        while before != (before := (self._pending, self._state)):
+            parts += self._state()
+        return parts
+
+    def finish(self) -> list[Part]:
+        """The rest, at the end of the answer."""
+        self._ended = True
+        return self.push("")
+
+    # --- states: each takes what it knows from the pending text, and may set another ---------------------------
+
+    def _beginning(self) -> Iterator[Part]:
+        text = self._pending.lstrip()
+        if text.startswith(THINK):
+            self._pending, self._state, self._strips = text[len(THINK) :], self._thoughts, True
+        elif self._ended or not THINK.startswith(text):
+            self._state = self._content
+        yield from ()
+
+    def _thoughts(self) -> Iterator[Part]:
+        text, found, rest = self._pending.partition(THINK_END)
+        if found:
+            yield from self._told("reasoning", text.rstrip())
+            self._pending, self._state, self._strips = rest, self._content, True
+        else:
+            yield from self._told_but(THINK_END, "reasoning")
+
+    def _content(self) -> Iterator[Part]:
+        if self._format is None:
+            yield from self._told_all()
+            return
+        marker = self._format.marker
+        if self._format.anchored:
+            text = self._pending.lstrip()
+            if self._begun or not (text.startswith(marker) or (marker.startswith(text) and not self._ended)):
+                yield from self._told_all()
+            elif text.startswith(marker):
+                self._pending, self._state = text[len(marker) :], self._head
+            return
+        text, found, rest = self._pending.partition(marker)
+        if found:
+            content = text.rstrip()
+            yield from self._told("content", content)
+            self._blanks = text[len(content) :]
+            self._pending, self._state = rest, self._head
+        else:
+            yield from self._told_but(marker, "content")
+
+    def _head(self) -> Iterator[Part]:
+        """What stands between the marker and the arguments."""
+        assert self._format is not None
+        heads = {f"{self._format.opening}{name}{self._format.middle}": name for name in self._tools}
+        for head, name in heads.items():
+            if self._pending.startswith(head):
+                self._pending = self._pending[len(head) :]
+                tool = self._tools[name]
+                self._arguments = _Json() if self._format.arguments == "json" else _Parameters(tool.parameters or {})
+                self._state = self._within_arguments
+                yield Part("call", name, self._calls)
+                return
+        if any(head.startswith(self._pending) for head in heads):
+            return  # not yet known; at the end, a call without a function is dropped
+        self._state = self._content
+        yield from self._told("content", self._blanks + self._format.marker)  # no call after all
+
+    def _within_arguments(self) -> Iterator[Part]:
+        assert self._arguments is not None
+        told, self._pending = self._arguments.push(self._pending)
+        if told:
+            yield Part("arguments", told, self._calls)
+        if self._arguments.done:
+            self._calls += 1
+            self._state = self._tail
+
+    def _tail(self) -> Iterator[Part]:
+        assert self._format is not None
+        closing = self._format.closing
+        if not closing.startswith(self._pending[: len(closing)]) or len(self._pending) >= len(closing):
+            self._pending = self._pending.removeprefix(closing)
+            self._state, self._strips = self._content, True
+        yield from ()
+
+    # --- texts ------------------------------------------------------------------------------------------------
+
+    def _told(self, kind: Literal["content", "reasoning"], text: str) -> Iterator[Part]:
+        if self._strips:
+            text = text.lstrip()
+        if text:
+            self._strips = False
+            self._begun = self._begun or kind == "content"
+            yield Part(kind, text)
+
+    def _told_all(self) -> Iterator[Part]:
+        text, self._pending = self._pending, ""
+        yield from self._told("content", text)
+
+    def _told_but(self, marker: str, kind: Literal["content", "reasoning"]) -> Iterator[Part]:
+        """All but what may be the beginning of the marker, and blanks in front of it."""
+        held = 0 if self._ended else _held(self._pending, marker)
+        ready = self._pending[: len(self._pending) - held]
+        self._pending = self._pending[len(ready) :]
+        yield from self._told(kind, ready)
+
+
+def _held(text: str, marker: str) -> int:
+    """Characters at the end of a text that may be blanks and the beginning of the marker.
+
+    >>> _held("Well. <tool", "<tool_call>")
+    6
+    """
+    start = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
+    return len(text) - len(text[: len(text) - start].rstrip())
+
+
+_STRUCTURE = re.compile(r'["\\{}\[\]]')
+
+
+class _Json:
+    """Arguments in JSON: they end with the bracket that closes the first one."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def push(self, text: str) -> tuple[str, str]:
+        """What belongs to the arguments, and what follows these."""
+        place = 0
+        while found := _STRUCTURE.search(text, place):
+            if self._escaped and found.start() == 0 and place == 0:  # the backslash came with the piece before
+                self._escaped, place = False, 1
+                continue
+            self._escaped = False
+            character, place = found[0], found.end()
+            if character == "\\":
+                if self._in_string:
+                    self._escaped, place = place == len(text), place + 1
+            elif character == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string:
+                self._depth += 1 if character in "{[" else -1
+                if self._depth == 0:
+                    self.done = True
+                    return text[:place], text[place:]
+        if text and place == 0:
+            self._escaped = False
+        return text, ""
+
+
+class _Parameters:
+    """A ``<parameter=KEY>`` for each argument, told as JSON. The schema says which of them are strings."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self.done = False
+        self._properties = schema.get("properties", {})
+        self._key: str | None = None
+        self._told = 0  # arguments
+        self._opened = False  # the quote of a string is told
+
+    def push(self, text: str) -> tuple[str, str]:
+        """JSON of what is known, and what is not yet."""
+        told = ""
+        while True:
+            if self._key is None:
+                if text.startswith(PARAMETER) and PARAMETER_NAMED in text:
+                    name, _, text = text[len(PARAMETER) :].partition(PARAMETER_NAMED)
+                    told += f"{', ' if self._told else '{'}{json.dumps(name, ensure_ascii=False)}: "
+                    self._key, self._opened, self._told = name, False, self._told + 1
+                    continue
+                if not (text.startswith(PARAMETER) or PARAMETER.startswith(text)):
+                    self.done = True
+                    return told + ("}" if self._told else "{}"), text
+                return told, text
+            value, found, rest = text.partition(PARAMETER_END)
+            if self._is_string(self._key):
+                if not found:
+                    held = _held(text, PARAMETER_END)
+                    value, rest = text[: len(text) - held], text[len(text) - held :]
+                told += ("" if self._opened else '"') + json.dumps(value, ensure_ascii=False)[1:-1]
+                told += '"' if found else ""
+                self._opened = True
+            elif found:
+                told += _as_json(value)
+            if not found:
+                return told, rest if self._is_string(self._key) else text
+            self._key, text = None, rest
+
+    def _is_string(self, key: str) -> bool:
+        schema = self._properties.get(key)
+        return isinstance(schema, Mapping) and schema.get("type") == "string"
+
+
+def _as_json(value: str) -> str:
+    try:
+        json.loads(value)
+    except ValueError:
+        return json.dumps(value, ensure_ascii=False)
+    return value

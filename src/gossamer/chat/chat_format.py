@@ -1,0 +1,239 @@
+"""What a model's chat template can do with tools and thoughts, found by rendering conversations with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from gossamer.chat.answer_reader import THINK, THINK_END, AnswerReader
+from gossamer.chat.call_formats import FORMATS, HERMES, CallFormat, spelled_in
+from gossamer.chat.grammar import answer_grammar
+from gossamer.chat.tools import Tool, ToolUse
+from gossamer.engine.chat_template import Message, render
+from gossamer.errors import ConfigurationError
+from gossamer.sampling_params import StructuredOutputsParams
+
+logger = logging.getLogger("gossamer.chat")
+
+_PROBE = Tool(
+    "probe_function", {"type": "object", "properties": {"probe_key": {"type": "string"}}}, description="Probe."
+)
+_INTRODUCTION = """# Functions
+
+You can call these functions; each line describes one:
+{tools}
+
+To call a function, write its name and its arguments as JSON, like this:
+{call}
+
+What a function returns comes back in <tool_response>."""
+
+
+class ChatFormat:
+    """How one model is told of tools, and how it calls them.
+
+    A template that shows tools, calls and results is used as it is. For another one, tools are described in the system
+    message, calls are text of the assistant, and results come from the user.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        calls: the name of the format of calls, for a template in which none is found.
+
+    Attributes:
+        calls: how a call is spelled.
+        native: whether the template knows tools.
+        thinks: whether answers may begin with thoughts.
+
+    Raises:
+        ConfigurationError: there is no such format.
+    """
+
+    def __init__(self, tokenizer: Any, calls: str | None = None) -> None:
+        if calls is not None and calls not in FORMATS:
+            raise ConfigurationError(f"the format of tool calls must be one of {', '.join(FORMATS)}, got {calls!r}")
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        # Those that llguidance takes for special: no text holds them.
+        self._special = {
+            str(token.content): number
+            for number, token in added.items()
+            if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+        }
+        self._hidden = [str(token.content) for token in added.values() if token.special]
+        template = getattr(tokenizer, "chat_template", None)
+        self.thinks = isinstance(template, str) and THINK in template
+        found, self._as_text = self._probe()
+        self.native = found is not None and (calls is None or found.name == calls)
+        self.calls: CallFormat = FORMATS[calls] if calls else found or HERMES
+        self._system = self._renders([{"role": "system", "content": "S"}, _USER])
+        self._opens = lru_cache(64)(self._find_opened)
+
+    def _probe(self) -> tuple[CallFormat | None, bool]:
+        """The format in which the template spells calls, and whether it wants arguments as text."""
+        for as_text in (False, True):
+            arguments: Any = {"probe_key": "probe value"}
+            call = {
+                "id": "call00001",
+                "type": "function",
+                "function": {"name": _PROBE.name, "arguments": json.dumps(arguments) if as_text else arguments},
+            }
+            result = {"role": "tool", "tool_call_id": "call00001", "name": _PROBE.name, "content": "probe result"}
+            turns: list[Message] = [_USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+            text = self._text(turns, tools=[_PROBE.for_template()])
+            shown = self._text([_USER], tools=[_PROBE.for_template()])
+            if text is None or shown is None or _PROBE.name not in shown or "probe result" not in text:
+                continue
+            # behind the tools' description, which may hold an example
+            if found := spelled_in(text, _PROBE.name, "probe_key", "probe value"):
+                return found, as_text
+        return None, False
+
+    def _text(self, messages: Sequence[Message], **options: Any) -> str | None:
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception:  # templates are programs that come with the model and raise what they like
+            return None
+
+    def _renders(self, messages: Sequence[Message]) -> bool:
+        return self._text(messages) is not None
+
+    def opens_thoughts(self, template_kwargs: Mapping[str, Any]) -> bool:
+        """Whether the prompt of an answer ends within thoughts."""
+        return self.thinks and bool(self._opens(json.dumps(template_kwargs, sort_keys=True)))
+
+    def _find_opened(self, template_kwargs: str) -> bool:
+        text = self._text([_USER], add_generation_prompt=True, **json.loads(template_kwargs))
+        return text is not None and text.rstrip().endswith(THINK)
+
+    # --- the prompt -------------------------------------------------------------------------------------------
+
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        tokenizer: Any = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The token ids of a conversation.
+
+        Args:
+            messages: those of an assistant may have ``tool_calls``, those of the role ``tool`` answer them.
+            tools: what the model is told of.
+            template_kwargs: more variables of the template, such as ``enable_thinking``.
+            tokenizer: a copy, for other threads.
+            add_generation_prompt: go on to where the assistant's answer begins.
+
+        Raises:
+            InvalidPromptError: a message is none, or the template refuses them.
+        """
+        known = [tool.for_template() for tool in tools]
+        if self.native:
+            messages = [self._with_arguments(message) for message in messages]
+        elif tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
+            messages, known = self._as_texts(messages, known), []
+        options = dict(template_kwargs or {}) | ({"tools": known} if known else {})
+        return render(tokenizer or self._tokenizer, messages, add_generation_prompt=add_generation_prompt, **options)
+
+    def _with_arguments(self, message: Message) -> Message:
+        """The message with the arguments of its calls as the template takes them."""
+        if not message.get("tool_calls"):
+            return message
+        calls = []
+        for call in message["tool_calls"]:
+            function = call["function"]
+            arguments = function["arguments"]
+            spelled = _as_text(arguments) if self._as_text else _as_object(arguments)
+            calls.append({**call, "function": {**function, "arguments": spelled}})
+        return {**message, "tool_calls": calls}
+
+    def _as_texts(self, messages: Sequence[Message], tools: list[dict[str, Any]]) -> list[Message]:
+        """The conversation in terms of a template that knows no tools."""
+        turns: list[dict[str, Any]] = []
+        for message in messages:
+            if message.get("role") == "tool":
+                text = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+                if turns and turns[-1].get("results"):
+                    turns[-1]["content"] += f"\n{text}"
+                else:
+                    turns.append({"role": "user", "content": text, "results": True})
+            elif message.get("tool_calls"):
+                content = message.get("content") or ""
+                spelled = self.calls.between.join(map(self._spelled, message["tool_calls"]))
+                rest = {key: each for key, each in message.items() if key != "tool_calls"}
+                turns.append({**rest, "content": f"{content}\n{spelled}" if content else spelled})
+            else:
+                turns.append(dict(message))
+        if tools:
+            example = {"function": {"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}}}
+            text = _INTRODUCTION.format(tools="\n".join(map(_dumped, tools)), call=self._spelled(example))
+            role = "system" if self._system else "user"
+            if turns and turns[0].get("role") == role:
+                turns[0]["content"] = "\n\n".join(each for each in (turns[0].get("content"), text) if each)
+            else:
+                turns.insert(0, {"role": role, "content": text})
+        return [{key: each for key, each in turn.items() if key != "results"} for turn in turns]
+
+    def _spelled(self, call: Mapping[str, Any]) -> str:
+        of, function = self.calls, call["function"]
+        return f"{of.marker}{of.opening}{function['name']}{of.middle}{_as_text(function['arguments'])}{of.closing}"
+
+    # --- the answer -------------------------------------------------------------------------------------------
+
+    def form(
+        self, use: ToolUse, template_kwargs: Mapping[str, Any], schema: Mapping[str, Any] | None = None
+    ) -> StructuredOutputsParams | None:
+        """What an answer must look like that may call tools; ``None`` if it may call none.
+
+        Args:
+            schema: of the text of an answer without calls.
+        """
+        if not use.callable:
+            return None
+        opened = self.opens_thoughts(template_kwargs)
+        return answer_grammar(self.calls, use, self._special, thinks=self.thinks, opened=opened, schema=schema)
+
+    def needs_special_tokens(self, use: ToolUse | None) -> bool:
+        """Whether special tokens, which texts are made without, spell calls or thoughts."""
+        spelled = self.calls.marker + self.calls.middle + self.calls.closing if use and use.callable else ""
+        spelled += THINK + THINK_END if self.thinks else ""
+        return any(token in spelled for token in self._hidden)
+
+    def reader(self, use: ToolUse | None, template_kwargs: Mapping[str, Any]) -> AnswerReader | None:
+        """What reads an answer; ``None`` where all of it is content."""
+        callable = use.callable if use else []
+        if not callable and not self.thinks:
+            return None
+        opened = self.opens_thoughts(template_kwargs)
+        return AnswerReader(self.calls if callable else None, callable, thinks=self.thinks, opened=opened)
+
+
+_USER = {"role": "user", "content": "U"}
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _as_text(given: Any) -> str:
+    """Arguments as JSON, spelled as they came: that is how they stand in the prefix cache."""
+    return given if isinstance(given, str) and _as_object(given) else _dumped(_as_object(given))
+
+
+def _as_object(given: Any) -> Any:
+    """Arguments as an object. What is broken is one without fields: a client sends back what was cut once."""
+    if not isinstance(given, str):
+        return given
+    try:
+        value = json.loads(given)
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    if given.strip():
+        logger.warning("a tool call of the history has arguments that are no JSON object; they are left out")
+    return {}
