@@ -140,6 +140,6 @@ def refuse_quantized_gguf(path: Path) -> None:
         block, block_bytes = GGML_QUANT_SIZES[tensor.type]
         if len(tensor.shape) > 1 and name.startswith("blk.") and block_bytes < block:
             raise ConfigurationError(
-                f"{path} is quantized already: {name} is {tensor.type.name}, {8 * block_bytes / block:.3g} bits a "
-                "weight; give the original checkpoint"
+                f"{path} is quantized already: {name}, at byte {tensor.mapped.offset} of the file, is "
+                f"{tensor.type.name}, {8 * block_bytes / block:.3g} bits a weight; give the original checkpoint"
             )
