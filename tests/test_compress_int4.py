@@ -195,7 +195,8 @@ class TestBadInput:
         recipe = Int4Recipe(**FAST)
         file = compress_int4(source, tmp_path / "four.gguf", recipe, TEXT).path
         with pytest.raises(
-            ConfigurationError, match=r"four\.gguf is quantized already: blk\.0\.attn_q\.weight, at byte \d+ of the file, is Q4_K"
+            ConfigurationError,
+            match=r"four\.gguf is quantized already: blk\.0\.attn_q\.weight, at byte \d+ of the file, is Q4_K",
         ):
             compress_int4(file, tmp_path / "again.gguf", recipe, TEXT)
         compress_int4(source, tmp_path / "packed", Int4Recipe("w4a16", **FAST), TEXT)

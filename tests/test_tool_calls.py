@@ -232,3 +232,54 @@ def test_batches_call_tools_as_well(smollm2_path: Path, tmp_path: Path) -> None:
     jsonschema_rs.validate(
         {"weather": WEATHER, "add": ADD}[call["function"]["name"]], json.loads(call["function"]["arguments"])
     )
+
+
+# --- fields of vLLM that agents and evaluations send -----------------------------------------------------------------
+
+
+def test_an_answer_may_go_on_with_the_last_message(server: Running) -> None:
+    begun = [*ASK, {"role": "assistant", "content": "The weather in Paris is sunny and"}]
+    given = {"messages": begun, "temperature": 0, "max_tokens": 8, "continue_final_message": True}
+    status, answer = server.call("/v1/chat/completions", given | {"return_token_ids": True})
+    assert status == 200
+    prompt = server.llm.tokenizer.decode(answer["prompt_token_ids"])
+    assert prompt.endswith("The weather in Paris is sunny and")
+    ids = answer["choices"][0]["token_ids"]
+    assert server.llm.tokenizer.decode(ids) == answer["choices"][0]["message"]["content"]
+    for change, reason in (
+        ({"add_generation_prompt": True}, "add_generation_prompt must be false"),
+        ({"messages": ASK}, "needs an assistant's message"),
+    ):
+        status, answer = server.call("/v1/chat/completions", given | change)
+        assert status == 400 and reason in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+def test_token_ids_and_usage_come_with_every_event(server: Running, url: str) -> None:
+    prompt = {"messages": ASK} if "chat" in url else {"prompt": "Once upon a time"}
+    body = {**prompt, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
+    status, whole = server.call(url, body)
+    assert status == 200
+    events = server.events(url, body | {"stream_options": {"continuous_usage_stats": True, "include_usage": True}})
+    choices = [choice for event in events for choice in event["choices"]]
+    assert [token for choice in choices for token in choice.get("token_ids", ())] == whole["choices"][0]["token_ids"]
+    asked = whole.get("prompt_token_ids") or whole["choices"][0]["prompt_token_ids"]
+    assert choices[0]["prompt_token_ids"] == asked and all("prompt_token_ids" not in each for each in choices[1:])
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts) and counts[-1] == 12 and all(event["usage"]["total_tokens"] for event in events)
+
+
+@pytest.mark.parametrize("url", ["/v1/chat/completions", "/v1/completions"])
+def test_prompts_may_be_cut_to_their_last_tokens(server: Running, url: str) -> None:
+    prompt = {"messages": ASK} if "chat" in url else {"prompt": "Once upon a time there was a lighthouse"}
+    body = {**prompt, "temperature": 0, "max_tokens": 2, "return_token_ids": True}
+    ids = []
+    for cut in ({}, {"truncate_prompt_tokens": 4}, {"truncate_prompt_tokens": 4000}):
+        _, answer = server.call(url, body | cut)
+        ids.append(answer.get("prompt_token_ids") or answer["choices"][0]["prompt_token_ids"])
+    assert ids == [ids[0], ids[0][-4:], ids[0]] and len(ids[0]) > 4
+
+
+def test_the_tokenizer_is_described(server: Running) -> None:
+    status, answer = server.call("/tokenizer_info")
+    assert status == 200 and answer["eos_token"] == "<|im_end|>" and "im_start" in answer["chat_template"]

@@ -306,6 +306,7 @@ class LLM:
         tools: Sequence[Tool] = (),
         template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tokenizer: Any = None,
     ) -> list[int]:
         """A conversation as token ids, up to where the assistant's answer begins.
@@ -314,6 +315,7 @@ class LLM:
             tools: functions that the model is told of.
             template_kwargs: more variables of the template, such as ``enable_thinking``.
             add_generation_prompt: go on to there; otherwise end with the last message.
+            continue_final_message: end within the last message, which the answer goes on with.
             tokenizer: a copy of the model's, for other threads.
 
         Raises:
@@ -323,7 +325,12 @@ class LLM:
         self._check_chat_template()
         assert self.chat_format is not None
         return self.chat_format.prompt_ids(
-            messages, tools, template_kwargs, tokenizer=tokenizer, add_generation_prompt=add_generation_prompt
+            messages,
+            tools,
+            template_kwargs,
+            tokenizer=tokenizer,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
 
     def pin(self, prompt: Prompt) -> int:

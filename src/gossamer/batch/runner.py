@@ -241,7 +241,17 @@ class BatchRunner:
 
 
 def _engine_prompt(llm: LLM, prompt: Prompt) -> Prompt:
-    if "messages" not in prompt:
-        return prompt
-    ids = llm.apply_chat_template(prompt["messages"], tools=prompt["tools"], template_kwargs=prompt["template_kwargs"])
-    return {"prompt_token_ids": ids, "cache_salt": prompt["cache_salt"]}
+    cut = prompt["truncate_prompt_tokens"]
+    if "messages" in prompt:
+        ids = llm.apply_chat_template(
+            prompt["messages"],
+            tools=prompt["tools"],
+            template_kwargs=prompt["template_kwargs"],
+            add_generation_prompt=prompt["add_generation_prompt"],
+            continue_final_message=prompt["continue_final_message"],
+        )
+    elif cut is None and prompt["add_special_tokens"]:
+        return {key: prompt[key] for key in ("prompt", "prompt_token_ids", "cache_salt") if key in prompt}
+    else:
+        _, ids = llm.engine.intake.encode(prompt, "", add_special_tokens=prompt["add_special_tokens"])
+    return {"prompt_token_ids": ids if cut is None else ids[-cut:], "cache_salt": prompt["cache_salt"]}

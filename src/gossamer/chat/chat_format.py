@@ -118,6 +118,7 @@ class ChatFormat:
         *,
         tokenizer: Any = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The token ids of a conversation.
 
@@ -127,6 +128,7 @@ class ChatFormat:
             template_kwargs: more variables of the template, such as ``enable_thinking``.
             tokenizer: a copy, for other threads.
             add_generation_prompt: go on to where the assistant's answer begins.
+            continue_final_message: end within the last message.
 
         Raises:
             InvalidPromptError: a message is none, or the template refuses them.
@@ -137,6 +139,8 @@ class ChatFormat:
         elif tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             messages, known = self._as_texts(messages, known), []
         options = dict(template_kwargs or {}) | ({"tools": known} if known else {})
+        if continue_final_message:
+            add_generation_prompt, options["continue_final_message"] = False, True
         return render(tokenizer or self._tokenizer, messages, add_generation_prompt=add_generation_prompt, **options)
 
     def _with_arguments(self, message: Message) -> Message:
@@ -185,17 +189,24 @@ class ChatFormat:
     # --- the answer -------------------------------------------------------------------------------------------
 
     def form(
-        self, use: ToolUse, template_kwargs: Mapping[str, Any], schema: Mapping[str, Any] | None = None
+        self,
+        use: ToolUse,
+        template_kwargs: Mapping[str, Any],
+        schema: Mapping[str, Any] | None = None,
+        *,
+        begun: bool = False,
     ) -> StructuredOutputsParams | None:
         """What an answer must look like that may call tools; ``None`` if it may call none.
 
         Args:
             schema: of the text of an answer without calls.
+            begun: the prompt holds the beginning of the answer, behind its thoughts.
         """
         if not use.callable:
             return None
-        opened = self.opens_thoughts(template_kwargs)
-        return answer_grammar(self.calls, use, self._special, thinks=self.thinks, opened=opened, schema=schema)
+        thinks = self.thinks and not begun
+        opened = thinks and self.opens_thoughts(template_kwargs)
+        return answer_grammar(self.calls, use, self._special, thinks=thinks, opened=opened, schema=schema)
 
     def needs_special_tokens(self, use: ToolUse | None) -> bool:
         """Whether special tokens, which texts are made without, spell calls or thoughts."""
@@ -203,13 +214,16 @@ class ChatFormat:
         spelled += THINK + THINK_END if self.thinks else ""
         return any(token in spelled for token in self._hidden)
 
-    def reader(self, use: ToolUse | None, template_kwargs: Mapping[str, Any]) -> AnswerReader | None:
-        """What reads an answer; ``None`` where all of it is content."""
+    def reader(
+        self, use: ToolUse | None, template_kwargs: Mapping[str, Any], *, begun: bool = False
+    ) -> AnswerReader | None:
+        """What reads an answer; ``None`` where all of it is content. ``begun``: see :meth:`form`."""
         callable = use.callable if use else []
-        if not callable and not self.thinks:
+        thinks = self.thinks and not begun
+        if not callable and not thinks:
             return None
-        opened = self.opens_thoughts(template_kwargs)
-        return AnswerReader(self.calls if callable else None, callable, thinks=self.thinks, opened=opened)
+        opened = thinks and self.opens_thoughts(template_kwargs)
+        return AnswerReader(self.calls if callable else None, callable, thinks=thinks, opened=opened)
 
 
 _USER = {"role": "user", "content": "U"}

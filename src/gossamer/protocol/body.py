@@ -94,6 +94,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     prompt_logprobs: Count | None = None
     structured_outputs: StructuredOutputs | None = None
     return_tokens_as_token_ids: bool = False  # in log-probabilities: "token_id:N" instead of texts
+    return_token_ids: bool = False  # of the prompt and of each choice, beside the texts
+    truncate_prompt_tokens: PositiveCount | None = None  # the last so many of each prompt are what is answered
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @classmethod
@@ -152,6 +154,11 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each event of a stream holds the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def num_drawn(self) -> int:

@@ -41,6 +41,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         parallel_tool_calls: whether there may be several calls in one answer.
         reasoning_effort: ``"none"`` turns thoughts off; what else it means is the template's.
         chat_template_kwargs: more variables of the chat template.
+        continue_final_message: the answer goes on with the last message, which is an assistant's.
+        add_generation_prompt: begin an answer; ``False`` goes on where the template ends the last message.
 
     >>> ChatCompletionRequest.parse({"messages": [{"role": "user", "content": "Hi"}]}).chat_messages()
     [{'role': 'user', 'content': 'Hi'}]
@@ -59,6 +61,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +85,12 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         if owned:
             raise ValueError(f"chat_template_kwargs: {min(owned)} is the server's own")
         self.tool_use()
+        if self.continue_final_message:
+            if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
+                raise ValueError("continue_final_message begins no answer; add_generation_prompt must be false with it")
+            last = self.messages[-1]
+            if last.role != "assistant" or last.tool_calls:
+                raise ValueError("continue_final_message needs an assistant's message without calls at the end")
         return self
 
     @model_validator(mode="after")
@@ -121,6 +131,11 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return given | self.chat_template_kwargs
 
     @property
+    def _begun(self) -> bool:
+        """Whether the prompt holds the beginning of the answer, behind its thoughts."""
+        return self.continue_final_message
+
+    @property
     def ignored(self) -> list[str]:
         others = [f"tools.{place}" for place, each in enumerate(self.tools) if each.type != "function"]
         return [*super().ignored, *others]
@@ -131,7 +146,10 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
             "messages": self.chat_messages(),
             "tools": list(use.tools) if use else [],
             "template_kwargs": self.template_kwargs(),
+            "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
+            "continue_final_message": self.continue_final_message,
             "cache_salt": self.cache_salt,
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
         }
         return [prompt]
 
@@ -142,7 +160,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         if form is not None and form.json is None and not form.json_object:
             raise RequestError("tools go with a JSON Schema, not with another form", param="structured_outputs")
         schema = None if form is None else form.json if isinstance(form.json, dict) else {"type": "object"}
-        return chat.form(use, self.template_kwargs(), schema)
+        return chat.form(use, self.template_kwargs(), schema, begun=self._begun)
 
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether special tokens spell calls or thoughts."""
@@ -150,7 +168,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
 
     def reader(self, chat: ChatFormat | None) -> AnswerReader | None:
         """What reads an answer; ``None`` where all of it is content."""
-        return None if chat is None else chat.reader(self.tool_use(), self.template_kwargs())
+        return None if chat is None else chat.reader(self.tool_use(), self.template_kwargs(), begun=self._begun)
 
     def answer(
         self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
@@ -160,6 +178,10 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         body = envelope(new_head("chatcmpl", "chat.completion", model), choices, outputs)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output)
+        if self.return_token_ids:
+            body["prompt_token_ids"] = output.prompt_token_ids
+            for choice, completion in zip(choices, output.outputs, strict=True):
+                choice["token_ids"] = completion.token_ids
         return body
 
     def _choice(self, completion: CompletionOutput, chat: ChatFormat | None) -> Json:
@@ -255,7 +277,13 @@ def _finish(reason: str | None, calls: bool) -> str | None:
 
 class _Events(StreamedAnswer):
     def __init__(self, body: ChatCompletionRequest, head: Json, chat: ChatFormat | None) -> None:
-        super().__init__(head, n=body.n, include_usage=body.include_usage)
+        super().__init__(
+            head,
+            n=body.n,
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            token_ids=body.return_token_ids,
+        )
         self._body = body
         self._chat = chat
         self._readers: dict[int, AnswerReader | None] = {}

@@ -61,6 +61,7 @@ class CompletionRequest(GeneratingBody):
     best_of: ChoiceCount | None = None
     logprobs: Count | None = None
     echo: bool = False
+    add_special_tokens: bool = True  # those that the tokenizer puts around a text
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -86,9 +87,13 @@ class CompletionRequest(GeneratingBody):
         return self.best_of or self.n
 
     def engine_prompts(self) -> list[Json]:
+        common = {
+            "cache_salt": self.cache_salt,
+            "add_special_tokens": self.add_special_tokens,
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
+        }
         return [
-            {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "cache_salt": self.cache_salt}
-            for prompt in self.prompt
+            {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **common} for prompt in self.prompt
         ]
 
     def answer(
@@ -108,6 +113,8 @@ class CompletionRequest(GeneratingBody):
                 }
                 if self.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(output)
+                if self.return_token_ids:
+                    choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": completion.token_ids}
                 choices.append(choice)
         return envelope(new_head("cmpl", "text_completion", model), choices, outputs)
 
@@ -141,7 +148,13 @@ class CompletionRequest(GeneratingBody):
 
 class _Events(StreamedAnswer):
     def __init__(self, body: CompletionRequest, head: Json, decode: Decode) -> None:
-        super().__init__(head, n=body.n, include_usage=body.include_usage)
+        super().__init__(
+            head,
+            n=body.n,
+            include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
+            token_ids=body.return_token_ids,
+        )
         self._body = body
         self._decode = decode
         self._begin: dict[int, int] = {}  # where the completion of each choice begins: behind an echoed prompt

@@ -46,12 +46,13 @@ ChoiceCount = Annotated[int, Field(ge=1, le=1024)]  # each is a sequence, and so
 
 
 class StreamOptions(Fields):
-    """``include_usage``: one more event at the end of a stream, with the usage.
+    """``include_usage``: a stream has one more event, with the usage. ``continuous_usage_stats``: each event has it.
 
     ``include_obfuscation`` asks OpenAI to make events of one length; it changes no text, and nothing here.
     """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 

@@ -37,7 +37,8 @@ class _Sent:
     """How much of a choice has been sent."""
 
     characters: int = 0
-    tokens: int = 0
+    tokens: int = 0  # with their log-probabilities
+    ids: int = 0  # of tokens, where these are asked for
     offset: int = 0  # characters that those tokens complete
     begun: bool = False
     finished: bool = False
@@ -87,12 +88,19 @@ class StreamedAnswer(ABC):
         head: the first fields of each event.
         n: choices for each prompt.
         include_usage: the last event holds the usage.
+        continuous_usage: all events hold it.
+        token_ids: choices hold their new tokens, and the first of each the prompt's.
     """
 
-    def __init__(self, head: Json, *, n: int, include_usage: bool) -> None:
+    def __init__(
+        self, head: Json, *, n: int, include_usage: bool, continuous_usage: bool = False, token_ids: bool = False
+    ) -> None:
         self._head = head
         self._n = n
         self._usage = include_usage
+        self._continuous = continuous_usage
+        self._token_ids = token_ids
+        self._outputs: dict[int, RequestOutput] = {}
         # Everything but the choice is the same in all events, so it is written only once.
         self._before = f'data: {_json(head)[:-1]},"choices":['
         self._after = '],"usage":null}\n\n' if include_usage else "]}\n\n"
@@ -104,12 +112,23 @@ class StreamedAnswer(ABC):
 
     def events(self, prompt_index: int, output: RequestOutput) -> Iterator[bytes]:
         """What is new in the output of one of the body's prompts."""
+        self._outputs[prompt_index] = output
+        after = self._after
+        if self._continuous:
+            after = f'],"usage":{_json(usage(list(self._outputs.values())))}}}\n\n'
         for completion in output.outputs:
             index = prompt_index * self._n + completion.index
             sent = self._sent.setdefault(index, _Sent())
             if not sent.finished:
-                for choice in self.choices(index, sent.take(completion), output):
-                    yield f"{self._before}{_json(choice)}{self._after}".encode()
+                news = sent.take(completion)
+                choices = list(self.choices(index, news, output))
+                if self._token_ids and choices:
+                    if news.first:
+                        choices[0]["prompt_token_ids"] = output.prompt_token_ids
+                    choices[-1]["token_ids"] = completion.token_ids[sent.ids :]
+                    sent.ids = len(completion.token_ids)
+                for choice in choices:
+                    yield f"{self._before}{_json(choice)}{after}".encode()
 
     def end(self, outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
         """The last events, once all outputs are complete."""

@@ -121,10 +121,20 @@ class Answering:
             RequestError: it is empty, too long or no text; the chat template refuses the messages.
         """
         if "messages" in prompt:
-            ids = self.chat_ids(prompt["messages"], prompt["tools"], prompt["template_kwargs"])
-            prompt = {"cache_salt": prompt["cache_salt"]}
+            ids = self.chat_ids(
+                prompt["messages"],
+                prompt["tools"],
+                prompt["template_kwargs"],
+                add_generation_prompt=prompt["add_generation_prompt"],
+                continue_final_message=prompt["continue_final_message"],
+            )
         else:
-            ids = self.prompt_ids(prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"])
+            given = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
+            ids = self.prompt_ids(given, special=prompt["add_special_tokens"])
+        text = prompt.get("prompt")
+        if prompt["truncate_prompt_tokens"] is not None and len(ids) > prompt["truncate_prompt_tokens"]:
+            ids, text = ids[-prompt["truncate_prompt_tokens"] :], None
+        prompt = {"cache_salt": prompt["cache_salt"]} | ({} if text is None else {"prompt": text})
         self._intake.check_length(len(ids), 1, "")  # what is too long is not worth the engine's time
         return prompt | {"prompt_token_ids": ids}
 
@@ -140,8 +150,13 @@ class Answering:
         messages: list[dict[str, Any]],
         tools: Sequence[Tool] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        **ending: bool,
     ) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins. Runs in the worker."""
+        """The token ids of a conversation, up to where the answer begins. Runs in the worker.
+
+        Args:
+            ending: ``add_generation_prompt`` and ``continue_final_message``.
+        """
         self._check_characters(characters_of(messages))
         if len(messages) > self.llm.engine.max_model_len:  # the template writes at least a token for each
             raise PromptTooLongError(
@@ -150,7 +165,7 @@ class Answering:
                 param="messages",
             )
         return self.llm.apply_chat_template(
-            messages, tools=tools, template_kwargs=template_kwargs, tokenizer=self._tokenizer
+            messages, tools=tools, template_kwargs=template_kwargs, tokenizer=self._tokenizer, **ending
         )
 
     def conversation_ids(self, messages: list[dict[str, Any]]) -> list[int]:

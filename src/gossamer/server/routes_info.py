@@ -85,6 +85,14 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer", "max_model_len": length}
 
 
+@router.get("/tokenizer_info", responses=errors())
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What clients need to know of the tokenizer that encode texts for it, with vLLM's names."""
+    tokenizer = _service(request).ready.answering.llm.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+    return {"tokenizer_class": type(tokenizer).__name__} | {name: getattr(tokenizer, name, None) for name in names}
+
+
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors()})
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
