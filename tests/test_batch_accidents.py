@@ -81,7 +81,7 @@ def test_whatever_a_line_raises_stays_with_the_line(
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         "parse": (input_file, "_request", lambda fields: fields["custom_id"] == "odd"),
         "body": (runner, "read_body", lambda line: line.custom_id == "odd"),
-        "template": (llm, "apply_chat_template", lambda messages: messages[0]["content"] == "odd"),
+        "template": (llm, "apply_chat_template", lambda messages, **options: messages[0]["content"] == "odd"),
         "add_request": (llm.engine, "add_request", lambda request_id, prompt, params: "line-2-" in request_id),
         "answer": (runner, "decode", lambda tokenizer, ids, **_: "odd" in "".join(map(chr, ids))),
         "json": (runner, "answer_record", lambda line, answer: line.custom_id == "odd"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import jsonschema_rs
@@ -226,6 +227,15 @@ def test_thoughts_that_the_prompt_opens(tokenizer):
 def test_what_is_no_tool_is_refused(make, reason):
     with pytest.raises(RequestError, match=reason):
         make()
+
+
+def test_no_schema_is_fetched():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/schema"
+        assert Tool("f", {"$schema": address, "properties": {"x": {"$ref": address}}}).name == "f"
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 def test_an_unknown_format_is_refused(tokenizer):

@@ -326,7 +326,7 @@ def test_chat_renders_the_template(tiny: Path, llm: LLM) -> None:
     with pytest.raises(ConfigurationError, match="no chat template"):
         other.chat([{"role": "user", "content": "Hi"}])
     other.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
         "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     params = SamplingParams(temperature=0, max_tokens=8)
@@ -337,8 +337,8 @@ def test_chat_renders_the_template(tiny: Path, llm: LLM) -> None:
     assert [tokens_of([output]) for output in many] == [
         tokens_of(llm.generate(text, params)) for text in ("[user]Hi[assistant]", "[user]Hi[user]Ho[assistant]")
     ]
-    with pytest.raises(InvalidPromptError, match="no tools"):
-        other.chat([{"role": "tool", "content": "?"}])
+    with pytest.raises(InvalidPromptError, match="no critics"):
+        other.chat([{"role": "critic", "content": "?"}])
     assert_idle(other.engine)
 
 

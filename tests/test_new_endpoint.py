@@ -11,6 +11,7 @@ import pytest
 
 from fake_llm import FakeLLM, expected_answer
 from gossamer.batch import BatchRunner
+from gossamer.chat import ChatFormat
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import BODIES, GeneratingBody
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
@@ -30,11 +31,13 @@ class ShoutRequest(GeneratingBody):
     def engine_prompts(self) -> list[Json]:
         return [{"prompt": " ".join(self.words), "cache_salt": self.cache_salt}]
 
-    def answer(self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode) -> Json:
+    def answer(
+        self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
+    ) -> Json:
         choices = [{"shout": completion.text.upper()} for completion in outputs[0].outputs]
         return envelope(new_head("shout", "shout", model), choices, outputs)
 
-    def events(self, *, model: str, decode: Decode) -> StreamedAnswer:
+    def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
         return ShoutEvents(new_head("shout", "shout.chunk", model), n=self.n, include_usage=self.include_usage)
 
     def _logprob_count(self) -> int | None:

@@ -143,7 +143,8 @@ def test_logprobs_of_a_call_are_those_of_its_tokens(server: Running) -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice must be"),
         ({"tools": [], "tool_choice": "required"}, "there are no tools"),
         ({"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "y"}]}, "no message before called that"),
-        ({"chat_template_kwargs": {"tools": []}}, "tools is the server's own"),
+        ({"chat_template_kwargs": {"tools": []}}, "tools is no variable of a template that can be given"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template is no variable"),
         ({"structured_outputs": {"regex": "a"}}, "tools go with a JSON Schema"),
     ],
 )
@@ -283,3 +284,20 @@ def test_prompts_may_be_cut_to_their_last_tokens(server: Running, url: str) -> N
 def test_the_tokenizer_is_described(server: Running) -> None:
     status, answer = server.call("/tokenizer_info")
     assert status == 200 and answer["eos_token"] == "<|im_end|>" and "im_start" in answer["chat_template"]
+
+
+def test_tools_are_part_of_what_is_pinned_and_counted(server: Running) -> None:
+    messages = [{"role": "system", "content": "Be brief, and use the tools that you were given."}]
+    status, pinned = server.call("/v1/prefixes", {"messages": messages, "tools": TOOLS})
+    assert status == 200
+    status, counted = server.call("/tokenize", {"messages": [*messages, *ASK], "tools": TOOLS})
+    assert status == 200 and counted["count"] > pinned["tokens"] > 100
+    body = BODY | {"messages": [*messages, *ASK], "max_tokens": 2}
+    usage = server.call("/v1/chat/completions", body)[1]["usage"]
+    assert usage["prompt_tokens"] == counted["count"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= pinned["tokens"]
+    assert server.call(f"/v1/prefixes/{pinned['id']}", method="DELETE")[0] == 200
+    status, answer = server.call(
+        "/tokenize", {"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "y"}]}
+    )
+    assert status == 400 and "no message before called that" in answer["error"]["message"]

@@ -18,6 +18,7 @@ from gossamer.engine.stepping import PatientSteps
 from gossamer.errors import ConfigurationError, GossamerError, OutputError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol import GeneratingBody, shortened
+from gossamer.protocol.responses import usage
 from gossamer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -212,11 +213,11 @@ class BatchRunner:
         except Exception as error:  # of the tokenizer, or a number that JSON cannot hold: the line's
             self._write_refused(job.line, error)
             return
-        usage = answer["usage"]
+        counted = usage(outputs)
         self.summary.completed += 1
-        self.summary.prompt_tokens += usage["prompt_tokens"]
-        self.summary.completion_tokens += usage["completion_tokens"]
-        self.summary.tokens_saved += usage["prompt_tokens_details"]["cached_tokens"]
+        self.summary.prompt_tokens += counted["prompt_tokens"]
+        self.summary.completion_tokens += counted["completion_tokens"]
+        self.summary.tokens_saved += counted["prompt_tokens_details"]["cached_tokens"]
 
     def _write_refused(self, line: BatchLine, error: Exception) -> None:
         if not isinstance(error, GossamerError):
@@ -241,17 +242,17 @@ class BatchRunner:
 
 
 def _engine_prompt(llm: LLM, prompt: Prompt) -> Prompt:
-    cut = prompt["truncate_prompt_tokens"]
+    most, special = prompt.get("truncate_prompt_tokens"), prompt.get("add_special_tokens", True)
     if "messages" in prompt:
         ids = llm.apply_chat_template(
             prompt["messages"],
-            tools=prompt["tools"],
-            template_kwargs=prompt["template_kwargs"],
-            add_generation_prompt=prompt["add_generation_prompt"],
-            continue_final_message=prompt["continue_final_message"],
+            tools=prompt.get("tools", ()),
+            template_kwargs=prompt.get("template_kwargs"),
+            add_generation_prompt=prompt.get("add_generation_prompt", True),
+            continue_final_message=prompt.get("continue_final_message", False),
         )
-    elif cut is None and prompt["add_special_tokens"]:
+    elif most is None and special:
         return {key: prompt[key] for key in ("prompt", "prompt_token_ids", "cache_salt") if key in prompt}
     else:
-        _, ids = llm.engine.intake.encode(prompt, "", add_special_tokens=prompt["add_special_tokens"])
-    return {"prompt_token_ids": ids if cut is None else ids[-cut:], "cache_salt": prompt["cache_salt"]}
+        _, ids = llm.engine.intake.encode(prompt, "", add_special_tokens=special)
+    return {"prompt_token_ids": ids if most is None else ids[-most:], "cache_salt": prompt["cache_salt"]}

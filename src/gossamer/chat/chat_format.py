@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from gossamer.chat.call_formats import FORMATS, HERMES, CallFormat, spelled_in
 from gossamer.chat.grammar import answer_grammar
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.engine.chat_template import Message, render
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, InvalidPromptError
 from gossamer.sampling_params import StructuredOutputsParams
 
 logger = logging.getLogger("gossamer.chat")
@@ -55,6 +56,8 @@ class ChatFormat:
         if calls is not None and calls not in FORMATS:
             raise ConfigurationError(f"the format of tool calls must be one of {', '.join(FORMATS)}, got {calls!r}")
         self._tokenizer = tokenizer
+        # What decides how the template is run, or is given in another way: another template is a program, for example.
+        self._owned = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
         added = getattr(tokenizer, "added_tokens_decoder", {})
         # Those that llguidance takes for special: no text holds them.
         self._special = {
@@ -133,6 +136,11 @@ class ChatFormat:
         Raises:
             InvalidPromptError: a message is none, or the template refuses them.
         """
+        if owned := (template_kwargs or {}).keys() & self._owned:
+            raise InvalidPromptError(
+                f"chat_template_kwargs: {min(owned)} is no variable of a template that can be given",
+                param="chat_template_kwargs",
+            )
         known = [tool.for_template() for tool in tools]
         if self.native:
             messages = [self._with_arguments(message) for message in messages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jsonschema_rs
@@ -13,6 +14,19 @@ from gossamer.errors import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_TOOLS = 1024
+
+
+@cache
+def _drafts() -> list[Any]:
+    """What checks schemas: the newest draft, and the one that most are written for. Nothing is fetched for that."""
+    return [
+        jsonschema_rs.Draft202012Validator({"$ref": "https://json-schema.org/draft/2020-12/schema"}, retriever=_refuse),
+        jsonschema_rs.Draft7Validator({"$ref": "http://json-schema.org/draft-07/schema#"}, retriever=_refuse),
+    ]
+
+
+def _refuse(uri: str) -> Any:
+    raise ValueError(f"{uri} is not fetched")
 
 
 @dataclass(frozen=True)
@@ -45,14 +59,14 @@ class Tool:
             raise RequestError(
                 f"tools: the parameters of {self.name} are of the type {kind!r}; arguments are an object", param="tools"
             )
-        try:
-            jsonschema_rs.meta.validate(dict(self.parameters or {}))
-        except jsonschema_rs.ValidationError as error:
+        schema = dict(self.parameters or {})
+        if not any(draft.is_valid(schema) for draft in _drafts()):
+            error = next(_drafts()[0].iter_errors(schema))
             where = "".join(f".{step}" for step in error.instance_path)
             raise RequestError(
                 f"tools: the parameters of {self.name} are no JSON Schema: parameters{where}: {error.message[:200]}",
                 param="tools",
-            ) from None
+            )
 
     def for_template(self) -> dict[str, Any]:
         """The tool as chat templates know it."""

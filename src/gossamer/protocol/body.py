@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from gossamer.chat import ChatFormat
+from gossamer.chat import ChatFormat, ToolUse
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
     ChoiceCount,
@@ -123,6 +123,14 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             raise ValueError("response_format and structured_outputs mean the same; give one of them")
         return self
 
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may do with tools; ``None`` if there are none.
+
+        Raises:
+            RequestError: a tool cannot be one, or the choice names another.
+        """
+        return None
+
     @property
     def ignored(self) -> list[str]:
         """Fields that were given and do nothing here."""
@@ -130,8 +138,12 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
 
     @abstractmethod
     def engine_prompts(self) -> list[Json]:
-        """The prompts in the form the engine takes, but a conversation is ``{"messages": ...}`` and still to be written
-        with the chat template, with its ``tools`` and ``template_kwargs``. Each holds the body's ``cache_salt``."""
+        """The prompts in the form the engine takes, each with the body's ``cache_salt``.
+
+        A conversation is ``{"messages": ...}``, still to be written with the chat template; it may have ``tools``,
+        ``template_kwargs``, ``add_generation_prompt`` and ``continue_final_message``. Other prompts may have
+        ``add_special_tokens``, and all ``truncate_prompt_tokens``.
+        """
 
     @abstractmethod
     def answer(

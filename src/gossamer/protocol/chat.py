@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, PrivateAttr, model_validator
 
-from gossamer.chat import Answer, AnswerReader, ChatFormat, Part, Tool, ToolUse
+from gossamer.chat import Answer, AnswerReader, ChatFormat, Part, ToolUse
 from gossamer.chat.answer_reader import new_call_id
 from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
-from gossamer.protocol.chat_messages import Messages, ToolField, template_messages
+from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
 from gossamer.protocol.fields import Count, PositiveCount
 from gossamer.protocol.logprobs import (
     Step,
@@ -64,6 +64,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     continue_final_message: bool = False
     add_generation_prompt: bool = True
 
+    _use: ToolUse | None = PrivateAttr(None)
+
     @model_validator(mode="before")
     @classmethod
     def _first_names(cls, body: object) -> object:
@@ -81,10 +83,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     @model_validator(mode="after")
     def _conversation_agrees(self) -> Self:
         self.chat_messages()
-        owned = self.chat_template_kwargs.keys() & _OWNED
-        if owned:
-            raise ValueError(f"chat_template_kwargs: {min(owned)} is the server's own")
-        self.tool_use()
+        self._use = self._find_tool_use()
         if self.continue_final_message:
             if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
                 raise ValueError("continue_final_message begins no answer; add_generation_prompt must be false with it")
@@ -106,18 +105,14 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return template_messages(self.messages)
 
     def tool_use(self) -> ToolUse | None:
-        """What the answer may do with tools; ``None`` if there are none.
+        return self._use
 
-        Raises:
-            RequestError: a tool cannot be one, or the choice names another.
-        """
-        functions = [each.function for each in self.tools if each.function is not None and each.type == "function"]
-        choice = self.tool_choice
-        if not functions:
+    def _find_tool_use(self) -> ToolUse | None:
+        tools, choice = template_tools(self.tools), self.tool_choice
+        if not tools:
             if choice not in (None, "auto", "none"):
                 raise RequestError("tool_choice asks for a call; there are no tools", param="tool_choice")
             return None
-        tools = [Tool(each.name, each.parameters, bool(each.strict), each.description) for each in functions]
         names, required = _chosen(choice)
         one = isinstance(choice, dict) and choice.get("type") != "allowed_tools"  # this one, and once
         return ToolUse(tools, names, required=required, parallel=self.parallel_tool_calls and not one)
@@ -241,9 +236,6 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return self.top_logprobs if self.logprobs else None
 
 
-_OWNED = frozenset({"messages", "tools", "add_generation_prompt", "tokenize", "return_dict", "continue_final_message"})
-
-
 def _chosen(choice: Any) -> tuple[list[str] | None, bool]:
     """The names that may be called, and whether one has to be, of a ``tool_choice``."""
     if choice is None or choice == "auto":
@@ -255,7 +247,10 @@ def _chosen(choice: Any) -> tuple[list[str] | None, bool]:
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools")
         allowed = allowed if isinstance(allowed, dict) else choice
-        return [_function_name(each) for each in allowed.get("tools", ())], allowed.get("mode") == "required"
+        tools = allowed.get("tools")
+        if not isinstance(tools, list):
+            raise RequestError("tool_choice.allowed_tools.tools must be a list of functions", param="tool_choice")
+        return [_function_name(each) for each in tools], allowed.get("mode") == "required"
     return [_function_name(choice)], True
 
 

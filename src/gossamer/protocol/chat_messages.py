@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from gossamer.chat import Tool
+from gossamer.errors import RequestError
 from gossamer.protocol.fields import Fields, drop_nulls
 
 
@@ -113,16 +115,15 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages for a chat template.
 
     Raises:
-        ValueError: a result belongs to no call of the answer before it.
+        RequestError: a result belongs to no call before it.
     """
     called: set[str] = set()
     for place, message in enumerate(messages):
         if message.tool_calls:
             called |= {call.id for call in message.tool_calls if call.id is not None}
         elif message.role == "tool" and message.tool_call_id is not None and message.tool_call_id not in called:
-            raise ValueError(
-                f"messages.{place}.tool_call_id is {message.tool_call_id[:80]!r}; no message before called that"
-            )
+            where = f"messages.{place}.tool_call_id"
+            raise RequestError(f"{where} is {message.tool_call_id[:80]!r}; no message before called that", param=where)
     return [message.for_template() for message in messages]
 
 
@@ -148,3 +149,13 @@ class ToolField(Fields):
         if self.type == "function" and self.function is None:
             raise ValueError('a tool of type "function" needs the field function')
         return self
+
+
+def template_tools(tools: Sequence[ToolField]) -> list[Tool]:
+    """The functions among the tools.
+
+    Raises:
+        RequestError: one cannot be a function.
+    """
+    functions = [each.function for each in tools if each.function is not None and each.type == "function"]
+    return [Tool(each.name, each.parameters, bool(each.strict), each.description) for each in functions]

@@ -28,6 +28,15 @@ def event(body: Json) -> bytes:
     return f"data: {_json(body)}\n\n".encode()
 
 
+def named_event(name: str, body: Json) -> bytes:
+    """One server-sent event with a name.
+
+    >>> named_event("ping", {})
+    b'event: ping\\ndata: {}\\n\\n'
+    """
+    return f"event: {name}\ndata: {_json(body)}\n\n".encode()
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 

@@ -18,7 +18,7 @@ from gossamer.engine.intake import Intake
 from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import ChatCompletionRequest, GeneratingBody, StreamedAnswer
+from gossamer.protocol import GeneratingBody, StreamedAnswer
 from gossamer.protocol.encoding import encode_json
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
@@ -123,17 +123,17 @@ class Answering:
         if "messages" in prompt:
             ids = self.chat_ids(
                 prompt["messages"],
-                prompt["tools"],
-                prompt["template_kwargs"],
-                add_generation_prompt=prompt["add_generation_prompt"],
-                continue_final_message=prompt["continue_final_message"],
+                prompt.get("tools", ()),
+                prompt.get("template_kwargs"),
+                add_generation_prompt=prompt.get("add_generation_prompt", True),
+                continue_final_message=prompt.get("continue_final_message", False),
             )
         else:
             given = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
-            ids = self.prompt_ids(given, special=prompt["add_special_tokens"])
-        text = prompt.get("prompt")
-        if prompt["truncate_prompt_tokens"] is not None and len(ids) > prompt["truncate_prompt_tokens"]:
-            ids, text = ids[-prompt["truncate_prompt_tokens"] :], None
+            ids = self.prompt_ids(given, special=prompt.get("add_special_tokens", True))
+        text, most = prompt.get("prompt"), prompt.get("truncate_prompt_tokens")
+        if most is not None and len(ids) > most:
+            text, ids = None, ids[-most:]
         prompt = {"cache_salt": prompt["cache_salt"]} | ({} if text is None else {"prompt": text})
         self._intake.check_length(len(ids), 1, "")  # what is too long is not worth the engine's time
         return prompt | {"prompt_token_ids": ids}
@@ -168,9 +168,15 @@ class Answering:
             messages, tools=tools, template_kwargs=template_kwargs, tokenizer=self._tokenizer, **ending
         )
 
-    def conversation_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def conversation_ids(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids that all conversations begin with that begin with these messages. Runs in the worker."""
-        turns = [self.chat_ids([*messages, {"role": "user", "content": text}]) for text in ("A", "b")]
+        ends = ({"role": "user", "content": text} for text in ("A", "b"))
+        turns = [self.chat_ids([*messages, end], tools, template_kwargs) for end in ends]
         common = next((i for i, (a, b) in enumerate(zip(*turns, strict=False)) if a != b), min(map(len, turns)))
         return turns[0][:common]
 
@@ -284,7 +290,7 @@ def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -
 def _named(error: InvalidSamplingParamsError, body: GeneratingBody) -> InvalidSamplingParamsError:
     """The error under the name that the client knows the form by."""
     named = InvalidSamplingParamsError(error.message, request_id=error.request_id, param=error.param)
-    if isinstance(body, ChatCompletionRequest) and body.tools:
+    if body.tool_use() is not None:
         named.param = "tools"
         named.message = named.message.replace("structured_outputs", "tools", 1)
     elif body.response_format is not None:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gossamer.errors import RequestError
-from gossamer.protocol import BODIES, ChatCompletionRequest, GeneratingBody
+from gossamer.protocol import BODIES, GeneratingBody
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import EventStream, read_body, while_connected
 from gossamer.server.service import Service
@@ -69,6 +69,6 @@ def _notes(body: GeneratingBody, service: Service) -> dict[str, str]:
         headers["x-gossamer-ignored"] = ", ".join(ignored[:32])
         logger.info("without an effect here: %s", headers["x-gossamer-ignored"])
     chat = service.ready.answering.llm.chat_format
-    if isinstance(body, ChatCompletionRequest) and body.tools and chat is not None and not chat.native:
+    if chat is not None and not chat.native and body.tool_use() is not None:
         headers["x-gossamer-tools"] = "described in the system message: the chat template knows none"
     return headers

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gossamer.chat import Tool
 from gossamer.engine.engine import Engine
 from gossamer.errors import ConfigurationError, MemoryBudgetError, RequestError
 from gossamer.sampling_params import SamplingParams
@@ -45,11 +48,13 @@ class PinnedPrefixes:
         self,
         *,
         prompt: str | list[int] | None = None,
-        messages: list[dict[str, str]] | None = None,
+        messages: list[dict[str, Any]] | None = None,
+        tools: Sequence[Tool] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         cache_salt: str | None = None,
     ) -> Prefix:
-        """Compute a prefix and keep it: a text, token ids, or the first messages of conversations.
+        """Compute a prefix and keep it: a text, token ids, or the first messages of conversations with these tools.
 
         One that is pinned already is returned as it is.
 
@@ -60,7 +65,8 @@ class PinnedPrefixes:
         if answering.llm.engine.sharing == "off":
             raise RequestError("this server shares nothing (--sharing off), so nothing can be pinned", param="prompt")
         if messages is not None:
-            tokens = await answering.in_worker(lambda: answering.conversation_ids(messages), characters_of(messages))
+            find = partial(answering.conversation_ids, messages, tools, template_kwargs)
+            tokens = await answering.in_worker(find, characters_of(messages))
         elif prompt is not None:
             tokens = await answering.in_worker(lambda: answering.prompt_ids(prompt), len(prompt))
         else:

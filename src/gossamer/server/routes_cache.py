@@ -6,12 +6,12 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol.chat_messages import Messages, template_messages
+from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
 from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_body
@@ -20,11 +20,13 @@ from gossamer.server.service import Service
 router = APIRouter(tags=["prefixes"])
 
 
-class PinRequest(Fields):
-    """A prefix: a text, token ids, or the first messages of conversations."""
+class PinRequest(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
+    """A prefix: a text, token ids, or the first messages of conversations with these tools."""
 
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     messages: Messages | None = None
+    tools: list[ToolField] = []
+    chat_template_kwargs: dict[str, Any] = {}
     name: Annotated[str, Field(max_length=256)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -44,10 +46,14 @@ async def pin(request: Request) -> JSONResponse:
     body = await read_body(request, partial(parse_body, PinRequest))
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
-    messages = None
-    if body.messages is not None:
-        messages = template_messages(body.messages)
-    prefix = await prefixes.pin(prompt=body.prompt, messages=messages, name=body.name, cache_salt=body.cache_salt)
+    prefix = await prefixes.pin(
+        prompt=body.prompt,
+        messages=None if body.messages is None else template_messages(body.messages),
+        tools=template_tools(body.tools),
+        template_kwargs=body.chat_template_kwargs,
+        name=body.name,
+        cache_salt=body.cache_salt,
+    )
     return JSONResponse(prefix.to_dict())
 
 

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 import gossamer
 from gossamer.errors import RequestError
-from gossamer.protocol.chat_messages import Messages, template_messages
+from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
 from gossamer.protocol.encoding import encode_json
 from gossamer.protocol.fields import Fields
 from gossamer.server.answering import characters_of
@@ -25,12 +25,14 @@ router = APIRouter(tags=["information"])
 _STARTED = int(time.time())
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
     """A text, or a conversation as the model sees it."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: list[ToolField] = []
+    chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -115,7 +117,8 @@ async def tokenize(request: Request) -> Response:
         raise RequestError("the chat template decides about special tokens", param="add_special_tokens")
     if body.messages is not None:
         messages = template_messages(body.messages)
-        ids = await answering.in_worker(lambda: answering.chat_ids(messages), characters_of(messages))
+        write_chat = partial(answering.chat_ids, messages, template_tools(body.tools), body.chat_template_kwargs)
+        ids = await answering.in_worker(write_chat, characters_of(messages))
     elif body.prompt:
         text = body.prompt
         ids = await answering.in_worker(lambda: answering.prompt_ids(text, special=body.add_special_tokens), len(text))
