@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from chat_templates import BY_FORMAT, HERMES, NO_SYSTEM, PLAIN, THINKING, assistant, call
 from gossamer.chat import Answer, ChatFormat, Tool, ToolUse
 from gossamer.engine.grammar.program import grammar
-from gossamer.errors import ConfigurationError, RequestError
+from gossamer.errors import RequestError
 
 PERSON = {
     "type": "object",
@@ -236,8 +236,3 @@ def test_no_schema_is_fetched():
         assert Tool("f", {"$schema": address, "properties": {"x": {"$ref": address}}}).name == "f"
         with pytest.raises(TimeoutError):
             listener.accept()
-
-
-def test_an_unknown_format_is_refused(tokenizer):
-    with pytest.raises(ConfigurationError, match="must be one of hermes, llama"):
-        ChatFormat(tokenizer, "morse")

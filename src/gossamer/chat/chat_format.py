@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from gossamer.chat.answer_reader import THINK, THINK_END, AnswerReader
-from gossamer.chat.call_formats import FORMATS, HERMES, CallFormat, spelled_in
+from gossamer.chat.call_formats import HERMES, CallFormat, spelled_in
 from gossamer.chat.grammar import answer_grammar
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.engine.chat_template import Message, render
-from gossamer.errors import ConfigurationError, InvalidPromptError
+from gossamer.errors import InvalidPromptError
 from gossamer.sampling_params import StructuredOutputsParams
 
 logger = logging.getLogger("gossamer.chat")
@@ -41,20 +41,14 @@ class ChatFormat:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        calls: the name of the format of calls, for a template in which none is found.
 
     Attributes:
         calls: how a call is spelled.
         native: whether the template knows tools.
         thinks: whether answers may begin with thoughts.
-
-    Raises:
-        ConfigurationError: there is no such format.
     """
 
-    def __init__(self, tokenizer: Any, calls: str | None = None) -> None:
-        if calls is not None and calls not in FORMATS:
-            raise ConfigurationError(f"the format of tool calls must be one of {', '.join(FORMATS)}, got {calls!r}")
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         # What decides how the template is run, or is given in another way: another template is a program, for example.
         self._owned = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
@@ -69,8 +63,8 @@ class ChatFormat:
         template = getattr(tokenizer, "chat_template", None)
         self.thinks = isinstance(template, str) and THINK in template
         found, self._as_text = self._probe()
-        self.native = found is not None and (calls is None or found.name == calls)
-        self.calls: CallFormat = FORMATS[calls] if calls else found or HERMES
+        self.native = found is not None
+        self.calls: CallFormat = found or HERMES
         self._system = self._renders([{"role": "system", "content": "S"}, _USER])
         self._opens = lru_cache(64)(self._find_opened)
 
@@ -105,7 +99,10 @@ class ChatFormat:
 
     def opens_thoughts(self, template_kwargs: Mapping[str, Any]) -> bool:
         """Whether the prompt of an answer ends within thoughts."""
-        return self.thinks and bool(self._opens(json.dumps(template_kwargs, sort_keys=True)))
+        if not self.thinks:
+            return False
+        variables = json.dumps(template_kwargs, sort_keys=True)
+        return self._opens(variables) if len(variables) < 1024 else self._find_opened(variables)
 
     def _find_opened(self, template_kwargs: str) -> bool:
         text = self._text([_USER], add_generation_prompt=True, **json.loads(template_kwargs))
