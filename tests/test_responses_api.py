@@ -52,6 +52,7 @@ def test_a_question_and_its_answer(client: openai.OpenAI) -> None:
     assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
     cut = client.responses.create(**asked, max_output_tokens=1, extra_body=form)
     assert cut.status == "incomplete" and cut.incomplete_details is not None
+    assert [item.status for item in cut.output if item.type == "message"] == ["incomplete"]
     assert cut.incomplete_details.reason == "max_output_tokens" and response.output_text.startswith(cut.output_text)
 
 
@@ -76,7 +77,8 @@ def test_a_stream_is_followed_by_the_client(client: openai.OpenAI) -> None:
         "response.completed",
     ]
     with client.responses.stream(**asked, max_output_tokens=2, extra_body=form) as stream:
-        assert list(stream)[-1].type == "response.incomplete"
+        last: Any = list(stream)[-1]
+        assert last.type == "response.incomplete" and last.response.output[-1].status == "incomplete"
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -164,6 +164,7 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
         if answer.content or not answer.calls:
             items.append(_message(_id("msg"), answer.content, self._logprobs(completion)))
         items += [_call(_id("fc"), call.id, call.name, call.arguments) for call in answer.calls]
+        items[-1] |= _status(completion)
         return self.response(self.head(model), items, completion, outputs)
 
     def _logprobs(self, completion: CompletionOutput) -> list[Json]:
@@ -295,8 +296,13 @@ def _output_text(text: str, logprobs: list[Json]) -> Json:
 
 
 def _message(id: str, text: str, logprobs: list[Json], status: str = "completed") -> Json:
-    content = [_output_text(text, logprobs)] if status == "completed" else []
+    content = [_output_text(text, logprobs)]
     return {"type": "message", "id": id, "role": "assistant", "status": status, "content": content}
+
+
+def _status(completion: CompletionOutput | None) -> Json:
+    """What is different in the last item of an answer that was cut."""
+    return {"status": "incomplete"} if completion is not None and completion.finish_reason == "length" else {}
 
 
 def _call(id: str, call_id: str, name: str, arguments: str, status: str = "completed") -> Json:
@@ -352,7 +358,7 @@ class _Events(StreamedAnswer):
         if finished:
             if not self._items and self._open is None:
                 yield from self._begin("message", "")
-            yield from self._close()
+            yield from self._close(last=True)
 
     def end(self, outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
         response = self._body.response(self._head, self._items, self._last, outputs)
@@ -384,7 +390,7 @@ class _Events(StreamedAnswer):
     def _begin(self, kind: str, name: str) -> Iterator[bytes]:
         self._text = ""
         if kind == "message":
-            self._open = _message(_id("msg"), "", [], "in_progress")
+            self._open = _message(_id("msg"), "", [], "in_progress") | {"content": []}
         elif kind == "reasoning":
             self._open = _reasoning(_id("rs"), "") | {"content": []}
         else:
@@ -393,7 +399,7 @@ class _Events(StreamedAnswer):
         if kind == "message":
             yield self._of_item("response.content_part.added", content_index=0, part=_output_text("", []))
 
-    def _close(self) -> Iterator[bytes]:
+    def _close(self, *, last: bool = False) -> Iterator[bytes]:
         if self._open is None:
             return
         item, text = self._open, self._text
@@ -408,6 +414,7 @@ class _Events(StreamedAnswer):
         else:
             yield self._of_item("response.function_call_arguments.done", name=item["name"], arguments=text)
             done = _call(item["id"], item["call_id"], item["name"], text)
+        done |= _status(self._last) if last else {}
         yield self._event("response.output_item.done", output_index=len(self._items), item=done)
         self._items.append(done)
         self._open = None
