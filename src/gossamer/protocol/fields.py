@@ -112,7 +112,8 @@ def as_request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{param} is not supported", param=param)
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param)
-    if first["type"] == "value_error" and isinstance(first["ctx"]["error"], RequestError):
-        return first["ctx"]["error"]
-    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    cause = first["ctx"]["error"] if first["type"] == "value_error" else None
+    if isinstance(cause, RequestError):
+        return RequestError(cause.message, param=cause.param)
+    reason = first["msg"] if cause is None else str(cause)
     return RequestError(f"{param}: {reason}" if param else reason, param=param)
