@@ -236,3 +236,11 @@ def test_no_schema_is_fetched():
         assert Tool("f", {"$schema": address, "properties": {"x": {"$ref": address}}}).name == "f"
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_what_tags_cannot_enforce_is_refused_if_strict(tokenizer):
+    chat = chat_format(tokenizer, BY_FORMAT["qwen-xml"])
+    schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 3}}}
+    assert chat.form(ToolUse([Tool("f", schema)]), {}) is not None
+    with pytest.raises(RequestError, match="maxLength of x cannot be enforced"):
+        chat.form(ToolUse([Tool("f", schema, strict=True)]), {})

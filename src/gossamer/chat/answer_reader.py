@@ -30,13 +30,18 @@ class Part:
     call: int = -1
 
 
+def new_call_id() -> str:
+    """``call_`` and 24 letters and digits, as OpenAI's."""
+    return "call_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(24))
+
+
 @dataclass(slots=True)
 class Call:
     """A call of a function; ``arguments`` is JSON, cut where the answer was."""
 
     name: str
     arguments: str = ""
-    id: str = field(default_factory=lambda: new_call_id())
+    id: str = field(default_factory=new_call_id)
 
 
 @dataclass(slots=True)
@@ -67,11 +72,6 @@ class Answer:
             self.calls.append(Call(part.text))
         else:
             self.calls[part.call].arguments += part.text
-
-
-def new_call_id() -> str:
-    """``call_`` and 24 letters and digits, as OpenAI's."""
-    return "call_" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(24))
 
 
 class AnswerReader:

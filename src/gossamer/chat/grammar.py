@@ -17,6 +17,7 @@ from typing import Any
 from gossamer.chat.answer_reader import THINK, THINK_END
 from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
 from gossamer.chat.tools import Tool, ToolUse
+from gossamer.errors import RequestError
 from gossamer.sampling_params import StructuredOutputsParams
 
 # What `json.dumps`, and with it transformers' `tojson`, writes.
@@ -165,6 +166,11 @@ def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[
         term = f"{rule}_{number}"
         opening = _quoted(f"{PARAMETER}{key}{PARAMETER_NAMED}")
         if isinstance(value, Mapping) and value.get("type") == "string":
+            if tool.strict and (unenforced := value.keys() & {"pattern", "format", "minLength", "maxLength"}):
+                raise RequestError(
+                    f"tools: {min(unenforced)} of {key} cannot be enforced in this model's spelling of calls",
+                    param="tools",
+                )
             if isinstance(value.get("enum"), list):
                 texts = " | ".join(_quoted(str(each) + PARAMETER_END) for each in value["enum"])
                 yield f"{term}: {opening} ({texts})"

@@ -168,9 +168,14 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def continuous_usage(self) -> bool:
-        """Whether each event of a stream holds the usage so far."""
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+    def streaming(self) -> dict[str, Any]:
+        """What a :class:`StreamedAnswer` is told of the body, by name."""
+        return {
+            "n": self.n,
+            "include_usage": self.include_usage,
+            "continuous_usage": self.stream_options is not None and self.stream_options.continuous_usage_stats,
+            "token_ids": self.return_token_ids,
+        }
 
     @property
     def num_drawn(self) -> int:

@@ -126,11 +126,6 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return given | self.chat_template_kwargs
 
     @property
-    def _begun(self) -> bool:
-        """Whether the prompt holds the beginning of the answer, behind its thoughts."""
-        return self.continue_final_message
-
-    @property
     def ignored(self) -> list[str]:
         others = [f"tools.{place}" for place, each in enumerate(self.tools) if each.type != "function"]
         return [*super().ignored, *others]
@@ -155,7 +150,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         if form is not None and form.json is None and not form.json_object:
             raise RequestError("tools go with a JSON Schema, not with another form", param="structured_outputs")
         schema = None if form is None else form.json if isinstance(form.json, dict) else {"type": "object"}
-        return chat.form(use, self.template_kwargs(), schema, begun=self._begun)
+        return chat.form(use, self.template_kwargs(), schema, begun=self.continue_final_message)
 
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether special tokens spell calls or thoughts."""
@@ -163,7 +158,11 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
 
     def reader(self, chat: ChatFormat | None) -> AnswerReader | None:
         """What reads an answer; ``None`` where all of it is content."""
-        return None if chat is None else chat.reader(self.tool_use(), self.template_kwargs(), begun=self._begun)
+        return (
+            None
+            if chat is None
+            else chat.reader(self.tool_use(), self.template_kwargs(), begun=self.continue_final_message)
+        )
 
     def answer(
         self, outputs: Sequence[RequestOutput], *, model: str, decode: Decode, chat: ChatFormat | None = None
@@ -272,13 +271,7 @@ def _finish(reason: str | None, calls: bool) -> str | None:
 
 class _Events(StreamedAnswer):
     def __init__(self, body: ChatCompletionRequest, head: Json, chat: ChatFormat | None) -> None:
-        super().__init__(
-            head,
-            n=body.n,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-            token_ids=body.return_token_ids,
-        )
+        super().__init__(head, **body.streaming)
         self._body = body
         self._chat = chat
         self._readers: dict[int, AnswerReader | None] = {}

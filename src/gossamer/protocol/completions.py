@@ -148,13 +148,7 @@ class CompletionRequest(GeneratingBody):
 
 class _Events(StreamedAnswer):
     def __init__(self, body: CompletionRequest, head: Json, decode: Decode) -> None:
-        super().__init__(
-            head,
-            n=body.n,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-            token_ids=body.return_token_ids,
-        )
+        super().__init__(head, **body.streaming)
         self._body = body
         self._decode = decode
         self._begin: dict[int, int] = {}  # where the completion of each choice begins: behind an echoed prompt
