@@ -91,6 +91,16 @@ def llm(tiny: Path) -> LLM:
 
 
 @pytest.fixture(scope="module")
+def smollm2_server(smollm2_path: Path) -> Iterator[Running]:
+    """A server of SmolLM2."""
+    from gossamer import LLM
+    from running_server import running
+
+    with running(lambda: LLM(smollm2_path, memory="512MiB", max_model_len=2048)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Running]:
     """A server of the same model. Files that need other options override it."""
     from running_server import make_chat_llm, running

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,8 @@ ASK = "What is the weather in Paris?"
 
 
 @pytest.fixture(scope="module")
-def server(smollm2_path: Path) -> Iterator[Running]:
-    with running(lambda: LLM(smollm2_path, memory="512MiB", max_model_len=2048)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def server(smollm2_server: Running) -> Running:
+    return smollm2_server
 
 
 def test_a_question_and_its_answer(client: openai.OpenAI) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from gossamer import LLM, RequestError, SamplingParams, StructuredOutputsParams, Tool, ToolUse
 from gossamer.batch import BatchRunner
-from running_server import MODEL, Running, running
+from running_server import MODEL, Running
 
 WEATHER = {
     "type": "object",
@@ -30,14 +29,8 @@ BODY = {"messages": ASK, "tools": TOOLS, "temperature": 0, "max_tokens": 100}
 
 
 @pytest.fixture(scope="module")
-def server(smollm2_path: Path) -> Iterator[Running]:
-    with running(lambda: LLM(smollm2_path, memory="512MiB", max_model_len=2048)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def server(smollm2_server: Running) -> Running:
+    return smollm2_server
 
 
 def valid(call: Any) -> None:
