@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-browser test-peers sanitize emulate lint format docs clean FORCE
+.PHONY: help setup model run test test-slow test-browser test-peers sanitize emulate emulate-arm lint format docs clean FORCE
 .PHONY: bench bench-peers bench-linear table-1
 
 help: ## List the targets
@@ -73,6 +73,21 @@ emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has o
 		tests/test_native_runner.py \
 		tests/test_sparse_int8.py tests/test_sparse_int8_engine.py tests/test_prefix_means.py \
 		tests/test_batch_invariance.py $(PYTEST_ARGS)
+
+ARM := build/arm
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_EMULATOR ?= qemu-aarch64-static
+ARM_FLAGS := -std=c++20 -O3 -fno-math-errno -fopenmp -Icsrc
+
+emulate-arm: ## Check products with quantized blocks on an emulated Arm processor; needs g++-aarch64-linux-gnu, qemu-user-static
+	mkdir -p $(ARM)
+	for file in kernels blocks; do \
+		$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -DGOSSAMER_NS=neon_dot -c csrc/kernels/$$file.cpp -o $(ARM)/$$file.o || exit 1; \
+	done
+	$(ARM_CXX) $(ARM_FLAGS) -ffp-contract=off -c csrc/runtime/dequantize.cpp -o $(ARM)/dequantize.o
+	$(ARM_CXX) $(ARM_FLAGS) -DGOSSAMER_HAS_neon_dot -static -o $(ARM)/block_products tests/native/block_products.cpp \
+		$(addprefix csrc/runtime/,weight.cpp workspace.cpp cpu.cpp) $(addprefix $(ARM)/,kernels.o blocks.o dequantize.o)
+	$(ARM_EMULATOR) -cpu max $(ARM)/block_products
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .
