@@ -41,7 +41,8 @@ SCORED = [
 HEAD = """# Clients
 
 Which clients of OpenAI's and Anthropic's APIs were tried, and with what: a server of `smollm2-135m` with a chat
-template that knows tools, and one of `all-minilm-l6-v2` for embeddings. `make test-clients` tries them, and writes this page.
+template that knows tools, and one of `all-minilm-l6-v2` for embeddings. `make test-clients` tries them, and writes this
+page.
 
 **answer**: one that is whole; **stream**: the same text in parts; **tools**: a request that offers tools; **required**:
 a call that must come, whole and in parts, and whose arguments are valid; **results**: what tools have returned, in the
