@@ -1,0 +1,89 @@
+/** The settings: fields of requests, for all conversations; a conversation's system prompt and tools. */
+
+import { $ } from "./dom.js";
+import { Failure } from "./failure.js";
+import { loadSettings, saveSettings } from "./storage.js";
+
+const EXAMPLE = [{
+  type: "function",
+  function: {
+    name: "weather",
+    description: "The weather of a city now.",
+    parameters: {
+      type: "object",
+      properties: { city: { type: "string" }, unit: { type: "string", enum: ["celsius", "fahrenheit"] } },
+      required: ["city"],
+    },
+  },
+}];
+
+const inputs = () => [...$("settings-form").querySelectorAll("[name]")];
+const kept = () => [...inputs(), $("stop-texts"), $("reasoning-effort"), $("tool-choice"), $("model")];
+const keyOf = (input) => input.name || input.id;
+
+export function restoreSettings() {
+  const stored = loadSettings();
+  for (const input of kept()) {
+    if (input !== $("model") && typeof stored[keyOf(input)] === "string") input.value = stored[keyOf(input)];
+    input.addEventListener("change", () => {
+      saveSettings(Object.fromEntries(kept().map((each) => [keyOf(each), each.value])));
+    });
+  }
+  return { model: stored.model };
+}
+
+/** The system prompt and the tools belong to the conversation that is shown. */
+export function showConversationSettings({ system, tools }) {
+  $("system").value = system;
+  $("tools").value = tools;
+  $("tools-details").open = Boolean(tools);
+}
+
+export function onConversationSettings(change) {
+  for (const id of ["system", "tools"]) $(id).addEventListener("input", () => change({ system: $("system").value, tools: $("tools").value }));
+  $("tools-example").addEventListener("click", () => {
+    $("tools").value = JSON.stringify(EXAMPLE, null, 2);
+    $("tools").dispatchEvent(new Event("input"));
+    $("tools").focus();
+  });
+}
+
+/**
+ * The fields of a request; what is left empty is left to the server.
+ * Throws a Failure, with the focus on the field, if one holds no number or the tools are not JSON.
+ */
+export function requestFields() {
+  const fields = { model: $("model").value || undefined };
+  for (const input of inputs()) {
+    const { badInput, rangeUnderflow, rangeOverflow } = input.validity; // any step will do
+    if (badInput || rangeUnderflow || rangeOverflow) refuse(input, `${input.ariaLabel ?? input.labels[0].firstChild.textContent.trim()}: ${input.validationMessage}`);
+    if (input.value !== "") fields[input.name] = Number(input.value);
+  }
+  const stop = $("stop-texts").value.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n").replaceAll("\\t", "\t"));
+  if (stop.length) fields.stop = stop;
+  if ($("reasoning-effort").value) fields.reasoning_effort = $("reasoning-effort").value;
+  const tools = requestTools();
+  if (tools.length) Object.assign(fields, { tools, tool_choice: $("tool-choice").value });
+  return fields;
+}
+
+/** The tools of the conversation; a function alone is taken for a tool. */
+export function requestTools() {
+  const text = $("tools").value.trim();
+  if (!text) return [];
+  let tools;
+  try {
+    tools = JSON.parse(text);
+  } catch (error) {
+    refuse($("tools"), `Tools: ${error.message}`);
+  }
+  return [tools].flat().map((tool) => (tool?.name && !tool.type ? { type: "function", function: tool } : tool));
+}
+
+function refuse(input, message) {
+  const panel = $("settings");
+  if (getComputedStyle(panel).display === "none") panel.showPopover();
+  if ($("tools-details").contains(input)) $("tools-details").open = true;
+  input.focus();
+  throw new Failure(message);
+}
