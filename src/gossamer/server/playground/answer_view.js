@@ -62,8 +62,8 @@ export function makeFigures() {
     meter.value = cachedTokens;
     const after = answerTokens - answers; // the first tokens come with the prompt
     const rate = after > 0 && total > first ? after / (total - first) : answerTokens / Math.max(total, 1e-3);
-    say(text, `${count(cachedTokens)} of ${tokensOf(promptTokens)} of the prompt from the cache (${percent(cachedTokens, promptTokens)}) · ` +
-      `first token after ${seconds(first)} · ${tokensOf(answerTokens)} in ${seconds(total)}, ${decimals(rate, 1)} tokens/s`);
+    say(text, `${count(cachedTokens)} of ${count(promptTokens)} prompt tokens cached (${percent(cachedTokens, promptTokens)}) · ` +
+      `first token after ${seconds(first)} · ${tokensOf(answerTokens)} at ${decimals(rate, 1)} tokens/s`);
   }
 
   return { element, show };

@@ -18,7 +18,7 @@ const EXAMPLE = [{
 }];
 
 const inputs = () => [...$("settings-form").querySelectorAll("[name]")];
-const kept = () => [...inputs(), $("stop-texts"), $("reasoning-effort"), $("tool-choice"), $("model")];
+const kept = () => [...inputs(), $("stop-texts"), $("reasoning-effort"), $("tool-choice"), $("parallel"), $("model")];
 const keyOf = (input) => input.name || input.id;
 
 export function restoreSettings() {
@@ -63,7 +63,10 @@ export function requestFields() {
   if (stop.length) fields.stop = stop;
   if ($("reasoning-effort").value) fields.reasoning_effort = $("reasoning-effort").value;
   const tools = requestTools();
-  if (tools.length) Object.assign(fields, { tools, tool_choice: $("tool-choice").value });
+  if (tools.length) {
+    Object.assign(fields, { tools, tool_choice: $("tool-choice").value });
+    if ($("parallel").value === "false") fields.parallel_tool_calls = false;
+  }
   return fields;
 }
 

@@ -107,15 +107,25 @@ export class Thread {
     this.changed(conversation);
     this.#setRunning();
     $("end").scrollIntoView({ block: "nearest" });
-    let frame = 0;
     let failure = null;
+    let waiting = false;
+    let pause = 0;
+    const draw = () => {
+      waiting = false;
+      const start = performance.now();
+      this.#draw(mine);
+      pause = 3 * (performance.now() - start); // however long the text, three quarters of the time are for other things
+    };
+    const changed = () => {
+      if (waiting) return;
+      waiting = true;
+      setTimeout(requestAnimationFrame, pause, draw);
+    };
     try {
-      // Text is shown once per frame, however fast it comes.
-      await streamAnswers(answers, body, controller.signal, () => { frame ||= requestAnimationFrame(() => { frame = 0; this.#flush(mine); }); });
+      await streamAnswers(answers, body, controller.signal, changed);
     } catch (error) {
       failure = error;
     }
-    cancelAnimationFrame(frame);
     const stopped = failure?.name === "AbortError";
     for (const answer of answers) {
       if (failure && !stopped && !answer.finish) answer.note = failure.message;
@@ -136,7 +146,7 @@ export class Thread {
   }
 
   /** The view follows the answer unless the reader has scrolled away. */
-  #flush(mine) {
+  #draw(mine) {
     if (this.#running !== mine) return;
     const follows = $("end").getBoundingClientRect().top < $("composer").getBoundingClientRect().top + 80;
     this.#viewOf(mine.answers[0]).show(new Set(mine.answers));
