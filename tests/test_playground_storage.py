@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from browser_page import Browser, answer, expect, script, stored
+from browser_page import Browser, answer, ask, expect, script, stored
 from running_server import Running
 
 pytestmark = pytest.mark.browser
@@ -74,6 +74,43 @@ def test_conversations_outlive_the_page_and_are_kept_apart(page: Any) -> None:
     page.get_by_role("button", name="Delete all").click()
     expect(page.locator("#conversation-list li")).to_have_count(0)
     assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('conversation'))") == []
+
+
+def test_a_conversation_that_is_deleted_while_its_answer_comes_stays_deleted(page: Any) -> None:
+    page.route("**/v1/chat/completions", lambda route: None)  # no answer comes
+    ask(page, "Never mind")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    expect(page.locator("#conversation-list li")).to_have_count(1)
+    page.get_by_role("button", name="Delete Never mind").click()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    expect(page.locator("#conversation-list li")).to_have_count(0)
+    page.unroute_all()
+    scripted(page, "Another", "One")
+    assert [each["content"] for each in stored(page)["messages"]] == ["Another", "One"]
+
+
+def test_an_answer_ends_when_another_conversation_is_opened(page: Any) -> None:
+    scripted(page, "First", "One")
+    page.get_by_role("button", name="New conversation").click()
+    page.unroute_all()
+    page.route("**/v1/chat/completions", lambda route: None)
+    ask(page, "Second")
+    page.locator("#conversation-list").get_by_text("First").click()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    assert shown(page) == ["First", "One"]
+    page.reload()
+    assert shown(page) == ["First", "One"]
+    page.locator("#conversation-list").get_by_text("Second").click()
+    assert shown(page) == ["Second"]
+    expect(page.get_by_role("button", name="Generate an answer")).to_be_visible()
+
+
+def test_a_new_tab_begins_with_the_last_system_prompt(page: Any, server: Running) -> None:
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Message", exact=True).focus()
+    other = page.context.new_page()
+    other.goto(server.url)
+    expect(other.get_by_label("System prompt")).to_have_value("Be brief.")
 
 
 def test_the_oldest_make_room(page: Any) -> None:

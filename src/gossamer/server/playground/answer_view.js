@@ -20,7 +20,7 @@ export function makeAnswer(message) {
     const thinking = streaming && !message.content && !message.calls.length;
     element.classList.toggle("streaming", streaming);
     reasoning.hidden = !message.reasoning;
-    say(summary, thinking ? "Thinking…" : message.thought ? `Thought for ${seconds(message.thought)}` : "Thoughts");
+    say(summary, thinking ? "Thinking…" : message.thought !== undefined ? `Thought for ${seconds(message.thought)}` : "Thoughts");
     if (reasoning.open) showMarkdown(thoughts, message.reasoning);
     showMarkdown(text, message.content);
     while (calls.childNodes.length < message.calls.length) calls.append(makeCall());

@@ -12,20 +12,23 @@ import { Thread } from "./thread.js";
 
 const OPEN = "gossamer-open"; // which conversation this tab shows, for when it is loaded again
 const ofTab = (use) => { try { return use(sessionStorage); } catch { return null; } };
+const remember = ({ id }) => ofTab((session) => session.setItem(OPEN, id));
 
 function keep(conversation) {
+  const current = conversation === thread.conversation;
+  if (!current && !storage.has(conversation.id)) return; // it was deleted while its answer came
   const { dropped, kept } = storage.save(conversation);
-  ofTab((session) => session.setItem(OPEN, conversation.id));
+  if (current) remember(conversation);
   if (!kept) say($("progress"), "This browser has no room for the conversation; export it to keep it.");
   else if (dropped.length) say($("progress"), `“${dropped[0]}” was deleted to make room.`);
-  showList?.();
+  showList();
 }
 
 function open(conversation, { imported = false } = {}) {
   thread.open(conversation);
   showConversationSettings(conversation);
   if (imported) keep(conversation);
-  else ofTab((session) => session.setItem(OPEN, conversation.id));
+  else remember(conversation);
   showList();
   $("conversations").hidePopover();
 }
@@ -39,7 +42,7 @@ function begin() {
 
 let showList;
 const stored = restoreSettings();
-const first = storage.load(ofTab((session) => session.getItem(OPEN)) ?? "") ?? newConversation();
+const first = storage.load(ofTab((session) => session.getItem(OPEN)) ?? "") ?? newConversation(stored);
 const thread = new Thread(first, requestFields, keep);
 showConversationSettings(first);
 showList = connectSidebar({ current: () => thread.conversation, open, begin });
@@ -76,4 +79,4 @@ $("key-form").addEventListener("submit", (event) => {
 $("api-key").value = apiKey();
 connectPins(look);
 watchCache(stored.model, (wanted) => { $("key-form").hidden = !wanted; });
-$("message").focus({ preventScroll: true });
+if (matchMedia("(pointer: fine)").matches) $("message").focus({ preventScroll: true }); // elsewhere a keyboard would open

@@ -79,7 +79,8 @@ function makeAnswers(conversation, message, actions) {
   const answers = group.map((each) => ({ message: each, ...makeAnswer(each) }));
   const columns = make("div", { className: "columns" }, ...answers.map(({ element }) => element));
   columns.style.setProperty("--columns", group.length);
-  const choice = group.length > 1 ? make("fieldset", { className: "several" }, make("legend", { className: "note", textContent: "Go on with" }), columns) : columns;
+  const legend = make("legend", { className: "note", textContent: "Go on with" });
+  const choice = group.length > 1 ? make("fieldset", { className: "several" }, legend, columns) : columns;
   if (group.length > 1) {
     answers.forEach(({ element, message: each }, place) => {
       const radio = make("input", { type: "radio", name: `choice-${message.id}`, checked: each === message });
@@ -143,7 +144,8 @@ export function makeResultsForm(calls, results, submit) {
   });
   const form = make("form", { className: "editor card" },
     ...fields.map(({ area, name }) => make("label", {}, `Result of ${name}`, area)),
-    make("div", { className: "row" }, make("button", { type: "submit", className: "main", textContent: calls.length > 1 ? "Send results" : "Send result" })));
+    make("div", { className: "row" },
+      make("button", { type: "submit", className: "main", textContent: calls.length > 1 ? "Send results" : "Send result" })));
   const send = () => submit(fields.map(({ id, area }) => ({ id, content: area.value })));
   for (const { area } of fields) {
     area.addEventListener("keydown", (event) => {

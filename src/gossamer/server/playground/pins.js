@@ -25,7 +25,8 @@ export function showPins(pins) {
   $("pins").replaceChildren(...pins.map(({ id, name, tokens }) => make("li", {},
     make("span", { className: "name", textContent: name ?? "Without a name" }),
     make("span", { className: "note", textContent: tokensOf(tokens) }),
-    makeButton("Unpin", (button) => change(button, `v1/prefixes/${encodeURIComponent(id)}`, { method: "DELETE" }), { className: "quiet", ariaLabel: `Unpin ${name ?? "prefix"}` }))));
+    makeButton("Unpin", (button) => change(button, `v1/prefixes/${encodeURIComponent(id)}`, { method: "DELETE" }),
+      { className: "quiet", ariaLabel: `Unpin ${name ?? "prefix"}` }))));
 }
 
 async function change(button, path, options) {

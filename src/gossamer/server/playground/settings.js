@@ -18,18 +18,19 @@ const EXAMPLE = [{
 }];
 
 const inputs = () => [...$("settings-form").querySelectorAll("[name]")];
-const kept = () => [...inputs(), $("stop-texts"), $("reasoning-effort"), $("tool-choice"), $("parallel"), $("model")];
+const ofAll = () => [...inputs(), ...["stop-texts", "reasoning-effort", "tool-choice", "parallel"].map($)];
+const kept = () => [...ofAll(), ...["model", "system", "tools"].map($)];
 const keyOf = (input) => input.name || input.id;
 
+/** Shows the settings as they were; returns those that are not shown yet: the model, and what conversations begin with. */
 export function restoreSettings() {
   const stored = loadSettings();
+  for (const input of ofAll()) if (typeof stored[keyOf(input)] === "string") input.value = stored[keyOf(input)];
   for (const input of kept()) {
-    if (input !== $("model") && typeof stored[keyOf(input)] === "string") input.value = stored[keyOf(input)];
-    input.addEventListener("change", () => {
-      saveSettings(Object.fromEntries(kept().map((each) => [keyOf(each), each.value])));
-    });
+    input.addEventListener("change", () => saveSettings(Object.fromEntries(kept().map((each) => [keyOf(each), each.value]))));
   }
-  return { model: stored.model };
+  const text = (name) => (typeof stored[name] === "string" ? stored[name] : "");
+  return { model: text("model"), system: text("system"), tools: text("tools") };
 }
 
 /** The system prompt and the tools belong to the conversation that is shown. */
@@ -43,7 +44,7 @@ export function onConversationSettings(change) {
   for (const id of ["system", "tools"]) $(id).addEventListener("input", () => change({ system: $("system").value, tools: $("tools").value }));
   $("tools-example").addEventListener("click", () => {
     $("tools").value = JSON.stringify(EXAMPLE, null, 2);
-    $("tools").dispatchEvent(new Event("input"));
+    for (const type of ["input", "change"]) $("tools").dispatchEvent(new Event(type));
     $("tools").focus();
   });
 }
@@ -56,7 +57,8 @@ export function requestFields() {
   const fields = { model: $("model").value || undefined };
   for (const input of inputs()) {
     const { badInput, rangeUnderflow, rangeOverflow } = input.validity; // any step will do
-    if (badInput || rangeUnderflow || rangeOverflow) refuse(input, `${input.ariaLabel ?? input.labels[0].firstChild.textContent.trim()}: ${input.validationMessage}`);
+    const name = input.ariaLabel ?? input.labels[0].firstChild.textContent.trim();
+    if (badInput || rangeUnderflow || rangeOverflow) refuse(input, `${name}: ${input.validationMessage}`);
     if (input.value !== "") fields[input.name] = Number(input.value);
   }
   const stop = $("stop-texts").value.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n").replaceAll("\\t", "\t"));

@@ -81,6 +81,8 @@ export function save(conversation) {
   }
 }
 
+export const has = (id) => storage.getItem(PREFIX + id) !== null;
+
 export const forget = (id) => storage.removeItem(PREFIX + id);
 
 export const loadSettings = () => parse(storage.getItem(SETTINGS) ?? "null") ?? {};

@@ -34,7 +34,7 @@ export class Thread {
     this.#views.clear();
     $("messages").replaceChildren();
     showError($("chat-error"), null);
-    this.#render();
+    this.#update();
     $("end").scrollIntoView({ block: "nearest" });
   }
 
@@ -66,7 +66,8 @@ export class Thread {
       this.changed(this.conversation);
       this.#render();
       const buttons = [...(this.#viewOf(message)?.element.querySelectorAll(".pager button") ?? [])];
-      if (label) (buttons.find((each) => each.ariaLabel === label && !each.disabled) ?? buttons.find((each) => !each.disabled))?.focus();
+      const usable = buttons.filter(({ disabled }) => !disabled);
+      if (label) (usable.find(({ ariaLabel }) => ariaLabel === label) ?? usable[0])?.focus();
     },
   };
 
@@ -91,21 +92,28 @@ export class Thread {
     const added = prepare();
     const asked = added ?? last;
     const request = newId();
-    const body = { ...fields, messages: requestMessages(conversation, asked), stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    const body = {
+      ...fields,
+      messages: requestMessages(conversation, asked),
+      stream: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true }, // an answer that is stopped has figures, too
+    };
     if (proceeds) Object.assign(body, { n: 1, continue_final_message: true, add_generation_prompt: false });
-    const answers = proceeds ? [last] : Array.from({ length: fields.n }, () => add(conversation, asked, newAnswer(request, fields.model ?? "")));
-    if (proceeds) delete last.finish;
+    const begin = () => add(conversation, asked, newAnswer(request, fields.model ?? ""));
+    const answers = proceeds ? [last] : Array.from({ length: fields.n }, begin);
+    if (proceeds) Object.assign(last, { finish: undefined, note: undefined });
     else choose(conversation, answers[0]);
     conversation.updated = Date.now();
-    this.#answer({ controller: new AbortController(), answers, conversation }, body, proceeds ? [] : [...answers, added].filter(Boolean), back);
+    const mine = { controller: new AbortController(), answers, conversation };
+    this.#answer(mine, body, added, proceeds, back);
     return true;
   }
 
-  async #answer(mine, body, added, back) {
+  async #answer(mine, body, added, proceeds, back) {
     const { conversation, answers, controller } = mine;
     this.#running = mine;
     this.changed(conversation);
-    this.#setRunning();
+    this.#updateAndFocus();
     $("end").scrollIntoView({ block: "nearest" });
     let failure = null;
     let waiting = false;
@@ -131,36 +139,43 @@ export class Thread {
       if (failure && !stopped && !answer.finish) answer.note = failure.message;
       answer.finish ??= stopped ? "stopped" : "failed";
     }
-    const nothing = failure && added.length && answers.every(isEmpty);
-    if (nothing) {
-      remove(conversation, added.slice(0, answers.length));
-      remove(conversation, added.slice(answers.length));
-    }
+    const shown = this.#running === mine; // and no other conversation
+    const nothing = failure && !proceeds && answers.every(isEmpty);
+    if (nothing) remove(conversation, answers);
+    if (nothing && shown && added) remove(conversation, [added]); // it goes back to where it was typed
     this.changed(conversation);
-    if (this.#running !== mine) return; // another conversation is shown
+    if (!shown) return;
     this.#running = null;
-    this.#setRunning();
+    this.#follow(() => this.#updateAndFocus());
     say($("progress"), stopped ? "Stopped." : failure ? "Failed." : "Answered.");
     if (failure && !stopped) showError($("chat-error"), failure);
     if (nothing) back();
   }
 
   /** The view follows the answer unless the reader has scrolled away. */
-  #draw(mine) {
-    if (this.#running !== mine) return;
+  #follow(change) {
     const follows = $("end").getBoundingClientRect().top < $("composer").getBoundingClientRect().top + 80;
-    this.#viewOf(mine.answers[0]).show(new Set(mine.answers));
+    change();
     if (follows) $("end").scrollIntoView({ block: "nearest" });
   }
 
-  #setRunning() {
-    const focused = [$("send"), $("stop"), document.body].includes(document.activeElement) || $("messages").contains(document.activeElement);
+  #draw(mine) {
+    if (this.#running === mine) this.#follow(() => this.#viewOf(mine.answers[0]).show(new Set(mine.answers)));
+  }
+
+  #update() {
     $("send").hidden = this.running;
     $("stop").hidden = !this.running;
     $("log").ariaBusy = String(this.running); // screen readers wait for the whole answer instead of reading bits of it
     if (this.running) say($("progress"), "Answering…");
     this.#render();
-    if (focused) $("message").focus({ preventScroll: true }); // what was under the focus has just gone
+  }
+
+  /** As `update`, and the focus does not get lost with a button. */
+  #updateAndFocus() {
+    this.#update();
+    const gone = [document.body, $("send"), $("stop")].includes(document.activeElement); // what had the focus
+    if (gone) $("message").focus({ preventScroll: true });
   }
 
   #viewOf(message) {
@@ -179,9 +194,9 @@ export class Thread {
       return [key, known?.size === size ? known : { size, ...makeView(this.conversation, message, this.#actions) }];
     }));
     const elements = [...views.values()].map(({ element }) => element);
-    if (elements.some((element, place) => $("messages").children[place] !== element) || $("messages").children.length !== elements.length) {
-      $("messages").replaceChildren(...elements);
-    }
+    const before = [...$("messages").children];
+    const same = before.length === elements.length && elements.every((element, place) => element === before[place]);
+    if (!same) $("messages").replaceChildren(...elements);
     this.#views = views;
     for (const view of views.values()) view.update(running);
     $("empty").hidden = shown.length > 0;
@@ -195,8 +210,11 @@ export class Thread {
     $("messages").querySelector(":scope > .tail")?.remove();
     if (!last) return;
     let tail = null;
-    if (last.role !== "assistant") tail = makeButton("Generate an answer", () => this.#attempt(() => null, () => {}, { last }));
-    else if (last.calls.length && last.finish !== "length") tail = makeResultsForm(last.calls, results, (given) => this.#actions.answerCalls(last.id, given));
+    if (last.role !== "assistant") {
+      tail = makeButton("Generate an answer", () => this.#attempt(() => null, () => {}, { last }));
+    } else if (last.calls.length && last.finish !== "length") {
+      tail = makeResultsForm(last.calls, results, (given) => this.#actions.answerCalls(last.id, given));
+    }
     if (!tail) return;
     tail.classList.add("tail");
     $("messages").append(tail);

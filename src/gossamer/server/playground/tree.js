@@ -81,14 +81,17 @@ function drawNode({ node, x, y, width, height }) {
   // The most that fits; the table and the title tell the rest.
   const uses = node.references ? ` ×${node.references}` : "";
   const room = height < 12 ? 0 : (width - (node.pinned ? 20 : 10)) / 6.6;
-  const texts = [`${tokensOf(node.tokens)}${uses} · ${bytes(node.bytes)}`, `${count(node.tokens)}${uses} · ${bytes(node.bytes)}`, count(node.tokens) + uses, count(node.tokens)];
+  const [number, size] = [count(node.tokens), bytes(node.bytes)];
+  const texts = [`${tokensOf(node.tokens)}${uses} · ${size}`, `${number}${uses} · ${size}`, number + uses, number];
   say(label, texts.find((text) => text.length <= room) ?? "");
   const computed = node.computed < node.tokens ? `, ${count(node.computed)} computed` : "";
-  say(title, `${tokensOf(node.tokens)}${computed}, used by ${count(node.references)}, ${bytes(node.bytes)}${node.pinned ? ", pinned" : ""}`);
+  const pinned = node.pinned ? ", pinned" : "";
+  say(title, `${tokensOf(node.tokens)}${computed}, used by ${count(node.references)}, ${bytes(node.bytes)}${pinned}`);
 }
 
 function showTable(places) {
-  const rows = places.map(({ node, level }) => [level, count(node.tokens), count(node.computed), node.references, bytes(node.bytes), node.pinned ? "yes" : "no"]);
+  const rows = places.map(({ node, level }) =>
+    [level, count(node.tokens), count(node.computed), node.references, bytes(node.bytes), node.pinned ? "yes" : "no"]);
   if (tabled === (tabled = JSON.stringify(rows))) return; // whoever reads it is not disturbed for nothing
   $("table").replaceChildren(...rows.map((cells) => make("tr", {}, ...cells.map((cell) => make("td", { textContent: cell })))));
 }
