@@ -60,10 +60,9 @@ def expect(locator: Any) -> Any:
 
 def stored(page: Any) -> dict[str, Any]:
     """The one conversation in the browser's storage."""
-    [found] = page.evaluate(
-        "Object.entries(localStorage).filter(([key]) => key.includes('conversation')).map(([_, text]) => JSON.parse(text))"
-    )
-    conversation: dict[str, Any] = found
+    keys = "Object.keys(localStorage).filter((key) => key.includes('conversation'))"
+    [text] = page.evaluate(f"{keys}.map((key) => localStorage[key])")
+    conversation: dict[str, Any] = json.loads(text)
     return conversation
 
 

@@ -13,8 +13,8 @@ import pytest
 if TYPE_CHECKING:
     import openai
 
-    from gossamer import LLM
     from browser_page import Browser
+    from gossamer import LLM
     from running_server import Running
 
 

@@ -20,7 +20,11 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "depth",
-        "parameters": {"type": "object", "properties": {"harbour": {"enum": ["Oslo", "Bergen"]}}, "required": ["harbour"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"harbour": {"enum": ["Oslo", "Bergen"]}},
+            "required": ["harbour"],
+        },
     },
 }
 
@@ -64,7 +68,9 @@ def test_an_answer_is_streamed_continued_and_its_cost_is_told(page: Any) -> None
     assert [each["content"] for each in body["messages"]] == ["Hello", said, "And <b>then</b>?"]
     assert texts(page)[2] == "And <b>then</b>?"
     first, second = page.locator(".figures meter").all()
-    assert second.evaluate("(each) => each.value") >= first.evaluate("(each) => each.max") - 1  # the last token of a prompt
+    assert (
+        second.evaluate("(each) => each.value") >= first.evaluate("(each) => each.max") - 1
+    )  # the last token of a prompt
 
 
 def test_an_edited_message_is_a_branch_that_shares_the_prefix(page: Any) -> None:
@@ -367,5 +373,7 @@ class TestFiles:
             assert status == 200 and headers["content-type"].startswith("text/javascript"), path
             text = raw.decode()
             assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"))
-            pending |= {f"/playground/{line.split('./')[1][:-2]}" for line in text.split("\n") if ' from "./' in line} - seen
+            pending |= {
+                f"/playground/{line.split('./')[1][:-2]}" for line in text.split("\n") if ' from "./' in line
+            } - seen
         assert len(seen) > 10

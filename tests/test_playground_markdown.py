@@ -52,7 +52,10 @@ def render(chromium: Any, server: Running) -> Render:
     ("text", "expected"),
     [
         ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
-        ("*a* **b** ***c*** _d_ ~~e~~", "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <del>e</del></p>"),
+        (
+            "*a* **b** ***c*** _d_ ~~e~~",
+            "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> <del>e</del></p>",
+        ),
         ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
         ("2 * 3 * 4, snake_case_name, **open", "<p>2 * 3 * 4, snake_case_name, **open</p>"),
         ("a `<b>` ``c`d``", "<p>a <code>&lt;b&gt;</code> <code>c`d</code></p>"),
@@ -97,7 +100,9 @@ def test_links_lead_to_pages_only(render: Render) -> None:
         assert render(kept) == f"<p>{kept}</p>"
 
 
-@pytest.mark.parametrize("place", ["{}", "# {}", "- {}", "> {}", "| {} |\n|---|\n| {} |", "*{}*", "[{}](https://a.example/)"])
+@pytest.mark.parametrize(
+    "place", ["{}", "# {}", "- {}", "> {}", "| {} |\n|---|\n| {} |", "*{}*", "[{}](https://a.example/)"]
+)
 def test_markup_is_text_everywhere(render: Render, place: str) -> None:
     shown = render(place.replace("{}", '<b id="x">x</b>'))
     assert '&lt;b id="x"&gt;x&lt;/b&gt;' in shown and "<b" not in shown.replace("<blockquote", "")
@@ -177,7 +182,8 @@ def test_code_is_copied(page: Any) -> None:
 
 
 def test_an_error_in_the_middle_keeps_what_has_come(page: Any) -> None:
-    body = 'data: {"choices": [{"index": 0, "delta": {"content": "Half"}}]}\n\ndata: {"error": {"message": "the <b>engine</b> failed"}}\n\n'
+    half = 'data: {"choices": [{"index": 0, "delta": {"content": "Half"}}]}\n\n'
+    body = half + 'data: {"error": {"message": "the <b>engine</b> failed"}}\n\n'
     page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     ask(page, "Hello")
     finished(page)

@@ -1,4 +1,4 @@
-"""Conversations that the page at / keeps in the browser: bounded, deleted, exported, imported, and checked when read."""
+"""Conversations that the page at / keeps in the browser: bounded, deleted, exported, imported, checked."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def test_a_browser_that_refuses_storage_is_enough(browser: Browser, server: Runn
 
 
 def test_damaged_entries_disturb_nothing(page: Any) -> None:
-    page.evaluate("localStorage.setItem('gossamer:conversation:a', '{'); localStorage.setItem('gossamer:settings', '[')")
+    page.evaluate(
+        "localStorage.setItem('gossamer:conversation:a', '{'); localStorage.setItem('gossamer:settings', '[')"
+    )
     page.reload()
     page.get_by_role("button", name="Without a title", exact=False).first.click()
     expect(page.get_by_role("alert")).to_have_text("This conversation cannot be read.")
@@ -204,8 +206,14 @@ def test_messages_of_openai_are_imported(page: Any) -> None:
         ('[{"role": "assistant", "tool_calls": [{"id": 1}]}]', "Failure: messages.0.calls.id must be a text."),
         ({"messages": [{"id": "a", "parent": "b", "role": "user", "content": "x"}]}, "messages.0.parent is no message"),
         ({"messages": [{"id": "a", "parent": "a", "role": "user", "content": "x"}]}, "messages.0.parent is no message"),
-        ({"messages": [{"id": "a", "parent": None, "role": "user", "content": {}}]}, "messages.0.content must be a text"),
-        ({"messages": [{"id": "a", "parent": None, "role": "root"}]}, "messages.0.role must be user, assistant or tool"),
+        (
+            {"messages": [{"id": "a", "parent": None, "role": "user", "content": {}}]},
+            "messages.0.content must be a text",
+        ),
+        (
+            {"messages": [{"id": "a", "parent": None, "role": "root"}]},
+            "messages.0.role must be user, assistant or tool",
+        ),
         ({"messages": [], "system": 1}, "System must be a text"),
     ],
 )
@@ -216,7 +224,9 @@ def test_files_that_are_no_conversation_are_refused_with_the_place(page: Any, da
 
 def test_what_a_file_says_beside_is_left_out(page: Any) -> None:
     message = {"id": "__proto__", "parent": None, "role": "user", "content": "x", "html": "<b>x</b>"}
-    text = json.dumps({"format": "gossamer-conversation", "messages": [message], "chosen": {"": "__proto__"}, "more": 1})
+    text = json.dumps(
+        {"format": "gossamer-conversation", "messages": [message], "chosen": {"": "__proto__"}, "more": 1}
+    )
     read = page.evaluate(READ, text)
     assert "more" not in read and read["messages"] == read["path"]
     assert set(read["messages"][0]) == {"id", "parent", "role", "content"}
