@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from browser_page import PHONE, Browser, answer, ask, expect, finished, stored
+from gossamer import LLM
 from html_page import Page
-from running_server import MODEL, Running, make_chat_llm, running
+from running_server import MODEL, TEMPLATE, Running, make_chat_llm, running
 
 pytestmark = pytest.mark.browser
 TINY_CONTEXT = 32768
@@ -194,6 +195,22 @@ def test_what_the_server_refuses_is_said_and_the_question_is_kept(browser: Brows
     expect(page.get_by_role("alert")).to_contain_text("repetition_penalty")
     expect(page.get_by_label("Edited message")).to_have_value("Another")
     expect(page.locator(".pager")).to_have_count(0)
+
+
+def test_thoughts_of_a_model_that_thinks_are_folded(browser: Browser, endless: Path) -> None:
+    def make() -> LLM:
+        llm = make_chat_llm(endless, memory="64MB")
+        llm.tokenizer.chat_template = TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>\n{% endif %}")
+        return llm
+
+    with running(make) as server:
+        page = browser.open(server.url)
+        answer(page, "Hello", Max_tokens=30)
+        expect(page.locator(".answer .text")).to_be_empty()  # it has not come to an end of its thoughts
+        expect(page.locator(".reasoning > div")).to_be_hidden()
+        page.get_by_text("Thought for").click()
+        expect(page.locator(".reasoning > div")).not_to_be_empty()
+        assert stored(page)["messages"][1]["reasoning"]
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ const hiddenHeading = (textContent) => make("h3", { className: "visually-hidden"
  * @param {object} actions what the buttons do: choose, edit, regenerate, proceed, answerCalls
  */
 export function makeView(conversation, message, actions) {
-  const make = { user: makeQuestion, tool: makeResults, assistant: makeAnswers }[message.role];
-  return make(conversation, message, actions);
+  const makeForRole = { user: makeQuestion, tool: makeResults, assistant: makeAnswers }[message.role];
+  return makeForRole(conversation, message, actions);
 }
 
 /** Which of several attempts is shown, and buttons for the others. Empty if there is only one. */

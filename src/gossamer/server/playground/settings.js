@@ -46,6 +46,8 @@ export function onConversationSettings(change) {
     $("tools").value = JSON.stringify(EXAMPLE, null, 2);
     for (const type of ["input", "change"]) $("tools").dispatchEvent(new Event(type));
     $("tools").focus();
+    $("tools").setSelectionRange(0, 0);
+    $("tools").scrollTop = 0;
   });
 }
 
