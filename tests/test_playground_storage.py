@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def page(browser: Browser, server: Running) -> Any:
     page = browser.open(server.url)
     page.on("dialog", lambda dialog: dialog.accept())
     return page
+
+
+@pytest.fixture(scope="module")
+def read(chromium: Any, server: Running) -> Callable[[str], Any]:
+    """What the page makes of a file: a conversation with the messages on its path, or the error."""
+    page = chromium.new_context().new_page()
+    page.goto(server.url)
+    return lambda text: page.evaluate(READ, text)
 
 
 def shown(page: Any) -> list[str]:
@@ -176,7 +185,7 @@ def test_an_export_is_imported_with_its_branches(page: Any, tmp_path: Path) -> N
     assert contents[0] == contents[1]
 
 
-def test_messages_of_openai_are_imported(page: Any) -> None:
+def test_messages_of_openai_are_imported(page: Any, read: Callable[[str], Any]) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -186,10 +195,10 @@ def test_messages_of_openai_are_imported(page: Any) -> None:
         {"role": "assistant", "content": "Done", "reasoning_content": "So."},
         {"role": "user", "content": "Thanks"},
     ]
-    read = page.evaluate(READ, json.dumps({"messages": messages}))
-    assert read["system"] == "Be brief." and read["title"] == "Call f"
-    assert [each["role"] for each in read["path"]] == ["user", "assistant", "tool", "assistant", "user"]
-    assert read["path"][1]["calls"] == [{"id": "c1", "name": "f", "arguments": "{}"}]
+    found = read(json.dumps({"messages": messages}))
+    assert found["system"] == "Be brief." and found["title"] == "Call f"
+    assert [each["role"] for each in found["path"]] == ["user", "assistant", "tool", "assistant", "user"]
+    assert found["path"][1]["calls"] == [{"id": "c1", "name": "f", "arguments": "{}"}]
     page.locator("#import-file").set_input_files(
         {"name": "chat.json", "mimeType": "application/json", "buffer": json.dumps(messages).encode()}
     )
@@ -217,16 +226,18 @@ def test_messages_of_openai_are_imported(page: Any) -> None:
         ({"messages": [], "system": 1}, "System must be a text"),
     ],
 )
-def test_files_that_are_no_conversation_are_refused_with_the_place(page: Any, data: Any, error: str) -> None:
+def test_files_that_are_no_conversation_are_refused_with_the_place(
+    read: Callable[[str], Any], data: Any, error: str
+) -> None:
     text = data if isinstance(data, str) else json.dumps({"format": "gossamer-conversation"} | data)
-    assert error in page.evaluate(READ, text)
+    assert error in read(text)
 
 
-def test_what_a_file_says_beside_is_left_out(page: Any) -> None:
+def test_what_a_file_says_beside_is_left_out(read: Callable[[str], Any]) -> None:
     message = {"id": "__proto__", "parent": None, "role": "user", "content": "x", "html": "<b>x</b>"}
     text = json.dumps(
         {"format": "gossamer-conversation", "messages": [message], "chosen": {"": "__proto__"}, "more": 1}
     )
-    read = page.evaluate(READ, text)
-    assert "more" not in read and read["messages"] == read["path"]
-    assert set(read["messages"][0]) == {"id", "parent", "role", "content"}
+    found = read(text)
+    assert "more" not in found and found["messages"] == found["path"]
+    assert set(found["messages"][0]) == {"id", "parent", "role", "content"}
