@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -108,11 +107,12 @@ def test_markup_is_text_everywhere(render: Render, place: str) -> None:
     assert '&lt;b id="x"&gt;x&lt;/b&gt;' in shown and "<b" not in shown.replace("<blockquote", "")
 
 
-@pytest.mark.parametrize("piece", ["> ", "- ", "*a ", "[", "`a", "``a`", "**_", "| ", "![a](", "<https://", "1. a\n  "])
-def test_no_text_takes_long(render: Render, piece: str) -> None:
-    start = time.perf_counter()
-    render(piece * (20_000 // len(piece)))
-    assert time.perf_counter() - start < 30  # a parser that looks back at everything takes minutes
+@pytest.mark.parametrize(
+    "piece", ["> ", "- ", "*a ", "[", "`a", "``a`", "**_", "| ", "![a](", "<https://", "1. a\n  ", "- a\n", "a\n\n"]
+)
+def test_no_text_is_too_much(render: Render, piece: str) -> None:
+    # Deep nesting, many nodes, marks that nothing closes: neither the stack nor the arguments of a call may run out.
+    assert render(piece * (100_000 // len(piece)))
 
 
 def test_what_stays_the_same_is_left_alone(page: Any) -> None:

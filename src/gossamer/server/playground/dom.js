@@ -2,10 +2,10 @@
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties and children; children that are null are left out. */
+/** An element with properties and children: nodes, texts, lists of them, or null, which is left out. */
 export function make(name, properties = {}, ...children) {
   const element = Object.assign(document.createElement(name), properties);
-  element.append(...children.filter((child) => child !== null));
+  for (const child of children.flat()) if (child !== null) element.append(child); // one by one: there may be many
   return element;
 }
 

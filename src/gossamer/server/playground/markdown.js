@@ -13,19 +13,19 @@ export function showMarkdown(element, text) {
   let same = 0;
   while (same < before.length && same < blocks.length && before[same] === blocks[same].source) same++;
   while (element.childNodes.length > same) element.lastChild.remove();
-  element.append(...blocks.slice(same).map(makeBlock));
+  for (const block of blocks.slice(same)) element.append(makeBlock(block));
   shown.set(element, blocks.map(({ source }) => source));
 }
 
 function makeBlock(block) {
   switch (block.kind) {
     case "code": return makeCode(block);
-    case "heading": return make(`h${Math.min(block.level + 3, 6)}`, { className: `level-${block.level}` }, ...inline(block.text));
+    case "heading": return make(`h${Math.min(block.level + 3, 6)}`, { className: `level-${block.level}` }, inline(block.text));
     case "rule": return make("hr");
-    case "quote": return make("blockquote", {}, ...block.blocks.map(makeBlock));
+    case "quote": return make("blockquote", {}, block.blocks.map(makeBlock));
     case "list": return makeList(block);
     case "table": return makeTable(block);
-    default: return make("p", {}, ...inline(block.text));
+    default: return make("p", {}, inline(block.text));
   }
 }
 
@@ -37,15 +37,16 @@ function makeCode({ language, text }) {
 
 function makeList({ ordered, start, loose, items }) {
   const tight = (block) => (block.kind === "paragraph" && !loose ? inline(block.text) : [makeBlock(block)]);
-  const list = make(ordered ? "ol" : "ul", {}, ...items.map((blocks) => make("li", {}, ...blocks.flatMap(tight))));
+  const list = make(ordered ? "ol" : "ul", {}, items.map((blocks) => make("li", {}, blocks.flatMap(tight))));
   if (ordered) list.start = start;
   return list;
 }
 
 function makeTable({ header, rows, align }) {
-  const makeRow = (name, cells) => make("tr", {}, ...cells.map((cell, column) => make(name, { className: align[column] }, ...inline(cell))));
+  const makeCell = (name) => (cell, column) => make(name, { className: align[column] }, inline(cell));
+  const makeRow = (name, cells) => make("tr", {}, cells.map(makeCell(name)));
   const table = make("table", {},
     make("thead", {}, makeRow("th", header)),
-    make("tbody", {}, ...rows.map((cells) => makeRow("td", cells))));
+    make("tbody", {}, rows.map((cells) => makeRow("td", cells))));
   return make("div", { className: "table", tabIndex: 0, role: "group", ariaLabel: "Table" }, table);
 }

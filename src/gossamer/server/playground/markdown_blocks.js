@@ -79,8 +79,9 @@ function readList(lines, at, depth) {
     loose ||= content.slice(0, content.findLastIndex((line) => line.trim()) + 1).some((line) => !line.trim());
     items.push(readBlocks(content, depth + 1));
     end = item;
-    const next = lines.findIndex((line, place) => place >= end && line.trim());
-    if (next > end && ITEM.test(lines[next])) {
+    let next = end;
+    while (lines[next]?.trim() === "") next++;
+    if (next > end && ITEM.test(lines[next] ?? "")) {
       loose = true;
       end = next;
     }

@@ -28,7 +28,7 @@ export function safeAddress(text) {
 }
 
 const makeLink = (href, children) =>
-  make("a", { href, target: "_blank", rel: "noopener noreferrer", title: href }, ...children);
+  make("a", { href, target: "_blank", rel: "noopener noreferrer", title: href }, children);
 
 /** @returns {(Node | string)[]} what the text says */
 export function inline(text) {
@@ -59,8 +59,11 @@ class Inline {
     return this.frames[0].children;
   }
 
-  push(...nodes) {
-    this.frames.at(-1).children.push(...nodes);
+  /** Texts behind each other become one, so that there are few nodes. */
+  push(node) {
+    const { children } = this.frames.at(-1);
+    if (typeof node === "string" && typeof children.at(-1) === "string") children.push(children.pop() + node);
+    else children.push(node);
   }
 
   plain() {
@@ -171,12 +174,12 @@ class Inline {
       while (this.frames.length > opened + 1) this.flatten();
       const frame = this.frames[opened];
       const used = Math.min(frame.length, length, 2);
-      frame.children = [make(kind === "~" ? "del" : used === 2 ? "strong" : "em", {}, ...frame.children)];
+      frame.children = [make(kind === "~" ? "del" : used === 2 ? "strong" : "em", {}, frame.children)];
       frame.length -= used;
       length -= used;
       if (!frame.length) {
         this.frames.pop();
-        this.push(...frame.children);
+        frame.children.forEach((child) => this.push(child));
       }
     }
     return length;
@@ -185,6 +188,7 @@ class Inline {
   /** The last frame becomes text. */
   flatten() {
     const { children, literal, kind, length } = this.frames.pop();
-    this.push(literal ?? kind.repeat(length), ...children);
+    this.push(literal ?? kind.repeat(length));
+    children.forEach((child) => this.push(child));
   }
 }
