@@ -4,6 +4,7 @@ import { call } from "./api.js";
 import { $, make, say, set } from "./dom.js";
 import { bytes, count, decimals, percent, tokensOf } from "./format.js";
 import { showPins } from "./pins.js";
+import { prefixesPath } from "./settings.js";
 import { drawTree } from "./tree.js";
 
 const PERIOD = 1000; // milliseconds between two looks
@@ -40,7 +41,7 @@ export async function look() {
   let again = PERIOD;
   try {
     if (!$("status").classList.contains("ready")) await loadModels();
-    const answer = await (await call("v1/prefixes")).json();
+    const answer = await (await call(prefixesPath())).json();
     if (mine !== lookNumber) return;
     picture = answer;
     showNumbers();

@@ -4,7 +4,7 @@ import { call } from "./api.js";
 import { $, make, makeButton, showError } from "./dom.js";
 import { Failure } from "./failure.js";
 import { tokensOf } from "./format.js";
-import { requestTools } from "./settings.js";
+import { prefixesPath, requestTools } from "./settings.js";
 
 let look; // looks at the cache again
 
@@ -25,7 +25,7 @@ export function showPins(pins) {
   $("pins").replaceChildren(...pins.map(({ id, name, tokens }) => make("li", {},
     make("span", { className: "name", textContent: name ?? "Without a name" }),
     make("span", { className: "note", textContent: tokensOf(tokens) }),
-    makeButton("Unpin", (button) => change(button, `v1/prefixes/${encodeURIComponent(id)}`, { method: "DELETE" }),
+    makeButton("Unpin", (button) => change(button, prefixesPath(id), { method: "DELETE" }),
       { className: "quiet", ariaLabel: `Unpin ${name ?? "prefix"}` }))));
 }
 
@@ -54,5 +54,5 @@ function pinSystemPrompt() {
   }
   const body = { messages: [{ role: "system", content }], name: $("pin-name").value.trim() || null };
   if (tools.length) body.tools = tools; // a template writes them beside the system prompt
-  return change($("pin"), "v1/prefixes", { method: "POST", body });
+  return change($("pin"), prefixesPath(), { method: "POST", body });
 }

@@ -74,6 +74,10 @@ export function requestFields() {
   return fields;
 }
 
+/** The path of the chosen model's prefixes, or of one of them; a server may have several models. */
+export const prefixesPath = (id = "") =>
+  `v1/prefixes${id && `/${encodeURIComponent(id)}`}?model=${encodeURIComponent($("model").value)}`;
+
 /** The tools of the conversation; a function alone is taken for a tool. */
 export function requestTools() {
   const text = $("tools").value.trim();
