@@ -56,7 +56,7 @@ class Engine:
             attended to once; with ``"storage"`` they are computed and stored once, but every sequence attends on its
             own; with ``"off"`` nothing is shared. Prompts longer than a step are computed in chunks.
         eos_token_ids: every token that ends a text.
-        kv_digest: tells the runner's keys and values from those of other models and settings, where prefixes are kept
+        kv_digest: a hexadecimal digest that tells the runner's keys and values from those of other models and settings, where prefixes are kept
             on disk.
 
     Attributes:
