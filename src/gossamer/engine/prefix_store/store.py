@@ -13,6 +13,7 @@ Prompts with a salt are left out: what was computed for them never leaves memory
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from gossamer.errors import CheckpointError
 
 logger = logging.getLogger("gossamer.prefixes")
 HOT_USES = 2  # requests that begin with a prefix, from which on it is written
-CLOSE_SECONDS = 10.0  # to write what waits, at the end
+CLOSE_SECONDS = 5.0  # to write what waits, at the end
 _TOUCH_SECONDS = 60.0  # between two notes to the file system that a file is used
 _MOST_IDLE = 16  # tokens that are read for each that is used; so many are read in the time of computing one
 
@@ -74,12 +75,14 @@ class PrefixStore:
             try:
                 with self._directory.open(name) as file:
                     start, tokens = self._format.read_tokens(file)
+                if name != self._format.name(start, tokens):
+                    raise CheckpointError("its name is that of other tokens")
             except ForeignFileError:
                 foreign += 1
             except (CheckpointError, OSError) as error:
                 self._ignore(name, error)
             else:
-                self._index.add(Entry(name, start, tokens))
+                self._index.add(Entry(name, start, tokens, touched=-math.inf))
         if foreign:
             self.stats.unusable_files += foreign
             logger.info("%d prefix files of other models in %s are not used", foreign, self._directory.path)
