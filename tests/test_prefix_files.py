@@ -1,4 +1,4 @@
-"""Files of prefixes: damage is found, the size is kept, and processes that share a directory do not disturb each other."""
+"""Files of prefixes: damage is found, the size is kept, and processes that share a directory get along."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.prefix_store import writer as writer_module
 from gossamer.engine.prefix_store.format import PrefixFormat
 from gossamer.engine.tree import PrefixTree
-from test_prefix_store import LOGGER, SECONDS, make_store
+from test_prefix_store import DIGEST, LOGGER, SECONDS, make_store
 from test_prefix_tree import LAYOUT, fill, holds_its_content, new_tree
 
 TEXT = tuple(range(100, 180))
 
 
-def write(directory: Path, *texts: tuple[int, ...], size: int = 1 << 30, model: str = "a" * 64) -> PrefixStore:
+def write(directory: Path, *texts: tuple[int, ...], size: int = 1 << 30, model: str = DIGEST) -> PrefixStore:
     """A store that has written these, pinned."""
     tree = new_tree(10_000)
     store = make_store(directory, tree, size=size, model=model)
@@ -112,7 +112,10 @@ def _swap(data: bytearray, place: int, other: int) -> bytes:
 
 
 @given(
-    damage=st.sampled_from([_cut, _flip, _swap]), place=st.integers(0, 1 << 30), how=st.integers(1, 255), late=st.booleans()
+    damage=st.sampled_from([_cut, _flip, _swap]),
+    place=st.integers(0, 1 << 30),
+    how=st.integers(1, 255),
+    late=st.booleans(),
 )
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_is_never_used(
@@ -145,10 +148,10 @@ def test_damage_is_never_used(
         b'{"__metadata__": 3}',
         b'{"tokens": {"shape": [Infinity]}}',
         b"[" * 5000,
-        json.dumps({"__metadata__": {"gossamer_prefix": "1", "model": "a" * 64, "start": "-1"}, "tokens": 1}).encode(),
+        json.dumps({"__metadata__": {"gossamer_prefix": "1", "model": DIGEST, "start": "-1"}, "tokens": 1}).encode(),
         json.dumps(
             {
-                "__metadata__": {"gossamer_prefix": "1", "model": "a" * 64, "start": "0"},
+                "__metadata__": {"gossamer_prefix": "1", "model": DIGEST, "start": "0"},
                 "tokens": {"shape": [10**400]},
             }
         ).encode(),
@@ -172,7 +175,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_token_ids_that_the_model_does_not_have(tmp_path: Path) -> None:
     write(tmp_path, TEXT)
-    store = PrefixStore(tmp_path, 1 << 30, new_tree(1000), model="a" * 64, vocab_size=TEXT[-1])
+    store = PrefixStore(tmp_path, 1 << 30, new_tree(1000), model=DIGEST, vocab_size=TEXT[-1])
     assert len(store) == 0 and store.stats.unusable_files == 1
 
 
@@ -187,7 +190,7 @@ def test_the_size_is_kept_and_what_was_used_last_stays(tmp_path: Path) -> None:
     others = [tmp_path / "model.safetensors", tmp_path / "notes"]
     for other in others:
         other.write_bytes(b"0" * 10_000_000)
-    one = PrefixFormat(LAYOUT, "a" * 64, 1000).size(0, 81)
+    one = PrefixFormat(LAYOUT, DIGEST, 1000).size(0, 81)
     store = write(tmp_path, *map(text, range(3)), size=3 * one + 10)
     by_name = {each.name: each for each in tmp_path.iterdir() if each not in others}
     assert len(by_name) == 3
@@ -222,7 +225,7 @@ def test_what_waits_to_be_written_is_bounded(tmp_path: Path, monkeypatch: pytest
     allowed = threading.Event()
     original = PrefixFormat.write
     monkeypatch.setattr(PrefixFormat, "write", lambda *a: (allowed.wait(SECONDS), original(*a))[1])
-    monkeypatch.setattr(writer_module, "QUEUED_BYTES", 3 * PrefixFormat(LAYOUT, "a" * 64, 1000).size(0, 81))
+    monkeypatch.setattr(writer_module, "QUEUED_BYTES", 3 * PrefixFormat(LAYOUT, DIGEST, 1000).size(0, 81))
     tree = new_tree(10_000)
     store = make_store(tmp_path, tree)
     for number in range(6):
@@ -276,7 +279,7 @@ def test_a_directory_that_goes_away(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_two_processes_share_a_directory(tmp_path: Path) -> None:
-    one = PrefixFormat(LAYOUT, "a" * 64, 1000).size(0, 81)
+    one = PrefixFormat(LAYOUT, DIGEST, 1000).size(0, 81)
     first = write(tmp_path, text(1), text(2))
     second = write(tmp_path, text(1), text(3), size=2 * one)  # removes what the first one has
     assert len(list(tmp_path.iterdir())) == 2

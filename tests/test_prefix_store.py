@@ -26,17 +26,18 @@ from gossamer.engine.prefix_store.format import pack
 from gossamer.engine.prefix_store.index import LEAST_TOKENS
 from gossamer.errors import ConfigurationError
 from gossamer.options import EngineOptions
-from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
+from gossamer.runners.transformers import IMPLEMENTATION
 from test_exactness import NumberTokenizer, answers, make
 from test_prefix_tree import Path as Text
 from test_prefix_tree import compute, fill, holds_its_content, new_tree, texts
 
 TINY_CONTEXT = 512
 SECONDS = 60.0
+DIGEST = "a" * 64
 LOGGER = "gossamer.prefixes"
 
 
-def make_store(directory: Path, tree: Any, *, size: int = 1 << 30, model: str = "a" * 64) -> PrefixStore:
+def make_store(directory: Path, tree: Any, *, size: int = 1 << 30, model: str = DIGEST) -> PrefixStore:
     return PrefixStore(directory, size, tree, model=model, vocab_size=1000)
 
 
@@ -137,7 +138,9 @@ def test_greedy_tokens_after_a_restart_are_those_without_a_disk(runner: str, mod
         directory = tmp_path / str(seed)
 
         def engine(**options: Any) -> Engine:
-            return Engine(made, NumberTokenizer(), EngineOptions(max_num_batched_tokens=64, **options), kv_digest="0" * 64)
+            return Engine(
+                made, NumberTokenizer(), EngineOptions(max_num_batched_tokens=64, **options), kv_digest=DIGEST
+            )
 
         expected = answers(engine(), prompts, 6)
         first = engine(prefix_dir=directory)

@@ -24,8 +24,8 @@ from gossamer.engine.cost import calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
-from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.planner import KeyCount, PlannedRows, Planner
+from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Logits, Runner
@@ -56,8 +56,8 @@ class Engine:
             attended to once; with ``"storage"`` they are computed and stored once, but every sequence attends on its
             own; with ``"off"`` nothing is shared. Prompts longer than a step are computed in chunks.
         eos_token_ids: every token that ends a text.
-        kv_digest: a hexadecimal digest that tells the runner's keys and values from those of other models and settings, where prefixes are kept
-            on disk.
+        kv_digest: a hexadecimal digest that tells the runner's keys and values from those of other models and settings,
+            where prefixes are kept on disk.
 
     Attributes:
         store: prefixes on disk; ``None`` if ``options`` name no directory for them.

@@ -60,9 +60,7 @@ class Job:
 class PrefixWriter:
     """Writes one file after the other. The thread starts with the first, and ends with :meth:`close`."""
 
-    def __init__(
-        self, directory: PrefixDirectory, format: PrefixFormat, index: PrefixIndex, stats: StoreStats
-    ) -> None:
+    def __init__(self, directory: PrefixDirectory, format: PrefixFormat, index: PrefixIndex, stats: StoreStats) -> None:
         self._directory, self._format, self._index, self._stats = directory, format, index, stats
         self._jobs: deque[Job] = deque()
         self._bytes = 0  # of the jobs that wait or are being written
