@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import Model, Threads, load_llm, takes_options
+from gossamer.cli.engine_options import Lora, Model, Threads, adapters_of, load_llm, takes_options
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def serve(
             help="Names that requests may give; the first is in answers. MODEL by default.", rich_help_panel=_API
         ),
     ] = None,
+    lora: Lora = None,
     pin: Annotated[
         list[Path] | None,
         typer.Option(
@@ -104,13 +105,15 @@ def serve(
 
     Then any client of that API works with `http://127.0.0.1:8000/v1`, and the page at `http://127.0.0.1:8000/` shows
     the model and its cache. Prefixes that requests share are found by themselves, computed once and kept while memory
-    allows; `--pin` keeps one in any case. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the
-    engine has failed.
+    allows; `--pin` keeps one in any case. `--lora sql=DIR` serves an adapter beside the model, to requests whose
+    `model` is `sql`. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the engine has failed.
     """
     from gossamer.server import ServerOptions
     from gossamer.server import serve as run
     from gossamer.sizes import parse_bytes
 
+    names = tuple(served_model_name or [model])
+    adapters = adapters_of(lora, *names)
     if log_format not in (None, "text", "json"):
         raise ConfigurationError(f"--log-format takes text or json, got {log_format!r}")
     for path in pin or ():
@@ -119,7 +122,7 @@ def serve(
     settings = ServerOptions(
         host=host,
         port=port,
-        model_names=tuple(served_model_name or [model]),
+        model_names=names,
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
         max_logprobs=max_logprobs,
@@ -137,6 +140,6 @@ def serve(
     )
 
     def load() -> LLM:
-        return load_llm(model, options, threads)
+        return load_llm(model, options, threads, adapters)
 
     raise typer.Exit(run(load, settings))

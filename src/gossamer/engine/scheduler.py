@@ -134,7 +134,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
             sequence = self.waiting[0]
-            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable], sequence.request.cache_salt)
+            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable], sequence.request.tree_salt)
             self.tree.lock(sequence.node)
             tokens += self._promise(sequence, promised)
             if (self.active or admitted) and not self._fits(tokens + sum(len(node) for node in promised)):
