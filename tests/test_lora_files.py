@@ -71,9 +71,7 @@ def test_targets_are_pefts(
     model: Any, tmp_path: Path, targets: Any, others: dict[str, Any], expected: dict[str, tuple[int, ...]]
 ) -> None:
     layers = [
-        name
-        for name in linear_layers(model)
-        if int(name.split(".")[2]) in expected.get(name.rsplit(".", 1)[-1], ())
+        name for name in linear_layers(model) if int(name.split(".")[2]) in expected.get(name.rsplit(".", 1)[-1], ())
     ]
     directory = write_adapter(tmp_path / "it", model, (), layers=layers)
     change_config(directory, target_modules=targets, **others)

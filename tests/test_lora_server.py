@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
+from architectures import reference as answers_of
 from gossamer import LLM, SamplingParams
 from gossamer.batch import BatchRunner
 from gossamer.cli.app import app
@@ -18,7 +19,6 @@ from gossamer.cli.conversation import Conversation
 from gossamer.cli.engine_options import adapters_of
 from gossamer.errors import ConfigurationError, InvalidPromptError
 from lora_adapters import change_config, merged, write_adapter
-from references import greedy
 from running_server import MODEL, Running, make_chat_llm, running
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def expected(reference: Any, adapters: dict[str, Path], llm: LLM) -> dict[str | 
     """What follows the prompt with each adapter, of merged models."""
     ids = llm.tokenizer(PROMPT)["input_ids"]
     models = {name: reference if name is None else merged(reference, adapters[name]) for name in NAMES}
-    tokens = {name: greedy(model, ids, 6, min_new_tokens=6) for name, model in models.items()}
+    tokens = {name: answers_of(model)(ids, 6) for name, model in models.items()}
     assert len({tuple(each) for each in tokens.values()}) == 3
     return tokens
 
@@ -91,7 +91,10 @@ def test_the_models_name_chooses_the_adapter(server: Running, expected: dict[str
         assert status == 200 and answer["model"] == (name or MODEL)
         assert answer["choices"][0]["token_ids"] == expected[None if name == MODEL else name]
         events = server.events("/v1/completions", body(name))
-        assert sum((choice["token_ids"] for e in events for choice in e["choices"]), []) == answer["choices"][0]["token_ids"]
+        assert (
+            sum((choice["token_ids"] for e in events for choice in e["choices"]), [])
+            == answer["choices"][0]["token_ids"]
+        )
         assert {event["model"] for event in events} == {name or MODEL}
     status, refused = server.call("/v1/completions", body("prose"))
     assert status == 404 and "tiny, rhyme, terse" in refused["error"]["message"]
@@ -131,9 +134,7 @@ def test_a_server_refuses_an_adapter_of_its_own_name(tiny: Path, adapters: dict[
         pass
 
 
-def test_lines_of_a_batch_choose_adapters(
-    adapted: LLM, expected: dict[str | None, list[int]], tmp_path: Path
-) -> None:
+def test_lines_of_a_batch_choose_adapters(adapted: LLM, expected: dict[str | None, list[int]], tmp_path: Path) -> None:
     names = ["gpt-of-somebody", "rhyme", "terse", "rhyme"]
     lines = [
         {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body(name)}
@@ -195,9 +196,7 @@ def test_commands_refuse_adapters_before_they_load(tmp_path: Path) -> None:
 
 def test_a_command_answers_with_adapters(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(
-        json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body("terse")})
-    )
+    source.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body("terse")}))
     command = ["batch", str(tiny), str(source), "-o", str(output), "--lora", f"terse={adapters['terse']}"]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert json.loads(output.read_text())["response"]["body"]["model"] == "terse"
