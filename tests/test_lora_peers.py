@@ -22,7 +22,7 @@ from test_lora import answers, make
 pytestmark = pytest.mark.peers
 peft = pytest.importorskip("peft")
 
-PROMPTS = [list(range(3, 40)), list(range(3, 30)) + [7, 5], [11, 12]]
+PROMPTS = [list(range(3, 40)), [*range(3, 30), 7, 5], [11, 12]]
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {"target_modules": ["q_proj", "v_proj"]},
     "all": {"target_modules": "all-linear", "r": 3, "lora_alpha": 5},
