@@ -83,9 +83,8 @@ class Program {
   int prepared(Type type, int64_t k);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
-  // fp32 (READY - their index), normalized if `gain`
-  // is not null (RMSNorm; it is copied), their entries in this order (K; copied too) unless it is null. Only the rows that
-  // need logits with `last`.
+  // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm; it is copied), their entries in this order (K;
+  // copied too) unless it is null. Only the rows that need logits with `last`.
   void prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
                bool whole_columns, bool last);
   // `addend`: a buffer that low_rank() fills, or -1.
