@@ -192,6 +192,11 @@ def test_commands_refuse_adapters_before_they_load(tmp_path: Path) -> None:
         assert "has the model's own name" in str(result.exception)
 
 
+def test_adapters_are_of_a_server_of_one_model() -> None:
+    result = CliRunner().invoke(app, ["serve", "a", "b", "--lora", "name=x"])
+    assert isinstance(result.exception, ConfigurationError) and "--lora" in str(result.exception)
+
+
 def test_a_command_answers_with_adapters(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body("terse")}))
