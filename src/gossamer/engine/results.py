@@ -39,6 +39,7 @@ class ResultBuilder:
             finished=request.finished,
             error=error,
             metrics=RequestMetrics(request.arrived, request.admitted, request.first_token, request.last_token),
+            adapter=request.adapter,
         )
         if error is None:
             output.outputs = [self._completion(sequence) for sequence in request.sequences]

@@ -66,25 +66,25 @@ async def version() -> dict[str, str]:
 
 @router.get("/v1/models", responses=errors())
 async def models(request: Request) -> dict[str, Any]:
-    """The names that requests may give; all of them mean the one model."""
-    return {
-        "object": "list",
-        "data": [_model(_service(request), name) for name in _service(request).options.model_names],
-    }
+    """The names that requests may give: those of the one model, and its adapters, whose ``parent`` it is."""
+    service = _service(request)
+    return {"object": "list", "data": [_model(service, name) for name in service.model_names]}
 
 
 @router.get("/v1/models/{model:path}", responses=errors(404))
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
-    names = _service(request).options.model_names
+    names = _service(request).model_names
     name = next((name for name in names if name.strip("/") == model), model)  # of a path, slashes at its ends are gone
     _service(request).check_model(name)
     return _model(_service(request), name)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    length = service.ready.answering.llm.engine.max_model_len
-    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer", "max_model_len": length}
+    llm = service.ready.answering.llm
+    about = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
+    parent = {"parent": service.options.model_names[0]} if name in llm.adapters else {}
+    return about | parent | {"max_model_len": llm.engine.max_model_len}
 
 
 @router.get("/tokenizer_info", responses=errors())
