@@ -1,7 +1,7 @@
 """How a checkpoint makes one vector of a text: what sentence-transformers writes beside it, read and checked.
 
-``modules.json`` lists the steps: a transformer, a pooling, perhaps a normalization. A checkpoint without that file pools
-as sentence-transformers does then: the mean of an encoder's vectors, the last one of a decoder.
+``modules.json`` lists the steps: a transformer, a pooling, perhaps a normalization. A checkpoint without that file
+pools as sentence-transformers does then: the mean of an encoder's vectors, the last one of a decoder.
 """
 
 from __future__ import annotations

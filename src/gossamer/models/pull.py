@@ -1,7 +1,8 @@
 """Gets a model into the cache: from the catalog, or from a GGUF file on disk.
 
-A GGUF file is converted to a checkpoint directory, unless the catalog says that it is kept. Of a catalog model that is kept as it is, the entry holds the GGUF
-file, which has no place for what its authors advise about sampling: that is in the manifest beside it.
+A GGUF file is converted to a checkpoint directory, unless the catalog says that it is kept. Then the entry holds the
+file, which has no place for what its authors advise about sampling: that is in the manifest beside it. A directory that
+the catalog has is kept as it is.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def find_task(model: str | Path, task: Task = "auto") -> Literal["generate", "em
     return task
 
 
-def load_pooling(
-    model: str | Path, task: Literal["embed", "score"], options: Options = Options()
-) -> tuple[PoolingModel, Path]:
+def load_pooling(model: str | Path, task: Literal["embed", "score"], options: Options) -> tuple[PoolingModel, Path]:
     """Find a model and load it for embeddings or scores.
 
     Args:

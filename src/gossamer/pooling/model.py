@@ -8,8 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gossamer.errors import RequestError
 from gossamer.models.pooling_config import Pooling
+from gossamer.options import is_integer
 from gossamer.pooling.encoder import Group
+from gossamer.pooling.ranking import Ranking, finish
 from gossamer.pooling.texts import Texts, Tokens
 
 PASS_TOKENS = 2048  # of one pass: enough for the products of matrices, and the rows of a layer stay in the caches
@@ -74,6 +77,36 @@ class PoolingModel:
             progress(sum(map(len, places)))
         return out
 
+    def check_dimensions(self, dimensions: int | None) -> None:
+        """Whether embeddings can be cut to so many numbers.
+
+        Raises:
+            RequestError
+        """
+        if dimensions is not None and (not is_integer(dimensions) or not 1 <= dimensions <= self.width):
+            raise RequestError(
+                f"dimensions must be from 1 to {self.width}, which is what this model makes, got {dimensions!r}",
+                param="dimensions",
+            )
+
+    def finish(self, rows: Tensor, dimensions: int | None = None, *, normalize: bool = True) -> Tensor:
+        """Embeddings as they are handed out; see :func:`finish`."""
+        return finish(rows, dimensions, normalize=normalize)
+
+    def ranking(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        truncate: int | None = None,
+        *,
+        texts: Texts | None = None,
+        names: tuple[str, str] = ("query", "documents"),
+    ) -> Ranking:
+        """Pairs to be scored; see :class:`~gossamer.pooling.ranking.Ranking`."""
+        return Ranking(
+            queries, documents, truncate, texts=texts or self.texts, together=self.task == "score", names=names
+        )
+
 
 def passes(inputs: Sequence[Tokens], most: int) -> Iterator[list[list[int]]]:
     """The places of inputs, in groups of one length; a pass has groups of up to ``most`` tokens, or one input.
@@ -119,13 +152,3 @@ def pool(vectors: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "max":
         return vectors.amax(1)
     return vectors[:, 0 if pooling == "cls" else -1]
-
-
-def finish(rows: Tensor, dimensions: int | None = None, *, normalize: bool = True) -> Tensor:
-    """Embeddings as they are handed out: cut to the first ``dimensions`` numbers, then of length 1.
-
-    >>> finish(torch.tensor([[3.0, 4.0, 5.0]]), 2)
-    tensor([[0.6000, 0.8000]])
-    """
-    rows = rows if dimensions is None else rows[:, :dimensions]
-    return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows

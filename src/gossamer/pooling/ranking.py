@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from gossamer.pooling.model import PoolingModel, finish
 from gossamer.pooling.texts import Texts, Tokens
 
 
@@ -14,11 +14,11 @@ class Ranking:
     """Pairs of a query and a document, and what has to be computed to score them.
 
     Args:
-        model: a cross-encoder, or a model of embeddings.
         queries: one for all documents, or one each.
         documents: texts.
         truncate: see :meth:`gossamer.pooling.texts.Texts.encode`.
-        texts: the model's, or a copy for another thread.
+        texts: makes tokens.
+        together: a query and a document are read as one input, by a model that scores pairs.
         names: of queries and documents, for errors.
 
     Attributes:
@@ -30,17 +30,16 @@ class Ranking:
 
     def __init__(
         self,
-        model: PoolingModel,
         queries: Sequence[str],
         documents: Sequence[str],
         truncate: int | None = None,
         *,
-        texts: Texts | None = None,
-        names: tuple[str, str] = ("query", "documents"),
+        texts: Texts,
+        together: bool,
+        names: tuple[str, str],
     ) -> None:
-        texts = texts or model.texts
         self._queries, self._documents = len(queries), len(documents)
-        self._together = model.task == "score"
+        self._together = together
         self.inputs: list[Tokens] = []
         if self._together:
             for place, document in enumerate(documents):
@@ -69,11 +68,26 @@ class Ranking:
         scores = (unit[: self._queries] * unit[self._queries :]).sum(-1).tolist()
         return scores
 
+    def best_first(self, rows: Tensor, most: int | None = None) -> list[tuple[int, float]]:
+        """Place and score of each document, or of the best ``most``, the highest score first."""
+        scores = self.scores(rows)
+        return [(place, scores[place]) for place in by_score(scores)[:most]]
 
-def best_first(scores: Sequence[float], most: int | None = None) -> list[int]:
+
+def by_score(scores: Sequence[float]) -> list[int]:
     """The places of the scores, the highest first; those of equal scores in their order.
 
-    >>> best_first([0.1, 0.9, 0.9], 2)
-    [1, 2]
+    >>> by_score([0.1, 0.9, 0.9])
+    [1, 2, 0]
     """
-    return sorted(range(len(scores)), key=lambda place: -scores[place])[:most]
+    return sorted(range(len(scores)), key=lambda place: -scores[place])
+
+
+def finish(rows: Tensor, dimensions: int | None = None, *, normalize: bool = True) -> Tensor:
+    """Embeddings as they are handed out: cut to the first ``dimensions`` numbers, then of length 1.
+
+    >>> finish(torch.tensor([[3.0, 4.0, 5.0]]), 2)
+    tensor([[0.6000, 0.8000]])
+    """
+    rows = rows if dimensions is None else rows[:, :dimensions]
+    return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows

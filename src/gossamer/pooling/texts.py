@@ -38,7 +38,7 @@ class Texts:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_length = max_length
-        self._lower_case = lower_case
+        self.lower_case = lower_case
 
     def encode(self, text: Any, where: str, truncate: int | None = None, *, special: bool = True) -> Tokens:
         """The tokens of a text, or of a list of token ids, which is taken as it is.
@@ -58,7 +58,7 @@ class Texts:
         if isinstance(text, str):
             ids = self._tokenize([self._checked(text, where)], most, special)["input_ids"]
         else:
-            ids = self._checked_ids(text, where)[: most or None]
+            ids = self.check_ids(text, where)[: most or None]
         self._check_length(ids, where)
         return Tokens(list(ids))
 
@@ -106,9 +106,14 @@ class Texts:
             raise InvalidPromptError(found.reason, param=where)
         if not text:
             raise InvalidPromptError(f"{where} is empty; give at least one character", param=where)
-        return text.lower() if self._lower_case else text
+        return text.lower() if self.lower_case else text
 
-    def _checked_ids(self, ids: Any, where: str) -> list[int]:
+    def check_ids(self, ids: Any, where: str) -> list[int]:
+        """``ids`` as a list of token ids of this model, at least one.
+
+        Raises:
+            InvalidPromptError
+        """
         if not isinstance(ids, Sequence) or isinstance(ids, (bytes, bytearray)):
             raise InvalidPromptError(f"{where} must be a text or a list of token ids", param=where)
         if not ids:
@@ -117,7 +122,7 @@ class Texts:
             if not is_integer(token) or not 0 <= token < self.vocab_size:
                 raise InvalidPromptError(
                     f"{where}[{place}] is {token!r}; token ids of this model are integers from 0 to "
-                    f"{self.vocab_size - 1}. Ids of another vocabulary, such as tiktoken's, mean other texts: send texts",
+                    f"{self.vocab_size - 1}. Ids of another vocabulary, such as tiktoken's, mean other texts",
                     param=where,
                 )
         return list(ids)

@@ -26,6 +26,7 @@ from gossamer.server.middleware import ApiKeys, Limits, RequestLog
 from gossamer.server.options import ServerOptions
 from gossamer.server.origins import Origins, server_hosts
 from gossamer.server.paths import Paths
+from gossamer.server.pooling_routes import pooling_routes
 from gossamer.server.service import Service
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
         redirect_slashes=False,  # `Paths` does it better
     )
     routers = [each.router for each in (routes_info, routes_batches, routes_cache, routes_playground)]
-    routers.append(generating_routes())
+    routers += [generating_routes(), pooling_routes()]
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(GossamerError, _gossamer_error)
