@@ -27,7 +27,7 @@ _LEGACY = {  # fields of 1_Pooling/config.json before sentence-transformers 6
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-_FIRST_POSITIONS = {"roberta": 2, "xlm-roberta": 2, "camembert": 2}  # their positions begin behind the padding's
+_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin behind the padding's
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,17 @@ def read_pooling(directory: Path, config: PreTrainedConfig, tokenizer: Any) -> P
 
 def positions(config: PreTrainedConfig) -> int:
     """Tokens of the longest text that a model has positions for."""
-    text = config.get_text_config()
-    return int(text.max_position_embeddings) - _FIRST_POSITIONS.get(config.model_type, 0)
+    return int(config.get_text_config().max_position_embeddings) - first_position(config)
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """The position of a text's first token.
+
+    >>> from transformers import BertConfig, RobertaConfig
+    >>> first_position(BertConfig()), first_position(RobertaConfig(pad_token_id=1))
+    (0, 2)
+    """
+    return int(config.pad_token_id or 0) + 1 if config.model_type in _BEHIND_PADDING else 0
 
 
 def _modules(file: Path) -> list[tuple[str, str]]:

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from gossamer.models.pooling_config import first_position
 from gossamer.pooling.linears import Linear, LinearPacker
 
-#: Model types that are this definition, and the position of a text's first token.
-ARCHITECTURES = {"bert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
+#: Model types that are this definition.
+ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Encoder:
         embeddings = network.embeddings
         self.words, self.positions, self.types = (
             embeddings.word_embeddings.weight,
-            embeddings.position_embeddings.weight[ARCHITECTURES[config.model_type] :],
+            embeddings.position_embeddings.weight[first_position(config) :],
             embeddings.token_type_embeddings.weight,
         )
         self.norm: nn.Module = embeddings.LayerNorm
