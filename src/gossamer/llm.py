@@ -21,7 +21,8 @@ from gossamer.models.generation import advised_sampling, end_token_ids
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, is_integer, with_option_signature
 from gossamer.outputs import BeamSearchOutput, EmbeddingOutput, RankedDocument, RequestOutput, ScoreOutput
-from gossamer.pooling import PoolingModel, find_task, load_pooling
+from gossamer.pooling.loading import find_task, load_pooling
+from gossamer.pooling.model import PoolingModel
 from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
 from gossamer.progress import Progress
 from gossamer.runners.loading import load_for_runner

@@ -7,9 +7,3 @@ texts      texts, pairs and token ids, checked and cut
 model      tokens become vectors or scores: sorted by length, without padding
 ranking    how well documents answer a query
 """
-
-from gossamer.pooling.loading import find_task, load_pooling
-from gossamer.pooling.model import PoolingModel
-from gossamer.pooling.texts import Tokens
-
-__all__ = ["PoolingModel", "Tokens", "find_task", "load_pooling"]
