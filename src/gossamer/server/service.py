@@ -102,6 +102,7 @@ class Service:
         self.state: State = "loading"
         self.reason = "the model is being loaded"
         self.failed = asyncio.Event()
+        self.loaded = asyncio.Event()
         #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self._load = load
@@ -149,6 +150,7 @@ class Service:
             self.state, self.reason = "ready", ""
         elif self.state == "draining":
             batches.drain()
+        self.loaded.set()
         logger.info("ready: %s", ", ".join(self.options.model_names))
 
     def _generating(self, llm: LLM) -> tuple[Answering, Metrics]:
