@@ -27,7 +27,7 @@ _LEGACY = {  # fields of 1_Pooling/config.json before sentence-transformers 6
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin behind the padding's
+_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin behind the padding's
 
 
 @dataclass(frozen=True)
