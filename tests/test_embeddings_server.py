@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from encoders import LONGEST, TEXTS, write_bert, write_cross_encoder
 from gossamer import LLM
+from gossamer.batch import BatchRunner
 from gossamer.cli.app import app
 from gossamer.protocol.pooling import MAX_INPUTS
 from running_server import MODEL, Running, running, wait_for
@@ -260,6 +261,15 @@ class TestManyAtATime:
                 each.result(60)
         assert ended == ["short", "long"] and max(rounds) <= 256 and sum(rounds) == 1201
 
+    def test_a_round_has_a_bounded_number_of_tokens(
+        self, server: Running, held: tuple[threading.Event, list[int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go, rounds = held
+        monkeypatch.setattr("gossamer.server.pooling.ROUND_TOKENS", 100)
+        go.set()
+        assert server.call("/v1/embeddings", {"input": ["a" * 28] * 7})[0] == 200  # 30 tokens each
+        assert rounds == [3, 3, 1]
+
     def test_the_queue_is_bounded(self, server: Running, held: tuple[threading.Event, list[int]]) -> None:
         go, rounds = held
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -338,6 +348,24 @@ class TestBatches:
         self.check(records, vectors)
         again = json.loads(CliRunner().invoke(app, [*arguments, "--json", "--resume"]).stdout)
         assert (again["skipped"], again["completed"], again["failed"]) == (4, 0, 2)
+
+    def test_lines_that_cannot_be_computed_fail_and_the_others_go_on(
+        self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text(lines(*(("/v1/embeddings", {"input": text}) for text in TEXTS)))
+        llm = LLM(bert)
+        compute = llm.pooling.compute
+
+        def sometimes(inputs: list[Any]) -> Any:
+            if len(inputs[0].ids) > 20:
+                raise MemoryError
+            return compute(inputs)
+
+        monkeypatch.setattr(llm.pooling, "compute", sometimes)
+        summary = BatchRunner(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_in_flight=1).run(llm)
+        assert (summary.completed, summary.failed) == (3, 2)
+        records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [each["response"]["status_code"] for each in records] == [200, 500, 200, 500, 200]
 
     def test_a_generating_model_refuses_the_lines_of_embeddings(
         self, make_tiny_llama: Callable[..., Path], tmp_path: Path

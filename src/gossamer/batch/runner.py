@@ -186,7 +186,12 @@ class BatchRunner:
         self._answer_pooling(llm, gathered)
 
     def _answer_pooling(self, llm: LLM, gathered: list[tuple[BatchLine, PoolingWork]]) -> None:
-        rows = llm.pooling.compute([each for _, work in gathered for each in work.inputs])
+        try:
+            rows = llm.pooling.compute([each for _, work in gathered for each in work.inputs])
+        except Exception as error:  # of PyTorch, such as too little memory: these lines fail, and the others go on
+            for line, _ in gathered:
+                self._write_refused(line, error)
+            return
         for (line, work), own in zip(gathered, rows.split([len(work.inputs) for _, work in gathered]), strict=True):
             answer = work.answer(own, llm.model_name)
             self._output.append(answer_record(line, answer))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from gossamer.models.pooling_config import first_position
@@ -19,6 +20,17 @@ from gossamer.pooling.linears import Linear, LinearPacker
 
 #: Model types that are this definition.
 ARCHITECTURES = ("bert", "roberta", "xlm-roberta", "camembert")
+
+
+def is_defined(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration is the definition below.
+
+    >>> from transformers import BertConfig, DistilBertConfig
+    >>> is_defined(BertConfig()), is_defined(DistilBertConfig())
+    (True, False)
+    """
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    return config.model_type in ARCHITECTURES and positions == "absolute"
 
 
 @dataclass(frozen=True)

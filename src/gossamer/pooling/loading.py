@@ -19,7 +19,7 @@ from gossamer.models.resolve import resolve_model
 from gossamer.models.support import check_supported
 from gossamer.nn.int8_linear import Decomposition
 from gossamer.options import ModelOptions, Options, Task
-from gossamer.pooling.encoder import ARCHITECTURES, AnyNetwork, Encoder
+from gossamer.pooling.encoder import AnyNetwork, Encoder, is_defined
 from gossamer.pooling.linears import LinearPacker, replace_linears
 from gossamer.pooling.model import PoolingModel
 from gossamer.pooling.texts import Texts
@@ -79,7 +79,7 @@ def load_pooling(model: str | Path, task: Literal["embed", "score"], options: Op
     pack = LinearPacker(isa, dtype, decomposition)
     body: Any = network.base_model
     head = _score_head(network) if task == "score" else None
-    if config.model_type in ARCHITECTURES and options.model.device == "cpu":
+    if is_defined(config) and options.model.device == "cpu" and (isa or dtype == "float32"):
         runs: Any = Encoder(body, pack)
     else:
         if isa is not None or decomposition is not None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gossamer.engine")
 T = TypeVar("T")
 ROUND = 256  # inputs that are computed before others get a turn
+ROUND_TOKENS = 16_384  # of them, unless each request has a single long one
 
 
 @dataclass(eq=False)
@@ -201,10 +202,14 @@ class PoolingAnswering:
 
     def _take(self) -> list[tuple[_Request, list[Tokens]]]:
         """Inputs of the next round: each request's next ones, up to its share."""
-        share = max(ROUND // len(self._requests), 1)
+        share, tokens = max(ROUND // len(self._requests), 1), ROUND_TOKENS // len(self._requests)
         taken = []
         for request in list(islice(self._requests, ROUND)):
-            part = request.inputs[request.begun : request.begun + share]
+            part: list[Tokens] = []
+            for each in request.inputs[request.begun : request.begun + share]:
+                if part and sum(len(one.ids) for one in part) + len(each.ids) > tokens:
+                    break
+                part.append(each)
             request.begun += len(part)
             taken.append((request, part))
             self._requests.rotate(-1)  # others begin the next round
