@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup model run test test-slow test-browser test-peers test-clients sanitize emulate emulate-arm lint format docs clean FORCE
-.PHONY: bench bench-peers bench-linear table-1
+.PHONY: bench bench-peers bench-linear bench-embed table-1
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,9 @@ bench-peers: setup model ## Measure decoding beside other projects, each install
 		$(MAKE) --no-print-directory $(BENCH)/$$peer/.installed || failed="$$failed $$peer"; \
 	done; test -z "$$failed" || echo "These could not be installed and are left out:$$failed" >&2
 	$(VENV)/bin/gossamer bench decode --model $(MODEL) --peers all $(BENCH_ARGS)
+
+bench-embed: setup $(BENCH)/sentence-transformers/.installed ## Measure embeddings beside sentence-transformers; BENCH_ARGS="..."
+	$(VENV)/bin/gossamer bench embed --peers sentence-transformers $(BENCH_ARGS)
 
 bench-linear: $(PEERS)/.installed ## Measure int8 layers beside other projects'; BENCH_ARGS="..."
 	$(PEERS)/bin/gossamer bench linear $(BENCH_ARGS)

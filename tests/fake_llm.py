@@ -134,6 +134,7 @@ class FakeLLM:
         self.sampling_defaults: dict[str, float] = {}
         self.chat_format = None
         self.adapters = dict.fromkeys(lora or {})
+        self.generates = True
         self.stored_weights = None
         self.weights, self.weights_note = "float32", ""
         self.model_name = model

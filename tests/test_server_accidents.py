@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,7 +64,7 @@ class Answers:
     """What `Answering` is for batches. ``computed`` holds the prompts in their order."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.engine_loop = SimpleNamespace(has_free_places=True, failure=None)
+        self.has_free_places, self.failure = True, None
         self.computed: list[str] = []
         self.error = error
 

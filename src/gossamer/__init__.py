@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from gossamer.operators.sliding_fisher import SlidingFisher
     from gossamer.ops.attention import AttentionState, attend, merge_states
     from gossamer.optim import MFAC, MFACPreconditioner
-    from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
+    from gossamer.outputs import (
+        BeamSearchOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        RankedDocument,
+        RequestOutput,
+        ScoreOutput,
+    )
     from gossamer.pruning import Pruner
     from gossamer.report.outliers import find_outliers
     from gossamer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
@@ -31,6 +38,7 @@ _HOMES = {
     "BeamSearchOutput": "outputs",
     "BeamSearchParams": "sampling_params",
     "CompletionOutput": "outputs",
+    "EmbeddingOutput": "outputs",
     "GaussianKernel": "operators.gaussian.kernel",
     "GossamerError": "errors",
     "GossamerInt8Config": "models.int8_quantizer",
@@ -43,6 +51,7 @@ _HOMES = {
     "MFAC": "optim",
     "MFACPreconditioner": "optim",
     "Pruner": "pruning",
+    "RankedDocument": "outputs",
     "RequestError": "errors",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
@@ -64,6 +73,7 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingOutput",
     "GaussianKernel",
     "GossamerError",
     "GossamerInt8Config",
@@ -74,6 +84,7 @@ __all__ = [
     "KernelAttention",
     "MFACPreconditioner",
     "Pruner",
+    "RankedDocument",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -16,12 +16,15 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
-from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
+from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError, UnsupportedModelError
 from gossamer.models.generation import advised_sampling, end_token_ids
 from gossamer.models.lora_config import check_adapter_names
 from gossamer.nn.quantize import QuantizationReport
-from gossamer.options import OptionArguments, Options, with_option_signature
-from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
+from gossamer.options import OptionArguments, Options, is_integer, with_option_signature
+from gossamer.outputs import BeamSearchOutput, EmbeddingOutput, RankedDocument, RequestOutput, ScoreOutput
+from gossamer.pooling.loading import find_task, load_pooling
+from gossamer.pooling.model import PoolingModel
+from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
 from gossamer.progress import Progress
 from gossamer.runners.kv_digest import kv_digest
 from gossamer.runners.loading import load_for_runner
@@ -43,6 +46,7 @@ class LLM:
 
     Attributes:
         options: what it was loaded with.
+        task: what it is for: ``generate``, ``embed`` or ``score``.
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory, or GGUF file, the model was loaded from.
         adapters: names of the adapters, and which model each was trained on, if it says so.
@@ -88,7 +92,33 @@ class LLM:
         """
         self.options = Options.of(options)  # refused before the weights are read
         self.model_name = str(model)
+        self.task = find_task(model, self.options.model.task)
+        self.adapters: dict[str, str | None] = {}
+        self._engine: Engine | None = None
+        self._pooling: PoolingModel | None = None
+        self.sampling_defaults: dict[str, float] = {}
+        self.quantization_report: QuantizationReport | None = None
+        self.stored_weights: str | None = None
+        self.sparse_weights: dict[str, Any] | None = None
+        self._calls = 0
+        self._prompts = 0
+        self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet
         check_adapter_names(lora or {}, self.model_name)
+        if self.task == "generate":
+            self._load_generating(model, lora)
+        elif lora:
+            raise ConfigurationError(
+                f"adapters are for models that generate text; {self.model_name} is not used for that"
+            )
+        else:
+            self._load_pooling(model, self.task)
+
+    def _load_pooling(self, model: str | Path, task: Literal["embed", "score"]) -> None:
+        self._pooling, self.model_path = load_pooling(model, task, self.options)
+        self.tokenizer = self._pooling.texts.tokenizer
+        self.runner_note, self.weights, self.weights_note = self._pooling.note, self._pooling.weights, ""
+
+    def _load_generating(self, model: str | Path, lora: Mapping[str, str | Path] | None) -> None:
         engine = self.options.engine
         loaded = load_for_runner(
             model,
@@ -101,18 +131,45 @@ class LLM:
         self.adapters = {adapter.name: adapter.base for adapter in loaded.adapters}
         network, self.tokenizer, self.model_path = loaded.network, loaded.tokenizer, loaded.path
         self.runner_note, self.weights, self.weights_note = loaded.runner_note, loaded.weights, loaded.weights_note
-        self.quantization_report: QuantizationReport | None = getattr(
-            getattr(network, "hf_quantizer", None), "report", None
-        )
+        self.quantization_report = getattr(getattr(network, "hf_quantizer", None), "report", None)
         eos = end_token_ids(network, self.tokenizer, self.model_name)
         self.sampling_defaults = advised_sampling(network, self.model_name)
-        self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
-        self.sparse_weights: dict[str, Any] | None = loaded.runner.report().sparse_weights
+        self.stored_weights = getattr(network.config, "gguf_file_type", None)
+        self.sparse_weights = loaded.runner.report().sparse_weights
         digest = kv_digest(loaded, self.options.model, self.options.runner) if engine.prefix_dir is not None else ""
-        self.engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos, kv_digest=digest)
-        self._calls = 0
-        self._prompts = 0
-        self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet
+        self._engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos, kv_digest=digest)
+
+    @property
+    def engine(self) -> Engine:
+        """What generates text.
+
+        Raises:
+            UnsupportedModelError: the model is used for something else.
+        """
+        if self._engine is None:
+            raise generates_no_text(self.model_name, self.task)
+        return self._engine
+
+    @property
+    def pooling(self) -> PoolingModel:
+        """What makes vectors or scores of texts.
+
+        Raises:
+            UnsupportedModelError: the model is used for something else.
+        """
+        if self._pooling is None:
+            raise makes_no_embeddings(self.model_name)
+        return self._pooling
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text."""
+        return self._engine is not None
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest text: prompt and answer, or what is embedded."""
+        return self.engine.max_model_len if self._pooling is None else self._pooling.max_length
 
     def __enter__(self) -> LLM:
         return self
@@ -120,6 +177,8 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._engine is None:
+            return
         for request_id in list(self.engine.requests):
             self.engine.abort(request_id)
         self.engine.tree.evict(self.engine.budget.total)
@@ -127,7 +186,8 @@ class LLM:
 
     def close(self) -> None:
         """Write to ``prefix_dir`` what waits for it, for some seconds at most; the end of the process does so too."""
-        self.engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
     # --- generation --------------------------------------------------------------------------------------------
 
@@ -321,6 +381,83 @@ class LLM:
             self.engine.add_score(request_id, prompt, tails)
 
         return self._serve(len(many), add, ScoreOutput, use_tqdm, on_error)
+
+    # --- embeddings --------------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        use_tqdm: bool = True,
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingOutput]:
+        """The vectors of texts. They are computed by length, without padding.
+
+        Args:
+            prompts: strings, or ``{"prompt_token_ids": [...]}``; one or many.
+            use_tqdm: show a progress bar (when standard error is a terminal).
+            dimensions: the first so many numbers, brought to length 1 again; for models that were trained so.
+            normalize: to length 1, so that a product of two is their cosine.
+            truncate_prompt_tokens: keep so many tokens of the beginning of each text; -1 is as many as the model reads.
+
+        Returns:
+            One output per prompt, in the same order.
+
+        Raises:
+            UnsupportedModelError: the model is made to generate text; ``LLM(model, task="embed")`` embeds all the same.
+            RequestError: a prompt is empty, too long, or no text; it is named by its place, and nothing is computed.
+
+        Example::
+
+            from gossamer import LLM
+
+            one, other = LLM("all-minilm-l6-v2").embed(["A cat sleeps.", "A kitten naps."])
+            print(float(one.embedding @ other.embedding))
+        """
+        model = self.pooling
+        if model.task != "embed":
+            raise UnsupportedModelError(f"{self.model_name} scores pairs of texts, and makes no embeddings; use rank()")
+        model.check_dimensions(dimensions)
+        inputs = []
+        for place, prompt in enumerate(_as_list(prompts)):
+            given: Any = prompt
+            if isinstance(prompt, Mapping):
+                given = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt.get("prompt")
+            inputs.append(model.texts.encode(given, f"prompts[{place}]", truncate_prompt_tokens))
+        with Progress(len(inputs), enabled=use_tqdm) as progress:
+            rows = model.compute(inputs, progress.advance)
+        vectors = model.finish(rows, dimensions, normalize=normalize).numpy()
+        return [EmbeddingOutput(vector, tokens.ids) for vector, tokens in zip(vectors, inputs, strict=True)]
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        use_tqdm: bool = True,
+        *,
+        top_n: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[RankedDocument]:
+        """Documents in the order in which they answer a query: by a cross-encoder, or by the cosine of embeddings.
+
+        Args:
+            query: a text.
+            documents: texts.
+            use_tqdm: show a progress bar (when standard error is a terminal).
+            top_n: only the best so many.
+            truncate_prompt_tokens: see :meth:`embed`; of a cross-encoder, for query and document together.
+
+        Raises:
+            UnsupportedModelError, RequestError: as in :meth:`embed`.
+        """
+        if top_n is not None and (not is_integer(top_n) or top_n < 1):
+            raise ConfigurationError(f"top_n must be at least 1, got {top_n!r}")
+        ranking = self.pooling.ranking([query], documents, truncate_prompt_tokens)
+        with Progress(len(ranking.inputs), enabled=use_tqdm) as progress:
+            rows = self.pooling.compute(ranking.inputs, progress.advance)
+        return [RankedDocument(place, score, documents[place]) for place, score in ranking.best_first(rows, top_n)]
 
     # --- the rest ----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 SparseWeights = Literal["auto", "on", "off"]
 WeightsChoice = Literal["auto", "as-stored", "dequantized", "int8"]
 SharingMode = Literal["attention", "storage", "off"]
+Task = Literal["auto", "generate", "embed", "score"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHARING_MODES: tuple[SharingMode, ...] = get_args(SharingMode)
 
@@ -95,8 +96,14 @@ class ModelOptions:
     )
     int8_head: bool = option(False, "Make the output layer int8 too; LLM.int8() leaves it as it is.")
     device: str = option("cpu", "Where the model runs, such as cpu or cuda:0.")
+    task: Task = option(
+        "auto",
+        "What the model is for: generate (text), embed (vectors of texts), score (pairs of texts) or auto (what its "
+        "checkpoint was made for).",
+    )
 
     def __post_init__(self) -> None:
+        _check_choice("task", self.task, get_args(Task))
         if self.dtype not in DTYPES:
             raise ConfigurationError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantization not in (None, "int8"):
@@ -276,6 +283,7 @@ class OptionArguments(TypedDict, total=False):
     int8_outliers: Outliers | None
     int8_head: bool
     device: str
+    task: Task
     runner: RunnerChoice
     kv_dtype: KVDtype
     sparse_weights: SparseWeights

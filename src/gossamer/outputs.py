@@ -152,3 +152,30 @@ class ScoreOutput:
     def best(self) -> int:
         """Index of the most probable continuation (by summed log-probability)."""
         return max(range(len(self.continuations)), key=lambda i: self.continuations[i].logprob)
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of one text.
+
+    Attributes:
+        embedding: (D) fp32, a numpy array.
+        prompt_token_ids: what the model read, special tokens included.
+    """
+
+    embedding: Any
+    prompt_token_ids: list[int]
+
+
+@dataclass(slots=True)
+class RankedDocument:
+    """A document, and how well it answers a query.
+
+    Attributes:
+        index: its place among the documents.
+        relevance_score: the higher the better: from 0 to 1 of a cross-encoder, a cosine of embeddings otherwise.
+    """
+
+    index: int
+    relevance_score: float
+    document: str

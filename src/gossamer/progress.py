@@ -44,8 +44,8 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
-        self._bar.advance(self._task)
+    def advance(self, count: int = 1) -> None:
+        self._bar.advance(self._task, count)
 
     def describe(self, stats: EngineStats) -> None:
         """Show tokens per second since the bar began."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import ConfigurationError
-from gossamer.protocol import BODIES
+from gossamer.protocol import all_bodies
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
 
 #: No request is longer than this; it bounds the memory that a file without line breaks can take.
@@ -142,8 +142,8 @@ def _request(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if fields.get("method") != "POST":
         raise _Invalid("invalid_method", f"method must be POST, got {fields.get('method')!r}", "method")
     url, body = fields.get("url"), fields.get("body")
-    if not isinstance(url, str) or url not in BODIES:
-        raise _Invalid("invalid_url", f"url must be {' or '.join(BODIES)}, got {url!r}", "url")
+    if not isinstance(url, str) or url not in all_bodies():
+        raise _Invalid("invalid_url", f"url must be {' or '.join(all_bodies())}, got {url!r}", "url")
     if not isinstance(body, dict):
         raise _Invalid("invalid_body", "body must be a JSON object", "body")
     return url, body

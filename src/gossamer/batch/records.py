@@ -7,19 +7,19 @@ from typing import Any
 
 from gossamer.batch.input_file import BatchLine, InvalidLine
 from gossamer.errors import EngineError, GossamerError, RequestError
-from gossamer.protocol import BODIES, GeneratingBody, error_body, shortened
+from gossamer.protocol import GeneratingBody, PoolingBody, all_bodies, error_body, shortened
 
 Record = dict[str, Any]
 
 
-def read_body(line: BatchLine) -> GeneratingBody:
+def read_body(line: BatchLine) -> GeneratingBody | PoolingBody:
     """The body of a line.
 
     Raises:
         RequestError: it cannot be honoured.
     """
-    body = BODIES[line.url].parse(line.body)
-    if body.stream:
+    body = all_bodies()[line.url].parse(line.body)
+    if isinstance(body, GeneratingBody) and body.stream:
         raise RequestError("stream must be false in a batch", param="stream")
     return body
 
@@ -31,7 +31,7 @@ def answer_record(line: BatchLine, body: Record) -> Record:
 
 def refusal_record(line: BatchLine, error: Exception) -> Record:
     """A line was refused, or failed, for whatever reason."""
-    body = error_body(error, BODIES[line.url].prompt_field)
+    body = error_body(error, all_bodies()[line.url].prompt_field)
     body["error"]["line"] = line.number
     ours = isinstance(error, EngineError) or not isinstance(error, GossamerError)
     return _record(line.custom_id, response=_response(500 if ours else 400, body))

@@ -17,7 +17,9 @@ from gossamer.engine.detokenizer import decode
 from gossamer.engine.stepping import PatientSteps
 from gossamer.errors import ConfigurationError, GossamerError, OutputError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import GeneratingBody, shortened
+from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
+from gossamer.protocol import GeneratingBody, PoolingBody, shortened
+from gossamer.protocol.pooling import PoolingWork
 from gossamer.protocol.responses import usage
 from gossamer.sampling_params import SamplingParams
 
@@ -128,7 +130,10 @@ class BatchRunner:
         self._started = time.perf_counter()
         try:
             with self._output:
-                self._run(llm)
+                if llm.generates:
+                    self._run(llm)
+                else:
+                    self._run_pooling(llm)
         finally:
             for request_id in self._in_flight:
                 llm.engine.abort(request_id)
@@ -153,17 +158,54 @@ class BatchRunner:
                     self._collect(llm, output)
             self._report()
 
-    def _prompts(self, llm: LLM) -> Iterator[tuple[_Job, int, Prompt, SamplingParams]]:
-        """Prompts in the order of the file. Lazy, so that a body with very many prompts is bounded as well."""
+    def _lines(self) -> Iterator[BatchLine]:
+        """Lines that are requests, and have no answer yet."""
         for line in read_lines(self._input):
             if isinstance(line, InvalidLine):
                 self._write_invalid(line)
-                continue
-            if line.custom_id in self._output.answered:
+            elif line.custom_id in self._output.answered:
                 self.summary.skipped += 1
-                continue
+            else:
+                yield line
+
+    def _run_pooling(self, llm: LLM) -> None:
+        """As :meth:`_run`, for a model of embeddings or scores: so many inputs at a time, and then their lines."""
+        gathered: list[tuple[BatchLine, PoolingWork]] = []
+        for line in self._lines():
             try:
                 body = read_body(line)
+                if isinstance(body, GeneratingBody):
+                    raise generates_no_text(llm.model_name, llm.task)
+                gathered.append((line, body.work(llm.pooling, llm.pooling.texts)))
+            except Exception as error:  # of the tokenizer, too: it is the line's, and the others go on
+                self._write_refused(line, error)
+            if sum(len(work.inputs) for _, work in gathered) >= self._max_in_flight:
+                self._answer_pooling(llm, gathered)
+                gathered = []
+            self._report()
+        self._answer_pooling(llm, gathered)
+
+    def _answer_pooling(self, llm: LLM, gathered: list[tuple[BatchLine, PoolingWork]]) -> None:
+        try:
+            rows = llm.pooling.compute([each for _, work in gathered for each in work.inputs])
+        except Exception as error:  # of PyTorch, such as too little memory: these lines fail, and the others go on
+            for line, _ in gathered:
+                self._write_refused(line, error)
+            return
+        for (line, work), own in zip(gathered, rows.split([len(work.inputs) for _, work in gathered]), strict=True):
+            answer = work.answer(own, llm.model_name)
+            self._output.append(answer_record(line, answer))
+            self.summary.completed += 1
+            self.summary.prompt_tokens += answer["usage"]["prompt_tokens"]
+        self._report()
+
+    def _prompts(self, llm: LLM) -> Iterator[tuple[_Job, int, Prompt, SamplingParams]]:
+        """Prompts in the order of the file. Lazy, so that a body with very many prompts is bounded as well."""
+        for line in self._lines():
+            try:
+                body = read_body(line)
+                if isinstance(body, PoolingBody):
+                    raise makes_no_embeddings(llm.model_name)
                 params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
                 adapter = {"adapter": body.adapter_among(llm.adapters)}
                 prompts = [_engine_prompt(llm, prompt) | adapter for prompt in body.engine_prompts()]

@@ -68,7 +68,12 @@ def batch(
             interrupted = True
         summary = work.summary
         if as_json:
-            typer.echo(json.dumps(asdict(summary) | {"interrupted": interrupted, "engine": llm.stats().to_dict()}))
+            typer.echo(
+                json.dumps(
+                    asdict(summary)
+                    | {"interrupted": interrupted, "engine": llm.stats().to_dict() if llm.generates else None}
+                )
+            )
         else:
             typer.echo(_describe(summary))
     for failure in summary.first_failures:

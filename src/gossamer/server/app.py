@@ -26,6 +26,7 @@ from gossamer.server.middleware import ApiKeys, Limits, RequestLog
 from gossamer.server.options import ServerOptions
 from gossamer.server.origins import Origins, server_hosts
 from gossamer.server.paths import Paths
+from gossamer.server.pooling_routes import pooling_routes
 from gossamer.server.service import Service
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def all_routers() -> list[APIRouter]:
     return [
         *(each.router for each in (routes_info, routes_batches, routes_cache, routes_playground)),
         generating_routes(),
+        pooling_routes(),
     ]
 
 

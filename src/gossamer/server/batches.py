@@ -24,10 +24,11 @@ from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_
 from gossamer.batch.output_file import OutputFile, cut_torn_line
 from gossamer.batch.records import Record, answer_record, invalid_record, read_body, refusal_record
 from gossamer.errors import GossamerError, OutputError, RequestError, ServerBusyError, ShuttingDownError
-from gossamer.protocol import GeneratingBody
+from gossamer.protocol import GeneratingBody, PoolingBody
 from gossamer.server.answering import Answering
 from gossamer.server.errors import HttpError, not_found
 from gossamer.server.files import FileStore, StoredFile, new_id, private_directory, private_file, write_json
+from gossamer.server.pooling import PoolingAnswering
 
 logger = logging.getLogger("gossamer.batches")
 _ID = re.compile(r"batch-[0-9a-f]{32}")
@@ -96,7 +97,9 @@ class Batches:
         max_in_flight: lines that are answered at a time.
     """
 
-    def __init__(self, directory: Path, files: FileStore, answering: Answering, *, max_in_flight: int) -> None:
+    def __init__(
+        self, directory: Path, files: FileStore, answering: Answering | PoolingAnswering, *, max_in_flight: int
+    ) -> None:
         self._directory = directory
         self._files = files
         self._answering = answering
@@ -212,7 +215,7 @@ class Batches:
                         await self._write_failure(batch, failures, invalid_record(line))
                     elif line.custom_id not in answers.answered:
                         await room.acquire()
-                        while not self._answering.engine_loop.has_free_places:  # clients go first
+                        while not self._answering.has_free_places:  # clients go first
                             await asyncio.sleep(RETRY_SECONDS)
                         task = group.create_task(self._answer(batch, line, answers, failures))
                         task.add_done_callback(lambda _: room.release())
@@ -226,7 +229,7 @@ class Batches:
             await self._once_written(batch, lambda: answers.append(record))
             batch.completed += 1
         except Exception as error:  # whatever it is, it belongs to this line alone
-            if self._answering.engine_loop.failure is not None or isinstance(error, ShuttingDownError):
+            if self._answering.failure is not None or isinstance(error, ShuttingDownError):
                 await asyncio.Future()  # the line is not to blame; the next server answers it
             if not isinstance(error, GossamerError):
                 logger.exception("line %d cannot be answered", line.number, extra={"batch_id": batch.id})
@@ -236,7 +239,7 @@ class Batches:
         await self._once_written(batch, lambda: failures.append(record))
         batch.failed += 1
 
-    async def _patiently(self, body: GeneratingBody) -> dict[str, Any]:
+    async def _patiently(self, body: GeneratingBody | PoolingBody) -> dict[str, Any]:
         """The answer, however often clients have filled the queue before."""
         while True:
             try:

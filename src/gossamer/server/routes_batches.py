@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
 
 from gossamer.errors import RequestError
-from gossamer.protocol import BODIES
+from gossamer.protocol import all_bodies
 from gossamer.protocol.fields import Fields
 from gossamer.server.documented import errors, json_body
 from gossamer.server.http import parse_body, read_body, read_form
@@ -45,7 +45,7 @@ class BatchRequest(Fields):
     """A batch over an uploaded file."""
 
     input_file_id: str
-    endpoint: Literal[tuple(BODIES)]  # type: ignore[valid-type]
+    endpoint: Literal[tuple(all_bodies())]  # type: ignore[valid-type]
     completion_window: Literal["24h"]
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = None
 

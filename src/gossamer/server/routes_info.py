@@ -81,16 +81,16 @@ async def model(request: Request, model: str) -> dict[str, Any]:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    llm = service.ready.answering.llm
+    llm = service.ready.llm
     about = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
     parent = {"parent": service.options.model_names[0]} if name in llm.adapters else {}
-    return about | parent | {"max_model_len": llm.engine.max_model_len}
+    return about | parent | {"max_model_len": llm.max_model_len}
 
 
 @router.get("/tokenizer_info", responses=errors())
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """What clients need to know of the tokenizer that encode texts for it, with vLLM's names."""
-    tokenizer = _service(request).ready.answering.llm.tokenizer
+    tokenizer = _service(request).ready.llm.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
     return {"tokenizer_class": type(tokenizer).__name__} | {name: getattr(tokenizer, name, None) for name in names}
 
@@ -108,7 +108,7 @@ _TOKEN_ERRORS = errors(400, 404, 408, 413, 415)
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or of a conversation."""
     service = _service(request)
-    answering = service.ready.answering
+    answering = service.ready.answers
     body = await read_body(request, partial(parse_body, TokenizeRequest))
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -126,7 +126,7 @@ async def tokenize(request: Request) -> Response:
         ids = []
     answer: dict[str, Any] = {
         "count": len(ids),
-        "max_model_len": answering.llm.engine.max_model_len,
+        "max_model_len": answering.llm.max_model_len,
         "tokens": ids,
     }
 
@@ -140,7 +140,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service = _service(request)
-    answering = service.ready.answering
+    answering = service.ready.answers
     body = await read_body(request, partial(parse_body, DetokenizeRequest))
     service.check_model(body.model)
     ids = body.tokens

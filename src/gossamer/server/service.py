@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gossamer.errors import GossamerError
 from gossamer.models.lora_config import check_adapter_names
+from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.answering import Answering
 from gossamer.server.batches import Batches
@@ -24,6 +25,8 @@ from gossamer.server.errors import not_found, unavailable
 from gossamer.server.files import FileStore
 from gossamer.server.metrics import Metrics
 from gossamer.server.options import ServerOptions
+from gossamer.server.pooling import PoolingAnswering
+from gossamer.server.pooling_metrics import PoolingMetrics
 from gossamer.server.prefixes import PinnedPrefixes
 
 if TYPE_CHECKING:
@@ -39,12 +42,53 @@ WARM_UP = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 class _Loaded:
     """What there is once the model is there."""
 
-    answering: Answering
-    engine_loop: EngineLoop
-    metrics: Metrics
-    prefixes: PinnedPrefixes
+    answers: Answering | PoolingAnswering
+    metrics: Metrics | PoolingMetrics
     files: FileStore
     batches: Batches
+    pinned: PinnedPrefixes | None
+
+    @property
+    def llm(self) -> LLM:
+        return self.answers.llm
+
+    @property
+    def answering(self) -> Answering:
+        """What answers with text.
+
+        Raises:
+            UnsupportedModelError: the model generates none.
+        """
+        if isinstance(self.answers, PoolingAnswering):
+            raise generates_no_text(self.answers.model_name, self.llm.task)
+        return self.answers
+
+    @property
+    def engine_loop(self) -> EngineLoop:
+        """The engine of what answers with text."""
+        return self.answering.engine_loop
+
+    @property
+    def pooling(self) -> PoolingAnswering:
+        """What answers with vectors or scores.
+
+        Raises:
+            UnsupportedModelError: the model makes none.
+        """
+        if isinstance(self.answers, Answering):
+            raise makes_no_embeddings(self.answers.model_name)
+        return self.answers
+
+    @property
+    def prefixes(self) -> PinnedPrefixes:
+        """Prefixes that stay in the cache.
+
+        Raises:
+            UnsupportedModelError: the model has no cache, as it generates no text.
+        """
+        if self.pinned is None:
+            raise generates_no_text(self.answers.model_name, self.llm.task)
+        return self.pinned
 
 
 class Service:
@@ -95,6 +139,23 @@ class Service:
         llm = await _in_daemon(self._load)
         check_adapter_names(llm.adapters, *self.options.model_names)
         await _in_daemon(lambda: _warm_up(llm))
+        answers, metrics = self._generating(llm) if llm.generates else self._pooling(llm)
+        batches = Batches(directory / "batches", files, answers, max_in_flight=answers.max_sequences)
+        files.remove_leftovers(batches.expected_files)
+        pinned = PinnedPrefixes(answers) if isinstance(answers, Answering) else None
+        self._loaded = _Loaded(answers, metrics, files, batches, pinned)
+        for path in self.options.pinned:
+            await self._loaded.prefixes.pin_file(path)
+        gc.freeze()  # what is there now stays: the garbage collector need not search it again and again
+        gc.collect()  # and counts from here on: it searches all once there is a quarter more than now
+        if self.state == "loading":
+            self.state, self.reason = "ready", ""
+        elif self.state == "draining":
+            batches.drain()
+        self.loaded.set()
+        logger.info("ready: %s", ", ".join(self.options.model_names))
+
+    def _generating(self, llm: LLM) -> tuple[Answering, Metrics]:
         metrics = Metrics(llm.engine, self.options.model_names[0])
         engine_loop = EngineLoop(
             llm.engine, max_queue=self.options.max_queue, on_outputs=metrics.count_outputs, on_failure=self._fail
@@ -108,27 +169,20 @@ class Service:
             bodies=self.bodies,
         )
         engine_loop.start()
-        batches = Batches(directory / "batches", files, answering, max_in_flight=answering.max_sequences)
-        files.remove_leftovers(batches.expected_files)
-        self._loaded = _Loaded(answering, engine_loop, metrics, PinnedPrefixes(answering), files, batches)
-        for path in self.options.pinned:
-            await self._loaded.prefixes.pin_file(path)
-        gc.freeze()  # what is there now stays: the garbage collector need not search it again and again
-        gc.collect()  # and counts from here on: it searches all once there is a quarter more than now
-        if self.state == "loading":
-            self.state, self.reason = "ready", ""
-        elif self.state == "draining":
-            batches.drain()
-        self.loaded.set()
-        logger.info("ready: %s", ", ".join(self.options.model_names))
+        return answering, metrics
+
+    def _pooling(self, llm: LLM) -> tuple[PoolingAnswering, PoolingMetrics]:
+        name = self.options.model_names[0]
+        answering = PoolingAnswering(llm, model_name=name, max_queue=self.options.max_queue, bodies=self.bodies)
+        metrics = PoolingMetrics(name, lambda: answering.waiting)
+        answering.on_answer = metrics.count
+        return answering, metrics
 
     async def stop(self) -> None:
         """Give up what is still running."""
         if self._loaded is not None:
             await self._loaded.batches.stop()
-            await self._loaded.engine_loop.stop()
-            await _in_daemon(self._loaded.engine_loop.engine.close)
-            self._loaded.answering.close()
+            await self._loaded.answers.stop()
         self.bodies.shutdown(cancel_futures=True)
         gc.unfreeze()
         if self._data_dir is not None:
@@ -181,7 +235,7 @@ class Service:
         return self._loaded
 
     @property
-    def metrics(self) -> Metrics:
+    def metrics(self) -> Metrics | PoolingMetrics:
         """They can be read to the end."""
         if self._loaded is None:
             raise unavailable(f"{self.state}: {self.reason}")
@@ -190,6 +244,9 @@ class Service:
 
 def _warm_up(llm: LLM) -> None:
     """A few steps of each kind, so that the first request does not wait for what is made on first use."""
+    if not llm.generates:
+        llm.pooling.compute([llm.pooling.texts.encode("Warm-up", "warm-up")])
+        return
     engine = llm.engine
     ids = engine.intake.encode("Warm-up " * 8, "warm-up")[1][: engine.max_model_len - 1]
     prompts = [{"prompt_token_ids": ids[index:]} for index in range(min(4, len(ids), engine.scheduler.max_num_seqs))]

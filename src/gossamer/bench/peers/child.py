@@ -1,8 +1,8 @@
 """What runs in the environment of another project: ``python -P child.py SCRIPT`` reads requests, answers each.
 
 Both are JSON objects, one a line, on stdin and stdout. ``command`` of a request names a method of the class ``Decoder``
-that SCRIPT defines; the rest are its arguments, and what it returns is the answer. An exception becomes
-``{"error": ...}``. The methods, which every script has:
+or ``Encoder`` that SCRIPT defines; the rest are its arguments, and what it returns is the answer. An exception becomes
+``{"error": ...}``. An ``Encoder`` documents its methods itself. Those of a ``Decoder``:
 
 ``load(model, threads, sequences, context, cache_bytes, dtype)``
     Called once. ``model`` is a path in the project's own format, ``context`` the tokens of the longest sequence there
@@ -37,13 +37,13 @@ from typing import Any
 
 
 def load_decoder(script: str) -> Any:
-    """An instance of the script's ``Decoder``. The script's directory does not go onto sys.path: it has a vllm.py."""
+    """An instance of the script's class. The script's directory does not go onto sys.path: it has a vllm.py."""
     spec = importlib.util.spec_from_file_location("decoder", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["decoder"] = module
     spec.loader.exec_module(module)
-    return module.Decoder()
+    return module.Decoder() if hasattr(module, "Decoder") else module.Encoder()
 
 
 def main() -> None:
