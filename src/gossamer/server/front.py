@@ -22,7 +22,8 @@ from gossamer.server import routes_playground
 from gossamer.server.app import all_routers, surround
 from gossamer.server.errors import HttpError, error_response, not_found
 from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
-from gossamer.server.model_pool import ModelPool, ModelSpec, check_alive
+from gossamer.server.model_pool import ModelPool, ModelSpec
+from gossamer.server.model_process import ProcessEnded
 from gossamer.server.options import ServerOptions
 
 _STARTED = int(time.time())
@@ -168,6 +169,19 @@ class _Forwarded(Response):
             await error_response(error)(scope, receive, send)
 
     async def _send(self, send: Send) -> None:
+        try:
+            await self._ask(send)
+        except ProcessEnded:
+            if self._begun:
+                raise
+            await self._ask(send)  # its process had ended, and nobody had noticed
+
+    async def _ask(self, send: Send) -> None:
+        """Send the request on to the model's process, and its answer back.
+
+        Raises:
+            ProcessEnded
+        """
         request = self._request
         async with _models(request).use(self._name) as process:
             headers = {name: value for name, value in request.headers.items() if name not in _OWN}
@@ -184,7 +198,10 @@ class _Forwarded(Response):
                 finally:
                     await response.aclose()
             except httpx2.TransportError as error:
-                raise check_alive(process, error) from None
+                if await process.ended():
+                    raise ProcessEnded(f"the process of the model {self._name!r} has ended") from None
+                message = f"the process of the model {self._name!r} does not answer: {type(error).__name__}"
+                raise HttpError(502, message, code="bad_gateway", type="server_error") from None
 
     async def _pass_on(self, response: httpx2.Response, send: Send) -> None:
         headers = [

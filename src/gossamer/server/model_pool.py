@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gossamer.errors import EngineError, GossamerError
+from gossamer.errors import GossamerError
 from gossamer.server.errors import HttpError, not_found, unavailable
 from gossamer.server.model_process import ModelProcess
 from gossamer.server.options import ServerOptions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gossamer.server")
 State = Literal["unloaded", "loading", "loaded", "ending"]
+_PROCESS = 600 * 2**20  # bytes that a process takes without its weights, until it is measured
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,3 @@ class ModelPool:
             self._changed.notify_all()
         await asyncio.gather(*(self._end(entry) for entry in self._entries.values() if entry.process is not None))
         self.bodies.shutdown(cancel_futures=True)
-
-
-_PROCESS = 600 * 2**20  # what a process takes without its weights, until it is measured
-
-
-def check_alive(process: ModelProcess, error: Exception) -> EngineError:
-    """What to tell a client whose request a model's process has not answered."""
-    how = "has ended" if not process.alive else f"does not answer ({type(error).__name__})"
-    return EngineError(f"the model {process.name!r} {how}; it is loaded again with the next request")

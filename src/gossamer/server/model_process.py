@@ -28,6 +28,10 @@ logger = logging.getLogger("gossamer.server")
 _GRACE = 10.0  # seconds beyond the time that running requests have
 
 
+class ProcessEnded(EngineError):
+    """The process of a model has ended by itself."""
+
+
 class ModelProcess:
     """See the module's documentation.
 
@@ -73,6 +77,11 @@ class ModelProcess:
         except (EOFError, OSError):
             await self.stop()
             raise EngineError(f"the model {self.name!r} could not be loaded; the server's log says why") from None
+
+    async def ended(self) -> bool:
+        """Whether it has ended, or does so within a second: one that was killed takes a moment."""
+        await asyncio.to_thread(self._process.join, 1.0)
+        return not self.alive
 
     async def stop(self) -> None:
         """Ask it to finish what is running, and end it when its time is over."""
