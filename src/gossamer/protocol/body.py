@@ -31,6 +31,7 @@ from gossamer.protocol.fields import (
     TokenIds,
     parse_fields,
 )
+from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
@@ -130,6 +131,19 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             RequestError: a tool cannot be one, or the choice names another.
         """
         return None
+
+    def remember(self, responses: OwnedResponses) -> None:
+        """Where answers are kept: an endpoint whose requests may go on from one looks there, and puts its own there.
+
+        Raises:
+            RequestError: the body goes on from an answer that is not there.
+        """
+        return None
+
+    @classmethod
+    def error(cls, error: Json, status: int) -> Json:
+        """The body of a response of the endpoint that is an error; ``error`` has OpenAI's form."""
+        return error
 
     @property
     def ignored(self) -> list[str]:

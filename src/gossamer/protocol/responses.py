@@ -51,9 +51,11 @@ def usage(outputs: Sequence[RequestOutput]) -> Json:
     # A prompt is counted once, however many completions were drawn from it: it is also computed only once.
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    thoughts = sum(completion.num_reasoning_tokens for output in outputs for completion in output.outputs)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
         "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
     }

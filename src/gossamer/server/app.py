@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 import gossamer
 from gossamer.errors import GossamerError, RequestError
-from gossamer.server import routes_batches, routes_cache, routes_info, routes_playground
+from gossamer.server import routes_batches, routes_cache, routes_conversations, routes_info, routes_playground
 from gossamer.server.errors import HttpError, error_response, no_space
 from gossamer.server.generating import generating_routes
 from gossamer.server.http import Disconnected, client_gone
@@ -57,8 +57,8 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # `Paths` does it better
     )
-    routers = [each.router for each in (routes_info, routes_batches, routes_cache, routes_playground)]
-    routers.append(generating_routes())
+    modules = (routes_info, routes_batches, routes_cache, routes_conversations, routes_playground)
+    routers = [*(each.router for each in modules), generating_routes()]
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(GossamerError, _gossamer_error)

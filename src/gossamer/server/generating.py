@@ -44,6 +44,7 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         answering = service.ready.answering
         body = await read_body(request, kind.parse)
         service.check_model(body.model)
+        body.remember(service.responses.of(request.scope.get("gossamer.owner", "")))
         timeout = service.options.request_timeout
         headers = _notes(body, service)
         if body.stream:

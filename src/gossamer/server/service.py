@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gossamer.errors import GossamerError
+from gossamer.protocol.response_store import ResponseStore
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.answering import Answering
 from gossamer.server.batches import Batches
@@ -60,6 +61,7 @@ class Service:
         self.failed = asyncio.Event()
         #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        self.responses = ResponseStore(options.response_memory)
         self._load = load
         self._temporary: TemporaryDirectory[str] | None = None
         self._data_dir: DataDirectory | None = None
