@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.chat import Answer, AnswerReader, Tool
+from gossamer.chat.answer_reader import THINK
 from gossamer.chat.call_formats import FORMATS, PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
 
 LOOK = Tool(
@@ -71,7 +72,7 @@ def test_calls_are_read_as_they_were_meant(name, content, arguments, cuts):
 )
 def test_thoughts_are_apart_from_content(thoughts, content, opened, cuts):
     text = f"{'' if opened else '<think>'}\n{thoughts}\n</think>\n\n{content}"
-    answer = read(text, cuts, None, thinks=True, opened=opened)
+    answer = read(text, cuts, None, marks=THINK, opened=opened)
     assert (answer.reasoning, answer.content) == (thoughts.strip(), content.lstrip())
 
 
@@ -105,7 +106,7 @@ def test_what_is_no_call_is_text(text, content):
 
 def test_a_call_within_thoughts_is_a_thought():
     text = f"<think>{spelled(FORMATS['hermes'], 'look', {})}</think>Done."
-    answer = read(text, [], FORMATS["hermes"], thinks=True)
+    answer = read(text, [], FORMATS["hermes"], marks=THINK)
     assert (answer.content, answer.calls) == ("Done.", []) and "look" in answer.reasoning
 
 

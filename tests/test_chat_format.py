@@ -165,7 +165,7 @@ def test_whatever_the_grammar_permits_is_a_valid_call_that_comes_back(tokenizer,
         assert len(answer.calls) >= 1 and (use.parallel or len(answer.calls) == 1)
         for each in answer.calls:
             jsonschema_rs.validate(SCHEMAS[each.name] or {"type": "object"}, json.loads(each.arguments))
-        if chat.thinks or (name == "qwen-xml" and any(each.name in ("invite", "unique") for each in answer.calls)):
+        if chat.marks or (name == "qwen-xml" and any(each.name in ("invite", "unique") for each in answer.calls)):
             continue  # in a union, this template writes a string as it is, which could be something else
         history = assistant(*(call(each.name, each.arguments, each.id) for each in answer.calls))
         again = rendered(chat, tokenizer, [USER, history], TOOLS, add_generation_prompt=False)
@@ -206,7 +206,7 @@ def test_text_without_calls_may_have_a_schema(tokenizer):
 
 def test_thoughts_that_the_prompt_opens(tokenizer):
     chat = chat_format(tokenizer, THINKING)
-    assert chat.thinks and chat.opens_thoughts({}) and not chat.opens_thoughts({"enable_thinking": False})
+    assert chat.marks and chat.opens_thoughts({}) and not chat.opens_thoughts({"enable_thinking": False})
     reader = chat.reader(None, {})
     assert reader is not None
     assert [part.kind for part in reader.push("a</think>b")] == ["reasoning", "content"]

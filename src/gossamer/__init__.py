@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gossamer.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, ScoreOutput
     from gossamer.pruning import Pruner
     from gossamer.report.outliers import find_outliers
-    from gossamer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+    from gossamer.sampling_params import BeamSearchParams, ReasoningParams, SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "AttentionState": "ops.attention",
@@ -45,6 +45,7 @@ _HOMES = {
     "Pruner": "pruning",
     "RequestError": "errors",
     "RequestOutput": "outputs",
+    "ReasoningParams": "sampling_params",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
     "ScoreOutput": "outputs",
@@ -74,6 +75,7 @@ __all__ = [
     "KernelAttention",
     "MFACPreconditioner",
     "Pruner",
+    "ReasoningParams",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -143,6 +143,7 @@ class LLM:
         *,
         tools: ToolUse | Sequence[Tool] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_reasoning_tokens: int | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Answer one conversation, or many: each a list of ``{"role": ..., "content": ...}``.
@@ -151,6 +152,7 @@ class LLM:
             tools: functions that answers may call, or a :class:`~gossamer.chat.ToolUse` that says more about it. Each
                 call is valid under its schema. ``output.outputs[0].answer`` holds calls, content and thoughts.
             chat_template_kwargs: more variables of the chat template, such as ``enable_thinking``.
+            max_reasoning_tokens: thoughts of an answer end after so many tokens, and the answer goes on.
 
         Raises:
             ConfigurationError: the model has no chat template.
@@ -164,21 +166,31 @@ class LLM:
         conversations: list[Any] = [messages] if one else list(messages)
         write = partial(self.apply_chat_template, tools=use.tools, template_kwargs=variables)
         prompts = [partial(_chat_prompt, write, each) for each in conversations]
-        params = [self._with_calls(each, use, variables) for each in _one_each(sampling_params, len(prompts))]
+        params = [
+            self._as_answers(each, use, variables, max_reasoning_tokens)
+            for each in _one_each(sampling_params, len(prompts))
+        ]
         outputs = self._complete(prompts, params, use_tqdm, on_error, range(len(prompts)))
         for completion in (each for output in outputs for each in output.outputs):
             reader = self.chat_format.reader(use, variables)
             completion.answer = Answer.read(completion.text, reader)
         return outputs
 
-    def _with_calls(self, params: SamplingParams, use: ToolUse, variables: Mapping[str, Any]) -> SamplingParams:
-        """The parameters of an answer that may call tools."""
-        assert self.chat_format is not None
-        if self.chat_format.needs_special_tokens(use):
+    def _as_answers(
+        self, params: SamplingParams, use: ToolUse, variables: Mapping[str, Any], max_reasoning_tokens: int | None
+    ) -> SamplingParams:
+        """The parameters of answers that may call tools, or begin with thoughts."""
+        chat = self.chat_format
+        assert chat is not None
+        if chat.needs_special_tokens(use):
             params = replace(params, skip_special_tokens=False)
-        form, given = self.chat_format.form(use, variables), params.structured_outputs
+        if params.reasoning is None and params.detokenize:
+            params = replace(params, reasoning=chat.reasoning(variables, max_reasoning_tokens))
+        form, given = chat.form(use, variables), params.structured_outputs
         if form is None:
-            return params
+            return (
+                params if given is None else replace(params, structured_outputs=chat.after_thoughts(given, variables))
+            )
         if given is not None:
             raise InvalidSamplingParamsError("tools and structured_outputs cannot both be given", param="tools")
         return replace(params, structured_outputs=form)

@@ -86,6 +86,38 @@ class StructuredOutputsParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReasoningParams:
+    """How a completion's thoughts, which come first, are told from what follows; and how long they may be.
+
+    Args:
+        begin, end: the texts around them.
+        begun: the prompt ends within them.
+        max_tokens: once they have so many tokens, ``closing`` comes next, and the completion goes on behind it.
+        closing: ends them; holds ``end``.
+
+    Raises:
+        InvalidSamplingParamsError: a value is none of these.
+
+    >>> ReasoningParams(max_tokens=64).closing
+    '\n</think>\n\n'
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+    begun: bool = False
+    max_tokens: int | None = None
+    closing: str = "\n</think>\n\n"
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end", "closing"):
+            value = getattr(self, name)
+            _require(isinstance(value, str) and bool(value), f"reasoning.{name}", value, "a text that is not empty")
+        _require(self.end in self.closing, "reasoning.closing", self.closing, f"a text that holds {self.end!r}")
+        most = self.max_tokens
+        _require(most is None or (_is_int(most) and most >= 0), "reasoning.max_tokens", most, "an integer >= 0 or None")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens, and when to stop.
 
@@ -113,6 +145,7 @@ class SamplingParams:
         detokenize: fill ``CompletionOutput.text``.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: a form that the completion must have; it may be cut by ``max_tokens`` all the same.
+        reasoning: what marks thoughts: their tokens are counted, and may be bounded.
 
     Raises:
         InvalidSamplingParamsError: a value is out of its range; ``param`` names it.
@@ -142,6 +175,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    reasoning: ReasoningParams | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
@@ -182,6 +216,8 @@ class SamplingParams:
         _require(
             isinstance(form, StructuredOutputsParams | None), "structured_outputs", form, "StructuredOutputsParams"
         )
+        _require(isinstance(self.reasoning, ReasoningParams | None), "reasoning", self.reasoning, "ReasoningParams")
+        _require(self.reasoning is None or self.detokenize, "detokenize", self.detokenize, "True with reasoning")
         _require(form is None or not self.ignore_eos, "ignore_eos", True, "False with structured_outputs, which end")
         _require(form is None or self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with structured_outputs")
         self._normalize_collections()

@@ -8,12 +8,22 @@ import secrets
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
 from gossamer.chat.tools import Tool
 
-THINK, THINK_END = "<think>", "</think>"
+
+class Marks(NamedTuple):
+    """The texts around thoughts."""
+
+    begin: str
+    end: str
+
+
+THINK = Marks("<think>", "</think>")
+#: Marks that templates may have.
+MARKS = (THINK, Marks("[THINK]", "[/THINK]"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,7 @@ class AnswerReader:
     Args:
         format: how calls are spelled; ``None`` where there are none.
         tools: those that may be called.
-        thinks: whether the model writes thoughts first, in ``<think>``.
+        marks: what stands around the thoughts that may come first; ``None`` if there are none.
         opened: the prompt ends within these.
 
     >>> from gossamer.chat.call_formats import HERMES
@@ -100,16 +110,17 @@ class AnswerReader:
         format: CallFormat | None,
         tools: list[Tool] | None = None,
         *,
-        thinks: bool = False,
+        marks: Marks | None = None,
         opened: bool = False,
     ) -> None:
+        self._marks = marks or THINK
         self._format = format if tools else None
         self._tools = {tool.name: tool for tool in tools or ()}
         self._pending = ""
         self._ended = False
         self._calls = 0
         self._arguments: _Json | _Parameters | None = None
-        self._state = self._thoughts if opened else self._beginning if thinks else self._content
+        self._state = self._thoughts if opened else self._beginning if marks else self._content
         self._blanks = ""  # in front of the marker that was read last
         self._begun = False  # something of the content was told
         self._strips = opened  # blanks in front of the next text are dropped
@@ -132,19 +143,20 @@ class AnswerReader:
 
     def _beginning(self) -> Iterator[Part]:
         text = self._pending.lstrip()
-        if text.startswith(THINK):
-            self._pending, self._state, self._strips = text[len(THINK) :], self._thoughts, True
-        elif self._ended or not THINK.startswith(text):
+        begin = self._marks.begin
+        if text.startswith(begin):
+            self._pending, self._state, self._strips = text[len(begin) :], self._thoughts, True
+        elif self._ended or not begin.startswith(text):
             self._state = self._content
         yield from ()
 
     def _thoughts(self) -> Iterator[Part]:
-        text, found, rest = self._pending.partition(THINK_END)
+        text, found, rest = self._pending.partition(self._marks.end)
         if found:
             yield from self._told("reasoning", text.rstrip())
             self._pending, self._state, self._strips = rest, self._content, True
         else:
-            yield from self._told_but(THINK_END, "reasoning")
+            yield from self._told_but(self._marks.end, "reasoning")
 
     def _content(self) -> Iterator[Part]:
         if self._format is None:

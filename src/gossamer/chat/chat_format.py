@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from gossamer.chat.answer_reader import THINK, THINK_END, AnswerReader
+from gossamer.chat.answer_reader import MARKS, AnswerReader, Marks
 from gossamer.chat.call_formats import HERMES, CallFormat, spelled_in
-from gossamer.chat.grammar import answer_grammar
+from gossamer.chat.grammar import answer_grammar, thoughtful
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.engine.chat_template import Message, render
 from gossamer.errors import InvalidPromptError
-from gossamer.sampling_params import StructuredOutputsParams
+from gossamer.sampling_params import ReasoningParams, StructuredOutputsParams
 
 logger = logging.getLogger("gossamer.chat")
 
@@ -45,7 +45,7 @@ class ChatFormat:
     Attributes:
         calls: how a call is spelled.
         native: whether the template knows tools.
-        thinks: whether answers may begin with thoughts.
+        marks: what stands around the thoughts that answers may begin with; ``None`` for a model that has none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -61,12 +61,14 @@ class ChatFormat:
         }
         self._hidden = [str(token.content) for token in added.values() if token.special]
         template = getattr(tokenizer, "chat_template", None)
-        self.thinks = isinstance(template, str) and THINK in template
+        spelled = template if isinstance(template, str) else ""
+        self.marks: Marks | None = next((each for each in MARKS if each.begin in spelled), None)
         found, self._as_text = self._probe()
         self.native = found is not None
         self.calls: CallFormat = found or HERMES
         self._system = self._renders([{"role": "system", "content": "S"}, _USER])
         self._opens = lru_cache(64)(self._find_opened)
+        self._closing = self._find_closing()
 
     def _probe(self) -> tuple[CallFormat | None, bool]:
         """The format in which the template spells calls, and whether it wants arguments as text."""
@@ -99,14 +101,24 @@ class ChatFormat:
 
     def opens_thoughts(self, template_kwargs: Mapping[str, Any]) -> bool:
         """Whether the prompt of an answer ends within thoughts."""
-        if not self.thinks:
+        if self.marks is None:
             return False
         variables = json.dumps(template_kwargs, sort_keys=True)
         return self._opens(variables) if len(variables) < 1024 else self._find_opened(variables)
 
     def _find_opened(self, template_kwargs: str) -> bool:
         text = self._text([_USER], add_generation_prompt=True, **json.loads(template_kwargs))
-        return text is not None and text.rstrip().endswith(THINK)
+        return text is not None and self.marks is not None and text.rstrip().endswith(self.marks.begin)
+
+    def _find_closing(self) -> str:
+        """How the template ends thoughts: what it writes between them and the text of an answer."""
+        if self.marks is None:
+            return ""
+        names = ("reasoning_content", "reasoning", "thinking")
+        answer = {"role": "assistant", "content": "probe answer"} | dict.fromkeys(names, "probe thoughts")
+        text = self._text([_USER, answer]) or ""
+        between = text.partition("probe thoughts")[2].partition("probe answer")[0]
+        return between if self.marks.end in between and len(between) < 64 else f"\n{self.marks.end}\n\n"
 
     # --- the prompt -------------------------------------------------------------------------------------------
 
@@ -209,14 +221,38 @@ class ChatFormat:
         """
         if not use.callable:
             return None
-        thinks = self.thinks and not begun
-        opened = thinks and self.opens_thoughts(template_kwargs)
-        return answer_grammar(self.calls, use, self._special, thinks=thinks, opened=opened, schema=schema)
+        marks, opened = self._thoughts_of(template_kwargs, begun=begun)
+        return answer_grammar(self.calls, use, self._special, marks=marks, opened=opened, schema=schema)
+
+    def after_thoughts(
+        self, form: StructuredOutputsParams, template_kwargs: Mapping[str, Any], *, begun: bool = False
+    ) -> StructuredOutputsParams:
+        """The form of an answer of which the text has ``form``, and that may begin with thoughts."""
+        marks, opened = self._thoughts_of(template_kwargs, begun=begun)
+        return (
+            form if marks is None or form.grammar is not None else thoughtful(form, self._special, marks, opened=opened)
+        )
+
+    def reasoning(
+        self, template_kwargs: Mapping[str, Any], max_tokens: int | None = None, *, begun: bool = False
+    ) -> ReasoningParams | None:
+        """What the engine is told of thoughts; ``None`` if there are none. ``max_tokens`` is how many they may have."""
+        marks, opened = self._thoughts_of(template_kwargs, begun=begun)
+        if marks is None:
+            return None
+        return ReasoningParams(
+            begin=marks.begin, end=marks.end, begun=opened, max_tokens=max_tokens, closing=self._closing
+        )
+
+    def _thoughts_of(self, template_kwargs: Mapping[str, Any], *, begun: bool) -> tuple[Marks | None, bool]:
+        """The marks of the thoughts of an answer, and whether the prompt ends within them."""
+        marks = None if begun else self.marks
+        return marks, marks is not None and self.opens_thoughts(template_kwargs)
 
     def needs_special_tokens(self, use: ToolUse | None) -> bool:
         """Whether special tokens, which texts are made without, spell calls or thoughts."""
         spelled = self.calls.marker + self.calls.middle + self.calls.closing if use and use.callable else ""
-        spelled += THINK + THINK_END if self.thinks else ""
+        spelled += "".join(self.marks or ())
         return any(token in spelled for token in self._hidden)
 
     def reader(
@@ -224,11 +260,10 @@ class ChatFormat:
     ) -> AnswerReader | None:
         """What reads an answer; ``None`` where all of it is content. ``begun``: see :meth:`form`."""
         callable = use.callable if use else []
-        thinks = self.thinks and not begun
-        if not callable and not thinks:
+        marks, opened = self._thoughts_of(template_kwargs, begun=begun)
+        if not callable and marks is None:
             return None
-        opened = thinks and self.opens_thoughts(template_kwargs)
-        return AnswerReader(self.calls if callable else None, callable, thinks=thinks, opened=opened)
+        return AnswerReader(self.calls if callable else None, callable, marks=marks, opened=opened)
 
 
 _USER = {"role": "user", "content": "U"}

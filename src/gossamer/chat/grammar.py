@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gossamer.chat.answer_reader import THINK, THINK_END
+from gossamer.chat.answer_reader import Marks
 from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.errors import RequestError
@@ -30,7 +30,7 @@ def answer_grammar(
     use: ToolUse,
     special: Mapping[str, int],
     *,
-    thinks: bool = False,
+    marks: Marks | None = None,
     opened: bool = False,
     schema: Mapping[str, Any] | None = None,
 ) -> StructuredOutputsParams:
@@ -40,7 +40,7 @@ def answer_grammar(
         format: how a call is spelled.
         use: what may be called.
         special: tokens that no text holds, by their spelling.
-        thinks: the answer may begin with thoughts.
+        marks: the answer may begin with thoughts between these.
         opened: it goes on with thoughts that the prompt has begun.
         schema: what the text of an answer without a call is valid under.
     """
@@ -81,7 +81,7 @@ def answer_grammar(
         lines.append(f"first[lazy]: /{_ANY}{_escaped(format.marker)}/")
         body = f"TEXT | first call{more}"
     lines.append(f"body: {body}")
-    lines += _thoughts(literal, thinks=thinks, opened=opened)
+    lines += _thoughts(literal, marks, opened=opened)
     # What alone can come is spelled in the tokens that the tokenizer will make of it in the next turn; but not where
     # that may be a special token, which would be no text.
     texts = json.dumps([[tool.parameters for tool in use.callable], schema], ensure_ascii=False)
@@ -90,16 +90,35 @@ def answer_grammar(
     return StructuredOutputsParams(grammar="\n".join(lines) + "\n", rules=rules)
 
 
-def _thoughts(literal: _Literals, *, thinks: bool, opened: bool) -> list[str]:
-    if not (thinks or opened):
+def _thoughts(literal: _Literals, marks: Marks | None, *, opened: bool) -> list[str]:
+    if marks is None:
         return ["start: body"]
-    if THINK_END in literal.special:
-        lines = [f"ANYTHING: /{_ANY}/", f"thoughts: ANYTHING {literal(THINK_END)}"]
+    if marks.end in literal.special:
+        lines = [f"ANYTHING: /{_ANY}/", f"thoughts: ANYTHING {literal(marks.end)}"]
     else:
-        lines = [f"thoughts[lazy]: /{_ANY}{_escaped(THINK_END)}/"]
+        lines = [f"thoughts[lazy]: /{_ANY}{_escaped(marks.end)}/"]
     lines.append(r"BLANKS: /[ \n]{0,4}/")
-    begin = "thoughts BLANKS" if opened else f"({literal(THINK)} thoughts BLANKS)?"
+    begin = "thoughts BLANKS" if opened else f"({literal(marks.begin)} thoughts BLANKS)?"
     return [*lines, f"start: {begin} body"]
+
+
+def thoughtful(
+    text: StructuredOutputsParams, special: Mapping[str, int], marks: Marks, *, opened: bool
+) -> StructuredOutputsParams:
+    """A form that thoughts may stand in front of."""
+    literal = _Literals(special)
+    rules: dict[str, list[Any]] = {}
+    if text.regex is not None:
+        pattern = re.sub(r"(?<!\\)/", r"\/", text.regex).replace("\n", r"\n")
+        lines = [f"body: /{pattern}/"]
+    elif text.choice is not None:
+        lines = [f"body: {' | '.join(map(_quoted, text.choice))}"]
+    else:
+        schema = json.loads(text.json) if isinstance(text.json, str) else text.json
+        rules["body"] = [_spelled(schema if schema is not None else {"type": "object"})]
+        lines = []
+    lines += _thoughts(literal, marks, opened=opened)
+    return StructuredOutputsParams(grammar="\n".join(lines) + "\n", rules=rules)
 
 
 class _Literals:

@@ -6,8 +6,10 @@ from collections.abc import Sequence as Many
 
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
+from gossamer.engine.endings import EndingEncoder
 from gossamer.engine.grammar import Constraint, GrammarCompiler
 from gossamer.engine.intake import Intake, Prompt
+from gossamer.engine.reasoning import Reasoning
 from gossamer.engine.sampling import SamplingState, make_random
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.stopping import StopChecker
@@ -49,6 +51,9 @@ class RequestFactory:
         form = None if params.structured_outputs is None else self.grammars.form(params.structured_outputs)
         if form is not None:
             self.grammars.check(form)
+        closing: list[int] = []
+        if params.reasoning is not None and params.reasoning.max_tokens is not None:
+            closing = EndingEncoder(self.intake.tokenizer, ".").encode(params.reasoning.closing)
         for index in range(params.n):
             # The prompt's log-probabilities need its logits, so it is computed privately, once.
             score = index == 0 and params.prompt_logprobs is not None
@@ -64,9 +69,10 @@ class RequestFactory:
             )
             random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
             constraint = None if form is None else Constraint(self.grammars, form)
-            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint)
+            thoughts = None if params.reasoning is None else Reasoning(params.reasoning, closing)
+            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint, thoughts)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
-            if params.stop or (stream and params.detokenize) or params.logprobs is not None:
+            if params.stop or thoughts is not None or (stream and params.detokenize) or params.logprobs is not None:
                 sequence.detokenizer = IncrementalDetokenizer(self.tokens, params.skip_special_tokens, ids)
             request.sequences.append(sequence)
         return request

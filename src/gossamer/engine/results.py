@@ -77,6 +77,8 @@ class ResultBuilder:
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
+        if sequence.sampling is not None and sequence.sampling.reasoning is not None:
+            completion.num_reasoning_tokens = sequence.sampling.reasoning.count
         if params.logprobs is not None:
             completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(

@@ -34,7 +34,7 @@ from gossamer.protocol.fields import (
 from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
-from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
+from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 
 #: Fields without an effect.
 ADVISORY = (
@@ -218,6 +218,10 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def _prompt_logprob_count(self) -> int | None:
         return self.prompt_logprobs
 
+    def _reasoning(self, chat: ChatFormat | None) -> ReasoningParams | None:
+        """What marks the thoughts of the answer, if there may be some."""
+        return None
+
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether the text of the answer needs its special tokens, whatever is asked for."""
         return False
@@ -259,4 +263,5 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             logprobs=self._logprob_count(),
             prompt_logprobs=self._prompt_logprob_count(),
             structured_outputs=self._form(chat),
+            reasoning=self._reasoning(chat),
         )

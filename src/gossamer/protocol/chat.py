@@ -26,7 +26,7 @@ from gossamer.protocol.logprobs import (
 )
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
-from gossamer.sampling_params import StructuredOutputsParams
+from gossamer.sampling_params import ReasoningParams, StructuredOutputsParams
 
 
 class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
@@ -40,6 +40,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         tool_choice: ``"auto"``, ``"none"``, ``"required"``, or a function that has to be called, or some that may be.
         parallel_tool_calls: whether there may be several calls in one answer.
         reasoning_effort: ``"none"`` turns thoughts off; what else it means is the template's.
+        max_reasoning_tokens: thoughts end after so many tokens, and the answer goes on.
         chat_template_kwargs: more variables of the chat template.
         continue_final_message: the answer goes on with the last message, which is an assistant's.
         add_generation_prompt: begin an answer; ``False`` goes on where the template ends the last message.
@@ -60,6 +61,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    max_reasoning_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
     add_generation_prompt: bool = True
@@ -145,12 +147,20 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
 
     def _form(self, chat: ChatFormat | None) -> StructuredOutputsParams | None:
         use, form = self.tool_use(), super()._form(chat)
-        if use is None or not use.callable or chat is None:
+        if chat is None:
             return form
+        if use is None or not use.callable:
+            begun = self.continue_final_message
+            return form and chat.after_thoughts(form, self.template_kwargs(), begun=begun)
         if form is not None and form.json is None and not form.json_object:
             raise RequestError("tools go with a JSON Schema, not with another form", param="structured_outputs")
         schema = None if form is None else form.json if isinstance(form.json, dict) else {"type": "object"}
         return chat.form(use, self.template_kwargs(), schema, begun=self.continue_final_message)
+
+    def _reasoning(self, chat: ChatFormat | None) -> ReasoningParams | None:
+        if chat is None:
+            return None
+        return chat.reasoning(self.template_kwargs(), self.max_reasoning_tokens, begun=self.continue_final_message)
 
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether special tokens spell calls or thoughts."""

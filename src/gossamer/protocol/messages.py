@@ -79,6 +79,7 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    max_reasoning_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
     mcp_servers: Annotated[list[Any], Field(max_length=0)] = []
     cache_control: Any = None  # what can be shared is cached without
@@ -108,7 +109,7 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
             "response_format": _format(config.format),
             "reasoning_effort": config.effort,
             "chat_template_kwargs": self._thinking() | self.chat_template_kwargs,
-            "max_reasoning_tokens": self.thinking and self.thinking.budget_tokens,
+            "max_reasoning_tokens": self._most_thoughts(),
         }
         if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
             given["continue_final_message"] = True
@@ -117,6 +118,9 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
     def _thinking(self) -> Json:
         kind = None if self.thinking is None else self.thinking.type
         return {} if kind in (None, "adaptive", "between_tools") else {"enable_thinking": kind == "enabled"}
+
+    def _most_thoughts(self) -> int | None:
+        return self.max_reasoning_tokens or (None if self.thinking is None else self.thinking.budget_tokens)
 
     @staticmethod
     def _choice(choice: ToolChoice) -> Any:

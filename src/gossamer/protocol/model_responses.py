@@ -77,6 +77,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
     include: list[str] = []
     previous_response_id: str | None = None
     truncation: Literal["disabled"] | None = None
+    max_reasoning_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
     client_metadata: Any = None
     max_tool_calls: Any = None
@@ -146,6 +147,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
             "response_format": self._format(),
             "max_completion_tokens": self.max_output_tokens,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
+            "max_reasoning_tokens": self.max_reasoning_tokens,
             "logprobs": asks,
             "top_logprobs": self.top_logprobs,
             "chat_template_kwargs": self.chat_template_kwargs,
