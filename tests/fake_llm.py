@@ -133,6 +133,7 @@ class FakeLLM:
     def __init__(self, model: str = "fake", **arguments: object) -> None:
         self.sampling_defaults: dict[str, float] = {}
         self.chat_format = None
+        self.fingerprint = "fp_fake"
         self.stored_weights = None
         self.weights, self.weights_note = "float32", ""
         self.model_name = model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -9,15 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
+import gossamer
 from gossamer.chat import Answer, ChatFormat, Tool, ToolUse
-from gossamer.engine.chat_template import Message
+from gossamer.engine.chat_template import Message, use_chat_template
 from gossamer.engine.endings import is_token_list
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
-from gossamer.models.generation import advised_sampling, end_token_ids
+from gossamer.models.generation import check_generation_config, end_token_ids, sampling_defaults
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, with_option_signature
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
@@ -35,8 +37,9 @@ class LLM:
 
     Args:
         model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
-        options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions` and
-            :class:`~gossamer.options.EngineOptions`; ``help(LLM.__init__)`` lists them.
+        options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions`,
+            :class:`~gossamer.options.EngineOptions` and :class:`~gossamer.options.ConversationOptions`;
+            ``help(LLM.__init__)`` lists them.
 
     Attributes:
         options: what it was loaded with.
@@ -52,8 +55,9 @@ class LLM:
         weights_note: why the weights of a GGUF file are not used as they are stored, if they might have been; otherwise
             empty.
         sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
-            ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
-            it where a request says nothing else; ``SamplingParams()`` does not.
+            ``repetition_penalty``), by its ``generation_config.json`` or what the option ``generation_config`` says
+            instead. ``gossamer chat``, the server and batches follow it where a request says nothing else;
+            ``SamplingParams()`` does not.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
@@ -76,6 +80,8 @@ class LLM:
             options: see below.
         """
         self.options = Options.of(options)  # refused before the weights are read
+        conversation = self.options.conversation
+        check_generation_config(conversation.generation_config)
         self.model_name = str(model)
         engine = self.options.engine
         loaded = load_for_runner(
@@ -87,7 +93,8 @@ class LLM:
             getattr(network, "hf_quantizer", None), "report", None
         )
         eos = end_token_ids(network, self.tokenizer, self.model_name)
-        self.sampling_defaults = advised_sampling(network, self.model_name)
+        self.sampling_defaults = sampling_defaults(network, self.model_name, conversation.generation_config)
+        use_chat_template(self.tokenizer, conversation.chat_template)
         self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
         self.sparse_weights: dict[str, Any] | None = loaded.runner.report().sparse_weights
         self.engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos)
@@ -309,7 +316,15 @@ class LLM:
     @cached_property
     def chat_format(self) -> ChatFormat | None:
         """How the model writes calls and thoughts; ``None`` for one that is not made for conversations."""
-        return ChatFormat(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        return ChatFormat(self.tokenizer, self.options.conversation.template_kwargs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """``fp_`` and ten digits that change with the version, the model, what it is computed with, and the options."""
+        said = [gossamer.__version__, str(self.model_path), self.weights, self.runner_note, self.options.changed()]
+        return "fp_" + hashlib.sha256(repr(said).encode()).hexdigest()[:10]
 
     def apply_chat_template(
         self,

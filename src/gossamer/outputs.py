@@ -58,12 +58,14 @@ class RequestMetrics:
         arrived: it was queued.
         admitted: it got memory for the first time.
         first_token, last_token: the first and the last token, of any of its completions, came.
+        max_tokens: what it may generate at most.
     """
 
     arrived: float
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(slots=True)

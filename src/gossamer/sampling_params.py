@@ -138,7 +138,8 @@ class SamplingParams:
         stop_token_ids: tokens that end the completion.
         include_stop_str_in_output: keep the stop string in the text.
         ignore_eos: go on after the end-of-sequence token.
-        max_tokens: tokens to generate at most; ``None`` is up to the end of the context.
+        max_tokens: tokens to generate at most; ``None`` is up to the end of the context. With 0 the prompt is computed,
+            and kept in the cache or told its log-probabilities.
         min_tokens: tokens to generate before a stop token may be chosen or a stop string may end the text.
         logprobs: log-probabilities of this many most probable tokens (plus the chosen one) at each position.
         prompt_logprobs: the same for the prompt's tokens; such a prompt is computed anew, not taken from the cache.
@@ -196,10 +197,10 @@ class SamplingParams:
             _require(_is_number(value) and -2 <= value <= 2, name, value, "in [-2, 2]")
         _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
         _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 0),
             "max_tokens",
             self.max_tokens,
-            "an integer of at least 1, or None for the rest of the context",
+            "an integer of at least 0, or None for the rest of the context",
         )
         _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
         if self.max_tokens is not None:

@@ -164,6 +164,7 @@ class BatchRunner:
                 continue
             try:
                 body = read_body(line)
+                body.answered_by(llm.fingerprint)
                 params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
                 prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
             except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on

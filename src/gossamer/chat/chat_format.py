@@ -14,7 +14,7 @@ from gossamer.chat.call_formats import HERMES, CallFormat, spelled_in
 from gossamer.chat.grammar import answer_grammar, thoughtful
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.engine.chat_template import Message, render
-from gossamer.errors import InvalidPromptError
+from gossamer.errors import ConfigurationError, InvalidPromptError
 from gossamer.sampling_params import ReasoningParams, StructuredOutputsParams
 
 logger = logging.getLogger("gossamer.chat")
@@ -41,6 +41,7 @@ class ChatFormat:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
+        defaults: variables of the template for conversations that do not give them.
 
     Attributes:
         calls: how a call is spelled.
@@ -48,10 +49,15 @@ class ChatFormat:
         marks: what stands around the thoughts that answers may begin with; ``None`` for a model that has none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, defaults: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._defaults = dict(defaults or {})
         # What decides how the template is run, or is given in another way: another template is a program, for example.
         self._owned = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
+        if owned := self._defaults.keys() & self._owned:
+            raise ConfigurationError(
+                f"default_chat_template_kwargs: {min(owned)} is no variable of a template that can be given"
+            )
         added = getattr(tokenizer, "added_tokens_decoder", {})
         # Those that llguidance takes for special: no text holds them.
         self._special = {
@@ -92,6 +98,7 @@ class ChatFormat:
 
     def _text(self, messages: Sequence[Message], **options: Any) -> str | None:
         try:
+            options = self._defaults | options
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception:  # templates are programs that come with the model and raise what they like
             return None
@@ -155,7 +162,7 @@ class ChatFormat:
             messages = [self._with_arguments(message) for message in messages]
         elif tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             messages, known = self._as_texts(messages, known), []
-        options = dict(template_kwargs or {}) | ({"tools": known} if known else {})
+        options = self._defaults | dict(template_kwargs or {}) | ({"tools": known} if known else {})
         if continue_final_message:
             add_generation_prompt, options["continue_final_message"] = False, True
         return render(tokenizer or self._tokenizer, messages, add_generation_prompt=add_generation_prompt, **options)

@@ -43,7 +43,8 @@ class RequestFactory:
         """``params.n`` completions of a prompt."""
         self.intake.check_params(params, request_id)
         text, ids = self.intake.encode(prompt, request_id)
-        self.intake.check_length(len(ids), 1, request_id)
+        generate = params.max_tokens != 0
+        self.intake.check_length(len(ids), int(generate), request_id)
         salt = self.intake.cache_salt(prompt, request_id)
         request = Request(request_id, self._next_number(), text, ids, params, stream=stream, cache_salt=salt)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
@@ -51,6 +52,8 @@ class RequestFactory:
         form = None if params.structured_outputs is None else self.grammars.form(params.structured_outputs)
         if form is not None:
             self.grammars.check(form)
+        # A sequence has something to compute itself; the last token of a prompt only if its logits are wanted.
+        own = 1 if generate else 2
         closing: list[int] = []
         if params.reasoning is not None and params.reasoning.max_tokens is not None:
             closing = EndingEncoder(self.intake.tokenizer, ".").encode(params.reasoning.closing)
@@ -61,11 +64,11 @@ class RequestFactory:
                 request,
                 index,
                 list(ids),
-                shareable=0 if score or not self.sharing else len(ids) - 1,
-                generate=True,
+                shareable=0 if score or not self.sharing else max(len(ids) - own, 0),
+                generate=generate,
                 score_from=1 if score else None,
                 score_until=len(ids),
-                max_new_tokens=min(params.max_tokens or limit, limit),
+                max_new_tokens=limit if params.max_tokens is None else min(params.max_tokens, limit),
             )
             random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
             constraint = None if form is None else Constraint(self.grammars, form)

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from gossamer.chat import ChatFormat, ToolUse
 from gossamer.outputs import RequestOutput
@@ -59,7 +59,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
 
     model: str | None = None
     n: ChoiceCount = 1
-    max_tokens: PositiveCount | None = None
+    max_tokens: Count | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     stop: Stops = []
@@ -98,6 +98,12 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     return_token_ids: bool = False  # of the prompt and of each choice, beside the texts
     truncate_prompt_tokens: PositiveCount | None = None  # the last so many of each prompt are what is answered
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    _fingerprint: str | None = PrivateAttr(None)
+
+    def answered_by(self, fingerprint: str) -> None:
+        """Name what answers: the ``system_fingerprint`` of OpenAI's answers, the same while answers can be repeated."""
+        self._fingerprint = fingerprint
 
     @classmethod
     def parse(cls, body: object) -> Self:
@@ -242,7 +248,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         Raises:
             InvalidSamplingParamsError: a value is out of its range.
         """
-        limit = self._token_limit() or default_max_tokens or self.openai_max_tokens
+        limits = (self._token_limit(), default_max_tokens, self.openai_max_tokens)
+        limit = next((each for each in limits if each is not None), None)
         unsaid = {name: value for name, value in (advised or {}).items() if name not in self.model_fields_set}
         sampling = {name: unsaid.get(name, getattr(self, name)) for name in _ADVISABLE}
         return SamplingParams(

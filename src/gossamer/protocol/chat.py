@@ -13,7 +13,7 @@ from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
-from gossamer.protocol.fields import Count, PositiveCount
+from gossamer.protocol.fields import Count
 from gossamer.protocol.logprobs import (
     Step,
     finite,
@@ -43,6 +43,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         max_reasoning_tokens: thoughts end after so many tokens, and the answer goes on.
         chat_template_kwargs: more variables of the chat template.
         continue_final_message: the answer goes on with the last message, which is an assistant's.
+        echo: with ``continue_final_message``, the answer begins with the text that it goes on with.
         add_generation_prompt: begin an answer; ``False`` goes on where the template ends the last message.
 
     >>> ChatCompletionRequest.parse({"messages": [{"role": "user", "content": "Hi"}]}).chat_messages()
@@ -54,7 +55,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     prompt_field: ClassVar[str] = "messages"
 
     messages: Messages
-    max_completion_tokens: PositiveCount | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Count = 0
     tools: list[ToolField] = []
@@ -65,6 +66,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    echo: bool = False
 
     _use: ToolUse | None = PrivateAttr(None)
 
@@ -98,7 +100,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     def _fields_agree(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.max_completion_tokens and self.max_tokens and self.max_completion_tokens != self.max_tokens:
+        limits = {self.max_completion_tokens, self.max_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
         return self
 
@@ -179,7 +182,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     ) -> Json:
         [output] = outputs
         choices = [self._choice(completion, chat) for completion in output.outputs]
-        body = envelope(new_head("chatcmpl", "chat.completion", model), choices, outputs)
+        body = envelope(new_head("chatcmpl", "chat.completion", model, self._fingerprint), choices, outputs)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output)
         if self.return_token_ids:
@@ -189,13 +192,13 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return body
 
     def _choice(self, completion: CompletionOutput, chat: ChatFormat | None) -> Json:
-        message: Json = {"role": "assistant", "content": completion.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": self.echoed + completion.text, "refusal": None}
         calls = False
         reader = self.reader(chat)
         if reader is not None:
             answer = Answer.read(completion.text, reader)
             calls = bool(answer.calls)
-            message["content"] = answer.content or (None if calls else "")
+            message["content"] = self.echoed + answer.content or (None if calls else "")
             if answer.reasoning:
                 message["reasoning_content"] = answer.reasoning
             if calls:
@@ -212,8 +215,13 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
             "stop_reason": completion.stop_reason,
         }
 
+    @property
+    def echoed(self) -> str:
+        """The text that answers begin with."""
+        return self.messages[-1].content if self.echo and self.continue_final_message else ""
+
     def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
-        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model), chat)
+        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model, self._fingerprint), chat)
 
     def logprobs_of(self, steps: list[Step]) -> Json | None:
         """The log-probabilities that the body asks for, if it does."""
@@ -239,7 +247,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         }
 
     def _token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def _logprob_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
@@ -290,7 +298,8 @@ class _Events(StreamedAnswer):
     def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
         if news.first:
             self._readers[index] = self._body.reader(self._chat)
-            yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            delta = {"role": "assistant", "content": self._body.echoed}
+            yield {"index": index, "delta": delta, "finish_reason": None}
         steps = within(news.steps, news.length)
         reader = self._readers[index]
         if reader is None:

@@ -16,7 +16,7 @@ from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.chat import ChatCompletionRequest
 from gossamer.protocol.custom_tools import as_function, unenforced
-from gossamer.protocol.fields import Count, Fields, PositiveCount
+from gossamer.protocol.fields import Count, Fields
 from gossamer.protocol.logprobs import steps_of, within
 from gossamer.protocol.response_events import ResponseEvents
 from gossamer.protocol.response_items import ItemWriter, messages_of, new_id, status_of
@@ -67,7 +67,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: PositiveCount | None = None
+    max_output_tokens: Count | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     tools: list[dict[str, Any]] = []

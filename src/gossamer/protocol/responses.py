@@ -36,9 +36,10 @@ def _never(*_: Any, **__: Any) -> str:
     raise AssertionError("the answer to a conversation does not repeat the prompt")
 
 
-def new_head(prefix: str, kind: str, model: str) -> Json:
+def new_head(prefix: str, kind: str, model: str, fingerprint: str | None = None) -> Json:
     """The first fields of an answer, or of each of its events."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    return head if fingerprint is None else head | {"system_fingerprint": fingerprint}
 
 
 def envelope(head: Json, choices: list[Json], outputs: Sequence[RequestOutput]) -> Json:

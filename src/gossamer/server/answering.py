@@ -232,6 +232,7 @@ class Answering:
     @asynccontextmanager
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
+        body.answered_by(self.llm.fingerprint)
         params = body.to_sampling_params(advised=self.llm.sampling_defaults, chat=self.llm.chat_format)
         prompts = body.engine_prompts()
         count = params.n * len(prompts)

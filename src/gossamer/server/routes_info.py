@@ -83,8 +83,9 @@ async def model(request: Request, model: str) -> dict[str, Any]:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    length = service.ready.answering.llm.engine.max_model_len
-    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer", "max_model_len": length}
+    llm = service.ready.answering.llm
+    head = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
+    return head | {"max_model_len": llm.engine.max_model_len, "sampling_defaults": llm.sampling_defaults}
 
 
 @router.get("/tokenizer_info", responses=errors())

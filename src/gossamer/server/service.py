@@ -118,6 +118,8 @@ class Service:
             self.state, self.reason = "ready", ""
         elif self.state == "draining":
             batches.drain()
+        told = ", ".join(f"{name} {value:g}" for name, value in llm.sampling_defaults.items())
+        logger.info("sampling where a request says nothing: %s", told or "OpenAI's defaults")
         logger.info("ready: %s", ", ".join(self.options.model_names))
 
     async def stop(self) -> None:
