@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gossamer.chat.answer_reader import Marks
-from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
+from gossamer.chat.call_formats import WILD, CallFormat, Tags
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.errors import RequestError
 from gossamer.sampling_params import StructuredOutputsParams
@@ -53,15 +53,16 @@ def answer_grammar(
         lines.append(
             f"{name}: {literal(format.opening + tool.name + format.middle)} {arguments} {literal(format.closing)}"
         )
-        if format.arguments == "json":
+        if format.tags is None:
             rules[arguments] = _schemas(tool)
         else:
-            lines += _parameters(arguments, tool, rules)
+            lines += _parameters(arguments, tool, format.tags, literal, rules)
         calls.append(name)
     several = use.parallel and format.several
-    more = f" ({literal(format.between + format.marker)} call)*" if several else ""
+    more = f" ({literal(format.repeat)} call)*" if several else ""
+    some = f"{literal(format.begin)} call{more} {literal(format.end)}".strip()
     lines.append(f"call: {' | '.join(calls)}")
-    lines.append(f"calls: {literal(format.marker)} call{more}")
+    lines.append(f"calls: {literal(format.marker)} {some}")
 
     if schema is not None:
         rules["text"] = [_spelled(schema)]
@@ -79,7 +80,7 @@ def answer_grammar(
         body = "TEXT | TEXT calls"
     else:
         lines.append(f"first[lazy]: /{_ANY}{_escaped(format.marker)}/")
-        body = f"TEXT | first call{more}"
+        body = f"TEXT | first {some}"
     lines.append(f"body: {body}")
     lines += _thoughts(literal, marks, opened=opened)
     # What alone can come is spelled in the tokens that the tokenizer will make of it in the next turn; but not where
@@ -122,17 +123,19 @@ def thoughtful(
 
 
 class _Literals:
-    """Texts as terms of the grammar: special tokens by their number, the rest in quotes."""
+    """Texts as terms of the grammar: special tokens by their number, wild characters, the rest in quotes."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self.special = special
         names = sorted(special, key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, names))) if names else None
+        self._split = re.compile("|".join([*map(re.escape, names), f"{WILD}+"]))
 
     def __call__(self, text: str) -> str:
         terms, end = [], 0
-        for found in self._split.finditer(text) if self._split else ():
-            terms += [_quoted(text[end : found.start()]), f"<[{self.special[found[0]]}]>"]
+        for found in self._split.finditer(text):
+            wild = f"/[A-Za-z0-9]{{{len(found[0])}}}/"
+            term = wild if found[0][0] == WILD else f"<[{self.special[found[0]]}]>"
+            terms += [_quoted(text[end : found.start()]), term]
             end = found.end()
         return " ".join(term for term in [*terms, _quoted(text[end:])] if term)
 
@@ -175,7 +178,7 @@ def _spelled(schema: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     return {**schema, "x-guidance": _SPELLING | options}
 
 
-def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[str]:
+def _parameters(rule: str, tool: Tool, tags: Tags, literal: _Literals, rules: dict[str, list[Any]]) -> Iterator[str]:
     """Rules for arguments of which each has a tag: those required, and others or not, in the order of the schema."""
     schema = tool.parameters or {}
     required = schema.get("required", ())
@@ -183,7 +186,7 @@ def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[
     terms = []
     for number, (key, value) in enumerate(schema.get("properties", {}).items()):
         term = f"{rule}_{number}"
-        opening = _quoted(f"{PARAMETER}{key}{PARAMETER_NAMED}")
+        opening, closing = literal(f"{tags.opening}{key}{tags.named}"), literal(tags.closing)
         if isinstance(value, Mapping) and value.get("type") == "string":
             if tool.strict and (unenforced := value.keys() & {"pattern", "format", "minLength", "maxLength"}):
                 raise RequestError(
@@ -191,14 +194,18 @@ def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[
                     param="tools",
                 )
             if isinstance(value.get("enum"), list):
-                texts = " | ".join(_quoted(str(each) + PARAMETER_END) for each in value["enum"])
+                texts = " | ".join(f"{_quoted(str(each))} {closing}" for each in value["enum"])
                 yield f"{term}: {opening} ({texts})"
             else:
-                yield f"{term}_text[lazy]: /{_ANY}{_escaped(PARAMETER_END)}/"
-                yield f"{term}: {opening} {term}_text"
+                first = next((token for token in literal.special if tags.closing.startswith(token)), None)
+                if first is None:
+                    yield f"{term}_text[lazy]: /{_ANY}{_escaped(tags.closing)}/"
+                    yield f"{term}: {opening} {term}_text"
+                else:  # no text holds it, so what is in front of it ends there
+                    yield f"{term}: {opening} /{_ANY}/ {closing}"
         else:
             full = _spelled({**_closed(value), **shared} if isinstance(value, Mapping) else {})
             rules[f"{term}_json"] = [full] if tool.strict else [full, _spelled(full, lenient=True), _spelled({})]
-            yield f"{term}: {opening} {term}_json {_quoted(PARAMETER_END)}"
+            yield f"{term}: {opening} {term}_json {closing}"
         terms.append(term if key in required else f"{term}?")
     yield f"{rule}: {' '.join(terms) or _quoted('')}"

@@ -36,16 +36,25 @@ def render(
     >>> render(SimpleNamespace(apply_chat_template=write), [{"role": "assistant", "content": None}])
     [0]
     """
+    encoded = _applied(tokenizer, messages, add_generation_prompt, return_dict=True, **variables)
+    return list(encoded["input_ids"])
+
+
+def render_text(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+) -> str:
+    """The text of a conversation, of which :func:`render` makes the tokens; arguments and errors are the same."""
+    return str(_applied(tokenizer, messages, add_generation_prompt, tokenize=False, **variables))
+
+
+def _applied(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, **options: Any) -> Any:
     given = [_given(message, f"messages.{place}") for place, message in enumerate(messages)]
     try:
-        encoded = tokenizer.apply_chat_template(
-            given, add_generation_prompt=add_generation_prompt, return_dict=True, **variables
-        )
+        return tokenizer.apply_chat_template(given, add_generation_prompt=add_generation_prompt, **options)
     except Exception as error:  # templates are programs that come with the model and raise what they like
         raise InvalidPromptError(
             f"the chat template refused the messages: {_reason(error)}", param="messages"
         ) from error
-    return list(encoded["input_ids"])
 
 
 def use_chat_template(tokenizer: Any, template: str | None) -> None:

@@ -71,5 +71,5 @@ def _notes(body: GeneratingBody, service: Service) -> dict[str, str]:
         logger.info("without an effect here: %s", headers["x-gossamer-ignored"])
     chat = service.ready.answering.llm.chat_format
     if chat is not None and not chat.native and body.tool_use() is not None:
-        headers["x-gossamer-tools"] = "described in the system message: the chat template knows none"
+        headers["x-gossamer-tools"] = f"described in {chat.tools_stand_in}: the chat template knows none"
     return headers
