@@ -87,7 +87,7 @@ class StructuredOutputsParams:
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningParams:
-    """How a completion's thoughts, which come first, are told from what follows; and how long they may be.
+    r"""How a completion's thoughts, which come first, are told from what follows; and how long they may be.
 
     Args:
         begin, end: the texts around them.
