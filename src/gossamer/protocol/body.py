@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from gossamer.chat import ChatFormat, ToolUse
+from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
     ChoiceCount,
@@ -36,11 +37,6 @@ from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 
-#: Fields without an effect.
-ADVISORY = (
-    *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
-    *("prompt_cache_retention", "prediction", "verbosity"),
-)
 # Fields that the authors of a model may advise about.
 _ADVISABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -56,6 +52,17 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     prompt_field: ClassVar[str]
     #: What OpenAI generates at most when neither the body nor the user says anything; None is up to the context's end.
     openai_max_tokens: ClassVar[int | None] = None
+    #: Fields that are taken without an effect, and told: what they ask for is not done.
+    advisory: ClassVar[tuple[str, ...]] = (
+        *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
+        *("prompt_cache_retention", "prediction", "verbosity"),
+    )
+    #: Fields that are taken without an effect, and change no answer anywhere.
+    neutral: ClassVar[tuple[str, ...]] = ("user", "modalities")
+    #: Fields of other endpoints, which answers of this one have no place for.
+    refuses: ClassVar[tuple[str, ...]] = ()
+    #: First names of fields, which bodies may still have.
+    first_names: ClassVar[tuple[str, ...]] = ()
 
     model: str | None = None
     n: ChoiceCount = 1
@@ -72,7 +79,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     response_format: ResponseFormat | None = None
     user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
 
-    # What OpenAI does with these changes no answer; they are listed in `ignored`.
+    # What OpenAI does with these changes no answer; they are those of `advisory`.
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -120,6 +127,15 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         """
         return parse_fields(cls, body)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_place_for(cls, body: object) -> object:
+        given = body if isinstance(body, dict) else {}
+        for name in cls.refuses:
+            if given.get(name) is not None:
+                raise RequestError(f"{name} is not supported", param=name)
+        return body
+
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -154,7 +170,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     @property
     def ignored(self) -> list[str]:
         """Fields that were given and do nothing here."""
-        return [name for name in ADVISORY if getattr(self, name) is not None]
+        return [name for name in self.advisory if getattr(self, name) is not None]
 
     @abstractmethod
     def engine_prompts(self) -> list[Json]:

@@ -53,6 +53,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     url: ClassVar[str] = "/v1/chat/completions"
     description: ClassVar[str] = "Answer a conversation."
     prompt_field: ClassVar[str] = "messages"
+    first_names: ClassVar[tuple[str, ...]] = ("functions", "function_call")
 
     messages: Messages
     max_completion_tokens: Count | None = None
@@ -74,7 +75,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     @classmethod
     def _first_names(cls, body: object) -> object:
         """OpenAI's first names of tools and of their choice."""
-        if not isinstance(body, dict) or not body.keys() & {"functions", "function_call"}:
+        if not isinstance(body, dict) or not body.keys() & set(cls.first_names):
             return body
         given = dict(body)
         functions, choice = given.pop("functions", None), given.pop("function_call", None)

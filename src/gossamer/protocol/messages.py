@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from gossamer.chat import Answer, ChatFormat, Part
 from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
+from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.errors import anthropic_error
 from gossamer.protocol.fields import Count, Fields, Stops
 from gossamer.protocol.message_blocks import (
@@ -70,6 +71,12 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
     url: ClassVar[str] = "/v1/messages"
     description: ClassVar[str] = "Answer a conversation, in Anthropic's blocks."
     prompt_field: ClassVar[str] = "messages"
+    advisory: ClassVar[tuple[str, ...]] = (
+        *GeneratingBody.advisory,
+        *("context_management", "container", "diagnostics", "inference_geo", "speed"),
+    )
+    neutral: ClassVar[tuple[str, ...]] = (*GeneratingBody.neutral, "stream_options", "cache_control", "mcp_servers")
+    refuses: ClassVar[tuple[str, ...]] = (*TranslatedBody.refuses, "return_tokens_as_token_ids")
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_tokens: Count
@@ -91,9 +98,8 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
 
     @property
     def ignored(self) -> list[str]:
-        names = ("context_management", "container", "diagnostics", "inference_geo", "speed")
         others = [f"tools.{place}" for place, tool in enumerate(self.tools) if not _is_function(tool)]
-        return [*super().ignored, *(name for name in names if getattr(self, name) is not None), *others]
+        return [*super().ignored, *others]
 
     def _as_chat(self) -> Json:
         system = [] if self.system is None else [{"role": "system", "content": system_text(self.system)}]
@@ -106,7 +112,7 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
             "tools": [_nested(tool) for tool in self.tools],
             "tool_choice": self._choice(choice) if self.tools or choice.type in ("any", "tool") else None,
             "parallel_tool_calls": not choice.disable_parallel_tool_use,
-            "response_format": _format(config.format),
+            "response_format": _format(config.format) or self.response_format,
             "reasoning_effort": config.effort,
             "chat_template_kwargs": self._thinking() | self.chat_template_kwargs,
             "max_reasoning_tokens": self._most_thoughts(),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, PrivateAttr
 from gossamer.chat import Answer, ChatFormat
 from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, RequestOutput
+from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat import ChatCompletionRequest
 from gossamer.protocol.custom_tools import as_function, unenforced
 from gossamer.protocol.fields import Count, Fields
@@ -64,6 +65,11 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
     url: ClassVar[str] = "/v1/responses"
     description: ClassVar[str] = "Answer a conversation, in items."
     prompt_field: ClassVar[str] = "input"
+    advisory: ClassVar[tuple[str, ...]] = (
+        *(name for name in GeneratingBody.advisory if name != "store"),
+        *("client_metadata", "max_tool_calls"),
+    )
+    neutral: ClassVar[tuple[str, ...]] = (*GeneratingBody.neutral, "stream_options", "truncation")
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
@@ -127,9 +133,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
 
     @property
     def ignored(self) -> list[str]:
-        names = ("client_metadata", "max_tool_calls")
-        ignored = [name for name in super().ignored if name != "store"]
-        ignored += [name for name in names if getattr(self, name) is not None]
+        ignored = super().ignored
         for place, tool in enumerate(self.tools):
             if tool.get("type") not in _OFFERED:
                 ignored.append(f"tools.{place}")
@@ -144,7 +148,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
             "tools": [_nested(tool) for tool in self.tools],
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self._format(),
+            "response_format": self._format() or self.response_format,
             "max_completion_tokens": self.max_output_tokens,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "max_reasoning_tokens": self.max_reasoning_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, PrivateAttr, model_validator
 
@@ -20,6 +20,8 @@ from gossamer.sampling_params import SamplingParams
 
 class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
     """A body that asks for one answer of a conversation; the engine sees only the conversation."""
+
+    refuses: ClassVar[tuple[str, ...]] = ("prompt_logprobs", "return_token_ids")
 
     _chat: ChatCompletionRequest | None = PrivateAttr(None)
 
@@ -44,7 +46,7 @@ class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in Ge
 
     def _common_fields(self) -> Json:
         """The fields that were given, and that all bodies have."""
-        names = self.model_fields_set & GeneratingBody.model_fields.keys() - {"response_format", "stream_options"}
+        names = self.model_fields_set & GeneratingBody.model_fields.keys() - {"stream_options"}
         return {name: getattr(self, name) for name in names}
 
     @property
