@@ -96,7 +96,12 @@ class SamplingState:
     def adjusts(self) -> bool:
         """Whether a logit of this row is to be changed before a token is chosen."""
         changed = self.penalized or len(self.bias_tokens) > 0 or self.constraint is not None
-        return changed or self.bans or self.forced is not None
+        return changed or self.held
+
+    @property
+    def held(self) -> bool:
+        """Whether it is not its logits alone that decide about the next token, though they do about others."""
+        return self.bans or self.forced is not None
 
     @property
     def forced(self) -> int | None:
