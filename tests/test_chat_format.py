@@ -285,6 +285,17 @@ def test_a_template_that_leaves_arguments_out_is_rendered_as_it_is(tokenizer):
     assert "spelled-" not in text and text.count("probe value") == 1
 
 
+def test_a_template_that_looks_into_arguments_is_rendered_as_it_is(tokenizer):
+    curious = HERMES.replace(
+        "{{- call.function.arguments | tojson }}",
+        "{%- if call.function.arguments is not mapping %}{{- raise_exception('no') }}{%- endif %}"
+        "{{- call.function.arguments | tojson }}",
+    )
+    chat = chat_format(tokenizer, curious)
+    assert chat.native and chat.calls.name == "hermes"
+    assert "1.5, 1000.0" in rendered(chat, tokenizer, [USER, assistant(call("weather", SPELLED))], TOOLS)
+
+
 def test_ids_are_shortened_where_a_template_wants_it(tokenizer):
     chat = chat_format(tokenizer, BY_FORMAT["mistral-list"])
     result = {"role": "tool", "tool_call_id": "call_0123456789", "content": "sunny"}

@@ -195,9 +195,8 @@ class LLM:
             params = replace(params, reasoning=chat.reasoning(variables, max_reasoning_tokens))
         form, given = chat.form(use, variables), params.structured_outputs
         if form is None:
-            return (
-                params if given is None else replace(params, structured_outputs=chat.after_thoughts(given, variables))
-            )
+            form = None if given is None else chat.after_thoughts(given, variables)
+            return replace(params, structured_outputs=form)
         if given is not None:
             raise InvalidSamplingParamsError("tools and structured_outputs cannot both be given", param="tools")
         return replace(params, structured_outputs=form)

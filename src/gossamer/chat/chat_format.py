@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -173,9 +174,13 @@ class ChatFormat:
             return render(tokenizer, messages, **options)
         hidden = StandIns()
         turns = [self._with_arguments(message, hidden) for message in messages]
-        text = hidden.replaced(render_text(tokenizer, turns, **options)) if hidden else None
-        if text is not None:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if hidden:
+            with suppress(
+                InvalidPromptError
+            ):  # of a template that looks into arguments; the next lines say if it stays
+                text = hidden.replaced(render_text(tokenizer, turns, **options))
+                if text is not None:
+                    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return render(tokenizer, [self._with_arguments(message, None) for message in messages], **options)
 
     def _with_arguments(self, message: Message, hidden: StandIns | None) -> Message:
@@ -254,9 +259,9 @@ class ChatFormat:
     ) -> StructuredOutputsParams:
         """The form of an answer of which the text has ``form``, and that may begin with thoughts."""
         marks, opened = self._thoughts_of(template_kwargs, begun=begun)
-        return (
-            form if marks is None or form.grammar is not None else thoughtful(form, self._special, marks, opened=opened)
-        )
+        if marks is None or form.grammar is not None:
+            return form
+        return thoughtful(form, self._special, marks, opened=opened)
 
     def reasoning(
         self, template_kwargs: Mapping[str, Any], max_tokens: int | None = None, *, begun: bool = False

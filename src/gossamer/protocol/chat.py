@@ -89,6 +89,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     def _conversation_agrees(self) -> Self:
         self.chat_messages()
         self._use = self._find_tool_use()
+        if self.echo and not self.continue_final_message:
+            raise ValueError("echo needs continue_final_message: true, of which it tells the beginning")
         if self.continue_final_message:
             if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
                 raise ValueError("continue_final_message begins no answer; add_generation_prompt must be false with it")

@@ -126,7 +126,9 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
         return {} if kind in (None, "adaptive", "between_tools") else {"enable_thinking": kind == "enabled"}
 
     def _most_thoughts(self) -> int | None:
-        return self.max_reasoning_tokens or (None if self.thinking is None else self.thinking.budget_tokens)
+        if self.max_reasoning_tokens is not None or self.thinking is None:
+            return self.max_reasoning_tokens
+        return self.thinking.budget_tokens
 
     @staticmethod
     def _choice(choice: ToolChoice) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
-from gossamer.errors import ResponseNotFoundError
+from gossamer.errors import RequestError, ResponseNotFoundError
 from gossamer.protocol.messages import MessagesRequest
 from gossamer.protocol.model_responses import ResponsesRequest
 from gossamer.protocol.response_store import OwnedResponses
@@ -25,9 +25,11 @@ def _kept(request: Request) -> OwnedResponses:
     return service.responses.of(request.scope.get("gossamer.owner", ""))
 
 
-@router.get("/v1/responses/{response}", responses=errors(404))
-async def response(request: Request, response: str) -> dict[str, Any]:
-    """An answer of ``/v1/responses`` that is kept."""
+@router.get("/v1/responses/{response}", responses=errors(400, 404))
+async def response(request: Request, response: str, stream: bool = False) -> dict[str, Any]:
+    """An answer of ``/v1/responses`` that is kept; it is whole, and cannot be streamed."""
+    if stream:
+        raise RequestError("stream is not supported: an answer that is kept is whole", param="stream")
     try:
         return _kept(request).response(response)
     except ResponseNotFoundError as error:
