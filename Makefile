@@ -14,12 +14,13 @@ VENV := .venv
 IN_VENV := $(VENV)/bin/python
 PEERS := .venv-peers
 BENCH := .venv-bench
+CLIENTS := .venv-clients
 BENCH_PEERS := $(basename $(notdir $(wildcard requirements-bench/*.txt)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-browser test-peers sanitize emulate lint format docs clean FORCE
+.PHONY: help setup model run test test-slow test-browser test-peers test-clients sanitize emulate emulate-arm lint format docs clean FORCE
 .PHONY: bench bench-peers bench-linear table-1
 
 help: ## List the targets
@@ -42,6 +43,9 @@ test-browser: setup ## Try the playground in a browser; needs chromium
 
 test-peers: model $(PEERS)/.installed ## Check that other projects read what we write
 	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)
+
+test-clients: model $(CLIENTS)/.installed ## Try other projects' clients on our server, and write docs/reference/clients.md
+	PYTHONPATH=scripts/clients $(IN_VENV) scripts/clients/table.py $(CLIENTS_ARGS)
 
 SANITIZED := build/sanitize
 INSTRUCTION_SETS = $(IN_VENV) -c "from gossamer.kernels.library import instruction_sets; print(*instruction_sets())"
@@ -73,6 +77,21 @@ emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has o
 		tests/test_native_runner.py \
 		tests/test_sparse_int8.py tests/test_sparse_int8_engine.py tests/test_prefix_means.py \
 		tests/test_batch_invariance.py $(PYTEST_ARGS)
+
+ARM := build/arm
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_EMULATOR ?= qemu-aarch64-static
+ARM_FLAGS := -std=c++20 -O3 -fno-math-errno -fopenmp -Icsrc
+
+emulate-arm: ## Check products with quantized blocks on an emulated Arm processor; needs g++-aarch64-linux-gnu, qemu-user-static
+	mkdir -p $(ARM)
+	for file in kernels blocks; do \
+		$(ARM_CXX) $(ARM_FLAGS) -march=armv8.2-a+dotprod -DGOSSAMER_NS=neon_dot -c csrc/kernels/$$file.cpp -o $(ARM)/$$file.o || exit 1; \
+	done
+	$(ARM_CXX) $(ARM_FLAGS) -ffp-contract=off -c csrc/runtime/dequantize.cpp -o $(ARM)/dequantize.o
+	$(ARM_CXX) $(ARM_FLAGS) -DGOSSAMER_HAS_neon_dot -static -o $(ARM)/block_products tests/native/block_products.cpp \
+		$(addprefix csrc/runtime/,weight.cpp workspace.cpp cpu.cpp) $(addprefix $(ARM)/,kernels.o blocks.o dequantize.o)
+	$(ARM_EMULATOR) -cpu max $(ARM)/block_products
 
 lint: setup ## Check style and types, change nothing
 	$(IN_VENV) -m ruff check .
@@ -160,6 +179,14 @@ $(PEERS)/.installed: requirements.txt requirements-peers.txt $(VENV)/.package-in
 	$(PEERS)/bin/python -m pip install -r requirements.txt
 	$(PEERS)/bin/python -m pip install -r requirements-peers.txt -c requirements.txt
 	$(PEERS)/bin/python -m pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+$(CLIENTS)/.installed: $(wildcard requirements-clients/*) scripts/clients/node/package.json | $(VENV)/.package-installed
+	for kind in python instructor; do \
+		$(IN_VENV) -m venv --clear $(CLIENTS)/$$kind && \
+		$(CLIENTS)/$$kind/bin/python -m pip install -r requirements-clients/$$kind.txt || exit 1; \
+	done
+	cd scripts/clients/node && npm install --no-audit --no-fund --no-package-lock
 	@touch $@
 
 # In the benchmark every project has its own versions of PyTorch and transformers. PyPI's torchvision, torchaudio and

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import LLM
-from gossamer.server import ServerOptions
+from gossamer.server import ServerOptions, create_app
 from gossamer.server.run import Server, make_server
 
 TEMPLATE = (
@@ -96,7 +96,8 @@ def running(make: Callable[[], LLM], **options: Any) -> Iterator[Running]:
         return llms[0]
 
     def run() -> None:
-        server = holder["server"] = make_server(load, ServerOptions(port=0, model_names=(MODEL,), **options))
+        settings = ServerOptions(port=0, model_names=(MODEL,), **options)
+        server = holder["server"] = make_server(create_app(load, settings), settings)
 
         async def serve() -> None:
             holder["loop"] = asyncio.get_running_loop()

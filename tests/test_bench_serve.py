@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,8 +113,9 @@ class TestServerProcess:
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerSetting:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(servers_module, "_gguf", lambda setting: "model.gguf")
+    monkeypatch.setattr(servers_module, "resolve_model", lambda model: model)
     return ServerSetting(
-        checkpoint=tmp_path, environments=tmp_path / "venvs", threads=2, clients=3, context=100, cache_bytes=10, port=7
+        model=tmp_path, environments=tmp_path / "venvs", threads=2, clients=3, context=100, cache_bytes=10, port=7
     )
 
 
@@ -134,8 +136,25 @@ class TestPeers:
             (setting.environments / directory / ".installed").touch()
         (setting.environments / "xllamacpp").symlink_to(setting.environments / "vllm")
         start = SERVERS[name].start(setting)
-        assert "7" in start.command and {"model.gguf", str(setting.checkpoint)} & set(start.command)
+        assert "7" in start.command and {"model.gguf", str(setting.model)} & set(start.command)
         assert start.command[0].startswith(str(setting.environments)) and start.find_version() == "version 7"
+
+    def test_a_gguf_file_stays_as_it_is(self, setting: ServerSetting, tmp_path: Path) -> None:
+        program = setting.environments / "llama.cpp" / "bin" / "llama-server"
+        program.parent.mkdir(parents=True)
+        program.touch(mode=0o755)
+        file = tmp_path / "model.gguf"
+        file.touch()
+        weights = {
+            model: SERVERS["llama.cpp"].start(replace(setting, model=model)).weights for model in (file, tmp_path)
+        }
+        assert weights == {file: "as they are", tmp_path: "Q8_0"}
+        expected = {"auto": (None, "int8"), "int8": ("int8", "int8"), "none": (None, None)}
+        for given, of_both in expected.items():
+            options = ServeOptions(threads=1, quantization=given)
+            config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
+            both = [Contest("m", path, config, small(), None, options, print) for path in (file, tmp_path)]
+            assert tuple(each.quantization for each in both) == of_both
 
     def test_names(self) -> None:
         assert server_names("all") == tuple(SERVERS) and server_names("") == ()
@@ -165,19 +184,17 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
         def start(setting: ServerSetting) -> Start:
             assert setting.context > 30 and setting.cache_bytes > 0
-            command = [sys.executable, str(script), "0", *setting.checkpoint.parts[2:]]
+            command = [sys.executable, str(script), "0", *setting.model.parts[2:]]
             return Start(command, "int4", [sys.executable, "--version"], {"GREETING": "hello"}, announced=True)
 
         config = SimpleNamespace(
             max_position_embeddings=64, num_hidden_layers=1, num_key_value_heads=1, head_dim=8, num_attention_heads=1
         )
         config.get_text_config = lambda: config
-        contestants = "gossamer.bench.serve_contestants"
-        monkeypatch.setattr(f"{contestants}.load_config", lambda path: config)
-        monkeypatch.setattr(f"{contestants}.SERVERS", {"peer": ServerKind("peer", start)})
+        monkeypatch.setattr("gossamer.bench.serve_contestants.SERVERS", {"peer": ServerKind("peer", start)})
         monkeypatch.setattr(serve_module, "SETTLE_SECONDS", 0.0)
-        monkeypatch.setattr(serve_module, "resolve_model", lambda model: Path("/", model))
-        monkeypatch.setattr(serve_module, "load_tokenizer", lambda path: Characters())
+        monkeypatch.setattr(serve_module, "resolve_model", lambda model, as_file: Path("/", model))
+        monkeypatch.setattr(serve_module, "load_config_and_tokenizer", lambda path: (config, Characters()))
         monkeypatch.setattr(Contest, "ours", lambda contest: contest.at(OURS, fake.url))
         monkeypatch.setattr(Contest, "offline", offline)
         report = bench_serve("m", load, ServeOptions(threads=1, **options), repeats=2)
@@ -236,7 +253,7 @@ class TestCommand:
             (["--url", "http://127.0.0.1:1"], "--url takes NAME="),
             (["--url", "a=127.0.0.1"], "a server's address is such as"),
             (["--url", "vllm=http://127.0.0.1:1"], "needs another name"),
-            (["--quantization", "int4"], "quantization must be int8 or none"),
+            (["--quantization", "int4"], "quantization must be auto, int8 or none"),
         ],
     )
     def test_options_that_have_no_meaning(self, arguments: list[str], message: str) -> None:

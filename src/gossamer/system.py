@@ -15,6 +15,11 @@ def peak_memory() -> int | None:
     return _bytes(Path("/proc/self/status"), "VmHWM:")
 
 
+def resident_memory(pid: int) -> int | None:
+    """Bytes of a process that are in memory now; ``None`` where Linux does not tell."""
+    return _bytes(Path(f"/proc/{pid}/status"), "VmRSS:")
+
+
 def _bytes(file: Path, field: str) -> int | None:
     try:
         lines = file.read_text().splitlines()

@@ -20,7 +20,7 @@ from gossamer.bench.peers.contest import SETTLE_SECONDS
 from gossamer.bench.serve_contestants import OFFLINE, OURS, Contest, Contestant, ServeOptions
 from gossamer.bench.serve_load import Load, LoadResult, Prompts
 from gossamer.errors import ConfigurationError, GossamerError
-from gossamer.models.load import load_tokenizer
+from gossamer.models.load import load_config_and_tokenizer
 from gossamer.models.resolve import resolve_model
 
 WARM_UP_TOKENS = 4
@@ -99,9 +99,9 @@ def bench_serve(
     if repeats < 1:
         raise ConfigurationError(f"repeats must be at least 1, got {repeats}")
     progress(f"loading the tokenizer of {model}")
-    checkpoint = resolve_model(model)
-    prompts = Prompts(load_tokenizer(checkpoint), load)
-    contest = Contest(model, checkpoint, load, prompts, options, progress)
+    path = resolve_model(model, as_file=True)
+    config, tokenizer = load_config_and_tokenizer(path)
+    contest = Contest(model, path, config, load, Prompts(tokenizer, load), options, progress)
     blocks = [contest.ours()]
     blocks += [contest.offline()] if options.offline else []
     blocks += [contest.at(name, url) for name, url in options.urls.items()]

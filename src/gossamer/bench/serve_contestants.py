@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+from transformers import PreTrainedConfig
+
 from gossamer.bench.peers.contest import numbers_per_token
 from gossamer.bench.peers.process import Peer, child_environment
 from gossamer.bench.peers.registry import ENVIRONMENTS
@@ -19,7 +21,6 @@ from gossamer.bench.peers.servers import SERVERS, ServerSetting
 from gossamer.bench.serve_load import Load, LoadResult, Prompts, run_load
 from gossamer.bench.server_process import ServerProcess, free_port, get
 from gossamer.errors import ConfigurationError, GossamerError, PeerError
-from gossamer.models.load import load_config
 
 OURS, OFFLINE = "gossamer", "offline"
 OFFLINE_SCRIPT = Path(__file__).with_name("serve_offline.py")
@@ -33,7 +34,8 @@ class ServeOptions:
 
     Attributes:
         threads: CPU threads of each.
-        quantization: of our server and engine; ``None`` takes the checkpoint as it is.
+        quantization: of our server and engine: ``"int8"``, or ``"none"`` for the model as it is; ``"auto"`` takes a
+            GGUF file as it is, and makes anything else int8.
         memory: their budget for keys and values.
         max_num_batched_tokens: their tokens per forward pass.
         offline: measure our engine without a server too.
@@ -47,7 +49,7 @@ class ServeOptions:
     """
 
     threads: int
-    quantization: str | None = "int8"
+    quantization: str = "auto"
     memory: str = "4GB"
     max_num_batched_tokens: int = 256
     offline: bool = True
@@ -57,8 +59,8 @@ class ServeOptions:
     start_timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.quantization not in (None, "int8"):
-            raise ConfigurationError(f"quantization must be int8 or none, got {self.quantization!r}")
+        if self.quantization not in ("auto", "int8", "none"):
+            raise ConfigurationError(f"quantization must be auto, int8 or none, got {self.quantization!r}")
         if twice := set(self.urls) & {OURS, OFFLINE, *SERVERS}:
             raise ConfigurationError(f"a server at an address needs another name than {min(twice)!r}, which is taken")
 
@@ -91,20 +93,28 @@ class Contest:
     """What all contestants have in common."""
 
     model: str
-    checkpoint: Path
+    path: Path
+    config: PreTrainedConfig
     load: Load
     prompts: Prompts
     options: ServeOptions
     progress: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        longest = load_config(self.checkpoint).get_text_config().max_position_embeddings
+        longest = self.config.get_text_config().max_position_embeddings
         load = self.load
         if load.prefix + load.suffix + load.new > longest:
             raise ConfigurationError(
                 f"{load.prefix} + {load.suffix} + {load.new} tokens do not fit into the context of {self.model}, "
                 f"which is {longest}"
             )
+
+    @property
+    def quantization(self) -> str | None:
+        """What our server and engine are asked for."""
+        given = self.options.quantization
+        int8 = given == "int8" or (given == "auto" and not self.path.is_file())
+        return "int8" if int8 else None
 
     @contextmanager
     def ours(self) -> Iterator[Contestant]:
@@ -114,9 +124,9 @@ class Contest:
         arguments = ["--port", "0", "--log-format", "text", "--memory", options.memory]
         arguments += ["--max-num-seqs", str(self.load.clients)]
         arguments += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
-        if options.quantization is not None:
-            arguments += ["--quantization", options.quantization]
-        contestant = Contestant(OURS, weights=options.quantization or "as they are")
+        if self.quantization is not None:
+            arguments += ["--quantization", self.quantization]
+        contestant = Contestant(OURS, weights=self.quantization or "as they are")
         contestant.command = shlex.join(["gossamer", "serve", self.model, *arguments])
         environment = os.environ | child_environment(options.threads)
         with self._server(contestant, "/health", lambda: ServerProcess(OURS, [*command, *arguments], environment)):
@@ -155,12 +165,12 @@ class Contest:
         """Our engine, asked for everything at once; as many sequences as there are clients run at a time."""
         options, load = self.options, self.load
         arguments = {
-            "quantization": options.quantization,
+            "quantization": self.quantization,
             "memory": options.memory,
             "max_num_seqs": load.clients,
             "max_num_batched_tokens": options.max_num_batched_tokens,
         }
-        contestant = Contestant(OFFLINE, weights=options.quantization or "as they are")
+        contestant = Contestant(OFFLINE, weights=self.quantization or "as they are")
         contestant.command = f"LLM({self.model!r}, {', '.join(f'{k}={v!r}' for k, v in arguments.items())}).generate"
         peer = Peer(OFFLINE, sys.executable, OFFLINE_SCRIPT, threads=options.threads, timeout=options.start_timeout)
 
@@ -229,9 +239,9 @@ class Contest:
     def _setting(self) -> ServerSetting:
         load = self.load
         context = load.prefix + load.suffix + load.new + _SPARE
-        numbers = numbers_per_token(SimpleNamespace(config=load_config(self.checkpoint)))
+        numbers = numbers_per_token(SimpleNamespace(config=self.config))
         return ServerSetting(
-            checkpoint=self.checkpoint,
+            model=self.path,
             environments=self.options.environments,
             threads=self.options.threads,
             clients=load.clients,

@@ -175,9 +175,7 @@ class ChatFormat:
         hidden = StandIns()
         turns = [self._with_arguments(message, hidden) for message in messages]
         if hidden:
-            with suppress(
-                InvalidPromptError
-            ):  # of a template that looks into arguments; the next lines say if it stays
+            with suppress(InvalidPromptError):  # of a template that looks into arguments; if it stays, it is said below
                 text = hidden.replaced(render_text(tokenizer, turns, **options))
                 if text is not None:
                     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -67,8 +67,12 @@ def serve(
         ),
     ] = False,
     quantization: Annotated[
-        str, typer.Option(help="Of our server and engine: int8, or none for the checkpoint as it is.")
-    ] = "int8",
+        str,
+        typer.Option(
+            help="Of our server and engine: int8, or none for the model as it is; auto is none for a GGUF file, and "
+            "int8 for anything else."
+        ),
+    ] = "auto",
     memory: Memory = "4GB",
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that our server and engine compute in one forward pass.")
@@ -146,7 +150,7 @@ def serve(
     )
     options = ServeOptions(
         threads=threads or torch.get_num_threads(),
-        quantization=None if quantization == "none" else quantization,
+        quantization=quantization,
         memory=memory,
         max_num_batched_tokens=max_num_batched_tokens,
         offline=offline,

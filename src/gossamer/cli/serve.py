@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import Model, Threads, load_llm, takes_options
+from gossamer.cli.engine_options import Threads, load_llm, takes_options
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from gossamer import LLM
+    from gossamer.server import ModelSpec
 
 _API = "The API"
 _LIMITS = "Limits"
@@ -20,7 +21,14 @@ _LIMITS = "Limits"
 
 @takes_options(max_num_batched_tokens=256)
 def serve(
-    model: Model,
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            help="A name `gossamer pull` knows, a Hugging Face id, or a local directory or GGUF file; several are "
+            "loaded when they are asked for.",
+            show_default=False,
+        ),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -37,6 +45,14 @@ def serve(
             help="Names that requests may give; the first is in answers. MODEL by default.", rich_help_panel=_API
         ),
     ] = None,
+    models_memory: Annotated[
+        str,
+        typer.Option(
+            help="With several models: what all that are loaded may take together; the one not used for the longest "
+            "time ends when another needs the room.",
+            rich_help_panel=_API,
+        ),
+    ] = "8GB",
     pin: Annotated[
         list[Path] | None,
         typer.Option(
@@ -105,16 +121,18 @@ def serve(
     options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's API.
+    """Serve a model, or several, over HTTP, with OpenAI's API.
 
         gossamer serve smollm2-135m --quantization int8
+
+        gossamer serve smollm2-135m qwen2.5-coder-1.5b --models-memory 8GB --memory 1GB
 
     Then any client of that API works with `http://127.0.0.1:8000/v1`, and the page at `http://127.0.0.1:8000/` shows
     the model and its cache. Prefixes that requests share are found by themselves, computed once and kept while memory
     allows; `--pin` keeps one in any case. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the
     engine has failed.
     """
-    from gossamer.server import ServerOptions
+    from gossamer.server import ServerOptions, create_app, create_front
     from gossamer.server import serve as run
     from gossamer.sizes import parse_bytes
 
@@ -123,10 +141,16 @@ def serve(
     for path in pin or ():
         if not path.is_file():
             raise ConfigurationError(f"cannot pin {path}: there is no such file")
+    if len(model) > 1 and (served_model_name or pin or data_dir):
+        raise ConfigurationError(
+            "--served-model-name, --pin and --data-dir are of a server of one model; it has several"
+        )
+    if len(set(model)) < len(model):
+        raise ConfigurationError(f"a model is given twice: {', '.join(model)}")
     settings = ServerOptions(
         host=host,
         port=port,
-        model_names=tuple(served_model_name or [model]),
+        model_names=tuple(served_model_name or model),
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
         max_logprobs=max_logprobs,
@@ -144,7 +168,19 @@ def serve(
         json_logs=log_format == "json" or (log_format is None and not sys.stderr.isatty()),
     )
 
-    def load() -> LLM:
-        return load_llm(model, options, threads)
+    if len(model) == 1:
+        raise typer.Exit(run(create_app(partial(load_llm, model[0], options, threads), settings), settings))
+    specs = {name: _spec(name, options, threads) for name in model}
+    raise typer.Exit(run(create_front(specs, settings, parse_bytes(models_memory)), settings))
 
-    raise typer.Exit(run(load, settings))
+
+def _spec(model: str, options: dict[str, Any], threads: int | None) -> ModelSpec:
+    """A model that is loaded when it is asked for. That it exists is seen now."""
+    from gossamer.models.resolve import resolve_model
+    from gossamer.options import Options
+    from gossamer.server import ModelSpec
+
+    path = resolve_model(model, as_file=True)
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in files)
+    return ModelSpec(partial(load_llm, model, options, threads), weights, Options.of(options).engine.memory_bytes)

@@ -169,6 +169,18 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
 
 
+def load_config_and_tokenizer(path: Path) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """What a checkpoint directory, or a GGUF file, says beside its weights.
+
+    Raises:
+        GossamerError: what reading them raises.
+    """
+    if path.is_file():
+        opened = read_gguf(path)
+        return opened.config, opened.tokenizer
+    return load_config(path), load_tokenizer(path)
+
+
 def _load(
     path: Path,
     config: PreTrainedConfig,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -57,10 +57,24 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # `Paths` does it better
     )
-    modules = (routes_info, routes_batches, routes_cache, routes_conversations, routes_playground)
-    routers = [*(each.router for each in modules), generating_routes()]
+    routers = all_routers()
     for router in routers:
         app.include_router(router)
+    surround(app, options, routers)
+    return app
+
+
+def all_routers() -> list[APIRouter]:
+    """All that a server of one model answers."""
+    modules = (routes_info, routes_batches, routes_cache, routes_conversations, routes_playground)
+    return [
+        *(each.router for each in modules),
+        generating_routes(),
+    ]
+
+
+def surround(app: FastAPI, options: ServerOptions, routers: Iterable[APIRouter]) -> None:
+    """Give an application what stands around its routes, which ``routers`` have among others: limits, keys, the log."""
     app.add_exception_handler(GossamerError, _gossamer_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(Disconnected, _disconnected)
@@ -86,7 +100,6 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
     routes = [route.path for router in routers for route in router.routes if isinstance(route, Route)]
     app.add_middleware(Paths, routes=routes)
     app.add_middleware(RequestLog)
-    return app
 
 
 async def _gossamer_error(request: Request, error: Exception) -> Response:

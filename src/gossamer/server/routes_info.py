@@ -77,7 +77,7 @@ async def models(request: Request) -> dict[str, Any]:
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
     names = _service(request).options.model_names
-    name = next((name for name in names if name.rstrip("/") == model), model)  # of a path, the slash at its end is gone
+    name = next((name for name in names if name.strip("/") == model), model)  # of a path, slashes at its ends are gone
     _service(request).check_model(name)
     return _model(_service(request), name)
 

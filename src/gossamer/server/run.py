@@ -11,27 +11,50 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import uvicorn
+from fastapi import FastAPI
 
 from gossamer.errors import ConfigurationError
-from gossamer.server.app import create_app
 from gossamer.server.http_protocol import BoundedProtocol
 from gossamer.server.logs import configure_logs
 from gossamer.server.options import ServerOptions
 from gossamer.server.origins import is_local
-from gossamer.server.service import Service
-
-if TYPE_CHECKING:
-    from gossamer import LLM
 
 logger = logging.getLogger("gossamer.server")
 GRACE = 5.0  # seconds to tell the clients that time is over
 
 
-def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
-    """Serve until SIGTERM or SIGINT, then finish what is running. Returns the exit status: 0, or 1 after a failure."""
+class Life(Protocol):
+    """What is behind an application, as its ``app.state.service``: a model, or several.
+
+    Attributes:
+        state, reason: how it is, and why it is not ready.
+        loaded, failed: set once it is ready; and once it cannot go on, which ends the server.
+    """
+
+    state: str
+    reason: str
+    loaded: asyncio.Event
+    failed: asyncio.Event
+
+    def drain(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+def serve(app: FastAPI, options: ServerOptions, on_ready: Callable[[str], None] = lambda address: None) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what is running.
+
+    Args:
+        app: of :func:`~gossamer.server.create_app` or :func:`~gossamer.server.create_front`, with these options.
+        options: see there.
+        on_ready: called with the server's address once requests are answered.
+
+    Returns:
+        The exit status: 0, or 1 after a failure.
+    """
     configure_logs(as_json=options.json_logs)
     _raise_file_limit()
     # uvicorn raises the signal again once it has ended; by then everything is done.
@@ -40,7 +63,7 @@ def serve(load: Callable[[], LLM], options: ServerOptions) -> int:
     if not options.api_keys and not is_local(options.host):
         logger.warning("listening on %s without an API key: whoever reaches it may use it", options.host)
     sockets = [_listen(options.host, options.port)]
-    server = make_server(load, options)
+    server = make_server(app, options, on_ready)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.serve(sockets))
     status = 1 if server.failed else 0
@@ -65,11 +88,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_server(load: Callable[[], LLM], options: ServerOptions) -> Server:
+def make_server(app: FastAPI, options: ServerOptions, on_ready: Callable[[str], None] = lambda address: None) -> Server:
     """The server, not yet running."""
     protocol = type("Protocol", (BoundedProtocol,), {"idle_timeout": options.idle_timeout})
     config = uvicorn.Config(
-        create_app(load, options),
+        app,
         host=options.host,
         port=options.port,
         http=protocol,
@@ -80,7 +103,7 @@ def make_server(load: Callable[[], LLM], options: ServerOptions) -> Server:
         timeout_keep_alive=round(options.idle_timeout),
         timeout_graceful_shutdown=round(options.drain_timeout + GRACE),
     )
-    return Server(config, options)
+    return Server(config, options, on_ready)
 
 
 class Server(uvicorn.Server):
@@ -92,16 +115,17 @@ class Server(uvicorn.Server):
         ended_early: whether it ended while the model was being loaded.
     """
 
-    def __init__(self, config: uvicorn.Config, options: ServerOptions) -> None:
+    def __init__(self, config: uvicorn.Config, options: ServerOptions, on_ready: Callable[[str], None]) -> None:
         super().__init__(config)
         self.options = options
+        self._on_ready = on_ready
         self.address = ""
         self.failed = self.ended_early = False
 
     @property
-    def service(self) -> Service:
+    def service(self) -> Life:
         # uvicorn allows the name of an application too; we give it the application
-        service: Service = self.config.app.state.service  # type: ignore[union-attr]
+        service: Life = self.config.app.state.service  # type: ignore[union-attr]
         return service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -111,12 +135,16 @@ class Server(uvicorn.Server):
                 host, port = listening.getsockname()[:2]
                 self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
                 logger.info("listening on %s", self.address)
-        self._watch = asyncio.create_task(self._end_after_failure())
+        self._watches = [asyncio.create_task(self._end_after_failure()), asyncio.create_task(self._tell_when_ready())]
 
     async def _end_after_failure(self) -> None:
         await self.service.failed.wait()
         logger.error("ending: %s", self.service.reason)
         self.failed = self.should_exit = True
+
+    async def _tell_when_ready(self) -> None:
+        await self.service.loaded.wait()
+        self._on_ready(self.address)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
@@ -124,7 +152,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         self.ended_early = self.service.state == "loading"
         self.service.drain()
         logger.info("finishing what is running; another signal ends it at once")

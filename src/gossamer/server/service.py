@@ -59,6 +59,7 @@ class Service:
         self.state: State = "loading"
         self.reason = "the model is being loaded"
         self.failed = asyncio.Event()
+        self.loaded = asyncio.Event()
         #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self.responses = ResponseStore(options.response_memory)
@@ -120,6 +121,7 @@ class Service:
             batches.drain()
         told = ", ".join(f"{name} {value:g}" for name, value in llm.sampling_defaults.items())
         logger.info("sampling where a request says nothing: %s", told or "OpenAI's defaults")
+        self.loaded.set()
         logger.info("ready: %s", ", ".join(self.options.model_names))
 
     async def stop(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from gossamer.bench.peers.process import child_environment
 from gossamer.bench.peers.registry import HERE, INSTALLED, KINDS, chosen_names
 from gossamer.errors import PeerError
+from gossamer.models.resolve import resolve_model
 
 _VERSION_SECONDS = 60
 _GUIDE = "docs/how-to/bench.md says how"
@@ -26,7 +27,7 @@ class ServerSetting:
     """What a server has to know before it starts.
 
     Attributes:
-        checkpoint: the model.
+        model: a checkpoint directory, or a GGUF file.
         environments: the directory with an environment for each project.
         threads: CPU threads.
         clients: that will ask at the same time.
@@ -35,7 +36,7 @@ class ServerSetting:
         port: to listen on.
     """
 
-    checkpoint: Path
+    model: Path
     environments: Path
     threads: int
     clients: int
@@ -115,7 +116,12 @@ def _version_of(python: str, package: str) -> list[str]:
 
 def _gguf(setting: ServerSetting) -> str:
     kind = KINDS["llama.cpp"]
-    return str(kind.model(setting.checkpoint, setting.environments / kind.name, setting.threads))
+    return str(kind.model(setting.model, setting.environments / kind.name, setting.threads))
+
+
+def _blocks(setting: ServerSetting) -> str:
+    """The weights of what :func:`_gguf` gives."""
+    return "as they are" if setting.model.is_file() else "Q8_0"
 
 
 def _llama_cpp(setting: ServerSetting) -> Start:
@@ -126,7 +132,7 @@ def _llama_cpp(setting: ServerSetting) -> Start:
     command = [program, "--model", _gguf(setting), "--host", "127.0.0.1", "--port", str(setting.port)]
     command += ["--threads", str(setting.threads), "--parallel", str(setting.clients), "--kv-unified"]
     command += ["--ctx-size", str(setting.clients * setting.context), "--flash-attn", "on"]
-    return Start(command, "Q8_0", [program, "--version"], {})
+    return Start(command, _blocks(setting), [program, "--version"], {})
 
 
 def _xllamacpp(setting: ServerSetting) -> Start:
@@ -134,7 +140,7 @@ def _xllamacpp(setting: ServerSetting) -> Start:
     command = [python, "-P", str(HERE / "xllamacpp_server.py"), "--model", _gguf(setting), "--port", str(setting.port)]
     command += ["--threads", str(setting.threads), "--sequences", str(setting.clients)]
     command += ["--context", str(setting.context)]
-    return Start(command, "Q8_0", _version_of(python, "xllamacpp"), {}, announced=True)
+    return Start(command, _blocks(setting), _version_of(python, "xllamacpp"), {}, announced=True)
 
 
 def _llama_cpp_python(setting: ServerSetting) -> Start:
@@ -147,12 +153,12 @@ def _llama_cpp_python(setting: ServerSetting) -> Start:
     command += ["--port", str(setting.port), "--n_threads", str(setting.threads), "--n_ctx", str(setting.context)]
     # by default a request that comes ends the one that is answered
     command += ["--interrupt_requests", "false", "--cache", "true"]
-    return Start(command, "Q8_0", _version_of(python, "llama-cpp-python"), {})
+    return Start(command, _blocks(setting), _version_of(python, "llama-cpp-python"), {})
 
 
 def _vllm(setting: ServerSetting) -> Start:
     python = _python("vllm", setting.environments / "vllm", "make bench-peers")
-    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(setting.checkpoint)]
+    command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_model(setting.model))]
     command += ["--host", "127.0.0.1", "--port", str(setting.port), "--dtype", "bfloat16", "--enable-prefix-caching"]
     command += ["--max-model-len", str(setting.context), "--max-num-seqs", str(setting.clients)]
     command += ["--kv-cache-memory-bytes", str(2 * setting.cache_bytes + 2**28), "--enable-prompt-tokens-details"]

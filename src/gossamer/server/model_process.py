@@ -1,0 +1,106 @@
+"""A server of one model in a process of its own: started, asked whether it is well, ended.
+
+It listens on a port of this machine that it is given by the system, and answers whoever has its key, which only the
+process that started it knows. It ends with that process, however that one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from gossamer.errors import EngineError
+from gossamer.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from gossamer import LLM
+
+logger = logging.getLogger("gossamer.server")
+_GRACE = 10.0  # seconds beyond the time that running requests have
+
+
+class ModelProcess:
+    """See the module's documentation.
+
+    Args:
+        name: of the model, for requests.
+        load: makes the model, in the process; it is sent there, so it has to be a function that can be imported, or a
+            ``functools.partial`` of one.
+        options: of the server; where it listens, its names and its keys are its own.
+
+    Attributes:
+        address: ``http://host:port``.
+        key: what requests must carry.
+    """
+
+    def __init__(self, name: str, load: Callable[[], LLM], options: ServerOptions) -> None:
+        self.name = name
+        self.key = secrets.token_hex(16)
+        self.address = ""
+        self._drain_timeout = options.drain_timeout
+        own = replace(options, host="127.0.0.1", port=0, model_names=(name,), api_keys=(self.key,), allowed_hosts=())
+        context = multiprocessing.get_context("spawn")  # forking would copy threads' locks
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(load, own, theirs), name=f"gossamer {name}")
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    async def ready(self) -> None:
+        """Until its model is loaded.
+
+        Raises:
+            EngineError: it has ended before that.
+        """
+        try:
+            self.address = (await asyncio.to_thread(self._pipe.recv_bytes)).decode()
+        except (EOFError, OSError):
+            await self.stop()
+            raise EngineError(f"the model {self.name!r} could not be loaded; the server's log says why") from None
+
+    async def stop(self) -> None:
+        """Ask it to finish what is running, and end it when its time is over."""
+        self._pipe.close()
+        if self.alive:
+            self._process.terminate()
+        await asyncio.to_thread(self._process.join, self._drain_timeout + _GRACE)
+        if self.alive:
+            logger.warning("%s does not end, and is killed", self.name)
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+
+
+def _run(load: Callable[[], LLM], options: ServerOptions, pipe: Connection) -> None:
+    """The process."""
+    from gossamer.server.app import create_app
+    from gossamer.server.run import serve
+
+    os.setsid()  # Ctrl-C is for the process that started it, which ends it
+    threading.Thread(target=_end_with, args=(pipe,), name="parent", daemon=True).start()
+    raise SystemExit(
+        serve(create_app(load, options), options, on_ready=lambda address: pipe.send_bytes(address.encode()))
+    )
+
+
+def _end_with(pipe: Connection) -> None:
+    """End when the other end of the pipe is closed: it is told to, or nobody is left to ask for anything."""
+    try:
+        pipe.recv_bytes()
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,282 @@
+"""Several models at one address: what is loaded, what ends for it, and what passes through."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from gossamer.cli.app import app
+from gossamer.errors import ConfigurationError, EngineError
+from gossamer.server import ModelSpec, ServerOptions, model_pool
+from gossamer.server.errors import HttpError
+from gossamer.server.model_pool import ModelPool
+
+GB = 10**9
+
+
+class FakeProcess:
+    """A process that is ready at once, unless its model cannot be loaded."""
+
+    started: list[str]
+    ended: list[str]
+    broken: set[str]
+
+    def __init__(self, name: str, load: object, options: ServerOptions) -> None:
+        self.name, self.pid, self.alive = name, 0, True
+        self.started.append(name)
+
+    async def ready(self) -> None:
+        await asyncio.sleep(0)
+        if self.name in self.broken:
+            raise EngineError(f"the model {self.name!r} could not be loaded")
+
+    async def stop(self) -> None:
+        await asyncio.sleep(0)
+        self.alive = False
+        self.ended.append(self.name)
+
+
+@pytest.fixture
+def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], ModelPool]:
+    """Models a, b and c, which take 1, 2 and 3 GB."""
+    FakeProcess.started, FakeProcess.ended, FakeProcess.broken = [], [], set()
+    monkeypatch.setattr(model_pool, "ModelProcess", FakeProcess)
+    monkeypatch.setattr(model_pool, "_PROCESS", 0)
+    monkeypatch.setattr(model_pool, "resident_memory", lambda pid: None)
+    specs = {name: ModelSpec(lambda: None, size * GB - 1, 1) for name, size in (("a", 1), ("b", 2), ("c", 3))}
+    return lambda gigabytes: ModelPool(specs, ServerOptions(), int(gigabytes * GB))
+
+
+async def ask(pool: ModelPool, *names: str) -> None:
+    for name in names:
+        async with pool.use(name) as process:
+            assert process.name == name and process.alive
+
+
+def states(pool: ModelPool) -> list[Any]:
+    return [pool.describe(name)["status"] for name in pool.names]
+
+
+class TestPool:
+    def test_what_fits_stays(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(6)
+            await ask(pool, "a", "b", "c", "a", "b", "c")
+            assert FakeProcess.started == ["a", "b", "c"] and not FakeProcess.ended
+            await pool.stop()
+            assert sorted(FakeProcess.ended) == ["a", "b", "c"]
+
+        asyncio.run(scene())
+
+    def test_the_least_recently_used_ends_for_another(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(4)
+            await ask(pool, "a", "b", "a", "c")  # c needs the room of b alone
+            assert FakeProcess.ended == ["b"]
+            await ask(pool, "b")
+            assert FakeProcess.ended == ["b", "a", "c"]
+            values = [each["value"] for each in states(pool)]
+            assert values == ["unloaded", "loaded", "unloaded"]
+
+        asyncio.run(scene())
+
+    def test_one_that_answers_is_waited_for(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(3)
+            async with pool.use("a"):
+                waiting = asyncio.create_task(ask(pool, "c"))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert not waiting.done() and FakeProcess.started == ["a"]
+                await ask(pool, "a")  # what is loaded answers meanwhile
+            await asyncio.wait_for(waiting, 10)
+            assert FakeProcess.started == ["a", "c"] and FakeProcess.ended == ["a"]
+
+        asyncio.run(scene())
+
+    def test_a_model_is_loaded_once_for_all_who_ask_for_it(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(3)
+            await asyncio.gather(*(ask(pool, "b") for _ in range(8)))
+            assert FakeProcess.started == ["b"]
+
+        asyncio.run(scene())
+
+    def test_one_that_never_fits_is_refused(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(2)
+            await ask(pool, "a")
+            with pytest.raises(HttpError, match=r"'c' needs about 3\.0 GB with its cache, and --models-memory allows"):
+                await ask(pool, "c")
+            assert FakeProcess.started == ["a"] and not FakeProcess.ended
+
+        asyncio.run(scene())
+
+    def test_one_that_cannot_be_loaded_takes_no_room(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(4)
+            FakeProcess.broken = {"c"}
+            with pytest.raises(EngineError, match="could not be loaded"):
+                await ask(pool, "c")
+            await ask(pool, "a", "b")
+            FakeProcess.broken = set()
+            await ask(pool, "c")  # tried again
+
+        asyncio.run(scene())
+
+    def test_one_that_has_ended_by_itself_is_loaded_again(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(4)
+            async with pool.use("a") as process:
+                process.alive = False  # type: ignore[misc]  # it is a FakeProcess
+            await ask(pool, "a")
+            assert FakeProcess.started == ["a", "a"]
+
+        asyncio.run(scene())
+
+    def test_the_end_lets_nobody_wait(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(3)
+            async with pool.use("a"):
+                waiting = asyncio.create_task(ask(pool, "c"))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                await pool.stop()
+                with pytest.raises(HttpError, match="shutting down"):
+                    await asyncio.wait_for(waiting, 10)
+            with pytest.raises(HttpError, match="shutting down"):
+                await ask(pool, "a")
+
+        asyncio.run(scene())
+
+
+class Front:
+    """A real server of two models, as a process."""
+
+    def __init__(self, models: list[str]) -> None:
+        code = "from gossamer.cli.app import main; main()"
+        arguments = ["--port", "0", "--memory", "64MB", "--models-memory", "16GB", "--log-format", "text"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", *models, *arguments], stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        self.url = next(line.split()[-1] for line in self.process.stderr if "listening on" in line)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return json.load(response)
+
+    def children(self) -> list[int]:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[str]:
+    """Two names of one tiny model."""
+    other = tmp_path_factory.mktemp("other") / "model"
+    other.symlink_to(tiny)
+    return [str(tiny), str(other)]
+
+
+@pytest.fixture(scope="module")
+def front(models: list[str]) -> Iterator[Front]:
+    front = Front(models)
+    yield front
+    front.process.kill()
+    front.process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or only waits to be collected."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up as Linux has them")
+class TestProcesses:
+    def test_requests_reach_the_model_that_they_name(self, front: Front, models: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
+        texts = []
+        for name in models:
+            made = client.completions.create(model=name, prompt="one two", max_tokens=5, temperature=0)
+            parts = client.completions.create(model=name, prompt="one two", max_tokens=5, temperature=0, stream=True)
+            assert made.model == name and "".join(part.choices[0].text for part in parts) == made.choices[0].text
+            texts.append(made.choices[0].text)
+        assert texts[0] == texts[1]
+        listed = front.get("/v1/models")["data"]
+        assert [(each["id"], each["status"]["value"]) for each in listed] == [(name, "loaded") for name in models]
+        assert all(each["memory_bytes"] > 64e6 for each in listed)
+        assert front.get(f"/v1/prefixes?model={models[1]}")["object"] == "list"
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other' here"):
+            client.completions.create(model="other", prompt="a")
+        with pytest.raises(openai.BadRequestError, match="temperature"):  # what the model's server says
+            client.completions.create(model=models[0], prompt="a", temperature=-1)
+        for path, status in (("/metrics", 400), ("/v1/files", 404), ("/nothing", 400)):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                front.get(path)
+            assert caught.value.code == status
+
+    def test_a_client_that_goes_frees_its_model(self, front: Front, models: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
+        stream = client.completions.create(model=models[0], prompt="a", max_tokens=400, stream=True,
+                                           extra_body={"ignore_eos": True})  # fmt: skip
+        next(iter(stream))
+        stream.close()
+        wait_until(lambda: front.get(f"/v1/prefixes?model={models[0]}")["running"] == 0)
+        wait_until(lambda: front.get(f"/v1/models/{models[0]}")["requests"] == 0)
+
+    def test_a_model_that_is_killed_is_loaded_again(self, front: Front, models: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client.completions.create(model=models[0], prompt="a", max_tokens=1)
+        for pid in front.children():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: all(map(gone, front.children())))
+        assert client.completions.create(model=models[0], prompt="a", max_tokens=1).choices
+
+    def test_its_models_end_with_it_however_it_ends(self, front: Front, models: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
+        client.completions.create(model=models[1], prompt="a", max_tokens=1)
+        children = [pid for pid in front.children() if not gone(pid)]
+        assert children
+        front.process.kill()
+        wait_until(lambda: all(map(gone, children)))
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["a", "b", "--served-model-name", "c"], "are of a server of one model"),
+            (["a", "b", "--data-dir", "d"], "are of a server of one model"),
+            (["a", "a"], "given twice"),
+            (["./no/such/model", "b"], "cannot find the model"),
+        ],
+    )
+    def test_what_several_models_cannot_have(self, arguments: list[str], message: str) -> None:
+        result = CliRunner().invoke(app, ["serve", *arguments])
+        assert isinstance(result.exception, ConfigurationError | FileNotFoundError)
+        assert message in str(result.exception)
