@@ -13,7 +13,9 @@ import jsonschema_rs
 import pytest
 
 from chat_templates import THINKING
+from fake_llm import FakeLLM, chat_prompt, expected_answer
 from gossamer import LLM
+from gossamer.batch import BatchRunner
 from gossamer.errors import RequestError
 from gossamer.protocol.message_blocks import messages_of, system_text
 from gossamer.protocol.messages import MessagesRequest
@@ -211,6 +213,16 @@ def test_blocks_become_messages_in_their_order() -> None:
     assert answer["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"k": [1, "é"]}'}
     assert result == {"role": "tool", "tool_call_id": "a", "content": "Error: no"}
     assert user == {"role": "user", "content": "B\nC"}
+
+
+def test_batch_files_may_hold_messages(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"messages": ASK, "max_tokens": 8}
+    source.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/messages", "body": body}) + "\n")
+    assert BatchRunner(source, output).run(FakeLLM()).completed == 1
+    answer = json.loads(output.read_text())["response"]["body"]
+    assert answer["content"] == [{"type": "text", "text": expected_answer(chat_prompt(ASK))[:8]}]
+    assert answer["stop_reason"] == "max_tokens" and answer["usage"]["output_tokens"] == 8
 
 
 def test_what_has_no_effect_is_told(server: Running) -> None:
