@@ -38,7 +38,7 @@ test-slow: setup model ## Run the tests that take minutes
 	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)
 	GOSSAMER_SCHEMA_CASES=115 $(IN_VENV) -m pytest tests/test_server_schema.py -s
 
-test-browser: setup ## Try the playground in a browser; needs chromium
+test-browser: setup ## Run only the tests of the page at /, in chromium
 	$(IN_VENV) -m pytest -m browser $(PYTEST_ARGS)
 
 test-peers: model $(PEERS)/.installed ## Check that other projects read what we write

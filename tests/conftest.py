@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     import openai
 
+    from browser_page import Browser
     from gossamer import LLM
     from running_server import Running
 
@@ -138,3 +139,27 @@ def private_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: p
     """No test touches the user's cache, except the slow ones that share its real model."""
     if "smollm2_path" not in request.fixturenames:
         monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A real browser."""
+    from browser_page import CHROMIUM
+
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium (Debian: apt install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Browser]:
+    """Opens the page at / of a server; no script may fail, and nobody else be called."""
+    from browser_page import Browser
+
+    browser = Browser(chromium)
+    yield browser
+    browser.check()

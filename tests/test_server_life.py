@@ -179,6 +179,28 @@ def test_pinned_files(tiny: Path, tmp_path: Path) -> None:
         assert usage["prompt_tokens_details"]["cached_tokens"] >= picture["data"][1]["tokens"]
 
 
+def test_pinned_prefixes_survive_the_servers_death(start: Callable[..., Process], tmp_path: Path) -> None:
+    pinned, disk = tmp_path / "rules.txt", tmp_path / "disk"
+    pinned.write_text("A text that many prompts begin with. " * 8)
+    body = {"prompt": pinned.read_text() + "And so it goes on.", "max_tokens": 8, "temperature": 0}
+    size = len(pinned.read_text())
+    process = start("--prefix-dir", str(disk), "--pin", str(pinned))
+    process.wait_ready()
+    expected = process.call("/v1/completions", body)[1]
+    wait_for(lambda: process.call("/v1/prefixes")[1]["disk"]["written_files"] == 1)
+    process.process.kill()
+    assert [file.suffix for file in disk.iterdir()] == [".safetensors"]
+    process = start("--prefix-dir", str(disk))
+    process.wait_ready()
+    found = process.call("/v1/completions", body)[1]
+    assert found["choices"] == expected["choices"]
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == size
+    with urllib.request.urlopen(process.url + "/metrics", timeout=60) as response:
+        assert f'gossamer:prefix_disk_hits_total{{model_name="{MODEL}"}} {size}.0' in response.read().decode()
+    process.process.send_signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from cells import PARAMETERS, QUESTION, address, cell, check_arguments, run
 URL, MODEL, _ = address()
 client = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0)
 TOOL = {"name": "weather", "description": "A forecast.", "input_schema": PARAMETERS}
+GREEDY = {"temperature": 0}  # the client's methods take it no more
 ASKED = [{"role": "user", "content": QUESTION}]
 
 
@@ -20,10 +21,10 @@ def answer() -> None:
 
 @cell("stream")
 def stream() -> None:
-    with client.messages.stream(model=MODEL, messages=ASKED, max_tokens=12, temperature=0) as events:
+    with client.messages.stream(model=MODEL, messages=ASKED, max_tokens=12, extra_body=GREEDY) as events:
         text = "".join(events.text_stream)
         assert text == events.get_final_message().content[0].text
-    assert text == client.messages.create(model=MODEL, messages=ASKED, max_tokens=12, temperature=0).content[0].text
+    assert text == client.messages.create(model=MODEL, messages=ASKED, max_tokens=12, extra_body=GREEDY).content[0].text
 
 
 @cell("tools")
@@ -34,11 +35,12 @@ def tools() -> None:
 
 @cell("required")
 def required() -> None:
-    for choice in ({"type": "any"}, {"type": "tool", "name": "weather", "disable_parallel_tool_use": True}):
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        choice["disable_parallel_tool_use"] = True
         asked = {"model": MODEL, "messages": ASKED, "tools": [TOOL], "tool_choice": choice, "max_tokens": 64}
-        with client.messages.stream(**asked, temperature=0) as events:
+        with client.messages.stream(**asked, extra_body=GREEDY) as events:
             streamed = events.get_final_message()
-        whole = client.messages.create(**asked, temperature=0)
+        whole = client.messages.create(**asked, extra_body=GREEDY)
         for made in (whole, streamed):
             call = next(block for block in made.content if block.type == "tool_use")
             assert made.stop_reason == "tool_use" and check_arguments(call.input)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import instructor
 import openai
 from cells import address, cell, run
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 URL, MODEL, _ = address()
 
 
 class Person(BaseModel):
-    name: str
+    name: Annotated[str, Field(max_length=20)]
     age: int
 
 

@@ -49,7 +49,7 @@ def structured() -> None:
 @cell("responses")
 def responses() -> None:
     made = litellm.responses(
-        f"openai/{MODEL}", input=QUESTION, api_base=f"{URL}/v1", api_key="none", max_output_tokens=8
+        model=f"openai/{MODEL}", input=QUESTION, api_base=f"{URL}/v1", api_key="none", max_output_tokens=8
     )
     assert made.output
 

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 URL, MODEL, _ = address()
 agents.set_tracing_disabled(True)
-client = AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 asked: list[tuple[str, int]] = []
 
 
@@ -31,7 +30,8 @@ class Person(BaseModel):
 
 def agent(over: type, **settings: object) -> agents.Agent:
     output = settings.pop("output_type", None)
-    limits = agents.ModelSettings(temperature=0, max_tokens=64, **settings)
+    client = AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)  # of one event loop
+    limits = agents.ModelSettings(temperature=0, max_tokens=512, **settings)  # a cut answer is an error to it
     tools = [] if output else [weather]
     return agents.Agent(
         "helper", instructions="Be short.", model=over(MODEL, client), model_settings=limits, tools=tools,

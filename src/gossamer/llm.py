@@ -24,6 +24,7 @@ from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, with_option_signature
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
 from gossamer.progress import Progress
+from gossamer.runners.kv_digest import kv_digest
 from gossamer.runners.loading import load_for_runner
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
@@ -97,7 +98,8 @@ class LLM:
         use_chat_template(self.tokenizer, conversation.chat_template)
         self.stored_weights: str | None = getattr(network.config, "gguf_file_type", None)
         self.sparse_weights: dict[str, Any] | None = loaded.runner.report().sparse_weights
-        self.engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos)
+        digest = kv_digest(loaded, self.options.model, self.options.runner) if engine.prefix_dir is not None else ""
+        self.engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos, kv_digest=digest)
         self._calls = 0
         self._prompts = 0
         self._streams: dict[str, RequestOutput | None] = {}  # by request: the output that was not read yet
@@ -111,6 +113,11 @@ class LLM:
         for request_id in list(self.engine.requests):
             self.engine.abort(request_id)
         self.engine.tree.evict(self.engine.budget.total)
+        self.close()
+
+    def close(self) -> None:
+        """Write to ``prefix_dir`` what waits for it, for some seconds at most; the end of the process does so too."""
+        self.engine.close()
 
     # --- generation --------------------------------------------------------------------------------------------
 
@@ -309,6 +316,8 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """What was computed and what was saved since this object was made."""
+        if self.engine.store is not None:
+            self.engine.stats.prefix_store = self.engine.store.stats.to_dict()
         self.engine.stats.prefix_tolerance = self.engine.runner.report().prefix_tolerance
         return self.engine.stats
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, get_args, get_type_hints
 
 from gossamer.errors import ConfigurationError
@@ -227,9 +228,18 @@ class EngineOptions:
     max_num_seqs: int = option(256, "Sequences computed at a time.", min=1)
     max_num_batched_tokens: int = option(2048, "Tokens computed in one forward pass.", min=1)
     seed: int = option(0, "Where the random streams of requests without a seed come from.")
+    prefix_dir: str | Path | None = option(
+        None,
+        "Keep prefixes on disk, in this directory: those that are pinned, and those that several requests begin with, "
+        "are there after a restart, and are read instead of computed. Several processes may share it.",
+    )
+    prefix_dir_size: str | int = option(
+        "4GB", "Size of the prefix files in --prefix-dir; those that were not used for longest are removed for others."
+    )
 
     def __post_init__(self) -> None:
         parse_bytes(self.memory)
+        parse_bytes(self.prefix_dir_size)
         if self.sharing not in SHARING_MODES:
             raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {self.sharing!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -238,10 +248,18 @@ class EngineOptions:
                 raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
         if not is_integer(self.seed):
             raise ConfigurationError(f"seed must be an integer, got {self.seed!r}")
+        if self.prefix_dir is not None and not (isinstance(self.prefix_dir, str | Path) and str(self.prefix_dir)):
+            raise ConfigurationError(f"prefix_dir must be the path of a directory, got {self.prefix_dir!r}")
+        if self.prefix_dir is not None and self.sharing == "off":
+            raise ConfigurationError("prefix_dir keeps what requests share, and with sharing 'off' they share nothing")
 
     @property
     def memory_bytes(self) -> int:
         return parse_bytes(self.memory)
+
+    @property
+    def prefix_dir_bytes(self) -> int:
+        return parse_bytes(self.prefix_dir_size)
 
     @property
     def most_rows(self) -> int:
@@ -309,6 +327,8 @@ class OptionArguments(TypedDict, total=False):
     max_num_seqs: int
     max_num_batched_tokens: int
     seed: int
+    prefix_dir: str | Path | None
+    prefix_dir_size: str | int
     chat_template: str | None
     default_chat_template_kwargs: str | Mapping[str, Any] | None
     generation_config: str

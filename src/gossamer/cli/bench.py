@@ -14,6 +14,7 @@ from gossamer.cli.bench_format import Isa, names, numbers, optional
 from gossamer.cli.bench_kernel import kernel
 from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
+from gossamer.cli.bench_restart import restart
 from gossamer.cli.bench_serve import serve
 from gossamer.cli.engine_options import AsJson, Threads, combinations, takes_options
 from gossamer.cli.terminal import stderr
@@ -101,6 +102,7 @@ bench_app.command()(attention)
 bench_app.command()(fisher)
 bench_app.command()(kernel)
 bench_app.command()(serve)
+bench_app.command()(restart)
 
 
 def _print_table(report: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
 from gossamer.engine.planner import KeyCount, PlannedRows, Planner
+from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
 from gossamer.engine.runner import Logits, Runner
@@ -54,9 +56,14 @@ class Engine:
             attended to once; with ``"storage"`` they are computed and stored once, but every sequence attends on its
             own; with ``"off"`` nothing is shared. Prompts longer than a step are computed in chunks.
         eos_token_ids: every token that ends a text.
+        kv_digest: a hexadecimal digest that tells the runner's keys and values from those of other models and settings,
+            where prefixes are kept on disk.
+
+    Attributes:
+        store: prefixes on disk; ``None`` if ``options`` name no directory for them.
 
     Raises:
-        ConfigurationError: the model cannot take so long a text.
+        ConfigurationError: the model cannot take so long a text, or there can be no such directory.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Engine:
         options: EngineOptions = EngineOptions(),
         *,
         eos_token_ids: frozenset[int] = frozenset(),
+        kv_digest: str = "",
     ) -> None:
         max_model_len, memory = options.max_model_len, options.memory_bytes
         if max_model_len is not None and not (is_integer(max_model_len) and 1 < max_model_len <= runner.max_model_len):
@@ -78,6 +86,15 @@ class Engine:
         self.max_model_len = max_model_len or runner.max_model_len
         self.budget = MemoryBudget(memory)
         self.tree = PrefixTree(runner.layout, self.budget)
+        self.store: PrefixStore | None = None
+        if options.prefix_dir is not None:
+            self.store = PrefixStore(
+                Path(options.prefix_dir),
+                options.prefix_dir_bytes,
+                self.tree,
+                model=kv_digest,
+                vocab_size=runner.vocab_size,
+            )
         self.slots = SlotPool(runner.layout, self.budget)
         cost = None if options.sharing == "off" else calibrate(runner)
         self.scheduler = Scheduler(
@@ -90,6 +107,8 @@ class Engine:
         )
         self.stats = EngineStats()
         self.scheduler.on_start = self.stats.count_prompt
+        if self.store is not None:
+            self.scheduler.restore = self.store.restore
         self.planner = Planner(self.tree, per_row=options.sharing == "storage")
         max_cached = memory // runner.layout.bytes_per_token
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
@@ -162,13 +181,23 @@ class Engine:
     def pin(self, prompt: Prompt) -> int:
         """Keep this prefix's keys and values, once computed, whatever else needs memory. Returns its tokens."""
         _, ids = self.intake.encode(prompt, "pin")
-        self.tree.pin(ids, self.intake.cache_salt(prompt, "pin"))
+        salt = self.intake.cache_salt(prompt, "pin")
+        self.tree.pin(ids, salt)
+        if self.store is not None:
+            self.store.pin(ids, salt)
         return len(ids)
 
     def unpin(self, prompt: Prompt) -> None:
         """Undo one :meth:`pin` of the same prefix."""
         _, ids = self.intake.encode(prompt, "unpin")
         self.tree.unpin(ids, self.intake.cache_salt(prompt, "unpin"))
+        if self.store is not None:
+            self.store.unpin(ids)
+
+    def close(self) -> None:
+        """Give what waits to be written to disk some seconds; from then on nothing more is."""
+        if self.store is not None:
+            self.store.close()
 
     def reset_stats(self) -> None:
         """Count from zero again."""
@@ -392,6 +421,8 @@ class Engine:
     def _finish(self, request: Request) -> Output:
         del self.requests[request.request_id]
         self.stats.finished_requests += 1
+        if self.store is not None:
+            self.store.keep(request.prompt_token_ids, request.cache_salt)
         output = self.results.build(request)
         request.release()
         return output

@@ -70,6 +70,7 @@ class Scheduler:
         self.held = False  # some wait for a mask, which is nobody's fault
         self.apart = False  # others hold memory that are not among the active now
         self._refused_at = (0, 0)
+        self.restore: Callable[[list[int], str | None], None] = lambda tokens, salt: None  # from disk into the tree
         self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
 
     def add(self, sequence: Sequence) -> None:
@@ -134,7 +135,11 @@ class Scheduler:
         admitted: list[Sequence] = []
         while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
             sequence = self.waiting[0]
-            sequence.node = self.tree.insert(sequence.tokens[: sequence.shareable], sequence.request.cache_salt)
+            shared, salt = sequence.tokens[: sequence.shareable], sequence.request.cache_salt
+            if not sequence.sought:  # once: it may have to wait, and what was read for it may have to go meanwhile
+                self.restore(shared, salt)
+                sequence.sought = True
+            sequence.node = self.tree.insert(shared, salt)
             self.tree.lock(sequence.node)
             tokens += self._promise(sequence, promised)
             if (self.active or admitted) and not self._fits(tokens + sum(len(node) for node in promised)):

@@ -66,6 +66,7 @@ class Sequence:
     stop_reason: str | int | None = None
     num_cached: int = 0
     last_token: float | None = None  # when its last token came
+    sought: bool = False  # whether its prefix was looked for on disk
     counted: bool = False  # whether its prompt is in the statistics already (a preempted sequence starts twice)
 
     @property

@@ -38,6 +38,7 @@ class Node:
         start: position of the first token in every sequence that contains the node.
         computed: how many of the tokens have their keys and values; a node is shared only when all have.
         owner: which sequence computed it, by its order, for the statistics of tokens saved.
+        uses: requests that began with it and ended well.
         salt: of a root, whose prompts are below it; ``None`` for all other nodes.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
@@ -58,6 +59,7 @@ class Node:
         "serial",
         "start",
         "tokens",
+        "uses",
         "values",
     )
 
@@ -71,6 +73,7 @@ class Node:
         self.refs = 0
         self.pins = 0
         self.last_used = 0
+        self.uses = 0
         self.owner: object = None
         self.salt: str | None = None
         self.serial = next(_serial)
@@ -142,6 +145,16 @@ class PrefixTree:
             node = child
         return matched
 
+    def computed_path(self, tokens: Sequence[int], salt: str | None = None) -> list[Node]:
+        """The nodes from the root down that hold nothing but leading ``tokens``, all of them computed."""
+        node, path = self.roots.get(salt), []
+        while node is not None and node.end < len(tokens):
+            node = node.children.get(tokens[node.end])
+            if node is None or not node.complete or node.tokens != list(tokens[node.start : node.end]):
+                break
+            path.append(node)
+        return path
+
     def insert(self, tokens: Sequence[int], salt: str | None = None) -> Node:
         """The node that ends exactly at the end of ``tokens``; splits and appends as needed, computes nothing."""
         if not tokens:
@@ -170,6 +183,7 @@ class PrefixTree:
         upper = Node(node.tokens[:at], parent)
         parent.children[upper.tokens[0]] = upper
         upper.refs, upper.pins, upper.last_used, upper.owner = node.refs, node.pins, node.last_used, node.owner
+        upper.uses = node.uses
         upper.computed, node.computed = min(node.computed, at), max(node.computed - at, 0)
         node.tokens, node.parent, node.start = node.tokens[at:], upper, upper.end
         upper.children[node.tokens[0]] = node
@@ -207,7 +221,7 @@ class PrefixTree:
                         above[layer] = tensor[:, :0]
             node.hold(node.keys, node.values)
             node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
-            node.computed = len(node.tokens)
+            node.computed, node.uses = len(node.tokens), max(node.uses, upper.uses)
             upper.parent.children[node.tokens[0]] = node
             self.version += 1
 

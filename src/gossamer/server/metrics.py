@@ -129,6 +129,18 @@ class _EngineNumbers(Collector):
             "forward_seconds": ("Time in forward passes.", stats.forward_seconds),
             "failed_requests": ("Requests that ended with an error.", stats.failed_requests),
         }
+        if engine.store is not None:
+            disk = engine.store.stats
+            gauges["prefix_disk_files"] = ("Prefix files of this model in --prefix-dir.", len(engine.store))
+            counters |= {
+                "prefix_disk_hits": ("Tokens of prompts whose keys and values were read.", disk.restored_tokens),
+                "prefix_disk_files_read": ("Prefix files read.", disk.read_files),
+                "prefix_disk_files_written": ("Prefix files written.", disk.written_files),
+                "prefix_disk_bytes_written": ("Bytes of those files.", disk.written_bytes),
+                "prefix_disk_write_failures": ("Prefix files that could not be written.", disk.write_failures),
+                "prefix_disk_files_skipped": ("Not written, as too many were waiting.", disk.skipped_files),
+                "prefix_disk_files_unusable": ("Damaged, or of other models.", disk.unusable_files),
+            }
         for kind, families in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in families.items():
                 family = kind(f"gossamer:{name}", text, labels=("model_name",))

@@ -138,16 +138,18 @@ class ApiKeys:
 
     Args:
         keys: none lets everybody in.
+        page: paths of the page that asks for the key.
     """
 
-    OPEN = frozenset({"/", "/health", "/version", "/openapi.json"})
+    OPEN = frozenset({"/health", "/version", "/openapi.json"})
 
-    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...], page: frozenset[str] = frozenset()) -> None:
         self.app = app
+        self.open = self.OPEN | page
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.digests and scope["path"] not in self.OPEN:
+        if scope["type"] == "http" and self.digests and scope["path"] not in self.open:
             headers = Headers(scope=scope)
             kind, _, key = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), key.strip() if kind.lower() == "bearer" else ""]

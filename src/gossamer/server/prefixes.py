@@ -168,4 +168,5 @@ def _picture(engine: Engine) -> dict[str, Any]:
         "generated_tokens": stats.generated_tokens,
         "steps": stats.steps,
         "shared_steps": stats.shared_steps,
+        "disk": None if engine.store is None else {"files": len(engine.store)} | engine.store.stats.to_dict(),
     }

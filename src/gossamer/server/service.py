@@ -129,6 +129,7 @@ class Service:
         if self._loaded is not None:
             await self._loaded.batches.stop()
             await self._loaded.engine_loop.stop()
+            await _in_daemon(self._loaded.engine_loop.engine.close)
             self._loaded.answering.close()
         self.bodies.shutdown(cancel_futures=True)
         gc.unfreeze()
