@@ -262,6 +262,7 @@ NB_MODULE(_native, m) {
       .def_rw("logit_rows", &StepInput::logit_rows)
       .def_rw("summaries", &StepInput::summaries)
       .def_rw("check", &StepInput::check)
+      .def_rw("runs", &StepInput::runs)
       .def("attend_exactly", &StepInput::attend_exactly);
   address<&StepInput::tokens>(step, "tokens");
   address<&StepInput::positions>(step, "positions");
@@ -271,6 +272,7 @@ NB_MODULE(_native, m) {
   address<&StepInput::item_rows>(step, "item_rows");
   address<&StepInput::logit_row>(step, "logit_row");
   address<&StepInput::tables>(step, "tables");
+  address<&StepInput::run>(step, "run");
   address<&StepInput::logits>(step, "logits");
   address<&StepInput::best>(step, "best");
   address<&StepInput::within>(step, "within");
@@ -291,7 +293,10 @@ NB_MODULE(_native, m) {
                      decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
       })
       .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,
-                        bool last) { self.linear(std::move(weight), prepared, to, add, activation_of(gate), last); })
+                        bool last, int addend) {
+        self.linear(std::move(weight), prepared, to, add, activation_of(gate), last, addend);
+      })
+      .def("low_rank", &Program::low_rank)
       .def("add_normed", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to) {
         self.add_normed(source, at<const float>(gain), epsilon, k, to);
       })

@@ -130,10 +130,11 @@ class FakeEngine:
 
 
 class FakeLLM:
-    def __init__(self, model: str = "fake", **arguments: object) -> None:
+    def __init__(self, model: str = "fake", *, lora: dict[str, str] | None = None, **arguments: object) -> None:
         self.sampling_defaults: dict[str, float] = {}
         self.chat_format = None
         self.fingerprint = "fp_fake"
+        self.adapters = dict.fromkeys(lora or {})
         self.stored_weights = None
         self.weights, self.weights_note = "float32", ""
         self.model_name = model

@@ -75,6 +75,7 @@ def test_editors_and_signatures_show_what_the_dataclasses_say() -> None:
     assert get_type_hints(OptionArguments) == hints
     shown = dict(inspect.signature(LLM).parameters)
     assert shown.pop("model").default is inspect.Parameter.empty
+    assert shown.pop("lora").default is None  # an argument of its own
     assert {name: each.default for name, each in shown.items()} == {n: f.default for n, f in option_fields().items()}
 
 

@@ -106,8 +106,8 @@ struct Decomposition {
 
 enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
 
-// y (T, N): y = x W^T + b; added to what is there with `add`; for a gated weight, whose panels hold 16 columns of the
-// gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other.
+// y (T, N): y = x W^T + b + addend; added to what is there with `add`; for a gated weight, whose panels hold 16 columns
+// of the gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other.
 struct LinearCall {
   const PackedWeight* weight;
   const Prepared* x;
@@ -116,6 +116,8 @@ struct LinearCall {
   int64_t y_columns;       // how many columns of y may be written
   bool add;
   Activation gate;         // none: not gated
+  const float* addend;     // (T, panels * 32) in the order of the panels, `addend_stride` between rows; or null
+  int64_t addend_stride;
   int64_t first_row, last_row, first_panel, last_panel;
   float* scratch;          // of the thread: (K, 32) floats
   int32_t* index;          // of the thread: (K), all -1, and left so

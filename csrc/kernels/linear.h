@@ -78,7 +78,7 @@ inline int64_t list_outliers(const LinearCall& c) {
   return used;
 }
 
-// The epilogue of the sums (m1 - m0, 32) of rows [m0, m1) and a panel: scales, outliers, bias, activation.
+// The epilogue of the sums (m1 - m0, 32) of rows [m0, m1) and a panel: scales, outliers, bias, addend, activation.
 template <class Format>
 GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, int64_t m1, const typename Format::Dot::Number* sums) {
   const PackedWeight& w = *c.weight;
@@ -105,6 +105,11 @@ GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, in
       if (w.bias) {
         y0 = add(y0, load(w.bias + panel * PANEL + low));
         y1 = add(y1, load(w.bias + panel * PANEL + high));
+      }
+      if (c.addend) {
+        const float* addend = c.addend + m * c.addend_stride + panel * PANEL;
+        y0 = add(y0, load(addend + low));
+        y1 = add(y1, load(addend + high));
       }
       if (c.gate == Activation::none) {
         put(c, m, panel * PANEL + low, y0);

@@ -44,7 +44,7 @@ struct Prepare final : Op {
 
   Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
           bool last, int64_t window)
-      : Op(source < 0 ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
+      : Op(source == ATTENTION ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
         epsilon(epsilon), k(k), order(std::move(order)), to(to), rule(rule), last(last), window(window) {
     if (!this->order.empty() && !this->gain.empty()) {
       const std::vector<float> own = this->gain;
@@ -64,7 +64,7 @@ struct Prepare final : Op {
       const Decomposition now = marker ? columns_of_all(program.threads(), marker->phase, thread, k) : rule;
       for (int64_t r = first; r < end; ++r) {
         const int64_t from = last ? step.logit_row[r] : r;
-        const float* row = source < 0 ? merged(program, from, thread) : program.buffers[source].row(from);
+        const float* row = read(program, from, thread);
         const float inverse =
             gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
         if (!order.empty()) {
@@ -75,6 +75,13 @@ struct Prepare final : Op {
         if (marks) mark(x, r, phase, thread);
       }
     });
+  }
+
+  const float* read(Program& program, int64_t row, Thread& thread) const {
+    if (source == ATTENTION) return merged(program, row, thread);
+    if (source >= 0) return program.buffers[source].row(row);
+    const Prepared& ready = program.rows[READY - source].view;
+    return static_cast<const float*>(ready.data) + row * ready.stride;
   }
 
   const float* merged(Program& program, int64_t row, Thread& thread) const {
@@ -118,8 +125,9 @@ struct Linear final : Op {
   bool add;
   Activation gate;
   bool last;
-  Linear(PackedWeight& weight, int from, int to, bool add, Activation gate, bool last)
-      : Op(last ? "head" : "linear"), weight(weight), from(from), to(to), add(add), gate(gate), last(last) {}
+  int addend;  // a buffer, or -1
+  Linear(PackedWeight& weight, int from, int to, bool add, Activation gate, bool last, int addend)
+      : Op(last ? "head" : "linear"), weight(weight), from(from), to(to), add(add), gate(gate), last(last), addend(addend) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const int64_t count = last ? step.logit_rows : step.rows;
@@ -132,7 +140,75 @@ struct Linear final : Op {
     call.y_columns = to == 0 ? weight.n : out.width;
     call.add = add;
     call.gate = gate;
+    if (addend >= 0 && step.runs) {
+      call.addend = program.buffers[addend].row(0);
+      call.addend_stride = program.buffers[addend].width;
+    }
     multiply_pieces(program.kernels, call, count, phase, thread);
+  }
+};
+
+// A run of rows of one adapter.
+struct Run {
+  int64_t adapter, first, last;
+  Run(const StepInput& step, int64_t index)
+      : adapter(step.run[3 * index]), first(step.run[3 * index + 1]), last(step.run[3 * index + 2]) {}
+  PackedWeight* of(const std::vector<PackedWeight*>& factors) const { return adapter < 0 ? nullptr : factors[adapter]; }
+};
+
+// The first half of what adapters add to a product: x (rows, K) to x down^T (rows, r).
+struct LowRankDown final : Op {
+  std::vector<PackedWeight*> factors;  // of each adapter (r, K), or null
+  int from, to;
+  LowRankDown(std::vector<PackedWeight*> factors, int from, int to)
+      : Op("adapter"), factors(std::move(factors)), from(from), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const int64_t parts = thread.count == 1 ? 1 : 2 * thread.count;
+    phase.run(step.runs * parts, 1, [&](int64_t piece, int64_t) {
+      const Run of(step, piece / parts);
+      if (PackedWeight* factor = of.of(factors)) {
+        const int64_t rows = of.last - of.first, part = piece % parts;
+        const Prepared& out = program.rows[to].view;
+        LinearCall call{};
+        call.weight = factor;
+        call.x = &program.rows[from].view;
+        call.y = static_cast<float*>(out.data);
+        call.y_stride = call.y_columns = out.stride;
+        call.last_panel = factor->panels;
+        multiply_rows(program.kernels, call, of.first + rows * part / parts, of.first + rows * (part + 1) / parts);
+      }
+    });
+  }
+};
+
+// The second half: (rows, r) to (rows, r) up^T (rows, N), and 0 for rows without.
+struct LowRankUp final : Op {
+  std::vector<PackedWeight*> factors;  // of each adapter (N, r), or null
+  int from, to;
+  LowRankUp(std::vector<PackedWeight*> factors, int from, int to)
+      : Op("adapter"), factors(std::move(factors)), from(from), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const Program::Buffer& out = program.buffers[to];
+    const int64_t panels = out.width / PANEL, grain = grain_of(panels, thread.count), parts = (panels + grain - 1) / grain;
+    phase.run(step.runs * parts, 1, [&](int64_t piece, int64_t) {
+      const Run of(step, piece / parts);
+      const int64_t first = piece % parts * grain, last = std::min(first + grain, panels);
+      if (PackedWeight* factor = of.of(factors)) {
+        LinearCall call{};
+        call.weight = factor;
+        call.x = &program.rows[from].view;
+        call.y = out.row(0);
+        call.y_stride = call.y_columns = out.width;
+        call.first_panel = first;
+        call.last_panel = last;
+        multiply_rows(program.kernels, call, of.first, of.last);
+      } else {
+        for (int64_t r = of.first; r < of.last; ++r)
+          std::memset(out.row(r) + first * PANEL, 0, (last - first) * PANEL * sizeof(float));
+      }
+    });
   }
 };
 

@@ -53,10 +53,24 @@ void Program::prepare(int source, const float* gain, float epsilon, int64_t k, c
   add()->marker = first;
 }
 
-void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last) {
+void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last, int addend) {
   if (to == 0) buffers[0].width = weight->packed().n;
-  ops_.push_back(std::make_unique<Linear>(weight->packed(), prepared, to, add, gate, last));
+  ops_.push_back(std::make_unique<Linear>(weight->packed(), prepared, to, add, gate, last, addend));
   weights_.push_back(std::move(weight));
+}
+
+void Program::low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between,
+                       int to) {
+  const auto packed = [](const std::vector<std::shared_ptr<Weight>>& weights) {
+    std::vector<PackedWeight*> all;
+    for (const auto& each : weights) all.push_back(each ? &each->packed() : nullptr);
+    return all;
+  };
+  ops_.push_back(std::make_unique<LowRankDown>(packed(down), x, between));
+  ops_.push_back(std::make_unique<LowRankUp>(packed(up), between, to));
+  for (auto* weights : {&down, &up})
+    for (auto& each : *weights)
+      if (each) weights_.push_back(std::move(each));
 }
 
 void Program::add_normed(int source, const float* gain, float epsilon, int64_t k, int to) {

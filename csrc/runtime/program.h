@@ -39,6 +39,8 @@ struct StepInput {
   const int64_t* tables = nullptr;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
   float* logits = nullptr;              // (logit_rows, vocabulary)
   int64_t* best = nullptr;              // (logit_rows), or null: the index of the largest logit
+  int64_t runs = 0;                     // 0: no row has an adapter
+  const int64_t* run = nullptr;         // (runs, 3): an adapter or -1, its first row, and the row behind; together all rows
   // Attention within a tolerance; see kernels/attention_within.h.
   const int64_t* within = nullptr;      // (items): which means stand for keys of the item, or -1; null: all is exact
   int64_t summaries = 0;                // of how many sources there are means
@@ -60,6 +62,8 @@ struct Shape {
   bool invariant;  // a row's results are the same, to the bit, whatever other rows and items the step has; see plan.cpp
 };
 
+constexpr int ATTENTION = -1, READY = -2;  // as the source of rows; see Program::prepare
+
 class Program;
 
 struct Op {
@@ -78,12 +82,17 @@ class Program {
   int buffer(int64_t width);
   int prepared(Type type, int64_t k);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
-  // Makes rows ready for a product: of a buffer (`source`), of attention's results (`source` -1), normalized if `gain`
-  // is not null (RMSNorm; it is copied), their entries in this order (K; copied too) unless it is null. Only the rows that
-  // need logits with `last`.
+  // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
+  // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm; it is copied), their entries in this order (K;
+  // copied too) unless it is null. Only the rows that need logits with `last`.
   void prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
                bool whole_columns, bool last);
-  void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last);
+  // `addend`: a buffer that low_rank() fills, or -1.
+  void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last, int addend);
+  // What adapters add to a product: x down^T up^T for the rows of each, and 0 for others; down (r, K), up (N, r). `x` and
+  // `between` are rows made ready in fp32, the latter (rows, at least r rounded up to 32). An adapter that leaves the
+  // product as it is has null.
+  void low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between, int to);
   void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
   void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
                         const float* key_gain, float epsilon, float scale);

@@ -68,6 +68,13 @@ Decomposition columns_of_all(const std::vector<Thread>& threads, const Phase& ph
   return {Extent::columns, false, 0, all};
 }
 
+void multiply_rows(const Kernels& kernels, LinearCall call, int64_t first, int64_t last) {
+  for (call.first_row = first; call.first_row < last; call.first_row = call.last_row) {
+    call.last_row = std::min(call.first_row + ROW_BLOCK, last);
+    kernels.of(call.weight->format).multiply(call);
+  }
+}
+
 void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Phase& phase, Thread& thread) {
   const int64_t panels = call.weight->panels, blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
   // about four pieces of consecutive panels per thread: smaller ones would break the processor's own prefetching

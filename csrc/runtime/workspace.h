@@ -51,6 +51,9 @@ void mark(const Prepared& x, int64_t r, const Phase& phase, Thread& thread);
 // Every column in which any row has an outlier, as the threads have marked them in that phase.
 Decomposition columns_of_all(const std::vector<Thread>& threads, const Phase& phase, Thread& thread, int64_t k);
 
+// The product of some rows, on this thread. The weight is not int8: the call needs no memory of the thread.
+void multiply_rows(const Kernels& kernels, LinearCall call, int64_t first, int64_t last);
+
 // A thread's part of a product of `count` rows.
 void multiply_pieces(const Kernels& kernels, LinearCall call, int64_t count, Phase& phase, Thread& thread);
 

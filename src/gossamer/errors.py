@@ -35,6 +35,10 @@ class UnsupportedModelError(GossamerError, ValueError):
     """The model exists, but its architecture or a setting of it cannot be run exactly."""
 
 
+class AdapterError(GossamerError, ValueError):
+    """An adapter does not fit the model, or has a setting that cannot be computed exactly."""
+
+
 class DownloadError(GossamerError):
     """A model package could not be fetched."""
 

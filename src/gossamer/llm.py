@@ -20,6 +20,7 @@ from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError
 from gossamer.models.generation import check_generation_config, end_token_ids, sampling_defaults
+from gossamer.models.lora_config import check_adapter_names
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, with_option_signature
 from gossamer.outputs import BeamSearchOutput, RequestOutput, ScoreOutput
@@ -38,6 +39,7 @@ class LLM:
 
     Args:
         model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
+        lora: LoRA adapters that requests may ask for: name -> directory, as PEFT writes it.
         options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions`,
             :class:`~gossamer.options.EngineOptions` and :class:`~gossamer.options.ConversationOptions`;
             ``help(LLM.__init__)`` lists them.
@@ -46,6 +48,7 @@ class LLM:
         options: what it was loaded with.
         tokenizer: the Hugging Face tokenizer.
         model_path: the directory, or GGUF file, the model was loaded from.
+        adapters: names of the adapters, and which model each was trained on, if it says so.
         runner_note: why the native runner is not used, if it might have been; otherwise empty.
         sparse_weights: how many int8 layers are packed without their zeros, and what was measured to decide it; or
             ``None`` if the native runner is not used.
@@ -61,7 +64,7 @@ class LLM:
             ``SamplingParams()`` does not.
 
     Raises:
-        ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError
+        ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError, AdapterError
 
     Example::
 
@@ -73,21 +76,35 @@ class LLM:
     """
 
     @with_option_signature
-    def __init__(self, model: str | Path, **options: Unpack[OptionArguments]) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        lora: Mapping[str, str | Path] | None = None,
+        **options: Unpack[OptionArguments],
+    ) -> None:
         """Load a model.
 
         Args:
             model: a catalogue name, a directory, a ``.gguf`` file, or a Hugging Face id.
+            lora: adapters that requests may ask for: name -> directory.
             options: see below.
         """
         self.options = Options.of(options)  # refused before the weights are read
         conversation = self.options.conversation
         check_generation_config(conversation.generation_config)
         self.model_name = str(model)
+        check_adapter_names(lora or {}, self.model_name)
         engine = self.options.engine
         loaded = load_for_runner(
-            model, self.options.model, self.options.runner, max_rows=engine.most_rows, max_seqs=engine.max_num_seqs
+            model,
+            self.options.model,
+            self.options.runner,
+            max_rows=engine.most_rows,
+            max_seqs=engine.max_num_seqs,
+            adapters=lora,
         )
+        self.adapters = {adapter.name: adapter.base for adapter in loaded.adapters}
         network, self.tokenizer, self.model_path = loaded.network, loaded.tokenizer, loaded.path
         self.runner_note, self.weights, self.weights_note = loaded.runner_note, loaded.weights, loaded.weights_note
         self.quantization_report: QuantizationReport | None = getattr(
@@ -127,14 +144,17 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Complete prompts. Shared prefixes among them, at any depth, are found and computed once.
 
         Args:
-            prompts: strings, or ``{"prompt_token_ids": [...]}``; one or many.
+            prompts: strings, or ``{"prompt_token_ids": [...]}``; one or many. A mapping may name an ``adapter`` of its
+                own, or ``None`` for the model itself.
             sampling_params: one for all, or one per prompt.
             use_tqdm: show a progress bar (when standard error is a terminal).
+            adapter: the name of one of :attr:`adapters`, for prompts that name none.
             on_error: what to do about prompts that cannot be served, after all others are finished: ``"raise"`` the
                 first error, with all outputs in its ``outputs``, or ``"return"`` outputs that carry ``error``.
 
@@ -144,7 +164,7 @@ class LLM:
         Raises:
             RequestError: see ``on_error``; it names the request by its place, ``prompt-3``.
         """
-        many = _as_list(prompts)
+        many = _with_adapter(_as_list(prompts), adapter)
         # Neighbours in this order share the longest prefixes, so they run together even when memory is short.
         order = sorted(range(len(many)), key=lambda place: _sort_key(many[place]))
         return self._complete([partial(_itself, each) for each in many], sampling_params, use_tqdm, on_error, order)
@@ -158,6 +178,7 @@ class LLM:
         tools: ToolUse | Sequence[Tool] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_reasoning_tokens: int | None = None,
+        adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Answer one conversation, or many: each a list of ``{"role": ..., "content": ...}``.
@@ -167,6 +188,7 @@ class LLM:
                 call is valid under its schema. ``output.outputs[0].answer`` holds calls, content and thoughts.
             chat_template_kwargs: more variables of the chat template, such as ``enable_thinking``.
             max_reasoning_tokens: thoughts of an answer end after so many tokens, and the answer goes on.
+            adapter: the name of one of :attr:`adapters`.
 
         Raises:
             ConfigurationError: the model has no chat template.
@@ -179,7 +201,7 @@ class LLM:
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if one else list(messages)
         write = partial(self.apply_chat_template, tools=use.tools, template_kwargs=variables)
-        prompts = [partial(_chat_prompt, write, each) for each in conversations]
+        prompts = [partial(_chat_prompt, write, each, adapter) for each in conversations]
         params = [
             self._as_answers(each, use, variables, max_reasoning_tokens)
             for each in _one_each(sampling_params, len(prompts))
@@ -227,9 +249,12 @@ class LLM:
 
         return self._serve(len(prompts), add, RequestOutput, use_tqdm, on_error, order)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the output so far after every token. Leaving the loop aborts the request."""
         (request_id,) = self._new_ids("stream", 1)
+        (prompt,) = _with_adapter([prompt], adapter)
         self.engine.add_request(request_id, prompt, sampling_params or SamplingParams(), stream=True)
         self._streams[request_id] = None
         try:
@@ -255,6 +280,7 @@ class LLM:
         params: BeamSearchParams,
         use_tqdm: bool = True,
         *,
+        adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[BeamSearchOutput]:
         """The ``params.beam_width`` best continuations of each prompt; the prompt is computed once for all beams.
@@ -266,7 +292,7 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):
             raise InvalidSamplingParamsError(f"params must be BeamSearchParams, got {type(params).__name__}")
-        many = _as_list(prompts)
+        many = _with_adapter(_as_list(prompts), adapter)
 
         def add(place: int, request_id: str) -> None:
             self.engine.add_beam_search(request_id, many[place], params)
@@ -280,6 +306,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         delimiter: str = "",
+        adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[ScoreOutput]:
         """Log-likelihoods (natural) of prompts, or of candidate endings of them.
@@ -291,6 +318,7 @@ class LLM:
                 those that it adds to the prompt: ``encode(prompt + text)`` without ``encode(prompt)``. (If the border
                 falls inside a token, those that it has behind other texts.)
             delimiter: stands between a prompt and each text, and is scored with it: a space, if these are words.
+            adapter: as in :meth:`generate`.
 
         Returns:
             One :class:`~gossamer.outputs.ScoreOutput` per prompt: ``token_logprobs`` of the prompt, or
@@ -301,7 +329,7 @@ class LLM:
         """
         if not isinstance(delimiter, str):
             raise ConfigurationError(f"delimiter must be a string, got {type(delimiter).__name__}")
-        many = _as_list(prompts)
+        many = _with_adapter(_as_list(prompts), adapter)
         endings = self._endings_for(many, continuations)
 
         def add(place: int, request_id: str) -> None:
@@ -464,16 +492,30 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if one else list(prompts)  # type: ignore[list-item]
 
 
-def _sort_key(prompt: Prompt) -> tuple[int, Any]:
-    if isinstance(prompt, str):
-        return 0, prompt
-    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-    # Comparable whatever was passed: what is not a list of integers is refused later, with a proper message.
-    return 1, [token for token in ids if isinstance(token, int)] if isinstance(ids, Sequence) else []
+def _sort_key(prompt: Prompt) -> tuple[str, int, Any]:
+    # Comparable whatever was passed: what is no prompt, or no list of integers, is refused later, by name.
+    given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    adapter, ids, text = str(given.get("adapter") or ""), given.get("prompt_token_ids"), given.get("prompt")
+    if isinstance(ids, Sequence):
+        return adapter, 1, [token for token in ids if isinstance(token, int)]
+    return adapter, 0, text if isinstance(text, str) else ""
 
 
-def _chat_prompt(write: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message]) -> Prompt:
-    return {"prompt_token_ids": write(messages)}
+def _chat_prompt(
+    write: Callable[[Sequence[Message]], list[int]], messages: Sequence[Message], adapter: str | None
+) -> Prompt:
+    return {"prompt_token_ids": write(messages), "adapter": adapter}
+
+
+def _with_adapter(prompts: list[Prompt], adapter: str | None) -> list[Prompt]:
+    """The prompts, those that name no adapter with this one."""
+    if adapter is None:
+        return prompts
+    # What is no prompt is refused later, by name.
+    return [
+        {"adapter": adapter, **each} if isinstance(each, Mapping) else {"adapter": adapter, "prompt": each}
+        for each in prompts
+    ]
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

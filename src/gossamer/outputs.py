@@ -76,6 +76,7 @@ class RequestOutput:
         num_cached_tokens: prompt tokens whose keys and values were already there or were computed for another request.
         error: why the request failed, or ``None``. A failed request has no outputs.
         metrics: when it was queued, admitted and answered.
+        adapter: that it was computed with; ``None`` for the model itself.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class RequestOutput:
     finished: bool = True
     error: RequestError | None = None
     metrics: RequestMetrics | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)

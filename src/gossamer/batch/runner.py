@@ -166,7 +166,8 @@ class BatchRunner:
                 body = read_body(line)
                 body.answered_by(llm.fingerprint)
                 params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
-                prompts = [_engine_prompt(llm, prompt) for prompt in body.engine_prompts()]
+                adapter = {"adapter": body.adapter_among(llm.adapters)}
+                prompts = [_engine_prompt(llm, prompt) | adapter for prompt in body.engine_prompts()]
             except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on
                 self._write_refused(line, error)
                 continue
@@ -207,7 +208,8 @@ class BatchRunner:
     def _write_answer(self, llm: LLM, job: _Job, outputs: list[RequestOutput]) -> None:
         try:
             decoded = partial(decode, llm.tokenizer, unfinished=True)
-            answer = job.body.answer(outputs, model=llm.model_name, decode=decoded, chat=llm.chat_format)
+            model = job.body.adapter_among(llm.adapters) or llm.model_name
+            answer = job.body.answer(outputs, model=model, decode=decoded, chat=llm.chat_format)
             self._output.append(answer_record(job.line, answer))
         except OutputError:
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from gossamer.cli.engine_options import AsJson, Model, Threads, load_llm, takes_options
+from gossamer.cli.engine_options import AsJson, Lora, Model, Threads, adapters_of, load_llm, takes_options
 from gossamer.cli.terminal import notice, stderr
 from gossamer.options import Options
 
@@ -27,6 +27,7 @@ def batch(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where answers go, one per line.", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Keep the answers in the output, do the rest.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again without the existing output.")] = False,
+    lora: Lora = None,
     options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     max_tokens: Annotated[
         int | None,
@@ -41,11 +42,12 @@ def batch(
 
     Prefixes that requests share are found by themselves and computed once. A line that cannot be answered gets an
     error line and the rest goes on. Answers are written as they finish: after Ctrl-C or a crash, --resume continues.
-    Any "model" in a request is accepted; the answer names MODEL. Exit status: 0 all answered, 1 some lines failed,
-    2 the batch could not run, 130 stopped by Ctrl-C.
+    A "model" in a request may name an adapter of --lora; any other is accepted, and the answer names MODEL. Exit
+    status: 0 all answered, 1 some lines failed, 2 the batch could not run, 130 stopped by Ctrl-C.
     """
     from gossamer.batch import BatchRunner
 
+    adapters = adapters_of(lora, model)
     progress = _BatchProgress()
     # First what can be wrong with the files: that should not take a loaded model to find out.
     work = BatchRunner(
@@ -57,7 +59,7 @@ def batch(
         max_in_flight=_PROMPTS_PER_SEQUENCE * Options.of(options).engine.max_num_seqs,
         progress=progress.update,
     )
-    with load_llm(model, options, threads) as llm:
+    with load_llm(model, options, threads, adapters) as llm:
         interrupted = False
         try:
             with progress:

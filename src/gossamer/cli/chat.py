@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from gossamer.cli.conversation import Conversation, Turn
-from gossamer.cli.engine_options import Model, Threads, load_llm, takes_options
+from gossamer.cli.engine_options import Lora, Model, Threads, adapters_of, load_llm, takes_options
 from gossamer.cli.terminal import notice, print_error
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
 from gossamer.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _HELP = """\
 /help   this list
 /reset  forget the conversation
+/adapter NAME  let this adapter answer; without a name, the model itself
 /stats  what the engine has done so far
 /exit   leave, as Ctrl-D does
 Ctrl-C stops an answer; what was said until then is remembered."""
@@ -49,18 +50,24 @@ def chat(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes the answers reproducible.")] = None,
+    lora: Lora = None,
     options: dict[str, Any] = {},  # noqa: B006  made by the decorator
     threads: Threads = None,
 ) -> None:
-    """Talk to a model. With text piped into it, answer that text as one message and leave."""
+    """Talk to a model. With text piped into it, answer that text as one message and leave.
+
+    With `--lora` the first adapter answers; `/adapter` changes to another, or to the model itself.
+    """
     asked: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     given = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**given)  # refused before the weights are read
+    adapters = adapters_of(lora, model)
     piped = None if sys.stdin.isatty() else _read_piped_message()
     # Without a seed no two conversations draw alike: the engine's own default would make every first answer the same.
-    with load_llm(model, options | {"seed": secrets.randbits(32)}, threads) as llm:
+    with load_llm(model, options | {"seed": secrets.randbits(32)}, threads, adapters) as llm:
         sampling = {"temperature": _TEMPERATURE} | llm.sampling_defaults | given
         conversation = Conversation(llm, SamplingParams(**sampling), system)
+        conversation.adapter = next(iter(adapters), None)
         if not conversation.has_template:
             notice(
                 f"{llm.model_name} has no chat template: it continues each text by itself, without the earlier ones.",
@@ -105,18 +112,29 @@ def _converse(llm: LLM, conversation: Conversation) -> None:
             _answer(line, conversation)
 
 
-def _run_command(command: str, llm: LLM, conversation: Conversation) -> None:
+def _run_command(line: str, llm: LLM, conversation: Conversation) -> None:
+    command, _, name = line.partition(" ")
     match command:
         case "/help":
             _write(_HELP + "\n")
         case "/reset":
             conversation.turns.clear()
             _write("The conversation starts again.\n")
+        case "/adapter":
+            _change_adapter(name.strip() or None, llm, conversation)
         case "/stats":
             for name, value in llm.stats().to_dict().items():
                 _write(f"{name}: {value:.2f}\n" if isinstance(value, float) else f"{name}: {value}\n")
         case _:
             _write(f"There is no command {command}; /help lists them.\n")
+
+
+def _change_adapter(name: str | None, llm: LLM, conversation: Conversation) -> None:
+    if name is not None and name not in llm.adapters:
+        _write(f"There is no adapter {name}; there is {', '.join(llm.adapters) or 'none'}.\n")
+        return
+    conversation.adapter = name
+    _write(f"From now on {name or llm.model_name} answers.\n")
 
 
 def _answer(text: str, conversation: Conversation) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gossamer.errors import ConfigurationError, MemoryBudgetError, PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
@@ -35,6 +35,7 @@ class Conversation:
 
     Attributes:
         turns: what was said, oldest first.
+        adapter: the adapter that answers; ``None`` for the model itself.
         finish_reason: why the last answer ended: ``"stop"``, ``"length"``, or ``None`` if it was stopped from outside.
 
     Raises:
@@ -48,6 +49,7 @@ class Conversation:
         self._ids = (f"chat-{number}" for number in itertools.count())
         self.has_template = llm.tokenizer.chat_template is not None
         self.turns: list[Turn] = []
+        self.adapter: str | None = None
         self.finish_reason: str | None = None
         if system is not None and not self.has_template:
             raise ConfigurationError(f"{llm.model_name} has no chat template and so no place for a system prompt")
@@ -96,12 +98,12 @@ class Conversation:
                     raise
                 on_dropped(self.turns.pop(0), error)
 
-    def _prompt(self, text: str) -> str | dict[str, list[int]]:
+    def _prompt(self, text: str) -> dict[str, Any]:
         if not self.has_template:
-            return text
+            return {"prompt": text, "adapter": self.adapter}
         messages = [{"role": "system", "content": self._system}] if self._system is not None else []
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": turn.assistant})
         messages.append({"role": "user", "content": text})
-        return {"prompt_token_ids": self._llm.apply_chat_template(messages)}
+        return {"prompt_token_ids": self._llm.apply_chat_template(messages), "adapter": self.adapter}

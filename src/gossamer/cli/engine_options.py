@@ -13,6 +13,7 @@ import typer
 
 from gossamer.cli.terminal import notice, tell_weights
 from gossamer.errors import ConfigurationError
+from gossamer.models.lora_config import check_adapter_names
 from gossamer.options import GROUPS, option_fields
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ Model = Annotated[
 Memory = Annotated[str, typer.Option(help=option_fields()["memory"].metadata["help"])]
 Dtype = Annotated[str, typer.Option(help=option_fields()["dtype"].metadata["help"])]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice by default.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA adapter that requests may ask for in place of the model: NAME=DIR, a directory as PEFT writes it. "
+        "May be given several times.",
+        metavar="NAME=DIR",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 _NONE = "none"  # how a text says that there is no value, where that is not the default
@@ -91,7 +101,31 @@ def combinations(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield dict(zip(options, chosen, strict=True))
 
 
-def load_llm(model: str, options: dict[str, Any], threads: int | None) -> LLM:
+def adapters_of(lora: list[str] | None, *models: str) -> dict[str, str]:
+    """What ``--lora`` was given: name -> directory.
+
+    Args:
+        models: names that stand for the model itself.
+
+    Raises:
+        ConfigurationError: one is not of this form, or a name is there twice.
+
+    >>> adapters_of(["sql=adapters/sql"])
+    {'sql': 'adapters/sql'}
+    """
+    adapters: dict[str, str] = {}
+    for each in lora or ():
+        name, equals, directory = each.partition("=")
+        if not (equals and directory):
+            raise ConfigurationError(f"--lora takes NAME=DIR, such as sql=adapters/sql, got {each!r}")
+        if name in adapters:
+            raise ConfigurationError(f"--lora has the name {name!r} twice: {adapters[name]} and {directory}")
+        adapters[name] = directory
+    check_adapter_names(adapters, *models)
+    return adapters
+
+
+def load_llm(model: str, options: dict[str, Any], threads: int | None, adapters: dict[str, str] | None = None) -> LLM:
     """Load the model with these options. Importing PyTorch takes seconds, so it happens only here."""
     notice(f"Loading {model}", "dim")
     if threads is not None:
@@ -100,8 +134,10 @@ def load_llm(model: str, options: dict[str, Any], threads: int | None) -> LLM:
         torch.set_num_threads(threads)
     from gossamer import LLM
 
-    llm = LLM(model, **options)
+    llm = LLM(model, lora=adapters, **options)
     tell_weights(model, llm.stored_weights, llm.weights)
+    for name, base in llm.adapters.items():
+        notice(f"Adapter {name}" + (f", trained on {base}" if base else ""), "dim")
     if llm.weights_note:
         notice(f"The weights are not computed with as they are stored: {llm.weights_note}", "dim")
     if llm.runner_note:

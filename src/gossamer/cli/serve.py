@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.engine_options import Threads, load_llm, takes_options
+from gossamer.cli.engine_options import Lora, Threads, adapters_of, load_llm, takes_options
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def serve(
             help="Names that requests may give; the first is in answers. MODEL by default.", rich_help_panel=_API
         ),
     ] = None,
+    lora: Lora = None,
     models_memory: Annotated[
         str,
         typer.Option(
@@ -129,28 +130,30 @@ def serve(
 
     Then any client of that API works with `http://127.0.0.1:8000/v1`, and the page at `http://127.0.0.1:8000/` shows
     the model and its cache. Prefixes that requests share are found by themselves, computed once and kept while memory
-    allows; `--pin` keeps one in any case. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the
-    engine has failed.
+    allows; `--pin` keeps one in any case. `--lora sql=DIR` serves an adapter beside the model, to requests whose
+    `model` is `sql`. SIGTERM and Ctrl-C finish what is running first. Exit status: 0, or 1 if the engine has failed.
     """
     from gossamer.server import ServerOptions, create_app, create_front
     from gossamer.server import serve as run
     from gossamer.sizes import parse_bytes
 
+    names = tuple(served_model_name or model)
+    adapters = adapters_of(lora, *names)
     if log_format not in (None, "text", "json"):
         raise ConfigurationError(f"--log-format takes text or json, got {log_format!r}")
     for path in pin or ():
         if not path.is_file():
             raise ConfigurationError(f"cannot pin {path}: there is no such file")
-    if len(model) > 1 and (served_model_name or pin or data_dir):
+    if len(model) > 1 and (served_model_name or lora or pin or data_dir):
         raise ConfigurationError(
-            "--served-model-name, --pin and --data-dir are of a server of one model; it has several"
+            "--served-model-name, --lora, --pin and --data-dir are of a server of one model; it has several"
         )
     if len(set(model)) < len(model):
         raise ConfigurationError(f"a model is given twice: {', '.join(model)}")
     settings = ServerOptions(
         host=host,
         port=port,
-        model_names=tuple(served_model_name or model),
+        model_names=names,
         api_keys=tuple(api_key or ()),
         max_queue=max_queue,
         max_logprobs=max_logprobs,
@@ -169,7 +172,7 @@ def serve(
     )
 
     if len(model) == 1:
-        raise typer.Exit(run(create_app(partial(load_llm, model[0], options, threads), settings), settings))
+        raise typer.Exit(run(create_app(partial(load_llm, model[0], options, threads, adapters), settings), settings))
     specs = {name: _spec(name, options, threads) for name in model}
     raise typer.Exit(run(create_front(specs, settings, parse_bytes(models_memory)), settings))
 

@@ -111,7 +111,7 @@ class Engine:
             self.scheduler.restore = self.store.restore
         self.planner = Planner(self.tree, per_row=options.sharing == "storage")
         max_cached = memory // runner.layout.bytes_per_token
-        self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached)
+        self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached, runner.adapters)
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(self.factory.tokens)
         self.sampler = Sampler()
@@ -130,7 +130,7 @@ class Engine:
 
         Args:
             request_id: unique among the unfinished requests.
-            prompt: text, or ``{"prompt_token_ids": [...]}``.
+            prompt: text, or ``{"prompt_token_ids": [...]}``; a mapping may name an ``adapter``.
             params: how to sample.
             stream: :meth:`step` also returns the request's unfinished outputs.
             draw: selects the random stream if ``params`` has no seed; by default the order of arrival does.
@@ -181,7 +181,7 @@ class Engine:
     def pin(self, prompt: Prompt) -> int:
         """Keep this prefix's keys and values, once computed, whatever else needs memory. Returns its tokens."""
         _, ids = self.intake.encode(prompt, "pin")
-        salt = self.intake.cache_salt(prompt, "pin")
+        salt = self.intake.tree_salt(prompt, "pin")
         self.tree.pin(ids, salt)
         if self.store is not None:
             self.store.pin(ids, salt)
@@ -190,9 +190,10 @@ class Engine:
     def unpin(self, prompt: Prompt) -> None:
         """Undo one :meth:`pin` of the same prefix."""
         _, ids = self.intake.encode(prompt, "unpin")
-        self.tree.unpin(ids, self.intake.cache_salt(prompt, "unpin"))
+        salt = self.intake.tree_salt(prompt, "unpin")
+        self.tree.unpin(ids, salt)
         if self.store is not None:
-            self.store.unpin(ids)
+            self.store.unpin(ids, salt)
 
     def close(self) -> None:
         """Give what waits to be written to disk some seconds; from then on nothing more is."""
@@ -422,7 +423,7 @@ class Engine:
         del self.requests[request.request_id]
         self.stats.finished_requests += 1
         if self.store is not None:
-            self.store.keep(request.prompt_token_ids, request.cache_salt)
+            self.store.keep(request.prompt_token_ids, request.tree_salt)
         output = self.results.build(request)
         request.release()
         return output
@@ -448,7 +449,7 @@ class Engine:
             self.scheduler.release(sequence)
             sequence.status = Status.FINISHED
             if not isinstance(error, MemoryBudgetError):  # what went wrong may stand in the keys and values
-                self.tree.forget(sequence.tokens, request.cache_salt)
+                self.tree.forget(sequence.tokens, request.tree_salt)
         self.stats.failed_requests += 1
         output = self.results.build(request, error)
         request.release()

@@ -7,11 +7,12 @@ from typing import Any
 
 from gossamer.engine.detokenizer import decode
 from gossamer.engine.endings import EndingEncoder, is_token_list
+from gossamer.engine.tree import TreeSalt, tree_salt
 from gossamer.errors import InvalidPromptError, InvalidSamplingParamsError, MemoryBudgetError, PromptTooLongError
 from gossamer.sampling_params import SamplingParams
 from gossamer.surrogates import find_lone_surrogate
 
-# Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt".
+# Text, {"prompt": text} or {"prompt_token_ids": [...]}; a mapping may have a "cache_salt" and an "adapter".
 Prompt = str | Mapping[str, Any]
 _FORMS = 'a prompt is a string, {"prompt": "..."} or {"prompt_token_ids": [...]}'
 
@@ -19,11 +20,19 @@ _FORMS = 'a prompt is a string, {"prompt": "..."} or {"prompt_token_ids": [...]}
 class Intake:
     """Turns prompts into token ids and refuses what cannot be served."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, max_cached_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        max_model_len: int,
+        max_cached_tokens: int,
+        adapters: Sequence[str] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_cached_tokens = max_cached_tokens  # what the whole memory budget holds
+        self.adapters = tuple(adapters)  # that prompts may name
 
     def encode(
         self, prompt: Prompt, request_id: str, *, add_special_tokens: bool = True
@@ -56,6 +65,28 @@ class Intake:
         if salt is not None and not (isinstance(salt, str) and salt):
             raise InvalidPromptError("cache_salt must be a non-empty string", request_id=request_id, param="cache_salt")
         return salt
+
+    def adapter(self, prompt: Prompt, request_id: str) -> str | None:
+        """The adapter that a prompt is to be computed with.
+
+        Raises:
+            InvalidPromptError: there is none of that name.
+        """
+        name = prompt.get("adapter") if isinstance(prompt, Mapping) else None
+        if name is not None and name not in self.adapters:
+            there = f"there is {', '.join(self.adapters)}" if self.adapters else "none is loaded"
+            raise InvalidPromptError(
+                f"there is no adapter {str(name)[:80]!r}; {there}", request_id=request_id, param="adapter"
+            )
+        return name
+
+    def tree_salt(self, prompt: Prompt, request_id: str) -> TreeSalt:
+        """What keeps a prompt's keys and values apart.
+
+        Raises:
+            InvalidPromptError: as :meth:`cache_salt` and :meth:`adapter`.
+        """
+        return tree_salt(self.cache_salt(prompt, request_id), self.adapter(prompt, request_id))
 
     def encode_endings(
         self, endings: Any, prompt: Prompt, request_id: str, *, delimiter: str = ""

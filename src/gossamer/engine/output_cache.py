@@ -11,11 +11,11 @@ def keep_output(sequence: Sequence, tree: PrefixTree) -> None:
     slot = sequence.slot
     assert slot is not None
     tokens = sequence.tokens[: sequence.num_computed]
-    matched = max(tree.match(tokens, sequence.request.cache_salt), sequence.private_start)
+    matched = max(tree.match(tokens, sequence.request.tree_salt), sequence.private_start)
     size = (len(tokens) - matched) * tree.layout.bytes_per_token
     if not 0 < size <= tree.budget.free:
         return
-    node = tree.insert(tokens, sequence.request.cache_salt)
+    node = tree.insert(tokens, sequence.request.tree_salt)
     # Only if all that is missing is one new leaf: what others are computing right now is left to them.
     if node.start == matched and node.refs == 0 and node.keys is None and tree.allocate(node):
         assert node.keys is not None and node.values is not None

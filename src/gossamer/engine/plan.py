@@ -62,6 +62,15 @@ class Group:
     level: int
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterRun:
+    """Rows from ``first`` up to ``stop`` that have this adapter, or none."""
+
+    adapter: str | None
+    first: int
+    stop: int
+
+
 @dataclass(slots=True)
 class WindowedSegment:
     """A segment as a layer with a sliding window sees it: keys from ``first`` on, ``seen`` (1, R, keys) or all."""
@@ -83,6 +92,7 @@ class StepPlan:
         device: of the tensors.
         logit_rows: rows whose logits are needed.
         num_levels: how many partial results a row has at most.
+        adapters: which rows have which adapter, run by run; empty if none has any.
         ahead: how many steps the plan has gone on since it was made.
         windows, biases: what :meth:`segments_within` and :meth:`bias` have computed.
     """
@@ -95,6 +105,7 @@ class StepPlan:
     chunks: list[Chunk] = field(default_factory=list)
     _groups: list[Group] = field(default_factory=list)
     num_levels: int = 1
+    adapters: list[AdapterRun] = field(default_factory=list)
     ahead: int = 0
     _reached: int = 0  # the step that positions and groups stand at
     windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-from gossamer.engine.plan import Chunk, Group, Rows, Segment, StepPlan
+from gossamer.engine.plan import AdapterRun, Chunk, Group, Rows, Segment, StepPlan
 from gossamer.engine.sampling import SamplingState
 from gossamer.engine.scheduler import Work
 from gossamer.engine.sequence import Sequence
@@ -104,6 +104,7 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
     _add_chunks(plan, layout, levels, count)
     _add_groups(plan, layout, levels, count, device)
     plan.num_levels = levels.count
+    plan.adapters = _adapter_runs(layout)
     rows = PlannedRows()
     plan.logit_rows = torch.tensor(_logit_rows(layout, rows), dtype=torch.long, device=device)
     return plan, rows, count
@@ -122,8 +123,9 @@ class _Block:
 class _Layout:
     """The rows of the packed batch: first the sequences with one new token, then the chunks.
 
-    Sequences below the same node stand next to each other, so that a node's rows are a slice; and among them in the
-    order of their slots, so that a bucket is read without a gather if all its sequences are there.
+    Sequences with the same adapter stand next to each other; among them those below the same node, so that a node's
+    rows are a slice; and among those in the order of their slots, so that a bucket is read without a gather if all its
+    sequences are there.
     """
 
     def __init__(self, works: list[Work]) -> None:
@@ -135,7 +137,7 @@ class _Layout:
             else:
                 self.longer.append(work)
         order = {node: [each.serial for each in node.path()] for node in {item[0] for item in single}}
-        single.sort(key=lambda item: (order[item[0]], item[1]))
+        single.sort(key=lambda item: (item[2].sequence.request.adapter or "", order[item[0]], item[1]))
         self.single = [(work, slot) for _, _, work, slot in single]
         self.tokens: list[int] = [work.sequence.tokens[work.start] for work, _ in self.single]
         positions = [np.array([work.start for work, _ in self.single], dtype=np.int64)]
@@ -236,6 +238,18 @@ def _join(parts: list[slice]) -> slice | np.ndarray:
     if all(before.stop == after.start for before, after in pairwise(parts)):
         return slice(parts[0].start, parts[-1].stop)
     return np.concatenate([np.arange(part.start, part.stop) for part in parts])
+
+
+def _adapter_runs(layout: _Layout) -> list[AdapterRun]:
+    rows = [(work.sequence.request.adapter, 1) for work, _ in layout.single]
+    rows += [(work.sequence.request.adapter, work.count) for work in layout.longer]
+    if all(adapter is None for adapter, _ in rows):
+        return []
+    runs: list[AdapterRun] = []
+    for adapter, group in groupby(rows, key=itemgetter(0)):
+        first = runs[-1].stop if runs else 0
+        runs.append(AdapterRun(adapter, first, first + sum(count for _, count in group)))
+    return runs
 
 
 def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:

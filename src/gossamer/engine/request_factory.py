@@ -45,8 +45,7 @@ class RequestFactory:
         text, ids = self.intake.encode(prompt, request_id)
         generate = params.max_tokens != 0
         self.intake.check_length(len(ids), int(generate), request_id)
-        salt = self.intake.cache_salt(prompt, request_id)
-        request = Request(request_id, self._next_number(), text, ids, params, stream=stream, cache_salt=salt)
+        request = self._request(request_id, prompt, text, ids, params=params, stream=stream)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.intake.max_model_len - len(ids)
         form = None if params.structured_outputs is None else self.grammars.form(params.structured_outputs)
@@ -89,8 +88,7 @@ class RequestFactory:
             raise InvalidPromptError(
                 "continuations is empty; give at least one", request_id=request_id, param="continuations"
             )
-        salt = self.intake.cache_salt(prompt, request_id)
-        request = Request(request_id, self._next_number(), text, ids, cache_salt=salt)
+        request = self._request(request_id, prompt, text, ids)
         for index, (name, ending) in enumerate(continuations or [(None, [])]):
             if continuations is not None:
                 ending = self.intake.check_ids(ending, request_id, f"continuations[{index}]")
@@ -116,14 +114,27 @@ class RequestFactory:
         end_ids = frozenset() if params.ignore_eos else self.eos_token_ids
         limit = min(params.max_tokens, self.intake.max_model_len - len(ids))
         beam = BeamSearch(params, end_ids, limit)
-        salt = self.intake.cache_salt(prompt, request_id)
-        request = Request(request_id, self._next_number(), text, ids, beam=beam, cache_salt=salt)
+        request = self._request(request_id, prompt, text, ids, beam=beam)
         shareable = 0 if not self.sharing else len(ids) - 1
         root = Sequence(request, 0, list(ids), shareable=shareable, generate=True, max_new_tokens=limit)
         request.sequences.append(root)
         beam.start(root)
         return request
 
-    def _next_number(self) -> int:
+    def _request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        text: str | None,
+        ids: list[int],
+        *,
+        params: SamplingParams | None = None,
+        beam: BeamSearch | None = None,
+        stream: bool = False,
+    ) -> Request:
+        """A request without sequences, the next one in order."""
+        salt, adapter = self.intake.cache_salt(prompt, request_id), self.intake.adapter(prompt, request_id)
         self._number += 1
-        return self._number - 1
+        return Request(
+            request_id, self._number - 1, text, ids, params, beam, stream=stream, cache_salt=salt, adapter=adapter
+        )

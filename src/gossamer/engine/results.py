@@ -41,6 +41,7 @@ class ResultBuilder:
             metrics=RequestMetrics(
                 request.arrived, request.admitted, request.first_token, request.last_token, request.params.max_tokens
             ),
+            adapter=request.adapter,
         )
         if error is None:
             output.outputs = [self._completion(sequence) for sequence in request.sequences]

@@ -48,6 +48,7 @@ class Runner(Protocol):
         num_heads: query heads of a layer.
         max_model_len: positions the model was made for.
         vocab_size: width of the logits.
+        adapters: names of the adapters that rows may have.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Runner(Protocol):
     num_heads: int
     max_model_len: int
     vocab_size: int
+    adapters: tuple[str, ...]
 
     def forward(self, plan: StepPlan) -> Logits:
         """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``."""

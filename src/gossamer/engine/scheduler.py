@@ -17,7 +17,7 @@ from typing import TypeVar
 from gossamer.engine.cost import MAX_FOLDED, CostModel
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool, capacity_for
-from gossamer.engine.tree import Node, PrefixTree
+from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 from gossamer.errors import MemoryBudgetError
 
 # A prompt's last tokens that nobody else has at admission go straight into the slot when they are this few: a node of
@@ -70,7 +70,7 @@ class Scheduler:
         self.held = False  # some wait for a mask, which is nobody's fault
         self.apart = False  # others hold memory that are not among the active now
         self._refused_at = (0, 0)
-        self.restore: Callable[[list[int], str | None], None] = lambda tokens, salt: None  # from disk into the tree
+        self.restore: Callable[[list[int], TreeSalt], None] = lambda tokens, salt: None  # from disk into the tree
         self.on_start: Callable[[Sequence, list[Node]], None] = lambda sequence, path: None
 
     def add(self, sequence: Sequence) -> None:
@@ -135,7 +135,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
             sequence = self.waiting[0]
-            shared, salt = sequence.tokens[: sequence.shareable], sequence.request.cache_salt
+            shared, salt = sequence.tokens[: sequence.shareable], sequence.request.tree_salt
             if not sequence.sought:  # once: it may have to wait, and what was read for it may have to go meanwhile
                 self.restore(shared, salt)
                 sequence.sought = True

@@ -12,7 +12,7 @@ from gossamer.engine.grammar import Constraint
 from gossamer.engine.sampling import SamplingState
 from gossamer.engine.slots import Slot
 from gossamer.engine.stopping import StopChecker
-from gossamer.engine.tree import Node
+from gossamer.engine.tree import Node, TreeSalt, tree_salt
 from gossamer.outputs import Logprob
 from gossamer.sampling_params import SamplingParams
 
@@ -115,6 +115,7 @@ class Request:
         number: order of arrival, also the source of the default seeds.
         stream: whether unfinished outputs are wanted at each step.
         cache_salt: what is computed for it is shared with requests of the same salt only.
+        adapter: of the model; ``None`` for the model itself. What is computed with it is shared within it.
         arrived, admitted, first_token, last_token: when it was queued, first got memory, and its tokens came, in
             seconds of ``time.perf_counter``.
     """
@@ -127,12 +128,18 @@ class Request:
     beam: BeamSearch | None = None
     stream: bool = False
     cache_salt: str | None = None
+    adapter: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     continuations: list[str | None] = field(default_factory=list)  # texts of the endings to be scored
     sequences: list[Sequence] = field(default_factory=list)
+
+    @property
+    def tree_salt(self) -> TreeSalt:
+        """What keeps its keys and values apart in the prefix tree."""
+        return tree_salt(self.cache_salt, self.adapter)
 
     @property
     def finished(self) -> bool:

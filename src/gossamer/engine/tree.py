@@ -5,7 +5,8 @@ all sequences below it attend to it with one pair of GEMMs. Prompts enter the tr
 that arrive together find their common parts, at every depth, and each part is computed once.
 
 Prompts with a salt have a tree of their own below a root of its own: nothing is shared between salts, so that nobody
-can find out, by what is cached or how long it takes, what others have asked.
+can find out, by what is cached or how long it takes, what others have asked. An adapter is a salt as well, since keys
+and values computed with it are other ones.
 
 Invariants (tested as properties):
   * children of a node start with different tokens, and no node is empty but the root;
@@ -29,6 +30,16 @@ from gossamer.engine.memory import KVLayout, MemoryBudget
 from gossamer.errors import ConfigurationError
 
 _serial = itertools.count()
+TreeSalt = str | tuple[str, str | None] | None  # a request's own, or its adapter and its own
+
+
+def tree_salt(cache_salt: str | None, adapter: str | None) -> TreeSalt:
+    """What keeps the keys and values of a request apart: its own salt, within its adapter.
+
+    >>> tree_salt(None, None), tree_salt("team", None), tree_salt("team", "sql")
+    (None, 'team', ('sql', 'team'))
+    """
+    return cache_salt if adapter is None else (adapter, cache_salt)
 
 
 class Node:
@@ -75,7 +86,7 @@ class Node:
         self.last_used = 0
         self.uses = 0
         self.owner: object = None
-        self.salt: str | None = None
+        self.salt: TreeSalt = None
         self.serial = next(_serial)
 
     def hold(self, keys: list[Tensor] | None, values: list[Tensor] | None) -> None:
@@ -112,11 +123,11 @@ class PrefixTree:
         self.layout = layout
         self.budget = budget
         self.root = Node([], None)
-        self.roots: dict[str | None, Node] = {None: self.root}  # by salt; without nodes, a salt has none
+        self.roots: dict[TreeSalt, Node] = {None: self.root}  # by salt; without nodes, a salt has none
         self.clock = 0
         self.version = 0  # changes when a node is split or moved, so that plans made before are not used again
         self.evicted_tokens = 0
-        self.pinned: Counter[tuple[str | None, tuple[int, ...]]] = Counter()
+        self.pinned: Counter[tuple[TreeSalt, tuple[int, ...]]] = Counter()
         budget.evict = self.evict
 
     def __iter__(self) -> Iterator[Node]:
@@ -131,7 +142,7 @@ class PrefixTree:
     def num_bytes(self) -> int:
         return sum(len(node) for node in self if node.keys is not None) * self.layout.bytes_per_token
 
-    def match(self, tokens: Sequence[int], salt: str | None = None) -> int:
+    def match(self, tokens: Sequence[int], salt: TreeSalt = None) -> int:
         """How many leading ``tokens`` are in the tree, computed."""
         node, matched = self.roots.get(salt), 0
         while node is not None and matched < len(tokens):
@@ -145,7 +156,7 @@ class PrefixTree:
             node = child
         return matched
 
-    def computed_path(self, tokens: Sequence[int], salt: str | None = None) -> list[Node]:
+    def computed_path(self, tokens: Sequence[int], salt: TreeSalt = None) -> list[Node]:
         """The nodes from the root down that hold nothing but leading ``tokens``, all of them computed."""
         node, path = self.roots.get(salt), []
         while node is not None and node.end < len(tokens):
@@ -155,7 +166,7 @@ class PrefixTree:
             path.append(node)
         return path
 
-    def insert(self, tokens: Sequence[int], salt: str | None = None) -> Node:
+    def insert(self, tokens: Sequence[int], salt: TreeSalt = None) -> Node:
         """The node that ends exactly at the end of ``tokens``; splits and appends as needed, computes nothing."""
         if not tokens:
             return self.root
@@ -255,7 +266,7 @@ class PrefixTree:
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
 
-    def pin(self, tokens: Sequence[int], salt: str | None = None) -> Node:
+    def pin(self, tokens: Sequence[int], salt: TreeSalt = None) -> Node:
         """Keep ``tokens`` from being evicted. It takes effect as they are computed. Undo by :meth:`unpin`."""
         node = self.insert(tokens, salt)
         for each in node.path():
@@ -263,7 +274,7 @@ class PrefixTree:
         self.pinned[salt, tuple(tokens)] += 1
         return node
 
-    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> None:
+    def unpin(self, tokens: Sequence[int], salt: TreeSalt = None) -> None:
         """Undo one :meth:`pin` of the same tokens.
 
         Raises:
@@ -279,7 +290,7 @@ class PrefixTree:
             if each.refs == 0 and each.pins == 0 and not each.complete:
                 self._truncate(each)
 
-    def forget(self, tokens: Sequence[int], salt: str | None = None) -> None:
+    def forget(self, tokens: Sequence[int], salt: TreeSalt = None) -> None:
         """Remove what the tree holds of ``tokens``, from the end, as far as nobody else uses it."""
         node = self.roots.get(salt)
         if node is None:

@@ -5,7 +5,7 @@ The architectures of :mod:`gossamer.native.architectures` are the same blocks: w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import UnsupportedModelError
+from gossamer.models.lora import Adapter
+from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
@@ -102,13 +104,19 @@ def unsupported(config: Any) -> str:
     return ""
 
 
-def pack_decoder(network: Any, pack: SparsePacker, attention: list[tuple[float, int | None]]) -> Decoder:
+def pack_decoder(
+    network: Any,
+    pack: SparsePacker,
+    attention: list[tuple[float, int | None]],
+    adapters: Sequence[Adapter] = (),
+) -> Decoder:
     """Pack a model of transformers. Its layers lose their tensors on the way, so that nothing is held twice.
 
     Args:
         network: a causal language model whose configuration is supported.
         pack: packs its linear layers.
         attention: scale and window of each layer.
+        adapters: that rows of a step may have.
 
     Raises:
         UnsupportedModelError: a layer is of a kind that the kernels do not know.
@@ -121,8 +129,9 @@ def pack_decoder(network: Any, pack: SparsePacker, attention: list[tuple[float, 
     for block in body.layers:  # before any of them loses its tensors
         _check_layer(block)
     layers = []
+    packer = AdaptedPacker(pack, network, adapters)
     for index, block in enumerate(body.layers):
-        layers.append(_pack_layer(block, pack, *attention[index], table_of[kinds[index]], gate))
+        layers.append(_pack_layer(block, packer, *attention[index], table_of[kinds[index]], gate))
         block.to("meta")
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
@@ -150,7 +159,7 @@ def _check_layer(block: Any) -> None:
     _norm(block.input_layernorm)
 
 
-def _pack_layer(block: Any, pack: SparsePacker, scale: float, window: int | None, table: int, gate: str) -> Layer:
+def _pack_layer(block: Any, pack: AdaptedPacker, scale: float, window: int | None, table: int, gate: str) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     gemma = hasattr(block, "pre_feedforward_layernorm")
     before_attention = _norm(block.input_layernorm)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.library import core
-from gossamer.native.weights import PackedLinear
+from gossamer.native.weights import PackedAdapters, PackedLinear
 
 LOGITS = 0  # the buffer that the caller provides
 
@@ -31,7 +31,10 @@ class Recorded:
     epsilon: float = 0.0
 
 
-ATTENTION = -1  # as a buffer: the merged result of the last attention
+# As a buffer, see csrc/runtime/program.h:
+ATTENTION = -1  # the merged result of the last attention
+READY = -2  # minus the number of rows that are made ready in fp32: these
+_PANEL = 32  # columns of a packed panel
 
 
 class Recorder:
@@ -65,7 +68,7 @@ class Recorder:
         self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows, invariant)
         self.heads, self.dim = heads, dim
         self._buffers: dict[str, Recorded] = {}
-        self._prepared: dict[tuple[str, int], int] = {}
+        self._prepared: dict[tuple[str, int, str], int] = {}
 
     def _buffer(self, name: str, width: int) -> Recorded:
         if name not in self._buffers:
@@ -130,10 +133,7 @@ class Recorder:
         """Attention of queries that are 0, and the merging of its partial results: to be timed."""
         self.native.attend(layer, 0)
         width = self.heads * self.dim
-        key = ("float32", width)
-        if key not in self._prepared:
-            self._prepared[key] = self.native.prepared(*key)
-        self.native.prepare(ATTENTION, 0, 0.0, width, 0, self._prepared[key], "none", False, 0.0, 0, False)
+        self._prepare(Recorded(ATTENTION, width), self._ready("float32", width), 0, ("none", False, 0.0, 0))
 
     def logits(self, x: Recorded, head: PackedLinear) -> None:
         """The output layer, for the rows whose logits are needed; and the largest of each."""
@@ -143,14 +143,37 @@ class Recorder:
     def _linear(
         self, x: Recorded, weight: PackedLinear, to: int, *, add: bool, gate: str = "", last: bool = False
     ) -> None:
-        key = (weight.type, x.width)
-        if key not in self._prepared:
-            self._prepared[key] = self.native.prepared(*key)
-        gain = 0 if x.gain is None else x.gain.data_ptr()
+        addend = -1
+        if weight.adapters is not None:
+            rows = self._ready("float32", x.width)
+            self._prepare(x, rows, 0, ("none", False, 0.0, 0))
+            addend = self._low_rank(rows, weight.adapters)
+            x = Recorded(READY - rows, x.width)  # what attention has left is merged once
         order = 0 if weight.input_order is None else weight.input_order.data_ptr()
-        rule = weight.outlier_rule()
-        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, self._prepared[key], *rule, last)
-        self.native.linear(weight.handle, self._prepared[key], to, add, gate, last)
+        ready = self._ready(weight.type, x.width)
+        if x.buffer != READY - ready:
+            self._prepare(x, ready, order, weight.outlier_rule(), last)
+        self.native.linear(weight.handle, ready, to, add, gate, last, addend)
+
+    def _ready(self, type_: str, width: int, of: str = "inputs") -> int:
+        """The number of rows made ready in this type."""
+        key = (type_, width, of)
+        if key not in self._prepared:
+            self._prepared[key] = self.native.prepared(type_, width)
+        return self._prepared[key]
+
+    def _prepare(
+        self, x: Recorded, ready: int, order: int, rule: tuple[str, bool, float, int], last: bool = False
+    ) -> None:
+        gain = 0 if x.gain is None else x.gain.data_ptr()
+        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, ready, *rule, last)
+
+    def _low_rank(self, rows: int, adapters: PackedAdapters) -> int:
+        """The buffer with what adapters add to the product of these rows."""
+        between = self._ready("float32", -(-adapters.rank // _PANEL) * _PANEL, "adapters")
+        out = self._buffer(f"adapters {adapters.outputs}", adapters.outputs).buffer
+        self.native.low_rank(adapters.downs, adapters.ups, rows, between, out)
+        return out
 
 
 def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,22 @@ MAX_INT8_INPUTS = 65_000  # more products of an unsigned and a signed byte might
 
 
 @dataclass(frozen=True)
+class PackedAdapters:
+    """What each adapter adds to a product, ``x down^T up^T``; see :mod:`gossamer.native.adapters`.
+
+    Attributes:
+        downs, ups: native weights (r, K) and (N, r), of each adapter; ``None`` of one that leaves the product as it is.
+        rank: the largest r.
+        outputs: N, as the weight is packed.
+    """
+
+    downs: list[Any]
+    ups: list[Any]
+    rank: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class PackedLinear:
     """A weight (N, K), ready for the kernels.
 
@@ -44,6 +60,7 @@ class PackedLinear:
         input_order: (K) int64, which input each column multiplies; in order by default.
         rows: (N, bytes) uint8 that the native object refers to, if it does not own its memory.
         block_types: of the quantized blocks that it multiplies as they are stored, sorted.
+        adapters: what adapters add to its product, if any does.
     """
 
     handle: Any
@@ -55,6 +72,7 @@ class PackedLinear:
     input_order: Tensor | None = None
     rows: Any = None
     block_types: tuple[str, ...] = ()
+    adapters: PackedAdapters | None = None
 
     def outlier_rule(self) -> tuple[str, bool, float, int]:
         """The decomposition as the kernels take it: extent, relative, threshold, address of the static columns."""

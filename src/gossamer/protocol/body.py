@@ -11,7 +11,7 @@ Fields that only advise, or file the answer away, are taken and listed in ``igno
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
@@ -145,6 +145,10 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("response_format and structured_outputs mean the same; give one of them")
         return self
+
+    def adapter_among(self, adapters: Collection[str]) -> str | None:
+        """The adapter that the body asks for by its ``model``; ``None`` for the model itself."""
+        return self.model if self.model in adapters else None
 
     def tool_use(self) -> ToolUse | None:
         """What the answer may do with tools; ``None`` if there are none.

@@ -9,6 +9,7 @@ only lose what blocks of 32 have kept.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gossamer.kernels.library import instruction_set
 from gossamer.models.foreign_int4 import int4_format
 from gossamer.models.gguf_weights import GGUFModel, read_gguf, unstorable
 from gossamer.models.load import load_config, load_model
+from gossamer.models.lora import Adapter, load_adapter
 from gossamer.models.resolve import resolve_model
 from gossamer.native.decoder import unsupported
 from gossamer.nn import Int8Linear, StoredEmbedding, StoredLinear
@@ -42,6 +44,7 @@ class LoadedModel:
         weights: what is computed with, such as ``as stored: Q4_K 169, Q6_K 29``, ``int8`` or ``float32``.
         weights_note: why the weights of a GGUF file are not used as they are stored, if they might have been; otherwise
             empty.
+        adapters: that requests may ask for.
     """
 
     path: Path
@@ -51,6 +54,7 @@ class LoadedModel:
     runner_note: str
     weights: str
     weights_note: str
+    adapters: tuple[Adapter, ...] = ()
 
 
 def load_for_runner(
@@ -60,6 +64,7 @@ def load_for_runner(
     *,
     max_rows: int,
     max_seqs: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> LoadedModel:
     """Find a model, load it and make its runner.
 
@@ -68,11 +73,13 @@ def load_for_runner(
         options: what it is loaded as.
         runner: which runner, and what it does.
         max_rows, max_seqs: see :func:`~gossamer.runners.choose.make_runner`.
+        adapters: name -> directory; see :func:`~gossamer.models.lora.load_adapter`.
 
     Raises:
         GossamerError: what finding, loading and running raise. Weights that were asked for as they are stored, and
             cannot be used so, are an ``UnsupportedModelError``.
     """
+    adapters = adapters or {}
     choosing = _may_choose(options) and _may_be_native(options, runner)
     path = resolve_model(model, as_file=choosing or _reads_file(options))
     note = ""
@@ -81,12 +88,12 @@ def load_for_runner(
         if not note:
             stored = _as_stored(options)
             try:
-                return _load(source, stored, replace(runner, runner="native"), max_rows, max_seqs)
+                return _load(source, stored, replace(runner, runner="native"), max_rows, max_seqs, adapters)
             except UnsupportedModelError as error:
                 note = str(error)
     if choosing and path.is_file() and not options.int8:
         path = resolve_model(model)
-    return replace(_load(path, options, runner, max_rows, max_seqs), weights_note=note)
+    return replace(_load(path, options, runner, max_rows, max_seqs, adapters), weights_note=note)
 
 
 def load_network(model: str | Path, options: ModelOptions = ModelOptions()) -> tuple[Any, Any]:
@@ -149,13 +156,19 @@ def _may_be_native(options: ModelOptions, runner: RunnerOptions) -> bool:
 
 
 def _load(
-    source: Path | GGUFModel, options: ModelOptions, runner: RunnerOptions, max_rows: int, max_seqs: int | None
+    source: Path | GGUFModel,
+    options: ModelOptions,
+    runner: RunnerOptions,
+    max_rows: int,
+    max_seqs: int | None,
+    adapters: Mapping[str, str | Path],
 ) -> LoadedModel:
     network, tokenizer = load_model(source, attn_implementation=IMPLEMENTATION, options=options)
     weights = weights_of(network)
-    made, reason = make_runner(network, runner, max_rows=max_rows, max_seqs=max_seqs)
+    loaded = [load_adapter(name, directory, network) for name, directory in adapters.items()]
+    made, reason = make_runner(network, runner, max_rows=max_rows, max_seqs=max_seqs, adapters=loaded)
     path = source.file.path if isinstance(source, GGUFModel) else source
-    return LoadedModel(path, network, tokenizer, made, reason, weights, "")
+    return LoadedModel(path, network, tokenizer, made, reason, weights, "", tuple(loaded))
 
 
 def weights_of(network: nn.Module) -> str:

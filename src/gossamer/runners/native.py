@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
+from gossamer.models.lora import Adapter
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.few_rows import choose_few_rows
@@ -52,6 +54,7 @@ class NativeRunner:
         threads: of a step; PyTorch's number by default.
         max_seqs: most sequences that decode together, which the choice of how to pack pruned layers measures with;
             ``max_rows`` by default.
+        adapters: that rows of a step may have. Their factors, and what they add, are in fp32.
 
     Attributes:
         batch_invariant: whether the bits of a token's results are the same whatever other tokens a step has.
@@ -73,6 +76,7 @@ class NativeRunner:
         max_rows: int,
         threads: int | None = None,
         max_seqs: int | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         if reason := why_not_native(network):
             raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: {reason}")
@@ -98,7 +102,8 @@ class NativeRunner:
             _refuse_shared_outliers(network)
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
-        self.decoder = pack_decoder(network, pack, attention)
+        self.decoder = pack_decoder(network, pack, attention, adapters)
+        self.adapters = tuple(adapter.name for adapter in adapters)
         self._sparse_weights = pack.summary()
         self.few_rows = choose_few_rows(self.decoder.weights(), isa, self.threads)
         recorder = Recorder(
@@ -134,7 +139,7 @@ class NativeRunner:
         """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
         arrays = self._arrays
         if arrays is None or arrays.plan is not plan:
-            arrays = self._arrays = StepArrays(plan, self.layout)
+            arrays = self._arrays = StepArrays(plan, self.layout, self.adapters)
             rows, wanted = len(arrays.tokens), len(plan.logit_rows)
             assert rows <= self.max_rows, f"a step of {rows} tokens; the runner was made for {self.max_rows}"
             if len(self._logits) < wanted:

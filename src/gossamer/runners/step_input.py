@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,18 @@ class StepArrays:
         items: (m, 6) target, first entry, number of keys, position of the first, first of ``item_rows``, their number.
         item_rows: the rows that attend to each item, one item after the other.
         logit_rows: the rows whose logits are needed.
+        runs: (n, 3) adapter or -1, its first row, and the row behind its last; none if no row has an adapter.
         last_position: the highest of the step.
         input: the ``StepInput`` with the addresses of all of these, and their lengths.
     """
 
-    def __init__(self, plan: StepPlan, layout: KVLayout) -> None:
+    def __init__(self, plan: StepPlan, layout: KVLayout, adapters: Sequence[str] = ()) -> None:
         self.plan, self._reached = plan, plan.ahead
         self.tokens = np.array(plan.token_ids, np.int64)
         self.positions = plan.positions.numpy().copy()
         self.logit_rows = plan.logit_rows.contiguous()
+        index = {name: number for number, name in enumerate(adapters)} | {None: -1}
+        self.runs = np.array([(index[run.adapter], run.first, run.stop) for run in plan.adapters], np.int64)
         self.last_position = int(self.positions.max())
         self._width = layout.width(layout.layers[0].key_dim)
         self._index: dict[Node | Bucket, int] = {}
@@ -91,6 +95,8 @@ class StepArrays:
             item=self.items.ctypes.data,
             item_rows=self.item_rows.ctypes.data,
             logit_row=self.logit_rows.data_ptr(),
+            runs=len(self.runs),
+            run=self.runs.ctypes.data,
         )
 
     def catch_up(self) -> None:

@@ -6,7 +6,7 @@ that nothing depends on a model passing keyword arguments through, and two engin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +20,9 @@ from gossamer.engine.memory import KVLayout, LayerShape
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
 from gossamer.errors import UnsupportedModelError
+from gossamer.models.lora import Adapter
 from gossamer.nn.stored_linear import shapes_only
+from gossamer.runners.adapters import AddedByAdapters
 from gossamer.runners.planned_step import AttentionSettings, PlannedStep, Step
 from gossamer.runners.timing import attention_seconds
 
@@ -98,8 +100,8 @@ class TransformersRunner:
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """``model`` must have been loaded with ``attn_implementation="gossamer"``.
+    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter] = ()) -> None:
+        """``model`` must have been loaded with ``attn_implementation="gossamer"``; rows may have these ``adapters``.
 
         Raises:
             UnsupportedModelError: a layer of the model does not call the attention interface.
@@ -113,6 +115,8 @@ class TransformersRunner:
         self.max_model_len: int = config.max_position_embeddings
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.layout = self._probe()
+        self.adapters = tuple(adapter.name for adapter in adapters)
+        self._added = AddedByAdapters(model, adapters)
 
     def _probe(self) -> KVLayout:
         """One token through the model tells what each layer stores: no reading of model-specific configurations."""
@@ -155,7 +159,7 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Logits:
-        with running(self.step_of(plan)):
+        with running(self.step_of(plan)), self._added.to(plan.adapters):
             # A step that only fills the cache needs no logits, but the head cannot be asked for none by every model.
             rows = plan.logit_rows if len(plan.logit_rows) else plan.logit_rows.new_zeros(1)
             logits = self._call(plan.tokens, plan.positions, rows)

@@ -95,7 +95,11 @@ class Answering:
             return [await _last(ticket) for ticket in tickets]
 
     def _answer(self, body: GeneratingBody, outputs: list[RequestOutput]) -> dict[str, Any]:
-        return body.answer(outputs, model=self.model_name, decode=self._decode_prompt, chat=self.llm.chat_format)
+        return body.answer(outputs, model=self._name_for(body), decode=self._decode_prompt, chat=self.llm.chat_format)
+
+    def _name_for(self, body: GeneratingBody) -> str:
+        """The name of what answers: an adapter, or the model."""
+        return body.adapter_among(self.llm.adapters) or self.model_name
 
     async def _away(self, outputs: list[RequestOutput], function: Callable[[], T]) -> T:
         """Run ``function`` elsewhere if it writes log-probabilities, of which there can be millions."""
@@ -111,7 +115,7 @@ class Answering:
             GossamerError: refused. What fails later is raised by the iterator.
         """
         async with self._submitted(body, stream=True) as tickets:
-            answer = body.events(model=self.model_name, decode=self._decode_prompt, chat=self.llm.chat_format)
+            answer = body.events(model=self._name_for(body), decode=self._decode_prompt, chat=self.llm.chat_format)
             yield Stream(answer, _events(answer, _updates(tickets), tickets, self._away))
 
     def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +239,7 @@ class Answering:
         body.answered_by(self.llm.fingerprint)
         params = body.to_sampling_params(advised=self.llm.sampling_defaults, chat=self.llm.chat_format)
         prompts = body.engine_prompts()
+        adapter = {"adapter": body.adapter_among(self.llm.adapters)}
         count = params.n * len(prompts)
         if count > self.max_sequences:
             raise RequestError(f"{count} completions are more than the {self.max_sequences} of one request", param="n")
@@ -245,7 +250,8 @@ class Answering:
                 await stack.enter_async_context(self._compiled(params, body))
             tickets: list[Ticket] = []
             for prompt in prompts:
-                ticket = await self.engine_loop.submit(f"req-{uuid.uuid4().hex}", prompt, params, stream=stream)
+                request_id = f"req-{uuid.uuid4().hex}"
+                ticket = await self.engine_loop.submit(request_id, prompt | adapter, params, stream=stream)
                 stack.callback(self.engine_loop.release, ticket)
                 tickets.append(ticket)
             yield tickets

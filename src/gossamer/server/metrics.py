@@ -45,7 +45,7 @@ class Metrics:
         self._n = self._histogram("request_params_n", "Completions that were asked for.", (1, 2, 5, 10, 20))
         self._limit = self._histogram("request_params_max_tokens", "The limit, of requests that have one.", _TOKENS)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens computed in one step.", _TOKENS)
-        labels = ("model_name", "finished_reason")
+        labels = ("model_name", "finished_reason")  # of these alone, the name may be an adapter's
         self._success = Counter("gossamer:request_success", "Requests that ended.", labels, registry=self.registry)
         self._computed = 0
         self._engine = engine
@@ -68,7 +68,7 @@ class Metrics:
     def _count_finished(self, output: RequestOutput) -> None:
         reasons = [each.finish_reason for each in output.outputs] if output.error is None else ["error"]
         for reason in reasons:
-            self._success.labels(self._model, reason or "abort").inc()
+            self._success.labels(output.adapter or self._model, reason or "abort").inc()
         times = output.metrics
         if times is None or output.error is not None:
             return

@@ -29,9 +29,10 @@ class Prefix:
     name: str | None
     tokens: list[int]
     cache_salt: str | None
+    adapter: str | None
 
     def engine_prompt(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self.tokens, "cache_salt": self.cache_salt}
+        return {"prompt_token_ids": self.tokens, "cache_salt": self.cache_salt, "adapter": self.adapter}
 
     def to_dict(self) -> dict[str, Any]:
         return {"id": self.id, "object": "prefix", "name": self.name, "tokens": len(self.tokens)}
@@ -53,8 +54,11 @@ class PinnedPrefixes:
         template_kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> Prefix:
         """Compute a prefix and keep it: a text, token ids, or the first messages of conversations with these tools.
+
+        It is shared among requests of the same salt and adapter.
 
         One that is pinned already is returned as it is.
 
@@ -72,9 +76,9 @@ class PinnedPrefixes:
         else:
             raise RequestError("give prompt or messages", param="prompt")
         for known in self._pinned.values():
-            if (known.tokens, known.cache_salt) == (tokens, cache_salt):
+            if (known.tokens, known.cache_salt, known.adapter) == (tokens, cache_salt, adapter):
                 return known
-        prefix = Prefix(f"prefix-{uuid.uuid4().hex}", name, tokens, cache_salt)
+        prefix = Prefix(f"prefix-{uuid.uuid4().hex}", name, tokens, cache_salt, adapter)
         await answering.engine_loop.call(lambda engine: _pin(engine, prefix))
         try:
             # One more token than the prefix, so that all of the prefix is what others can share.

@@ -23,6 +23,7 @@ router = APIRouter(tags=["prefixes"])
 class PinRequest(Fields, BaseModel):  # BaseModel for ruff, which would take the defaults for shared ones
     """A prefix: a text, token ids, or the first messages of conversations with these tools."""
 
+    model: str | None = None
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     messages: Messages | None = None
     tools: list[ToolField] = []
@@ -46,6 +47,7 @@ async def pin(request: Request) -> JSONResponse:
     body = await read_body(request, partial(parse_body, PinRequest))
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
+    service.check_model(body.model)
     prefix = await prefixes.pin(
         prompt=body.prompt,
         messages=None if body.messages is None else template_messages(body.messages),
@@ -53,6 +55,7 @@ async def pin(request: Request) -> JSONResponse:
         template_kwargs=body.chat_template_kwargs,
         name=body.name,
         cache_salt=body.cache_salt,
+        adapter=body.model if body.model in service.ready.answering.llm.adapters else None,
     )
     return JSONResponse(prefix.to_dict())
 

@@ -66,17 +66,15 @@ async def version() -> dict[str, str]:
 
 @router.get("/v1/models", responses=errors())
 async def models(request: Request) -> dict[str, Any]:
-    """The names that requests may give; all of them mean the one model."""
-    return {
-        "object": "list",
-        "data": [_model(_service(request), name) for name in _service(request).options.model_names],
-    }
+    """The names that requests may give: those of the one model, and its adapters, whose ``parent`` it is."""
+    service = _service(request)
+    return {"object": "list", "data": [_model(service, name) for name in service.model_names]}
 
 
 @router.get("/v1/models/{model:path}", responses=errors(404))
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
-    names = _service(request).options.model_names
+    names = _service(request).model_names
     name = next((name for name in names if name.strip("/") == model), model)  # of a path, slashes at its ends are gone
     _service(request).check_model(name)
     return _model(_service(request), name)
@@ -84,8 +82,10 @@ async def model(request: Request, model: str) -> dict[str, Any]:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     llm = service.ready.answering.llm
-    head = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
-    return head | {"max_model_len": llm.engine.max_model_len, "sampling_defaults": llm.sampling_defaults}
+    about = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
+    parent = {"parent": service.options.model_names[0]} if name in llm.adapters else {}
+    served = {"max_model_len": llm.engine.max_model_len, "sampling_defaults": llm.sampling_defaults}
+    return about | parent | served
 
 
 @router.get("/tokenizer_info", responses=errors())

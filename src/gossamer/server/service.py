@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gossamer.errors import GossamerError
+from gossamer.models.lora_config import check_adapter_names
 from gossamer.protocol.response_store import ResponseStore
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.answering import Answering
@@ -94,6 +95,7 @@ class Service:
         await self._data_dir.acquire()
         files = FileStore(directory / "files")
         llm = await _in_daemon(self._load)
+        check_adapter_names(llm.adapters, *self.options.model_names)
         await _in_daemon(lambda: _warm_up(llm))
         metrics = Metrics(llm.engine, self.options.model_names[0])
         engine_loop = EngineLoop(
@@ -156,13 +158,18 @@ class Service:
         if self.state != "ready":
             raise unavailable(f"{self.state}: {self.reason}")
 
+    @property
+    def model_names(self) -> list[str]:
+        """What requests may ask for: the model by each of its names, and its adapters."""
+        return [*self.options.model_names, *self.ready.answering.llm.adapters]
+
     def check_model(self, name: str | None) -> None:
-        """Whether this server has the model that a request names.
+        """Whether this server has the model, or the adapter, that a request names.
 
         Raises:
             HttpError: it has others.
         """
-        names = self.options.model_names
+        names = self.model_names
         if name is not None and name not in names:
             raise not_found(f"there is no model {name!r} here; there is {', '.join(names)}", "model", "model_not_found")
 

@@ -7,7 +7,7 @@ ends. Keys and values of a complete node never change, so the writer gets the te
 Read is what a prompt can use, before the prompt enters the tree. Reading is so much faster than computing that the
 step waits for it.
 
-Prompts with a salt are left out: what was computed for them never leaves memory.
+Prompts with a salt or an adapter are left out: what was computed for them never leaves memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gossamer.engine.prefix_store.directory import PrefixDirectory
 from gossamer.engine.prefix_store.format import ForeignFileError, Piece, PrefixFormat, pack
 from gossamer.engine.prefix_store.index import LEAST_TOKENS, Entry, PrefixIndex
 from gossamer.engine.prefix_store.writer import Job, PrefixWriter, StoreStats
-from gossamer.engine.tree import Node, PrefixTree
+from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 from gossamer.errors import CheckpointError
 
 logger = logging.getLogger("gossamer.prefixes")
@@ -95,7 +95,7 @@ class PrefixStore:
 
     # --- from disk ---------------------------------------------------------------------------------------------
 
-    def restore(self, tokens: Sequence[int], salt: str | None) -> None:
+    def restore(self, tokens: Sequence[int], salt: TreeSalt) -> None:
         """Read what the disk has of a prompt's beginning and the tree has not, if there is memory for it."""
         if salt is not None or not len(self._index):
             return
@@ -139,17 +139,17 @@ class PrefixStore:
 
     # --- to disk -----------------------------------------------------------------------------------------------
 
-    def pin(self, tokens: list[int], salt: str | None) -> None:
+    def pin(self, tokens: list[int], salt: TreeSalt) -> None:
         """Write these once they are computed, however often they are used."""
         if salt is None:
             self._pins.append(tokens)
 
-    def unpin(self, tokens: list[int]) -> None:
+    def unpin(self, tokens: list[int], salt: TreeSalt) -> None:
         """They need not be written any more. What is written stays, like any other file."""
-        if tokens in self._pins:
+        if salt is None and tokens in self._pins:
             self._pins.remove(tokens)
 
-    def keep(self, tokens: list[int], salt: str | None) -> None:
+    def keep(self, tokens: list[int], salt: TreeSalt) -> None:
         """A request with this prompt has ended well: write what is worth it of what it shares with others."""
         if salt is not None:
             return
