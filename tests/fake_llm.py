@@ -133,6 +133,7 @@ class FakeLLM:
     def __init__(self, model: str = "fake", *, lora: dict[str, str] | None = None, **arguments: object) -> None:
         self.sampling_defaults: dict[str, float] = {}
         self.chat_format = None
+        self.fingerprint = "fp_fake"
         self.adapters = dict.fromkeys(lora or {})
         self.generates = True
         self.stored_weights = None

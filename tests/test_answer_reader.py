@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.chat import Answer, AnswerReader, Tool
-from gossamer.chat.call_formats import FORMATS, PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
+from gossamer.chat.answer_reader import THINK
+from gossamer.chat.call_formats import FORMATS, WILD, CallFormat
 
 LOOK = Tool(
     "look",
@@ -21,13 +22,17 @@ ODD = st.text(st.sampled_from(list('ab{}[]"\\<>/\n é🙂')), max_size=12) | st.
 )
 
 
-def spelled(format: CallFormat, name: str, arguments: dict[str, object]) -> str:
-    if format.arguments == "json":
-        text = json.dumps(arguments, ensure_ascii=False)
-    else:
-        values = {key: each if isinstance(each, str) else json.dumps(each) for key, each in arguments.items()}
-        text = "".join(f"{PARAMETER}{key}{PARAMETER_NAMED}{each}{PARAMETER_END}" for key, each in values.items())
-    return f"{format.marker}{format.opening}{name}{format.middle}{text}{format.closing}"
+def spelled(format: CallFormat, name: str, calls: list[dict[str, object]]) -> str:
+    """Calls of one function."""
+    texts = []
+    for arguments in calls:
+        if format.tags is None:
+            texts.append(json.dumps(arguments, ensure_ascii=False))
+        else:
+            opening, named, closing = format.tags
+            values = {key: each if isinstance(each, str) else json.dumps(each) for key, each in arguments.items()}
+            texts.append("".join(f"{opening}{key}{named}{each}{closing}" for key, each in values.items()))
+    return format.spell([(name, text) for text in texts]).replace(WILD, "7")
 
 
 def read(text: str, cuts: list[int], format: CallFormat | None, **options: bool) -> Answer:
@@ -53,8 +58,12 @@ def test_calls_are_read_as_they_were_meant(name, content, arguments, cuts):
     if format.anchored:
         content, arguments = "", arguments[:1]
     # what ends a value of this format cannot be in one
-    meant = [{"at": at, "n": n, "tags": tags} for at, n, tags in arguments if PARAMETER_END not in at]
-    calls = format.between.join(spelled(format, "look", each) for each in meant)
+    meant = [
+        {"at": at, "n": n, "tags": tags}
+        for at, n, tags in arguments
+        if format.tags is None or format.tags.closing not in at
+    ]
+    calls = spelled(format, "look", meant) if meant else ""
     answer = read(f"{content}\n{calls}" if content and calls else content or calls, cuts, format)
     assert answer.content == content
     assert [call.name for call in answer.calls] == ["look"] * len(meant)
@@ -71,19 +80,19 @@ def test_calls_are_read_as_they_were_meant(name, content, arguments, cuts):
 )
 def test_thoughts_are_apart_from_content(thoughts, content, opened, cuts):
     text = f"{'' if opened else '<think>'}\n{thoughts}\n</think>\n\n{content}"
-    answer = read(text, cuts, None, thinks=True, opened=opened)
+    answer = read(text, cuts, None, marks=THINK, opened=opened)
     assert (answer.reasoning, answer.content) == (thoughts.strip(), content.lstrip())
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_an_answer_may_be_cut_anywhere(name):
     format = FORMATS[name]
-    text = spelled(format, "look", {"at": 'x"\\ 🙂', "n": 12})
+    text = spelled(format, "look", [{"at": 'x"\\ 🙂', "n": 12}])
     whole = read(text, [], format).calls[0].arguments
     for length in range(len(text)):
         answer = read(text[:length], list(range(length)), format)
         assert len(answer.calls) <= 1 and (not answer.calls or whole.startswith(answer.calls[0].arguments.rstrip('"}')))
-        if length > len(format.marker + format.opening):
+        if length > len(format.marker + format.begin + format.opening):
             assert answer.content == ""  # no marker is told as text
 
 
@@ -104,8 +113,8 @@ def test_what_is_no_call_is_text(text, content):
 
 
 def test_a_call_within_thoughts_is_a_thought():
-    text = f"<think>{spelled(FORMATS['hermes'], 'look', {})}</think>Done."
-    answer = read(text, [], FORMATS["hermes"], thinks=True)
+    text = f"<think>{spelled(FORMATS['hermes'], 'look', [{}])}</think>Done."
+    answer = read(text, [], FORMATS["hermes"], marks=THINK)
     assert (answer.content, answer.calls) == ("Done.", []) and "look" in answer.reasoning
 
 

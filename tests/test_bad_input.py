@@ -146,7 +146,7 @@ def test_no_prompts(llm: LLM) -> None:
         "seed": [1.5, "7", True],
         "stop": [[""], [1], [None], ""],
         "stop_token_ids": [[-1], [1.0], ["1"]],
-        "max_tokens": [0, -1, 1.5, True],
+        "max_tokens": [-1, 1.5, True],
         "min_tokens": [-1, 17, 1.5],
         "logprobs": [-1, 1.5, True],
         "prompt_logprobs": [-1, 1.5, True],

@@ -17,6 +17,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.llm import LLM
 from gossamer.options import (
     GROUPS,
+    ConversationOptions,
     EngineOptions,
     ModelOptions,
     OptionArguments,
@@ -53,6 +54,9 @@ def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
         (EngineOptions, {"max_num_seqs": 0}),
         (EngineOptions, {"max_num_batched_tokens": True}),
         (EngineOptions, {"seed": 0.5}),
+        (ConversationOptions, {"default_chat_template_kwargs": "{"}),
+        (ConversationOptions, {"default_chat_template_kwargs": "[1]"}),
+        (ConversationOptions, {"generation_config": ""}),
     ],
 )
 def test_values_are_checked_when_they_are_said(group: Any, values: dict[str, Any]) -> None:

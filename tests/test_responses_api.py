@@ -14,7 +14,8 @@ from chat_templates import THINKING
 from gossamer import LLM
 from gossamer.batch import BatchRunner
 from gossamer.errors import RequestError
-from gossamer.protocol.model_responses import ResponsesRequest, messages_of
+from gossamer.protocol.model_responses import ResponsesRequest
+from gossamer.protocol.response_items import messages_of
 from running_server import MODEL, Running, running
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
@@ -102,8 +103,8 @@ def test_the_function_that_is_named_and_a_schema(server: Running) -> None:
     status, answer = server.call("/v1/responses", body | {"text": form})
     (message,) = answer["output"]
     jsonschema_rs.validate(CITY, json.loads(message["content"][0]["text"]))
-    _, _, headers = server.raw("/v1/responses", json.dumps(named | {"store": False}).encode())
-    assert headers["x-gossamer-ignored"] == "store, tools.1"
+    _, _, headers = server.raw("/v1/responses", json.dumps(named | {"store": False, "service_tier": "auto"}).encode())
+    assert headers["x-gossamer-ignored"] == "service_tier, tools.1"
 
 
 def test_logprobs_are_those_of_the_text(server: Running) -> None:
@@ -157,11 +158,12 @@ def test_what_one_answer_is_made_of_is_one_message() -> None:
     ("body", "reason"),
     [
         ({}, "input is missing"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0: items of the type 'item_reference'"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "references to items need a server"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0: items of the type 'computer_call'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input_image' is not supported"),
         ({"input": [{"role": "user"}, {"type": "function_call", "call_id": "a"}]}, r"input\.1\.name must be a string"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, "no message before called that"),
-        ({"input": "x", "previous_response_id": "resp_1"}, "no responses are stored here"),
+        ({"input": "x", "previous_response_id": "resp_1"}, "need a server that keeps responses"),
         ({"input": "x", "background": True}, "background is not supported"),
         ({"input": "x", "truncation": "auto"}, "truncation"),
         ({"input": "x", "n": 2}, "n must be 1"),
@@ -171,7 +173,7 @@ def test_what_one_answer_is_made_of_is_one_message() -> None:
 )
 def test_what_cannot_be_is_refused_by_name(body: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
-        ResponsesRequest.parse(body)
+        _ = ResponsesRequest.parse(body).chat
 
 
 def test_batch_files_may_hold_responses(smollm2_path: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from gossamer.pruning import Pruner
     from gossamer.report.outliers import find_outliers
-    from gossamer.sampling_params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+    from gossamer.sampling_params import BeamSearchParams, ReasoningParams, SamplingParams, StructuredOutputsParams
 
 _HOMES = {
     "AttentionState": "ops.attention",
@@ -54,6 +54,7 @@ _HOMES = {
     "RankedDocument": "outputs",
     "RequestError": "errors",
     "RequestOutput": "outputs",
+    "ReasoningParams": "sampling_params",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "sampling_params",
     "ScoreOutput": "outputs",
@@ -85,6 +86,7 @@ __all__ = [
     "MFACPreconditioner",
     "Pruner",
     "RankedDocument",
+    "ReasoningParams",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -89,6 +89,10 @@ class RequestError(GossamerError, ValueError):
         return f"{self.request_id}: {self.message}" if self.request_id else self.message
 
 
+class ResponseNotFoundError(RequestError):
+    """A request goes on from a response that the server does not have."""
+
+
 class InvalidPromptError(RequestError):
     """The prompt is empty, of the wrong type, or holds token ids outside the vocabulary."""
 

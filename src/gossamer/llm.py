@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -9,15 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, Unpack
 
+import gossamer
 from gossamer.chat import Answer, ChatFormat, Tool, ToolUse
-from gossamer.engine.chat_template import Message
+from gossamer.engine.chat_template import Message, use_chat_template
 from gossamer.engine.endings import is_token_list
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
 from gossamer.engine.results import Output as AnyOutput
 from gossamer.engine.stats import EngineStats
 from gossamer.errors import ConfigurationError, InvalidSamplingParamsError, RequestError, UnsupportedModelError
-from gossamer.models.generation import advised_sampling, end_token_ids
+from gossamer.models.generation import check_generation_config, end_token_ids, sampling_defaults
 from gossamer.models.lora_config import check_adapter_names
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import OptionArguments, Options, is_integer, with_option_signature
@@ -41,8 +43,9 @@ class LLM:
     Args:
         model: a catalogue name (``gossamer pull`` lists them), a directory, a ``.gguf`` file, or a Hugging Face id.
         lora: LoRA adapters that requests may ask for: name -> directory, as PEFT writes it.
-        options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions` and
-            :class:`~gossamer.options.EngineOptions`; ``help(LLM.__init__)`` lists them.
+        options: by name, those of :class:`~gossamer.options.ModelOptions`, :class:`~gossamer.options.RunnerOptions`,
+            :class:`~gossamer.options.EngineOptions` and :class:`~gossamer.options.ConversationOptions`;
+            ``help(LLM.__init__)`` lists them.
 
     Attributes:
         options: what it was loaded with.
@@ -60,8 +63,9 @@ class LLM:
         weights_note: why the weights of a GGUF file are not used as they are stored, if they might have been; otherwise
             empty.
         sampling_defaults: what the model's authors advise (``temperature``, ``top_p``, ``top_k``, ``min_p``,
-            ``repetition_penalty``), by its ``generation_config.json``. ``gossamer chat``, the server and batches follow
-            it where a request says nothing else; ``SamplingParams()`` does not.
+            ``repetition_penalty``), by its ``generation_config.json`` or what the option ``generation_config`` says
+            instead. ``gossamer chat``, the server and batches follow it where a request says nothing else;
+            ``SamplingParams()`` does not.
 
     Raises:
         ModelNotFoundError, UnsupportedModelError, CheckpointError, DownloadError, ConfigurationError, AdapterError
@@ -91,6 +95,7 @@ class LLM:
             options: see below.
         """
         self.options = Options.of(options)  # refused before the weights are read
+        check_generation_config(self.options.conversation.generation_config)
         self.model_name = str(model)
         self.task = find_task(model, self.options.model.task)
         self.adapters: dict[str, str | None] = {}
@@ -133,7 +138,10 @@ class LLM:
         self.runner_note, self.weights, self.weights_note = loaded.runner_note, loaded.weights, loaded.weights_note
         self.quantization_report = getattr(getattr(network, "hf_quantizer", None), "report", None)
         eos = end_token_ids(network, self.tokenizer, self.model_name)
-        self.sampling_defaults = advised_sampling(network, self.model_name)
+        self.sampling_defaults = sampling_defaults(
+            network, self.model_name, self.options.conversation.generation_config
+        )
+        use_chat_template(self.tokenizer, self.options.conversation.chat_template)
         self.stored_weights = getattr(network.config, "gguf_file_type", None)
         self.sparse_weights = loaded.runner.report().sparse_weights
         digest = kv_digest(loaded, self.options.model, self.options.runner) if engine.prefix_dir is not None else ""
@@ -230,6 +238,7 @@ class LLM:
         *,
         tools: ToolUse | Sequence[Tool] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_reasoning_tokens: int | None = None,
         adapter: str | None = None,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
@@ -239,6 +248,7 @@ class LLM:
             tools: functions that answers may call, or a :class:`~gossamer.chat.ToolUse` that says more about it. Each
                 call is valid under its schema. ``output.outputs[0].answer`` holds calls, content and thoughts.
             chat_template_kwargs: more variables of the chat template, such as ``enable_thinking``.
+            max_reasoning_tokens: thoughts of an answer end after so many tokens, and the answer goes on.
             adapter: the name of one of :attr:`adapters`.
 
         Raises:
@@ -253,21 +263,30 @@ class LLM:
         conversations: list[Any] = [messages] if one else list(messages)
         write = partial(self.apply_chat_template, tools=use.tools, template_kwargs=variables)
         prompts = [partial(_chat_prompt, write, each, adapter) for each in conversations]
-        params = [self._with_calls(each, use, variables) for each in _one_each(sampling_params, len(prompts))]
+        params = [
+            self._as_answers(each, use, variables, max_reasoning_tokens)
+            for each in _one_each(sampling_params, len(prompts))
+        ]
         outputs = self._complete(prompts, params, use_tqdm, on_error, range(len(prompts)))
         for completion in (each for output in outputs for each in output.outputs):
             reader = self.chat_format.reader(use, variables)
             completion.answer = Answer.read(completion.text, reader)
         return outputs
 
-    def _with_calls(self, params: SamplingParams, use: ToolUse, variables: Mapping[str, Any]) -> SamplingParams:
-        """The parameters of an answer that may call tools."""
-        assert self.chat_format is not None
-        if self.chat_format.needs_special_tokens(use):
+    def _as_answers(
+        self, params: SamplingParams, use: ToolUse, variables: Mapping[str, Any], max_reasoning_tokens: int | None
+    ) -> SamplingParams:
+        """The parameters of answers that may call tools, or begin with thoughts."""
+        chat = self.chat_format
+        assert chat is not None
+        if chat.needs_special_tokens(use):
             params = replace(params, skip_special_tokens=False)
-        form, given = self.chat_format.form(use, variables), params.structured_outputs
+        if params.reasoning is None and params.detokenize:
+            params = replace(params, reasoning=chat.reasoning(variables, max_reasoning_tokens))
+        form, given = chat.form(use, variables), params.structured_outputs
         if form is None:
-            return params
+            form = None if given is None else chat.after_thoughts(given, variables)
+            return replace(params, structured_outputs=form)
         if given is not None:
             raise InvalidSamplingParamsError("tools and structured_outputs cannot both be given", param="tools")
         return replace(params, structured_outputs=form)
@@ -471,7 +490,15 @@ class LLM:
     @cached_property
     def chat_format(self) -> ChatFormat | None:
         """How the model writes calls and thoughts; ``None`` for one that is not made for conversations."""
-        return ChatFormat(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        return ChatFormat(self.tokenizer, self.options.conversation.template_kwargs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """``fp_`` and ten digits that change with the version, the model, what it is computed with, and the options."""
+        said = [gossamer.__version__, str(self.model_path), self.weights, self.runner_note, self.options.changed()]
+        return "fp_" + hashlib.sha256(repr(said).encode()).hexdigest()[:10]
 
     def apply_chat_template(
         self,

@@ -1,7 +1,8 @@
 """What can be said about how a model is loaded and served: every option, its default, its meaning and its check, once.
 
 They are grouped by who reads them: :func:`~gossamer.models.load.load_model` takes :class:`ModelOptions`, the runner
-:class:`RunnerOptions`, the engine :class:`EngineOptions`. :class:`gossamer.LLM` takes all of them by name, and commands
+:class:`RunnerOptions`, the engine :class:`EngineOptions`, what
+writes conversations :class:`ConversationOptions`. :class:`gossamer.LLM` takes all of them by name, and commands
 make their flags of the same fields (:mod:`gossamer.cli.engine_options`).
 
 >>> EngineOptions(memory="512MiB").memory_bytes
@@ -10,6 +11,7 @@ make their flags of the same fields (:mod:`gossamer.cli.engine_options`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from inspect import Parameter, Signature
@@ -272,6 +274,44 @@ class EngineOptions:
         return max(self.max_num_batched_tokens, self.max_num_seqs)
 
 
+@dataclass(frozen=True)
+class ConversationOptions:
+    """How conversations are written, and how answers are drawn where nobody says it."""
+
+    chat_template: str | None = option(
+        None, "A file with another chat template than the model's own; or the template itself, if it holds a {."
+    )
+    default_chat_template_kwargs: str | Mapping[str, Any] | None = option(
+        None,
+        'Variables of the chat template, as a JSON object such as {"enable_thinking": false}, for conversations that '
+        "do not give them.",
+    )
+    generation_config: str = option(
+        "auto",
+        "Where temperature, top_p, top_k, min_p and repetition_penalty come from if a request does not say them: auto "
+        "(the model's generation_config.json), none (OpenAI's defaults) or a directory with such a file.",
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigurationError(
+                f"generation_config must be 'auto', 'none' or a directory, got {self.generation_config!r}"
+            )
+        _ = self.template_kwargs
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables of the template."""
+        given = self.default_chat_template_kwargs
+        try:
+            value = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise ConfigurationError(f"default_chat_template_kwargs is no JSON: {error}") from None
+        if not isinstance(value, Mapping | None):
+            raise ConfigurationError(f"default_chat_template_kwargs must be a JSON object, got {given!r}")
+        return dict(value or {})
+
+
 class OptionArguments(TypedDict, total=False):
     """All options by name, as :class:`gossamer.LLM` takes them: for editors and type checkers."""
 
@@ -297,9 +337,12 @@ class OptionArguments(TypedDict, total=False):
     seed: int
     prefix_dir: str | Path | None
     prefix_dir_size: str | int
+    chat_template: str | None
+    default_chat_template_kwargs: str | Mapping[str, Any] | None
+    generation_config: str
 
 
-GROUPS = (ModelOptions, RunnerOptions, EngineOptions)
+GROUPS = (ModelOptions, RunnerOptions, EngineOptions, ConversationOptions)
 
 
 @dataclass(frozen=True)
@@ -309,6 +352,7 @@ class Options:
     model: ModelOptions = ModelOptions()
     runner: RunnerOptions = RunnerOptions()
     engine: EngineOptions = EngineOptions()
+    conversation: ConversationOptions = ConversationOptions()
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -330,11 +374,11 @@ class Options:
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise ConfigurationError(f"there is no option {name!r}; {hint}")
         parts = [{name: arguments[name] for name in option_fields(group) if name in arguments} for group in GROUPS]
-        return cls(ModelOptions(**parts[0]), RunnerOptions(**parts[1]), EngineOptions(**parts[2]))
+        return cls(*(group(**part) for group, part in zip(GROUPS, parts, strict=True)))
 
     def arguments(self) -> dict[str, Any]:
         """By name; :meth:`of` takes them back."""
-        return asdict(self.model) | asdict(self.runner) | asdict(self.engine)
+        return asdict(self.model) | asdict(self.runner) | asdict(self.engine) | asdict(self.conversation)
 
     def changed(self) -> dict[str, Any]:
         """By name, those that are not at their default."""

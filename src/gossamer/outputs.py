@@ -35,6 +35,8 @@ class CompletionOutput:
         answer: of ``LLM.chat``: the text read as content, thoughts and calls of tools (:class:`gossamer.chat.Answer`).
         cumulative_logprob: sum of the chosen tokens' log-probabilities; ``None`` unless logprobs were asked for.
         logprobs: one mapping per generated token: token id -> :class:`Logprob`.
+        num_reasoning_tokens: how many of the tokens are thoughts, with the markers around them; known if the parameters
+            say what marks thoughts.
     """
 
     index: int
@@ -45,6 +47,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     answer: Any = None
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -55,12 +58,14 @@ class RequestMetrics:
         arrived: it was queued.
         admitted: it got memory for the first time.
         first_token, last_token: the first and the last token, of any of its completions, came.
+        max_tokens: what it may generate at most.
     """
 
     arrived: float
     admitted: float | None = None
     first_token: float | None = None
     last_token: float | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(slots=True)

@@ -86,6 +86,38 @@ class StructuredOutputsParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReasoningParams:
+    r"""How a completion's thoughts, which come first, are told from what follows; and how long they may be.
+
+    Args:
+        begin, end: the texts around them.
+        begun: the prompt ends within them.
+        max_tokens: once they have so many tokens, ``closing`` comes next, and the completion goes on behind it.
+        closing: ends them; holds ``end``.
+
+    Raises:
+        InvalidSamplingParamsError: a value is none of these.
+
+    >>> ReasoningParams(max_tokens=64).closing
+    '\n</think>\n\n'
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+    begun: bool = False
+    max_tokens: int | None = None
+    closing: str = "\n</think>\n\n"
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end", "closing"):
+            value = getattr(self, name)
+            _require(isinstance(value, str) and bool(value), f"reasoning.{name}", value, "a text that is not empty")
+        _require(self.end in self.closing, "reasoning.closing", self.closing, f"a text that holds {self.end!r}")
+        most = self.max_tokens
+        _require(most is None or (_is_int(most) and most >= 0), "reasoning.max_tokens", most, "an integer >= 0 or None")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to turn logits into tokens, and when to stop.
 
@@ -106,13 +138,15 @@ class SamplingParams:
         stop_token_ids: tokens that end the completion.
         include_stop_str_in_output: keep the stop string in the text.
         ignore_eos: go on after the end-of-sequence token.
-        max_tokens: tokens to generate at most; ``None`` is up to the end of the context.
+        max_tokens: tokens to generate at most; ``None`` is up to the end of the context. With 0 the prompt is computed,
+            and kept in the cache or told its log-probabilities.
         min_tokens: tokens to generate before a stop token may be chosen or a stop string may end the text.
         logprobs: log-probabilities of this many most probable tokens (plus the chosen one) at each position.
         prompt_logprobs: the same for the prompt's tokens; such a prompt is computed anew, not taken from the cache.
         detokenize: fill ``CompletionOutput.text``.
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: a form that the completion must have; it may be cut by ``max_tokens`` all the same.
+        reasoning: what marks thoughts: their tokens are counted, and may be bounded.
 
     Raises:
         InvalidSamplingParamsError: a value is out of its range; ``param`` names it.
@@ -142,6 +176,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    reasoning: ReasoningParams | None = None
 
     def __post_init__(self) -> None:
         _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
@@ -162,10 +197,10 @@ class SamplingParams:
             _require(_is_number(value) and -2 <= value <= 2, name, value, "in [-2, 2]")
         _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
         _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 0),
             "max_tokens",
             self.max_tokens,
-            "an integer of at least 1, or None for the rest of the context",
+            "an integer of at least 0, or None for the rest of the context",
         )
         _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer >= 0")
         if self.max_tokens is not None:
@@ -182,6 +217,8 @@ class SamplingParams:
         _require(
             isinstance(form, StructuredOutputsParams | None), "structured_outputs", form, "StructuredOutputsParams"
         )
+        _require(isinstance(self.reasoning, ReasoningParams | None), "reasoning", self.reasoning, "ReasoningParams")
+        _require(self.reasoning is None or self.detokenize, "detokenize", self.detokenize, "True with reasoning")
         _require(form is None or not self.ignore_eos, "ignore_eos", True, "False with structured_outputs, which end")
         _require(form is None or self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with structured_outputs")
         self._normalize_collections()

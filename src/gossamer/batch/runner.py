@@ -206,6 +206,7 @@ class BatchRunner:
                 body = read_body(line)
                 if isinstance(body, PoolingBody):
                     raise makes_no_embeddings(llm.model_name)
+                body.answered_by(llm.fingerprint)
                 params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
                 adapter = {"adapter": body.adapter_among(llm.adapters)}
                 prompts = [_engine_prompt(llm, prompt) | adapter for prompt in body.engine_prompts()]

@@ -8,12 +8,22 @@ import secrets
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
+from gossamer.chat.call_formats import WILD, CallFormat, Tags
 from gossamer.chat.tools import Tool
 
-THINK, THINK_END = "<think>", "</think>"
+
+class Marks(NamedTuple):
+    """The texts around thoughts."""
+
+    begin: str
+    end: str
+
+
+THINK = Marks("<think>", "</think>")
+#: Marks that templates may have.
+MARKS = (THINK, Marks("[THINK]", "[/THINK]"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,7 @@ class AnswerReader:
     Args:
         format: how calls are spelled; ``None`` where there are none.
         tools: those that may be called.
-        thinks: whether the model writes thoughts first, in ``<think>``.
+        marks: what stands around the thoughts that may come first; ``None`` if there are none.
         opened: the prompt ends within these.
 
     >>> from gossamer.chat.call_formats import HERMES
@@ -100,17 +110,19 @@ class AnswerReader:
         format: CallFormat | None,
         tools: list[Tool] | None = None,
         *,
-        thinks: bool = False,
+        marks: Marks | None = None,
         opened: bool = False,
     ) -> None:
+        self._marks = marks or THINK
         self._format = format if tools else None
         self._tools = {tool.name: tool for tool in tools or ()}
         self._pending = ""
         self._ended = False
         self._calls = 0
         self._arguments: _Json | _Parameters | None = None
-        self._state = self._thoughts if opened else self._beginning if thinks else self._content
+        self._state = self._thoughts if opened else self._beginning if marks else self._content
         self._blanks = ""  # in front of the marker that was read last
+        self._further = False  # a call stands in front of the next one, of those that stand together
         self._begun = False  # something of the content was told
         self._strips = opened  # blanks in front of the next text are dropped
 
@@ -132,19 +144,20 @@ class AnswerReader:
 
     def _beginning(self) -> Iterator[Part]:
         text = self._pending.lstrip()
-        if text.startswith(THINK):
-            self._pending, self._state, self._strips = text[len(THINK) :], self._thoughts, True
-        elif self._ended or not THINK.startswith(text):
+        begin = self._marks.begin
+        if text.startswith(begin):
+            self._pending, self._state, self._strips = text[len(begin) :], self._thoughts, True
+        elif self._ended or not begin.startswith(text):
             self._state = self._content
         yield from ()
 
     def _thoughts(self) -> Iterator[Part]:
-        text, found, rest = self._pending.partition(THINK_END)
+        text, found, rest = self._pending.partition(self._marks.end)
         if found:
             yield from self._told("reasoning", text.rstrip())
             self._pending, self._state, self._strips = rest, self._content, True
         else:
-            yield from self._told_but(THINK_END, "reasoning")
+            yield from self._told_but(self._marks.end, "reasoning")
 
     def _content(self) -> Iterator[Part]:
         if self._format is None:
@@ -163,6 +176,7 @@ class AnswerReader:
             content = text.rstrip()
             yield from self._told("content", content)
             self._blanks = text[len(content) :]
+            self._further = False
             self._pending, self._state = rest, self._head
         else:
             yield from self._told_but(marker, "content")
@@ -170,19 +184,22 @@ class AnswerReader:
     def _head(self) -> Iterator[Part]:
         """What stands between the marker and the arguments."""
         assert self._format is not None
-        heads = {f"{self._format.opening}{name}{self._format.middle}": name for name in self._tools}
+        begin = "" if self._further else self._format.begin
+        heads = {f"{begin}{self._format.opening}{name}{self._format.middle}": name for name in self._tools}
         for head, name in heads.items():
             if self._pending.startswith(head):
                 self._pending = self._pending[len(head) :]
                 tool = self._tools[name]
-                self._arguments = _Json() if self._format.arguments == "json" else _Parameters(tool.parameters or {})
+                tags = self._format.tags
+                self._arguments = _Json() if tags is None else _Parameters(tool.parameters or {}, tags)
                 self._state = self._within_arguments
                 yield Part("call", name, self._calls)
                 return
         if any(head.startswith(self._pending) for head in heads):
             return  # not yet known; at the end, a call without a function is dropped
         self._state = self._content
-        yield from self._told("content", self._blanks + self._format.marker)  # no call after all
+        if not self._further:
+            yield from self._told("content", self._blanks + self._format.marker)  # no call after all
 
     def _within_arguments(self) -> Iterator[Part]:
         assert self._arguments is not None
@@ -196,9 +213,24 @@ class AnswerReader:
     def _tail(self) -> Iterator[Part]:
         assert self._format is not None
         closing = self._format.closing
-        if not closing.startswith(self._pending[: len(closing)]) or len(self._pending) >= len(closing):
-            self._pending = self._pending.removeprefix(closing)
-            self._state, self._strips = self._content, True
+        begins = _begins(closing, self._pending)
+        if not begins or len(self._pending) >= len(closing):
+            self._pending = self._pending[len(closing) :] if begins else self._pending
+            self._state, self._strips = (self._between if self._format.end else self._content), True
+        yield from ()
+
+    def _between(self) -> Iterator[Part]:
+        """Behind a call of several that stand together."""
+        assert self._format is not None
+        end, repeat, text = self._format.end, self._format.repeat, self._pending
+        if text.startswith(end):
+            self._pending, self._state = text[len(end) :], self._content
+        elif end.startswith(text) or (repeat.startswith(text) and text != repeat):
+            self._pending = "" if self._ended else text  # of what the end of the answer cut, nothing is told
+        elif text.startswith(repeat):
+            self._pending, self._state, self._further = text[len(repeat) :], self._head, True
+        else:
+            self._state = self._content
         yield from ()
 
     # --- texts ------------------------------------------------------------------------------------------------
@@ -231,6 +263,12 @@ def _held(text: str, marker: str) -> int:
     """
     start = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
     return len(text) - len(text[: len(text) - start].rstrip())
+
+
+def _begins(pattern: str, text: str) -> bool:
+    """Whether a text begins as the pattern, which may have wild characters, or is the beginning of it."""
+    pairs = zip(pattern, text, strict=False)
+    return all(wanted == found or (wanted == WILD and found.isalnum()) for wanted, found in pairs)
 
 
 _STRUCTURE = re.compile(r'["\\{}\[\]]')
@@ -269,9 +307,10 @@ class _Json:
 
 
 class _Parameters:
-    """A ``<parameter=KEY>`` for each argument, told as JSON. The schema says which of them are strings."""
+    """Arguments between tags, told as JSON. The schema says which of them are strings."""
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    def __init__(self, schema: Mapping[str, Any], tags: Tags) -> None:
+        self._tags = tags
         self.done = False
         self._properties = schema.get("properties", {})
         self._key: str | None = None
@@ -281,21 +320,22 @@ class _Parameters:
     def push(self, text: str) -> tuple[str, str]:
         """JSON of what is known, and what is not yet."""
         told = ""
+        opening, named, closing = self._tags
         while True:
             if self._key is None:
-                if text.startswith(PARAMETER) and PARAMETER_NAMED in text:
-                    name, _, text = text[len(PARAMETER) :].partition(PARAMETER_NAMED)
+                if text.startswith(opening) and named in text:
+                    name, _, text = text[len(opening) :].partition(named)
                     told += f"{', ' if self._told else '{'}{json.dumps(name, ensure_ascii=False)}: "
                     self._key, self._opened, self._told = name, False, self._told + 1
                     continue
-                if not (text.startswith(PARAMETER) or PARAMETER.startswith(text)):
+                if not (text.startswith(opening) or opening.startswith(text)):
                     self.done = True
                     return told + ("}" if self._told else "{}"), text
                 return told, text
-            value, found, rest = text.partition(PARAMETER_END)
+            value, found, rest = text.partition(closing)
             if self._is_string(self._key):
                 if not found:
-                    held = _held(text, PARAMETER_END)
+                    held = _held(text, closing)
                     value, rest = text[: len(text) - held], text[len(text) - held :]
                 told += ("" if self._opened else '"') + json.dumps(value, ensure_ascii=False)[1:-1]
                 told += '"' if found else ""

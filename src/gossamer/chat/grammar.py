@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gossamer.chat.answer_reader import THINK, THINK_END
-from gossamer.chat.call_formats import PARAMETER, PARAMETER_END, PARAMETER_NAMED, CallFormat
+from gossamer.chat.answer_reader import Marks
+from gossamer.chat.call_formats import WILD, CallFormat, Tags
 from gossamer.chat.tools import Tool, ToolUse
 from gossamer.errors import RequestError
 from gossamer.sampling_params import StructuredOutputsParams
@@ -30,7 +30,7 @@ def answer_grammar(
     use: ToolUse,
     special: Mapping[str, int],
     *,
-    thinks: bool = False,
+    marks: Marks | None = None,
     opened: bool = False,
     schema: Mapping[str, Any] | None = None,
 ) -> StructuredOutputsParams:
@@ -40,7 +40,7 @@ def answer_grammar(
         format: how a call is spelled.
         use: what may be called.
         special: tokens that no text holds, by their spelling.
-        thinks: the answer may begin with thoughts.
+        marks: the answer may begin with thoughts between these.
         opened: it goes on with thoughts that the prompt has begun.
         schema: what the text of an answer without a call is valid under.
     """
@@ -53,15 +53,16 @@ def answer_grammar(
         lines.append(
             f"{name}: {literal(format.opening + tool.name + format.middle)} {arguments} {literal(format.closing)}"
         )
-        if format.arguments == "json":
+        if format.tags is None:
             rules[arguments] = _schemas(tool)
         else:
-            lines += _parameters(arguments, tool, rules)
+            lines += _parameters(arguments, tool, format.tags, literal, rules)
         calls.append(name)
     several = use.parallel and format.several
-    more = f" ({literal(format.between + format.marker)} call)*" if several else ""
+    more = f" ({literal(format.repeat)} call)*" if several else ""
+    some = f"{literal(format.begin)} call{more} {literal(format.end)}".strip()
     lines.append(f"call: {' | '.join(calls)}")
-    lines.append(f"calls: {literal(format.marker)} call{more}")
+    lines.append(f"calls: {literal(format.marker)} {some}")
 
     if schema is not None:
         rules["text"] = [_spelled(schema)]
@@ -79,9 +80,9 @@ def answer_grammar(
         body = "TEXT | TEXT calls"
     else:
         lines.append(f"first[lazy]: /{_ANY}{_escaped(format.marker)}/")
-        body = f"TEXT | first call{more}"
+        body = f"TEXT | first {some}"
     lines.append(f"body: {body}")
-    lines += _thoughts(literal, thinks=thinks, opened=opened)
+    lines += _thoughts(literal, marks, opened=opened)
     # What alone can come is spelled in the tokens that the tokenizer will make of it in the next turn; but not where
     # that may be a special token, which would be no text.
     texts = json.dumps([[tool.parameters for tool in use.callable], schema], ensure_ascii=False)
@@ -90,30 +91,51 @@ def answer_grammar(
     return StructuredOutputsParams(grammar="\n".join(lines) + "\n", rules=rules)
 
 
-def _thoughts(literal: _Literals, *, thinks: bool, opened: bool) -> list[str]:
-    if not (thinks or opened):
+def _thoughts(literal: _Literals, marks: Marks | None, *, opened: bool) -> list[str]:
+    if marks is None:
         return ["start: body"]
-    if THINK_END in literal.special:
-        lines = [f"ANYTHING: /{_ANY}/", f"thoughts: ANYTHING {literal(THINK_END)}"]
+    if marks.end in literal.special:
+        lines = [f"ANYTHING: /{_ANY}/", f"thoughts: ANYTHING {literal(marks.end)}"]
     else:
-        lines = [f"thoughts[lazy]: /{_ANY}{_escaped(THINK_END)}/"]
+        lines = [f"thoughts[lazy]: /{_ANY}{_escaped(marks.end)}/"]
     lines.append(r"BLANKS: /[ \n]{0,4}/")
-    begin = "thoughts BLANKS" if opened else f"({literal(THINK)} thoughts BLANKS)?"
+    begin = "thoughts BLANKS" if opened else f"({literal(marks.begin)} thoughts BLANKS)?"
     return [*lines, f"start: {begin} body"]
 
 
+def thoughtful(
+    text: StructuredOutputsParams, special: Mapping[str, int], marks: Marks, *, opened: bool
+) -> StructuredOutputsParams:
+    """A form that thoughts may stand in front of."""
+    literal = _Literals(special)
+    rules: dict[str, list[Any]] = {}
+    if text.regex is not None:
+        pattern = re.sub(r"(?<!\\)/", r"\/", text.regex).replace("\n", r"\n")
+        lines = [f"body: /{pattern}/"]
+    elif text.choice is not None:
+        lines = [f"body: {' | '.join(map(_quoted, text.choice))}"]
+    else:
+        schema = json.loads(text.json) if isinstance(text.json, str) else text.json
+        rules["body"] = [_spelled(schema if schema is not None else {"type": "object"})]
+        lines = []
+    lines += _thoughts(literal, marks, opened=opened)
+    return StructuredOutputsParams(grammar="\n".join(lines) + "\n", rules=rules)
+
+
 class _Literals:
-    """Texts as terms of the grammar: special tokens by their number, the rest in quotes."""
+    """Texts as terms of the grammar: special tokens by their number, wild characters, the rest in quotes."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self.special = special
         names = sorted(special, key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, names))) if names else None
+        self._split = re.compile("|".join([*map(re.escape, names), f"{WILD}+"]))
 
     def __call__(self, text: str) -> str:
         terms, end = [], 0
-        for found in self._split.finditer(text) if self._split else ():
-            terms += [_quoted(text[end : found.start()]), f"<[{self.special[found[0]]}]>"]
+        for found in self._split.finditer(text):
+            wild = f"/[A-Za-z0-9]{{{len(found[0])}}}/"
+            term = wild if found[0][0] == WILD else f"<[{self.special[found[0]]}]>"
+            terms += [_quoted(text[end : found.start()]), term]
             end = found.end()
         return " ".join(term for term in [*terms, _quoted(text[end:])] if term)
 
@@ -156,7 +178,7 @@ def _spelled(schema: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     return {**schema, "x-guidance": _SPELLING | options}
 
 
-def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[str]:
+def _parameters(rule: str, tool: Tool, tags: Tags, literal: _Literals, rules: dict[str, list[Any]]) -> Iterator[str]:
     """Rules for arguments of which each has a tag: those required, and others or not, in the order of the schema."""
     schema = tool.parameters or {}
     required = schema.get("required", ())
@@ -164,7 +186,7 @@ def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[
     terms = []
     for number, (key, value) in enumerate(schema.get("properties", {}).items()):
         term = f"{rule}_{number}"
-        opening = _quoted(f"{PARAMETER}{key}{PARAMETER_NAMED}")
+        opening, closing = literal(f"{tags.opening}{key}{tags.named}"), literal(tags.closing)
         if isinstance(value, Mapping) and value.get("type") == "string":
             if tool.strict and (unenforced := value.keys() & {"pattern", "format", "minLength", "maxLength"}):
                 raise RequestError(
@@ -172,14 +194,18 @@ def _parameters(rule: str, tool: Tool, rules: dict[str, list[Any]]) -> Iterator[
                     param="tools",
                 )
             if isinstance(value.get("enum"), list):
-                texts = " | ".join(_quoted(str(each) + PARAMETER_END) for each in value["enum"])
+                texts = " | ".join(f"{_quoted(str(each))} {closing}" for each in value["enum"])
                 yield f"{term}: {opening} ({texts})"
             else:
-                yield f"{term}_text[lazy]: /{_ANY}{_escaped(PARAMETER_END)}/"
-                yield f"{term}: {opening} {term}_text"
+                first = next((token for token in literal.special if tags.closing.startswith(token)), None)
+                if first is None:
+                    yield f"{term}_text[lazy]: /{_ANY}{_escaped(tags.closing)}/"
+                    yield f"{term}: {opening} {term}_text"
+                else:  # no text holds it, so what is in front of it ends there
+                    yield f"{term}: {opening} /{_ANY}/ {closing}"
         else:
             full = _spelled({**_closed(value), **shared} if isinstance(value, Mapping) else {})
             rules[f"{term}_json"] = [full] if tool.strict else [full, _spelled(full, lenient=True), _spelled({})]
-            yield f"{term}: {opening} {term}_json {_quoted(PARAMETER_END)}"
+            yield f"{term}: {opening} {term}_json {closing}"
         terms.append(term if key in required else f"{term}?")
     yield f"{rule}: {' '.join(terms) or _quoted('')}"

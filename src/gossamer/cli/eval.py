@@ -12,7 +12,7 @@ from gossamer.cli.engine_options import AsJson, Model, Threads, takes_options
 from gossamer.cli.measured_text import Text, Window, cut_windows, describe_text, load, read, stored_weights
 from gossamer.cli.terminal import notice
 from gossamer.errors import ConfigurationError
-from gossamer.options import EngineOptions, ModelOptions, Options, RunnerOptions, option_fields
+from gossamer.options import ConversationOptions, EngineOptions, ModelOptions, Options, RunnerOptions, option_fields
 from gossamer.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def evaluate(
 
 def _refuse_unused(options: dict[str, Any]) -> None:
     """Without a tolerance the windows are computed by transformers, by themselves: there is no engine."""
-    for name in option_fields(RunnerOptions, EngineOptions):
+    for name in option_fields(RunnerOptions, EngineOptions, ConversationOptions):
         if name in options:
             flag = name.replace("_", "-")
             raise ConfigurationError(f"--{flag} is for the engine, which computes the windows only with --prefix-eps")

@@ -91,6 +91,13 @@ def serve(
             rich_help_panel=_API,
         ),
     ] = False,
+    response_memory: Annotated[
+        str,
+        typer.Option(
+            help="Answers of /v1/responses that are kept in memory, to go on from; 0 keeps none.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = "64MiB",
     max_logprobs: Annotated[
         int,
         typer.Option(
@@ -151,6 +158,7 @@ def serve(
         max_queue=max_queue,
         max_logprobs=max_logprobs,
         strict=strict,
+        response_memory=0 if response_memory == "0" else parse_bytes(response_memory),
         max_body=parse_bytes(max_body),
         max_file=parse_bytes(max_file),
         request_timeout=request_timeout,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from gossamer.errors import InvalidPromptError
+from jinja2 import TemplateSyntaxError
+
+from gossamer.errors import ConfigurationError, InvalidPromptError
 from gossamer.surrogates import find_lone_surrogate
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -34,16 +36,52 @@ def render(
     >>> render(SimpleNamespace(apply_chat_template=write), [{"role": "assistant", "content": None}])
     [0]
     """
+    encoded = _applied(tokenizer, messages, add_generation_prompt, return_dict=True, **variables)
+    return list(encoded["input_ids"])
+
+
+def render_text(
+    tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+) -> str:
+    """The text of a conversation, of which :func:`render` makes the tokens; arguments and errors are the same."""
+    return str(_applied(tokenizer, messages, add_generation_prompt, tokenize=False, **variables))
+
+
+def _applied(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, **options: Any) -> Any:
     given = [_given(message, f"messages.{place}") for place, message in enumerate(messages)]
     try:
-        encoded = tokenizer.apply_chat_template(
-            given, add_generation_prompt=add_generation_prompt, return_dict=True, **variables
-        )
+        return tokenizer.apply_chat_template(given, add_generation_prompt=add_generation_prompt, **options)
     except Exception as error:  # templates are programs that come with the model and raise what they like
         raise InvalidPromptError(
             f"the chat template refused the messages: {_reason(error)}", param="messages"
         ) from error
-    return list(encoded["input_ids"])
+
+
+def use_chat_template(tokenizer: Any, template: str | None) -> None:
+    """Give a tokenizer another chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        template: a file; or the template itself, if it holds a ``{``; ``None`` changes nothing.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds no template.
+    """
+    if template is None:
+        return
+    text = template
+    if "{" not in template:
+        try:
+            text = Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"cannot read the chat template {template}: {error}") from None
+    tokenizer.chat_template = text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(f"the chat template is none: line {error.lineno}: {error.message}") from None
+    except Exception:  # it is a template; templates raise what they like about messages that they are not made for
+        return
 
 
 def _given(message: Any, name: str) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class IncrementalDetokenizer:
         for token in self._last_shown(prompt_token_ids):
             self._append(token)
 
+    @property
+    def whole(self) -> bool:
+        """Whether no bytes are held back that do not make a character yet."""
+        return not self._utf8.getstate()[0]
+
     def push(self, token_ids: Iterable[int]) -> str:
         """Append tokens; returns the text they complete."""
         text = "".join([self._append(token) for token in token_ids if not self._is_hidden(token)])

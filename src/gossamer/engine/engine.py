@@ -348,6 +348,8 @@ class Engine:
             elif not state.constraint.ready and stop is None:
                 self._late.append(sequence)
         self._settle(sequence, extend_text(sequence, self.factory.tokens, logprobs, stop))
+        if state.reasoning is not None and sequence.detokenizer is not None:
+            state.reasoning.push(token, sequence.detokenizer.text, whole=sequence.detokenizer.whole)
 
     @staticmethod
     def _settle(sequence: Sequence, stop: Stop | None) -> None:

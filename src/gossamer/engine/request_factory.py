@@ -6,8 +6,10 @@ from collections.abc import Sequence as Many
 
 from gossamer.engine.beam import BeamSearch
 from gossamer.engine.detokenizer import IncrementalDetokenizer
+from gossamer.engine.endings import EndingEncoder
 from gossamer.engine.grammar import Constraint, GrammarCompiler
 from gossamer.engine.intake import Intake, Prompt
+from gossamer.engine.reasoning import Reasoning
 from gossamer.engine.sampling import SamplingState, make_random
 from gossamer.engine.sequence import Request, Sequence
 from gossamer.engine.stopping import StopChecker
@@ -41,13 +43,19 @@ class RequestFactory:
         """``params.n`` completions of a prompt."""
         self.intake.check_params(params, request_id)
         text, ids = self.intake.encode(prompt, request_id)
-        self.intake.check_length(len(ids), 1, request_id)
+        generate = params.max_tokens != 0
+        self.intake.check_length(len(ids), int(generate), request_id)
         request = self._request(request_id, prompt, text, ids, params=params, stream=stream)
         stop_ids = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         limit = self.intake.max_model_len - len(ids)
         form = None if params.structured_outputs is None else self.grammars.form(params.structured_outputs)
         if form is not None:
             self.grammars.check(form)
+        # A sequence has something to compute itself; the last token of a prompt only if its logits are wanted.
+        own = 1 if generate else 2
+        closing: list[int] = []
+        if params.reasoning is not None and params.reasoning.max_tokens is not None:
+            closing = EndingEncoder(self.intake.tokenizer, ".").encode(params.reasoning.closing)
         for index in range(params.n):
             # The prompt's log-probabilities need its logits, so it is computed privately, once.
             score = index == 0 and params.prompt_logprobs is not None
@@ -55,17 +63,18 @@ class RequestFactory:
                 request,
                 index,
                 list(ids),
-                shareable=0 if score or not self.sharing else len(ids) - 1,
-                generate=True,
+                shareable=0 if score or not self.sharing else max(len(ids) - own, 0),
+                generate=generate,
                 score_from=1 if score else None,
                 score_until=len(ids),
-                max_new_tokens=min(params.max_tokens or limit, limit),
+                max_new_tokens=limit if params.max_tokens is None else min(params.max_tokens, limit),
             )
             random = make_random(params.seed, self.seed, request.number if draw is None else draw, index)
             constraint = None if form is None else Constraint(self.grammars, form)
-            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint)
+            thoughts = None if params.reasoning is None else Reasoning(params.reasoning, closing)
+            sequence.sampling = SamplingState(params, ids, sequence.output_ids, stop_ids, random, constraint, thoughts)
             sequence.stop = StopChecker(params, self.eos_token_ids, sequence.max_new_tokens)
-            if params.stop or (stream and params.detokenize) or params.logprobs is not None:
+            if params.stop or thoughts is not None or (stream and params.detokenize) or params.logprobs is not None:
                 sequence.detokenizer = IncrementalDetokenizer(self.tokens, params.skip_special_tokens, ids)
             request.sequences.append(sequence)
         return request

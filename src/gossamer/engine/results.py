@@ -38,14 +38,17 @@ class ResultBuilder:
             request.prompt_token_ids,
             finished=request.finished,
             error=error,
-            metrics=RequestMetrics(request.arrived, request.admitted, request.first_token, request.last_token),
+            metrics=RequestMetrics(
+                request.arrived, request.admitted, request.first_token, request.last_token, request.params.max_tokens
+            ),
             adapter=request.adapter,
         )
         if error is None:
             output.outputs = [self._completion(sequence) for sequence in request.sequences]
             # Completions beyond the first share the prompt with the first; only that one tells what was cached.
             output.num_cached_tokens = request.sequences[0].num_cached
-            if request.params.prompt_logprobs is not None and request.sequences[0].output_ids:
+            first = request.sequences[0]
+            if request.params.prompt_logprobs is not None and (first.output_ids or first.finished_without_tokens):
                 output.prompt_logprobs = [None, *request.sequences[0].top_scores]
         return output
 
@@ -75,9 +78,11 @@ class ResultBuilder:
             sequence.index,
             _settled(sequence),
             list(sequence.output_ids),
-            finish_reason=sequence.finish_reason,
+            finish_reason="length" if sequence.finished_without_tokens else sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
+        if sequence.sampling is not None and sequence.sampling.reasoning is not None:
+            completion.num_reasoning_tokens = sequence.sampling.reasoning.count
         if params.logprobs is not None:
             completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(

@@ -93,6 +93,11 @@ class Sequence:
         return len(self.tokens) if self.generate else len(self.tokens) - 1
 
     @property
+    def finished_without_tokens(self) -> bool:
+        """Whether it has ended, and was to generate nothing."""
+        return not self.generate and self.status is Status.FINISHED
+
+    @property
     def tokens_left(self) -> int:
         return self.max_new_tokens - len(self.output_ids)
 

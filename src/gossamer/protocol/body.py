@@ -14,9 +14,10 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
 from gossamer.chat import ChatFormat, ToolUse
+from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
     ChoiceCount,
@@ -31,15 +32,11 @@ from gossamer.protocol.fields import (
     TokenIds,
     parse_fields,
 )
+from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json
 from gossamer.protocol.streaming import StreamedAnswer
-from gossamer.sampling_params import SamplingParams, StructuredOutputsParams
+from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 
-#: Fields without an effect.
-ADVISORY = (
-    *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
-    *("prompt_cache_retention", "prediction", "verbosity"),
-)
 # Fields that the authors of a model may advise about.
 _ADVISABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -55,10 +52,21 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     prompt_field: ClassVar[str]
     #: What OpenAI generates at most when neither the body nor the user says anything; None is up to the context's end.
     openai_max_tokens: ClassVar[int | None] = None
+    #: Fields that are taken without an effect, and told: what they ask for is not done.
+    advisory: ClassVar[tuple[str, ...]] = (
+        *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
+        *("prompt_cache_retention", "prediction", "verbosity"),
+    )
+    #: Fields that are taken without an effect, and change no answer anywhere.
+    neutral: ClassVar[tuple[str, ...]] = ("user", "modalities")
+    #: Fields of other endpoints, which answers of this one have no place for.
+    refuses: ClassVar[tuple[str, ...]] = ()
+    #: First names of fields, which bodies may still have.
+    first_names: ClassVar[tuple[str, ...]] = ()
 
     model: str | None = None
     n: ChoiceCount = 1
-    max_tokens: PositiveCount | None = None
+    max_tokens: Count | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     stop: Stops = []
@@ -71,7 +79,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     response_format: ResponseFormat | None = None
     user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
 
-    # What OpenAI does with these changes no answer; they are listed in `ignored`.
+    # What OpenAI does with these changes no answer; they are those of `advisory`.
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -98,6 +106,12 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     truncate_prompt_tokens: PositiveCount | None = None  # the last so many of each prompt are what is answered
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
+    _fingerprint: str | None = PrivateAttr(None)
+
+    def answered_by(self, fingerprint: str) -> None:
+        """Name what answers: the ``system_fingerprint`` of OpenAI's answers, the same while answers can be repeated."""
+        self._fingerprint = fingerprint
+
     @classmethod
     def parse(cls, body: object) -> Self:
         """Read a decoded JSON body.
@@ -112,6 +126,15 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         gossamer.errors.RequestError: suffix is not supported
         """
         return parse_fields(cls, body)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_place_for(cls, body: object) -> object:
+        given = body if isinstance(body, dict) else {}
+        for name in cls.refuses:
+            if given.get(name) is not None:
+                raise RequestError(f"{name} is not supported", param=name)
+        return body
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -135,10 +158,23 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         """
         return None
 
+    def remember(self, responses: OwnedResponses) -> None:
+        """Where answers are kept: an endpoint whose requests may go on from one looks there, and puts its own there.
+
+        Raises:
+            RequestError: the body goes on from an answer that is not there.
+        """
+        return None
+
+    @classmethod
+    def error(cls, error: Json, status: int) -> Json:
+        """The body of a response of the endpoint that is an error; ``error`` has OpenAI's form."""
+        return error
+
     @property
     def ignored(self) -> list[str]:
         """Fields that were given and do nothing here."""
-        return [name for name in ADVISORY if getattr(self, name) is not None]
+        return [name for name in self.advisory if getattr(self, name) is not None]
 
     @abstractmethod
     def engine_prompts(self) -> list[Json]:
@@ -208,6 +244,10 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def _prompt_logprob_count(self) -> int | None:
         return self.prompt_logprobs
 
+    def _reasoning(self, chat: ChatFormat | None) -> ReasoningParams | None:
+        """What marks the thoughts of the answer, if there may be some."""
+        return None
+
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether the text of the answer needs its special tokens, whatever is asked for."""
         return False
@@ -228,7 +268,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         Raises:
             InvalidSamplingParamsError: a value is out of its range.
         """
-        limit = self._token_limit() or default_max_tokens or self.openai_max_tokens
+        limits = (self._token_limit(), default_max_tokens, self.openai_max_tokens)
+        limit = next((each for each in limits if each is not None), None)
         unsaid = {name: value for name, value in (advised or {}).items() if name not in self.model_fields_set}
         sampling = {name: unsaid.get(name, getattr(self, name)) for name in _ADVISABLE}
         return SamplingParams(
@@ -249,4 +290,5 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             logprobs=self._logprob_count(),
             prompt_logprobs=self._prompt_logprob_count(),
             structured_outputs=self._form(chat),
+            reasoning=self._reasoning(chat),
         )

@@ -13,7 +13,7 @@ from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
-from gossamer.protocol.fields import Count, PositiveCount
+from gossamer.protocol.fields import Count
 from gossamer.protocol.logprobs import (
     Step,
     finite,
@@ -26,7 +26,7 @@ from gossamer.protocol.logprobs import (
 )
 from gossamer.protocol.responses import Decode, Json, envelope, new_head
 from gossamer.protocol.streaming import News, StreamedAnswer
-from gossamer.sampling_params import StructuredOutputsParams
+from gossamer.sampling_params import ReasoningParams, StructuredOutputsParams
 
 
 class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
@@ -40,8 +40,10 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         tool_choice: ``"auto"``, ``"none"``, ``"required"``, or a function that has to be called, or some that may be.
         parallel_tool_calls: whether there may be several calls in one answer.
         reasoning_effort: ``"none"`` turns thoughts off; what else it means is the template's.
+        max_reasoning_tokens: thoughts end after so many tokens, and the answer goes on.
         chat_template_kwargs: more variables of the chat template.
         continue_final_message: the answer goes on with the last message, which is an assistant's.
+        echo: with ``continue_final_message``, the answer begins with the text that it goes on with.
         add_generation_prompt: begin an answer; ``False`` goes on where the template ends the last message.
 
     >>> ChatCompletionRequest.parse({"messages": [{"role": "user", "content": "Hi"}]}).chat_messages()
@@ -51,18 +53,21 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     url: ClassVar[str] = "/v1/chat/completions"
     description: ClassVar[str] = "Answer a conversation."
     prompt_field: ClassVar[str] = "messages"
+    first_names: ClassVar[tuple[str, ...]] = ("functions", "function_call")
 
     messages: Messages
-    max_completion_tokens: PositiveCount | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Count = 0
     tools: list[ToolField] = []
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    max_reasoning_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    echo: bool = False
 
     _use: ToolUse | None = PrivateAttr(None)
 
@@ -70,7 +75,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     @classmethod
     def _first_names(cls, body: object) -> object:
         """OpenAI's first names of tools and of their choice."""
-        if not isinstance(body, dict) or not body.keys() & {"functions", "function_call"}:
+        if not isinstance(body, dict) or not body.keys() & set(cls.first_names):
             return body
         given = dict(body)
         functions, choice = given.pop("functions", None), given.pop("function_call", None)
@@ -84,6 +89,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     def _conversation_agrees(self) -> Self:
         self.chat_messages()
         self._use = self._find_tool_use()
+        if self.echo and not self.continue_final_message:
+            raise ValueError("echo needs continue_final_message: true, of which it tells the beginning")
         if self.continue_final_message:
             if "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt:
                 raise ValueError("continue_final_message begins no answer; add_generation_prompt must be false with it")
@@ -96,7 +103,8 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     def _fields_agree(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.max_completion_tokens and self.max_tokens and self.max_completion_tokens != self.max_tokens:
+        limits = {self.max_completion_tokens, self.max_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
         return self
 
@@ -145,12 +153,20 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
 
     def _form(self, chat: ChatFormat | None) -> StructuredOutputsParams | None:
         use, form = self.tool_use(), super()._form(chat)
-        if use is None or not use.callable or chat is None:
+        if chat is None:
             return form
+        if use is None or not use.callable:
+            begun = self.continue_final_message
+            return form and chat.after_thoughts(form, self.template_kwargs(), begun=begun)
         if form is not None and form.json is None and not form.json_object:
             raise RequestError("tools go with a JSON Schema, not with another form", param="structured_outputs")
         schema = None if form is None else form.json if isinstance(form.json, dict) else {"type": "object"}
         return chat.form(use, self.template_kwargs(), schema, begun=self.continue_final_message)
+
+    def _reasoning(self, chat: ChatFormat | None) -> ReasoningParams | None:
+        if chat is None:
+            return None
+        return chat.reasoning(self.template_kwargs(), self.max_reasoning_tokens, begun=self.continue_final_message)
 
     def _shows_special_tokens(self, chat: ChatFormat | None) -> bool:
         """Whether special tokens spell calls or thoughts."""
@@ -169,7 +185,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
     ) -> Json:
         [output] = outputs
         choices = [self._choice(completion, chat) for completion in output.outputs]
-        body = envelope(new_head("chatcmpl", "chat.completion", model), choices, outputs)
+        body = envelope(new_head("chatcmpl", "chat.completion", model, self._fingerprint), choices, outputs)
         if self.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(output)
         if self.return_token_ids:
@@ -179,13 +195,13 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         return body
 
     def _choice(self, completion: CompletionOutput, chat: ChatFormat | None) -> Json:
-        message: Json = {"role": "assistant", "content": completion.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": self.echoed + completion.text, "refusal": None}
         calls = False
         reader = self.reader(chat)
         if reader is not None:
             answer = Answer.read(completion.text, reader)
             calls = bool(answer.calls)
-            message["content"] = answer.content or (None if calls else "")
+            message["content"] = self.echoed + answer.content or (None if calls else "")
             if answer.reasoning:
                 message["reasoning_content"] = answer.reasoning
             if calls:
@@ -202,8 +218,13 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
             "stop_reason": completion.stop_reason,
         }
 
+    @property
+    def echoed(self) -> str:
+        """The text that answers begin with."""
+        return self.messages[-1].content if self.echo and self.continue_final_message else ""
+
     def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
-        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model), chat)
+        return _Events(self, new_head("chatcmpl", "chat.completion.chunk", model, self._fingerprint), chat)
 
     def logprobs_of(self, steps: list[Step]) -> Json | None:
         """The log-probabilities that the body asks for, if it does."""
@@ -229,7 +250,7 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
         }
 
     def _token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def _logprob_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
@@ -280,7 +301,8 @@ class _Events(StreamedAnswer):
     def choices(self, index: int, news: News, output: RequestOutput) -> Iterator[Json]:
         if news.first:
             self._readers[index] = self._body.reader(self._chat)
-            yield {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            delta = {"role": "assistant", "content": self._body.echoed}
+            yield {"index": index, "delta": delta, "finish_reason": None}
         steps = within(news.steps, news.length)
         reader = self._readers[index]
         if reader is None:

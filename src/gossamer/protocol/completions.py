@@ -116,10 +116,10 @@ class CompletionRequest(GeneratingBody):
                 if self.return_token_ids:
                     choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": completion.token_ids}
                 choices.append(choice)
-        return envelope(new_head("cmpl", "text_completion", model), choices, outputs)
+        return envelope(new_head("cmpl", "text_completion", model, self._fingerprint), choices, outputs)
 
     def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
-        return _Events(self, new_head("cmpl", "text_completion", model), decode)
+        return _Events(self, new_head("cmpl", "text_completion", model, self._fingerprint), decode)
 
     def echoed(self, output: RequestOutput, decode: Decode) -> tuple[str, list[Step]]:
         """The text of the prompt, and its tokens if log-probabilities are asked for."""

@@ -11,6 +11,7 @@ from gossamer.errors import (
     MemoryBudgetError,
     PromptTooLongError,
     RequestError,
+    ResponseNotFoundError,
     ServerBusyError,
 )
 
@@ -20,6 +21,7 @@ _KINDS: tuple[tuple[type[GossamerError], str, str], ...] = (
     (PromptTooLongError, _INVALID, "context_length_exceeded"),
     (MemoryBudgetError, _INVALID, "memory_budget_exceeded"),
     (InvalidPromptError, _INVALID, "invalid_prompt"),
+    (ResponseNotFoundError, _INVALID, "previous_response_not_found"),
     (ServerBusyError, "rate_limit_error", "server_busy"),
     (EngineError, "server_error", "engine_error"),
     (GossamerError, _INVALID, "invalid_value"),
@@ -59,3 +61,25 @@ def error_body(error: Exception, prompt_field: str = "prompt") -> dict[str, Any]
     kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
     param = None if param is None else shortened(param)
     return {"error": {"message": shortened(message), "type": kind, "param": param, "code": code}}
+
+
+# Anthropic's types of errors, by the status of the response.
+_BY_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def anthropic_error(body: dict[str, Any], status: int) -> dict[str, Any]:
+    """An error body as Anthropic's API has it.
+
+    >>> anthropic_error({"error": {"message": "No.", "type": "invalid_request_error"}}, 400)
+    {'type': 'error', 'error': {'type': 'invalid_request_error', 'message': 'No.'}}
+    """
+    kind = _BY_STATUS.get(status, "api_error" if status >= 500 else _INVALID)
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}

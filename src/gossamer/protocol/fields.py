@@ -23,6 +23,35 @@ class Fields(BaseModel):
         return drop_nulls(value)
 
 
+_FORM = "say `structured_outputs` or `response_format`"
+#: Fields that others know and that would change the answer; what to do instead, if there is something.
+REFUSED = {
+    "allowed_token_ids": "bias the others with `logit_bias`",
+    "audio": "",
+    "background": "use a batch",
+    "bad_words": "",
+    "chat_template": "`gossamer serve --chat-template` takes one at the start",
+    "conversation": "send its items, or `previous_response_id`",
+    "documents": "write them into a message",
+    "early_stopping": "",
+    "guided_choice": _FORM,
+    "guided_decoding_backend": _FORM,
+    "guided_grammar": _FORM,
+    "guided_json": _FORM,
+    "guided_regex": _FORM,
+    "length_penalty": "beam search is in Python: `LLM.beam_search`",
+    "logits_processors": "",
+    "mm_processor_kwargs": "",
+    "moderation": "",
+    "priority": "",
+    "prompt_embeds": "",
+    "suffix": "",
+    "thinking_token_budget": "say `max_reasoning_tokens`",
+    "use_beam_search": "beam search is in Python: `LLM.beam_search`",
+    "web_search_options": "",
+}
+
+
 def drop_nulls(value: object) -> object:
     """An object without the fields that are null."""
     return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
@@ -109,7 +138,8 @@ def as_request_error(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
-        return RequestError(f"{param} is not supported", param=param)
+        advice = REFUSED.get(param or "", "")
+        return RequestError(f"{param} is not supported{advice and '; '}{advice}", param=param)
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param)
     cause = first["ctx"]["error"] if first["type"] == "value_error" else None

@@ -1,30 +1,34 @@
 """``/v1/responses``: its body is translated to a conversation, and the answer told as items.
 
-Nothing is stored: a client sends the whole conversation each time, which the prefix cache makes as cheap.
+A client may send the whole conversation each time, which the prefix cache makes cheap, or the id of the response that
+it goes on from, where the server keeps responses.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, PrivateAttr, model_validator
+from pydantic import BaseModel, PrivateAttr
 
-from gossamer.chat import Answer, AnswerReader, ChatFormat, Part, ToolUse
-from gossamer.chat.answer_reader import new_call_id
+from gossamer.chat import Answer, ChatFormat
 from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat import ChatCompletionRequest
-from gossamer.protocol.fields import Count, Fields, PositiveCount
+from gossamer.protocol.custom_tools import as_function, unenforced
+from gossamer.protocol.fields import Count, Fields
 from gossamer.protocol.logprobs import steps_of, within
+from gossamer.protocol.response_events import ResponseEvents
+from gossamer.protocol.response_items import ItemWriter, messages_of, new_id, status_of
+from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json, new_head, usage
-from gossamer.protocol.streaming import StreamedAnswer, named_event
-from gossamer.sampling_params import SamplingParams
+from gossamer.protocol.streaming import StreamedAnswer
+from gossamer.protocol.translated import TranslatedBody
 
-_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _LOGPROBS = "message.output_text.logprobs"
+_ENCRYPTED = "reasoning.encrypted_content"
+_OFFERED = ("function", "custom")  # types of tools
 
 
 class TextSettings(Fields):
@@ -42,13 +46,16 @@ class ReasoningSettings(Fields):
     generate_summary: Any = None
 
 
-class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
+class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in GeneratingBody
     """Body of ``POST /v1/responses``.
 
     Attributes:
         input: a question, or the items of a conversation: messages, calls of functions, and what these returned.
         instructions: the system message.
-        tools: functions that the answer may call. Tools that OpenAI itself runs are passed over.
+        tools: functions that the answer may call, and custom tools. Tools that OpenAI itself runs are passed over.
+        previous_response_id: the conversation goes on from this response, which the server has kept. The instructions
+            of that are not taken over.
+        store: whether the response is kept; it is, unless this is false.
         max_output_tokens: tokens to generate at most.
 
     >>> ResponsesRequest.parse({"input": "Hi", "instructions": "Be brief."}).chat.chat_messages()
@@ -58,10 +65,15 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
     url: ClassVar[str] = "/v1/responses"
     description: ClassVar[str] = "Answer a conversation, in items."
     prompt_field: ClassVar[str] = "input"
+    advisory: ClassVar[tuple[str, ...]] = (
+        *(name for name in GeneratingBody.advisory if name != "store"),
+        *("client_metadata", "max_tool_calls"),
+    )
+    neutral: ClassVar[tuple[str, ...]] = (*GeneratingBody.neutral, "stream_options", "truncation")
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: PositiveCount | None = None
+    max_output_tokens: Count | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     tools: list[dict[str, Any]] = []
@@ -71,51 +83,80 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
     include: list[str] = []
     previous_response_id: str | None = None
     truncation: Literal["disabled"] | None = None
+    max_reasoning_tokens: Count | None = None
     chat_template_kwargs: dict[str, Any] = {}
     client_metadata: Any = None
     max_tool_calls: Any = None
 
-    _chat: ChatCompletionRequest = PrivateAttr()
+    _kept: OwnedResponses | None = PrivateAttr(None)
+    _items: list[Json] = PrivateAttr([])  # of the whole conversation, once it is known
 
-    @model_validator(mode="after")
-    def _is_a_conversation(self) -> Self:
-        if self.previous_response_id is not None:
-            raise RequestError(
-                "previous_response_id: no responses are stored here; send all items of the conversation as input",
-                param="previous_response_id",
-            )
-        if self.n != 1:
-            raise RequestError("n must be 1: a response is one answer", param="n")
+    def _translate(self) -> None:
+        if self.previous_response_id is None and not any(_is_reference(item) for item in self._given()):
+            self._resolve([], self._given())
+
+    def remember(self, responses: OwnedResponses) -> None:
+        """Go on from what is kept, and keep the answer.
+
+        Raises:
+            ResponseNotFoundError: the body goes on from what is not there.
+            RequestError: the whole conversation is none.
+        """
+        self._kept = responses
+        if self._chat is None:
+            before = [] if self.previous_response_id is None else responses.conversation(self.previous_response_id)
+            given = [responses.item(str(item.get("id"))) if _is_reference(item) else item for item in self._given()]
+            self._resolve(before, given)
+
+    def _resolve(self, before: list[Json], given: list[Json]) -> None:
+        self._items = [*before, *given]
         self._chat = ChatCompletionRequest.parse(self._as_chat())
-        return self
 
     @property
     def chat(self) -> ChatCompletionRequest:
-        """The same as a body of ``/v1/chat/completions``."""
+        """The same as a body of ``/v1/chat/completions``.
+
+        Raises:
+            RequestError: it goes on from a response, and none are kept where it is answered.
+        """
+        if self._chat is None:
+            raise RequestError(
+                "previous_response_id and references to items need a server that keeps responses; send all items of "
+                "the conversation as input",
+                param="previous_response_id" if self.previous_response_id else "input",
+            )
         return self._chat
+
+    def _given(self) -> list[Json]:
+        """The input as items."""
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
 
     @property
     def ignored(self) -> list[str]:
-        names = ("client_metadata", "max_tool_calls")
-        others = [f"tools.{place}" for place, each in enumerate(self.tools) if each.get("type") != "function"]
-        return [*super().ignored, *(name for name in names if getattr(self, name) is not None), *others]
+        ignored = super().ignored
+        for place, tool in enumerate(self.tools):
+            if tool.get("type") not in _OFFERED:
+                ignored.append(f"tools.{place}")
+            elif tool.get("type") == "custom" and unenforced(tool):
+                ignored.append(f"tools.{place}.format")
+        return ignored
 
     def _as_chat(self) -> dict[str, Any]:
         asks = _LOGPROBS in self.include or self.top_logprobs > 0
         given: dict[str, Any] = {
-            "messages": [*self._instructed(), *messages_of(self.input)],
+            "messages": [*self._instructed(), *messages_of(self._items)],
             "tools": [_nested(tool) for tool in self.tools],
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
-            "response_format": self._format(),
+            "response_format": self._format() or self.response_format,
             "max_completion_tokens": self.max_output_tokens,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
+            "max_reasoning_tokens": self.max_reasoning_tokens,
             "logprobs": asks,
             "top_logprobs": self.top_logprobs,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
-        own = self.model_fields_set & GeneratingBody.model_fields.keys() - {"response_format", "stream_options"}
-        return {name: getattr(self, name) for name in own} | given
+        return self._common_fields() | given
 
     def _instructed(self) -> list[dict[str, Any]]:
         return [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
@@ -136,20 +177,6 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
             return format
         return {"type": "json_schema", "json_schema": {name: each for name, each in format.items() if name != "type"}}
 
-    # --- the engine's side is that of the conversation --------------------------------------------------------
-
-    def tool_use(self) -> ToolUse | None:
-        return self.chat.tool_use()
-
-    def engine_prompts(self) -> list[Json]:
-        return self.chat.engine_prompts()
-
-    def to_sampling_params(self, *arguments: Any, **named: Any) -> SamplingParams:
-        return self.chat.to_sampling_params(*arguments, **named)
-
-    def _logprob_count(self) -> int | None:
-        return self.top_logprobs
-
     # --- the answer -------------------------------------------------------------------------------------------
 
     def answer(
@@ -158,22 +185,37 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
         [output] = outputs
         (completion,) = output.outputs
         answer = Answer.read(completion.text, self.chat.reader(chat))
+        write = self.writer()
         items = []
         if answer.reasoning:
-            items.append(_reasoning(_id("rs"), answer.reasoning))
+            items.append(write.reasoning(new_id("rs"), answer.reasoning))
         if answer.content or not answer.calls:
-            items.append(_message(_id("msg"), answer.content, self._logprobs(completion)))
-        items += [_call(_id("fc"), call.id, call.name, call.arguments) for call in answer.calls]
-        items[-1] |= _status(completion)
-        return self.response(self.head(model), items, completion, outputs)
+            items.append(write.message(new_id("msg"), answer.content, self.logprobs(completion)))
+        items += [write.call(new_id("fc"), call.id, call.name, call.arguments) for call in answer.calls]
+        items[-1] |= status_of(completion)
+        response = self.response(self.head(model), items, completion, outputs)
+        self.keep(response)
+        return response
 
-    def _logprobs(self, completion: CompletionOutput) -> list[Json]:
+    def writer(self) -> ItemWriter:
+        """What writes the items of the answer."""
+        custom = frozenset(str(tool.get("name")) for tool in self.tools if tool.get("type") == "custom")
+        return ItemWriter(custom, seals=_ENCRYPTED in self.include)
+
+    def keep(self, response: Json) -> None:
+        """Keep the answer, if it is to be kept."""
+        if self._kept is not None and self.store is not False:
+            items = [{"id": new_id("item"), "type": "message"} | item for item in self._items]
+            self._kept.keep(response, items)
+
+    def logprobs(self, completion: CompletionOutput) -> list[Json]:
+        """Those of the text, if they were asked for."""
         steps = within(steps_of(completion.token_ids, completion.logprobs), len(completion.text))
         found = self.chat.logprobs_of(steps)
         return [] if found is None else found["content"]
 
     def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
-        return _Events(self, self.head(model), chat)
+        return ResponseEvents(self, self.head(model), chat)
 
     def head(self, model: str) -> Json:
         """The first fields of a response."""
@@ -186,16 +228,18 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
         items: list[Json],
         completion: CompletionOutput | None = None,
         outputs: Sequence[RequestOutput] = (),
+        error: Json | None = None,
     ) -> Json:
-        """The object that a response is, finished or not."""
+        """The object that a response is, finished or not; ``error`` says why there is no more of it."""
         reason = completion and completion.finish_reason
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
+        status = "failed" if error else status
         echoed = ("instructions", "max_output_tokens", "temperature", "top_p", "parallel_tool_calls", "top_logprobs")
         return {
             **head,
             "status": status,
             "output": items,
-            "error": None,
+            "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             **{name: getattr(self, name) for name in echoed},
             "tools": self.tools,
@@ -203,111 +247,25 @@ class ResponsesRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, as in 
             "text": {"format": (self.text and self.text.format) or {"type": "text"}},
             "reasoning": {"effort": self.reasoning and self.reasoning.effort, "summary": None},
             "metadata": self.metadata or {},
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": self.previous_response_id,
+            "store": self._kept is not None and self.store is not False,
             "truncation": "disabled",
             "user": self.user,
-            "usage": None if status == "in_progress" else _usage(outputs),
+            "usage": _usage(outputs) if outputs else None,
         }
 
 
-def messages_of(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items as messages. What one answer is made of, its thoughts, its text and its calls, becomes one message.
-
-    Raises:
-        RequestError: an item is of a kind that is not known here, or lacks a field.
-
-    >>> messages_of([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-    ...              {"type": "function_call_output", "call_id": "c", "output": "1"}])[1]
-    {'role': 'tool', 'tool_call_id': 'c', 'content': '1'}
-    """
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    messages: list[dict[str, Any]] = []
-    for place, item in enumerate(given):
-        where, kind = f"input.{place}", item.get("type", "message")
-        if kind == "message":
-            role, content = _field(item, "role", where), _texts(item.get("content"), f"{where}.content")
-            if role == "assistant":
-                message = _open_answer(messages, "content")
-                message["content"] = content
-            else:
-                messages.append({"role": role, "content": content})
-        elif kind == "reasoning":
-            parts = item.get("content") or item.get("summary") or []
-            _open_answer(messages, "reasoning_content")["reasoning_content"] = _texts(parts, f"{where}.content")
-        elif kind == "function_call":
-            function = {"name": _field(item, "name", where), "arguments": item.get("arguments") or ""}
-            call = {"id": _field(item, "call_id", where), "type": "function", "function": function}
-            _open_answer(messages, None).setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            output = _texts(item.get("output"), f"{where}.output")
-            messages.append({"role": "tool", "tool_call_id": _field(item, "call_id", where), "content": output})
-        else:
-            raise RequestError(f"{where}: items of the type {kind!r} are not supported", param=where)
-    return messages
-
-
-def _open_answer(messages: list[dict[str, Any]], key: str | None) -> dict[str, Any]:
-    """The assistant's message at the end, for another part of it; a new one if there is none, or it has its ``key``."""
-    last = messages[-1] if messages else {}
-    if last.get("role") != "assistant" or (key is not None and (key in last or "tool_calls" in last)):
-        messages.append({"role": "assistant"})
-    return messages[-1]
-
-
-def _field(item: dict[str, Any], name: str, where: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
-    return value
-
-
-def _texts(content: Any, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in content if isinstance(content, list) else [None]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in (*_TEXTS, "refusal") or not isinstance(text, str):
-            raise RequestError(f"{where} must be a string or a list of texts; {kind!r} is not supported", param=where)
-        texts.append(text)
-    return "\n".join(texts)
+def _is_reference(item: Json) -> bool:
+    return item.get("type") == "item_reference"
 
 
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool, or the choice of one, as ``/v1/chat/completions`` has it."""
+    if tool.get("type") == "custom":
+        return {"type": "function", "function": as_function(tool)}
     if tool.get("type") != "function":
         return {"type": str(tool.get("type"))}
     return {"type": "function", "function": {name: each for name, each in tool.items() if name != "type"}}
-
-
-def _id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
-
-
-def _reasoning(id: str, text: str) -> Json:
-    return {"type": "reasoning", "id": id, "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
-
-
-def _output_text(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _message(id: str, text: str, logprobs: list[Json], status: str = "completed") -> Json:
-    content = [_output_text(text, logprobs)]
-    return {"type": "message", "id": id, "role": "assistant", "status": status, "content": content}
-
-
-def _status(completion: CompletionOutput | None) -> Json:
-    """What is different in the last item of an answer that was cut."""
-    return {"status": "incomplete"} if completion is not None and completion.finish_reason == "length" else {}
-
-
-def _call(id: str, call_id: str, name: str, arguments: str, status: str = "completed") -> Json:
-    called = {"call_id": call_id, "name": name, "arguments": arguments}
-    return {"type": "function_call", "id": id, **called, "status": status}
 
 
 def _usage(outputs: Sequence[RequestOutput]) -> Json:
@@ -316,105 +274,6 @@ def _usage(outputs: Sequence[RequestOutput]) -> Json:
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": counted["prompt_tokens_details"],
         "output_tokens": counted["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": counted["completion_tokens_details"],
         "total_tokens": counted["total_tokens"],
     }
-
-
-class _Events(StreamedAnswer):
-    """The events of a response: each has its number, and those of an item its place and its id."""
-
-    def __init__(self, body: ResponsesRequest, head: Json, chat: ChatFormat | None) -> None:
-        super().__init__(head, n=1, include_usage=False)
-        self._body = body
-        self._reader: AnswerReader | None = body.chat.reader(chat)
-        self._number = 0
-        self._characters = 0
-        self._items: list[Json] = []  # those that are complete
-        self._open: Json | None = None  # the one that is being told, and its text
-        self._text = ""
-        self._last: CompletionOutput | None = None
-
-    def choices(self, index: int, news: Any, output: RequestOutput) -> Iterator[Json]:
-        raise AssertionError("a response has no choices")
-
-    def events(self, prompt_index: int, output: RequestOutput) -> Iterator[bytes]:
-        if self._number == 0:
-            started = self._body.response(self._head, [])
-            yield self._event("response.created", response=started)
-            yield self._event("response.in_progress", response=started)
-        (completion,) = output.outputs
-        if self._last is not None and self._last.finish_reason is not None:
-            return
-        self._last = completion
-        text, self._characters = completion.text[self._characters :], len(completion.text)
-        finished = completion.finish_reason is not None
-        if self._reader is None:
-            parts = [Part("content", text)] if text else []
-        else:
-            parts = self._reader.push(text) + (self._reader.finish() if finished else [])
-        for part in parts:
-            yield from self._tell(part)
-        if finished:
-            if not self._items and self._open is None:
-                yield from self._begin("message", "")
-            yield from self._close(last=True)
-
-    def end(self, outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
-        response = self._body.response(self._head, self._items, self._last, outputs)
-        yield self._event(f"response.{response['status']}", response=response)
-
-    def _event(self, name: str, /, **fields: Any) -> bytes:
-        self._number += 1
-        return named_event(name, {"type": name, "sequence_number": self._number - 1, **fields})
-
-    def _of_item(self, name: str, /, **fields: Any) -> bytes:
-        assert self._open is not None
-        return self._event(name, item_id=self._open["id"], output_index=len(self._items), **fields)
-
-    def _tell(self, part: Part) -> Iterator[bytes]:
-        kind = {"content": "message", "reasoning": "reasoning"}.get(part.kind, "function_call")
-        if part.kind == "call" or self._open is None or self._open["type"] != kind:
-            yield from self._close()
-            yield from self._begin(kind, part.text)
-        if part.kind == "call":
-            return
-        self._text += part.text
-        if part.kind == "content":
-            yield self._of_item("response.output_text.delta", content_index=0, delta=part.text, logprobs=[])
-        elif part.kind == "reasoning":
-            yield self._of_item("response.reasoning_text.delta", content_index=0, delta=part.text)
-        else:
-            yield self._of_item("response.function_call_arguments.delta", delta=part.text)
-
-    def _begin(self, kind: str, name: str) -> Iterator[bytes]:
-        self._text = ""
-        if kind == "message":
-            self._open = _message(_id("msg"), "", [], "in_progress") | {"content": []}
-        elif kind == "reasoning":
-            self._open = _reasoning(_id("rs"), "") | {"content": []}
-        else:
-            self._open = _call(_id("fc"), new_call_id(), name, "", "in_progress")
-        yield self._event("response.output_item.added", output_index=len(self._items), item=self._open)
-        if kind == "message":
-            yield self._of_item("response.content_part.added", content_index=0, part=_output_text("", []))
-
-    def _close(self, *, last: bool = False) -> Iterator[bytes]:
-        if self._open is None:
-            return
-        item, text = self._open, self._text
-        if item["type"] == "message":
-            logprobs = self._body._logprobs(self._last) if self._last is not None else []
-            yield self._of_item("response.output_text.done", content_index=0, text=text, logprobs=logprobs)
-            yield self._of_item("response.content_part.done", content_index=0, part=_output_text(text, logprobs))
-            done = _message(item["id"], text, logprobs)
-        elif item["type"] == "reasoning":
-            yield self._of_item("response.reasoning_text.done", content_index=0, text=text)
-            done = _reasoning(item["id"], text)
-        else:
-            yield self._of_item("response.function_call_arguments.done", name=item["name"], arguments=text)
-            done = _call(item["id"], item["call_id"], item["name"], text)
-        done |= _status(self._last) if last else {}
-        yield self._event("response.output_item.done", output_index=len(self._items), item=done)
-        self._items.append(done)
-        self._open = None

@@ -36,9 +36,10 @@ def _never(*_: Any, **__: Any) -> str:
     raise AssertionError("the answer to a conversation does not repeat the prompt")
 
 
-def new_head(prefix: str, kind: str, model: str) -> Json:
+def new_head(prefix: str, kind: str, model: str, fingerprint: str | None = None) -> Json:
     """The first fields of an answer, or of each of its events."""
-    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    head: Json = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+    return head if fingerprint is None else head | {"system_fingerprint": fingerprint}
 
 
 def envelope(head: Json, choices: list[Json], outputs: Sequence[RequestOutput]) -> Json:
@@ -51,9 +52,11 @@ def usage(outputs: Sequence[RequestOutput]) -> Json:
     # A prompt is counted once, however many completions were drawn from it: it is also computed only once.
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    thoughts = sum(completion.num_reasoning_tokens for output in outputs for completion in output.outputs)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
         "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
     }

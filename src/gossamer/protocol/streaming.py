@@ -144,3 +144,13 @@ class StreamedAnswer(ABC):
         if self._usage:
             yield event(self._head | {"choices": [], "usage": usage(outputs)})
         yield DONE
+
+    def failed(self, error: Json, status: int) -> Iterator[bytes]:
+        """The last events of a stream that cannot go on.
+
+        Args:
+            error: a body as in :func:`~gossamer.protocol.errors.error_body`.
+            status: that a response without a stream would have.
+        """
+        yield event(error)
+        yield DONE

@@ -124,7 +124,7 @@ class Answering:
         return await asyncio.get_running_loop().run_in_executor(self._bodies, function)
 
     @asynccontextmanager
-    async def stream(self, body: GeneratingBody) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream(self, body: GeneratingBody) -> AsyncIterator[Stream]:
         """The answer as server-sent events. Leaving the block, early or not, forgets what is unfinished.
 
         Raises:
@@ -132,7 +132,7 @@ class Answering:
         """
         async with self._submitted(body, stream=True) as tickets:
             answer = body.events(model=self._name_for(body), decode=self._decode_prompt, chat=self.llm.chat_format)
-            yield _events(answer, _updates(tickets), tickets, self._away)
+            yield Stream(answer, _events(answer, _updates(tickets), tickets, self._away))
 
     def with_ids(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """A body's prompt with its token ids, as the engine takes it. Runs in the worker.
@@ -200,6 +200,16 @@ class Answering:
         common = next((i for i, (a, b) in enumerate(zip(*turns, strict=False)) if a != b), min(map(len, turns)))
         return turns[0][:common]
 
+    async def count_tokens(self, body: GeneratingBody) -> int:
+        """Tokens of the prompts of a body, which is not answered.
+
+        Raises:
+            RequestError: it is empty, too long or no text; the chat template refuses the messages.
+        """
+        prompts = body.engine_prompts()
+        made = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
+        return sum(len(prompt["prompt_token_ids"]) for prompt in made)
+
     async def generate(self, prompt: dict[str, Any], params: SamplingParams) -> RequestOutput:
         """The engine's output for one of its own prompts.
 
@@ -242,6 +252,7 @@ class Answering:
     @asynccontextmanager
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
+        body.answered_by(self.llm.fingerprint)
         params = body.to_sampling_params(advised=self.llm.sampling_defaults, chat=self.llm.chat_format)
         prompts = body.engine_prompts()
         adapter = {"adapter": body.adapter_among(self.llm.adapters)}
@@ -297,6 +308,17 @@ class Answering:
             yield
         finally:
             grammars.close(grammar)
+
+
+class Stream:
+    """The events of an answer, and those that end it where it cannot go on."""
+
+    def __init__(self, answer: StreamedAnswer, events: AsyncIterator[bytes]) -> None:
+        self._events = events
+        self.failed = answer.failed
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._events
 
 
 def _seen(future: asyncio.Future[None]) -> None:

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 import gossamer
 from gossamer.errors import GossamerError, RequestError
-from gossamer.server import routes_batches, routes_cache, routes_info, routes_playground
+from gossamer.server import routes_batches, routes_cache, routes_conversations, routes_info, routes_playground
 from gossamer.server.errors import HttpError, error_response, no_space
 from gossamer.server.generating import generating_routes
 from gossamer.server.http import Disconnected, client_gone
@@ -67,8 +67,9 @@ def create_app(load: Callable[[], LLM], options: ServerOptions) -> FastAPI:
 
 def all_routers() -> list[APIRouter]:
     """All that a server of one model answers."""
+    modules = (routes_info, routes_batches, routes_cache, routes_conversations, routes_playground)
     return [
-        *(each.router for each in (routes_info, routes_batches, routes_cache, routes_playground)),
+        *(each.router for each in modules),
         generating_routes(),
         pooling_routes(),
     ]

@@ -1,13 +1,14 @@
-"""Errors as responses, in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors as responses, in the endpoint's form: mostly OpenAI's, ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from gossamer.errors import EngineError, GossamerError, ServerBusyError, ShuttingDownError
-from gossamer.protocol import error_body, shortened
+from gossamer.protocol import BODIES, error_body, shortened
 
 
 class HttpError(GossamerError):
@@ -81,7 +82,20 @@ def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[
     return status, error_body(error, prompt_field), headers
 
 
-def error_response(error: Exception, prompt_field: str = "prompt") -> JSONResponse:
+class ErrorResponse(Response):
+    """The response for an error, in the form of the endpoint that the request is for."""
+
+    def __init__(self, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
+        super().__init__(status_code=status)
+        self._body, self._more_headers = body, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = (each for url, each in BODIES.items() if f"{scope.get('path')}/".startswith(f"{url}/"))
+        kind = next(found, None)
+        body = self._body if kind is None else kind.error(self._body, self.status_code)
+        await JSONResponse(body, self.status_code, self._more_headers)(scope, receive, send)
+
+
+def error_response(error: Exception, prompt_field: str = "prompt") -> Response:
     """The response for an error."""
-    status, body, headers = describe(error, prompt_field)
-    return JSONResponse(body, status, headers)
+    return ErrorResponse(*describe(error, prompt_field))

@@ -44,6 +44,7 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         answering = service.ready.answering
         body = await read_body(request, kind.parse)
         service.check_model(body.model)
+        body.remember(service.responses.of(request.scope.get("gossamer.owner", "")))
         timeout = service.options.request_timeout
         headers = _notes(body, service)
         if body.stream:
@@ -70,5 +71,5 @@ def _notes(body: GeneratingBody, service: Service) -> dict[str, str]:
         logger.info("without an effect here: %s", headers["x-gossamer-ignored"])
     chat = service.ready.answering.llm.chat_format
     if chat is not None and not chat.native and body.tool_use() is not None:
-        headers["x-gossamer-tools"] = "described in the system message: the chat template knows none"
+        headers["x-gossamer-tools"] = f"described in {chat.tools_stand_in}: the chat template knows none"
     return headers

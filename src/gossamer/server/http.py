@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 from python_multipart.multipart import parse_options_header
@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 from gossamer.errors import GossamerError, RequestError
 from gossamer.protocol.decoding import SHORT, InvalidJsonError, decode_json
 from gossamer.protocol.fields import parse_fields
-from gossamer.protocol.streaming import DONE, event
 from gossamer.server.errors import HttpError, describe, error_response, timed_out
 
 logger = logging.getLogger("gossamer.server")
@@ -109,7 +108,12 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-Events = AbstractAsyncContextManager[AsyncIterator[bytes]]
+class Events(Protocol):
+    """The events of an answer, as bytes, and those that end it where it cannot go on."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    def failed(self, error: dict[str, Any], status: int) -> Iterable[bytes]: ...
 
 
 class EventStream(Response):
@@ -123,14 +127,19 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, events: Callable[[], Events], *, timeout: float, prompt_field: str, headers: Mapping[str, str]
+        self,
+        events: Callable[[], AbstractAsyncContextManager[Events]],
+        *,
+        timeout: float,
+        prompt_field: str,
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__()
         self._more_headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         self._events = events
         self._timeout = timeout
         self._prompt_field = prompt_field
-        self._begun = False
+        self._begun: Events | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -138,7 +147,7 @@ class EventStream(Response):
         except Disconnected:
             scope["gossamer.status"] = CLIENT_GONE
         except Exception as error:  # a stream that has begun can only end with an event that says so
-            if not self._begun:
+            if self._begun is None:
                 if not isinstance(error, GossamerError):
                     raise
                 await error_response(error, self._prompt_field)(scope, receive, send)
@@ -146,14 +155,15 @@ class EventStream(Response):
             scope["gossamer.error"] = str(error)
             if not isinstance(error, GossamerError):
                 logger.exception("a stream failed", extra={"request_id": scope.get("gossamer.request_id")})
-            last = event(describe(error, self._prompt_field)[1]) + DONE
+            status, body, _ = describe(error, self._prompt_field)
+            last = b"".join(self._begun.failed(body, status))
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send(self, send: Send) -> None:
         async with self._events() as events:
             async for each in events:
-                if not self._begun:
-                    self._begun = True
+                if self._begun is None:
+                    self._begun = events
                     headers = [*_STREAM_HEADERS, *self._more_headers]
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": each, "more_body": True})

@@ -35,8 +35,15 @@ class Metrics:
         self._queued = self._histogram("request_queue_time_seconds", "From arrival to the first memory.")
         self._prefill = self._histogram("request_prefill_time_seconds", "From the first memory to the first token.")
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last.")
+        self._inference = self._histogram("request_inference_time_seconds", "From the first memory to the last token.")
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Between two tokens, on average over a request."
+        )
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._generated = self._histogram("request_generation_tokens", "Tokens of all completions.", _TOKENS)
+        self._longest = self._histogram("request_max_num_generation_tokens", "Of the longest completion.", _TOKENS)
+        self._n = self._histogram("request_params_n", "Completions that were asked for.", (1, 2, 5, 10, 20))
+        self._limit = self._histogram("request_params_max_tokens", "The limit, of requests that have one.", _TOKENS)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens computed in one step.", _TOKENS)
         labels = ("model_name", "finished_reason")  # of these alone, the name may be an adapter's
         self._success = Counter("gossamer:request_success", "Requests that ended.", labels, registry=self.registry)
@@ -67,12 +74,20 @@ class Metrics:
             return
         self._prompt.observe(len(output.prompt_token_ids))
         self._generated.observe(sum(len(each.token_ids) for each in output.outputs))
+        counts = [len(each.token_ids) for each in output.outputs]
+        self._longest.observe(max(counts, default=0))
+        self._n.observe(len(counts))
+        if times.max_tokens is not None:
+            self._limit.observe(times.max_tokens)
         now = time.perf_counter()
         admitted, first, last = times.admitted or now, times.first_token or now, times.last_token or now
         self._queued.observe(admitted - times.arrived)
         self._prefill.observe(first - admitted)
         self._first_token.observe(first - times.arrived)
         self._decode.observe(last - first)
+        self._inference.observe(last - admitted)
+        if max(counts, default=0) > 1:
+            self._per_token.observe((last - first) / (max(counts) - 1))
         self._end_to_end.observe(last - times.arrived)
 
     def render(self) -> bytes:

@@ -150,19 +150,24 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.digests and scope["path"] not in self.open:
-            kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not self._known(key.strip()):
+            headers = Headers(scope=scope)
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            given = [headers.get("x-api-key", ""), key.strip() if kind.lower() == "bearer" else ""]
+            known = [each for each in map(self._known, given) if each]
+            if not known:
                 error = HttpError(
                     401,
-                    "this server needs an API key: send it as Authorization: Bearer KEY",
+                    "this server needs an API key: send it as Authorization: Bearer KEY, or as x-api-key: KEY",
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
                 await error_response(error)(scope, receive, send)
                 return
+            scope["gossamer.owner"] = known[0]
         await self.app(scope, receive, send)
 
-    def _known(self, key: str) -> bool:
+    def _known(self, key: str) -> str:
+        """The digest of a key, as text, if it is one of the server's; otherwise nothing."""
         # Digests have one length, and all of them are compared: the time tells nothing about any key.
         given = hashlib.sha256(key.encode("latin-1")).digest()  # the bytes of the header
-        return sum(hmac.compare_digest(given, each) for each in self.digests) > 0
+        return given.hex() if sum(hmac.compare_digest(given, each) for each in self.digests) else ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.errors import ConfigurationError
+from gossamer.protocol.response_store import MAX_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class ServerOptions:
             reach has every name. ``*`` takes any.
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
+        response_memory: bytes of answers of ``/v1/responses`` that are kept, to go on from; 0 keeps none.
         strict: a field of a request that has no effect here is refused, not named in a header.
 
     Raises:
@@ -52,6 +54,7 @@ class ServerOptions:
     data_dir: Path | None = None
     json_logs: bool = False
     strict: bool = False
+    response_memory: int = MAX_BYTES
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -64,5 +67,7 @@ class ServerOptions:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigurationError(f"{name} must be more than 0, got {value}")
+        if self.response_memory < 0:
+            raise ConfigurationError(f"response_memory must be at least 0, got {self.response_memory}")
         if self.max_logprobs < 0:
             raise ConfigurationError(f"max_logprobs must be at least 0, got {self.max_logprobs}")

@@ -84,7 +84,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     llm = service.ready.llm
     about = {"id": name, "object": "model", "created": _STARTED, "owned_by": "gossamer"}
     parent = {"parent": service.options.model_names[0]} if name in llm.adapters else {}
-    return about | parent | {"max_model_len": llm.max_model_len}
+    served = {"max_model_len": llm.max_model_len, "sampling_defaults": llm.sampling_defaults}
+    return about | parent | served
 
 
 @router.get("/tokenizer_info", responses=errors())

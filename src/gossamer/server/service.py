@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from gossamer.errors import GossamerError
 from gossamer.models.lora_config import check_adapter_names
 from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
+from gossamer.protocol.response_store import ResponseStore
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.answering import Answering
 from gossamer.server.batches import Batches
@@ -106,6 +107,7 @@ class Service:
         self.loaded = asyncio.Event()
         #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
+        self.responses = ResponseStore(options.response_memory)
         self._load = load
         self._temporary: TemporaryDirectory[str] | None = None
         self._data_dir: DataDirectory | None = None
@@ -169,6 +171,8 @@ class Service:
             bodies=self.bodies,
         )
         engine_loop.start()
+        told = ", ".join(f"{name} {value:g}" for name, value in llm.sampling_defaults.items())
+        logger.info("sampling where a request says nothing: %s", told or "OpenAI's defaults")
         return answering, metrics
 
     def _pooling(self, llm: LLM) -> tuple[PoolingAnswering, PoolingMetrics]:

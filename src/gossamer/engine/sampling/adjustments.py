@@ -1,4 +1,4 @@
-"""Changes to single logits before a token is chosen: bias, ban of stop tokens, penalties, grammars."""
+"""Changes to single logits before a token is chosen: bias, ban of stop tokens, penalties, grammars, forced tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gossamer.engine.sampling.state import SamplingState
 def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
     """Apply bias, ban, penalties and grammars to float32 logits (B, V), in place.
 
-    Touches only the entries that change: one gather and one scatter for all rows, and the rows that follow a grammar.
+    Touches only the entries that change: a gather and a scatter for all rows, and rows of a grammar or a forced token.
     """
     biased = [(i, s.bias_tokens, s.bias_values) for i, s in enumerate(states) if len(s.bias_tokens)]
     banned = [(i, s.banned_tokens, s.banned_tokens) for i, s in enumerate(states) if s.bans]
@@ -34,6 +34,10 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
         if state.constraint is not None:
             allowed = torch.from_numpy(state.constraint.allowed()[:vocabulary]).to(device)
             row.masked_fill_(~allowed, -torch.inf)
+        forced = state.forced
+        if forced is not None and forced < vocabulary and row[forced] > -torch.inf:  # a grammar may want another first
+            row.fill_(-torch.inf)
+            row[forced] = 0.0
 
 
 def _entries(

@@ -52,7 +52,7 @@ class Sampler:
 
         Token ids of ``logit_bias``, prompt and stop tokens that are not below V have no effect.
         """
-        plain = all(state.plain and not state.bans for state in states)
+        plain = all(state.plain and not state.held for state in states)
         if plain and largest is not None:
             return Sampled(largest.tolist(), [None] * len(states))
         with torch.no_grad():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gossamer.engine.grammar import Constraint
+from gossamer.engine.reasoning import Reasoning
 from gossamer.sampling_params import SamplingParams
 
 
@@ -61,6 +62,7 @@ class SamplingState:
         stop_token_ids: tokens that may not be chosen before ``params.min_tokens``.
         random: the sequence's own stream; one number is taken from it per drawn token, none by greedy rows.
         constraint: the grammar that the sequence follows, if any.
+        reasoning: its thoughts, if they are followed.
     """
 
     params: SamplingParams
@@ -69,6 +71,7 @@ class SamplingState:
     stop_token_ids: frozenset[int]
     random: random.Random
     constraint: Constraint | None = None
+    reasoning: Reasoning | None = None
     penalized: bool = field(init=False)
     plain: bool = field(init=False)  # the token is the argmax of the logits and nothing else is asked for
 
@@ -92,4 +95,15 @@ class SamplingState:
     @property
     def adjusts(self) -> bool:
         """Whether a logit of this row is to be changed before a token is chosen."""
-        return self.penalized or len(self.bias_tokens) > 0 or self.bans or self.constraint is not None
+        changed = self.penalized or len(self.bias_tokens) > 0 or self.constraint is not None
+        return changed or self.held
+
+    @property
+    def held(self) -> bool:
+        """Whether it is not its logits alone that decide about the next token, though they do about others."""
+        return self.bans or self.forced is not None
+
+    @property
+    def forced(self) -> int | None:
+        """The token that has to come next, if one has to."""
+        return None if self.reasoning is None else self.reasoning.forced
