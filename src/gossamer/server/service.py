@@ -215,7 +215,7 @@ class Service:
     @property
     def model_names(self) -> list[str]:
         """What requests may ask for: the model by each of its names, and its adapters."""
-        return [*self.options.model_names, *self.ready.answering.llm.adapters]
+        return [*self.options.model_names, *self.ready.llm.adapters]
 
     def check_model(self, name: str | None) -> None:
         """Whether this server has the model, or the adapter, that a request names.
