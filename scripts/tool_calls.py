@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from gossamer import LLM, RequestError, SamplingParams, Tool, ToolUse
+from gossamer import RequestError, Tool, ToolUse
 
 FILES = ("simple_python", "multiple", "parallel_multiple", "live_simple", "live_multiple", "live_parallel")
 # The leaderboard names types as Python and Java do.
@@ -75,8 +78,40 @@ def read_cases(wheel: Path) -> list[tuple[list[Any], list[Tool]]]:
     return cases
 
 
+def body(messages: list[Any], tools: list[Tool], calls: int, seed: int, max_tokens: int) -> dict[str, Any]:
+    """A request for so many answers, each of which must be one call."""
+    functions = [{"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools]
+    return {
+        "messages": messages,
+        "tools": [{"type": "function", "function": function} for function in functions],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "n": calls,
+        "temperature": 1,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+
+
+def judge(choice: dict[str, Any], tools: list[Tool]) -> str:
+    """What is to be said of an answer."""
+    if choice["finish_reason"] == "length":
+        return "cut by max_tokens"
+    calls = choice["message"].get("tool_calls") or []
+    if choice["message"]["content"] or len(calls) != 1:
+        return "no call"
+    function = calls[0]["function"]
+    schema = next((tool.parameters for tool in tools if tool.name == function["name"]), None)
+    try:
+        jsonschema_rs.validate(dict(schema or {}), json.loads(function["arguments"]))
+        return "valid"
+    except (ValueError, jsonschema_rs.ValidationError) as error:
+        print(f"{function['name']} {function['arguments']!r}: {error}")
+        return "invalid"
+
+
 def main() -> None:
-    """Draw cases, call, count, print."""
+    """Draw cases, ask for calls in one batch file, count, print."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("wheel", type=Path, help="of bfcl-eval")
     arguments.add_argument("--model", default="smollm2-135m")
@@ -88,29 +123,23 @@ def main() -> None:
     cases = read_cases(given.wheel)
     drawn = random.Random(given.seed).sample(cases, given.schemas)
     counts: Counter[str] = Counter()
-    with LLM(given.model, memory="4GiB", max_model_len=4096) as llm:
-        for number, (messages, tools) in enumerate(drawn):
-            params = SamplingParams(n=given.calls, temperature=1, seed=number, max_tokens=given.max_tokens)
-            use = ToolUse(tools, required=True, parallel=False)
-            (output,) = llm.chat(messages, params, use_tqdm=False, tools=use, on_error="return")
-            if output.error is not None:
-                counts[f"refused: {output.error.message[:120]}"] += 1
+    with tempfile.TemporaryDirectory() as directory:
+        asked, answered = Path(directory, "asked.jsonl"), Path(directory, "answered.jsonl")
+        with asked.open("w") as file:
+            for number, (messages, tools) in enumerate(drawn):
+                line = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions"}
+                line["body"] = body(messages, tools, given.calls, number, given.max_tokens)
+                print(json.dumps(line), file=file)
+        command = [sys.executable, "-c", "from gossamer.cli.app import main; main()", "batch", given.model, str(asked)]
+        subprocess.run([*command, "-o", str(answered), "--memory", "4GiB", "--max-model-len", "4096"], check=False)
+        for text in answered.read_text().splitlines():
+            line = json.loads(text)
+            if (response := line["response"]) is None or response["status_code"] != 200:
+                error = line["error"] or response["body"]["error"]
+                counts[f"refused: {error['message'][:120]}"] += 1
                 continue
-            for completion in output.outputs:
-                if completion.finish_reason == "length":
-                    counts["cut by max_tokens"] += 1
-                    continue
-                if completion.answer.content or len(completion.answer.calls) != 1:
-                    counts["no call"] += 1
-                    continue
-                (call,) = completion.answer.calls
-                schema = next(tool.parameters for tool in tools if tool.name == call.name)
-                try:
-                    jsonschema_rs.validate(dict(schema or {}), json.loads(call.arguments))
-                    counts["valid"] += 1
-                except (ValueError, jsonschema_rs.ValidationError) as error:
-                    counts["invalid"] += 1
-                    print(f"{call.name} {call.arguments!r}: {error}")
+            tools = drawn[int(line["custom_id"])][1]
+            counts.update(judge(choice, tools) for choice in response["body"]["choices"])
     print(f"{given.model}, {given.schemas} of {len(cases)} conversations, {given.calls} answers each: {dict(counts)}")
 
 
