@@ -72,6 +72,7 @@ def metric_names() -> set[str]:
         scheduler=SimpleNamespace(active=[], waiting=[]),
         budget=SimpleNamespace(used=0, total=1),
         stats=EngineStats(computed_tokens=5),
+        store=None,
         on_token=None,
     )
     metrics = Metrics(engine, "tiny")
@@ -87,7 +88,7 @@ def test_a_command_has_only_options_of_the_server(name: str) -> None:
     # typer says Command; an application with several commands is a group
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     values = serve.make_context("serve", words[2:]).params  # raises if an option is unknown or has a wrong value
-    assert values["model"] == "smollm2-135m"
+    assert values["model"] == ["smollm2-135m"]
     assert values["data_dir"] is not None
 
 

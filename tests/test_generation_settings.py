@@ -64,7 +64,7 @@ def test_fields_of_a_body_win_over_advice_and_advice_over_the_usual(body):
 def test_chat_samples_as_asked_then_as_advised(advice, options, expected, monkeypatch):
     asked: list[SamplingParams] = []
 
-    def load(model, options, threads):
+    def load(model, options, threads, adapters):
         llm = FakeLLM(model)
         llm.sampling_defaults = advice
         add = llm.engine.add_request
@@ -84,6 +84,9 @@ def test_chat_samples_as_asked_then_as_advised(advice, options, expected, monkey
 
 def test_models_of_the_catalogue_say_how_to_sample_and_what_their_weights_are():
     for model in CATALOG:
+        if model.name == "all-minilm-l6-v2":  # it generates nothing
+            assert not model.sampling and model.weights == "F32"
+            continue
         assert SamplingParams(**model.sampling).temperature > 0
         assert model.weights.startswith("Q4")
 

@@ -29,31 +29,37 @@ GB = 10**9
 
 
 class FakeProcess:
-    """A process that is ready at once, unless its model cannot be loaded."""
+    """A process that is ready at once, unless its model cannot be loaded, or has to wait for ``gate``."""
 
     started: list[str]
     ended: list[str]
     broken: set[str]
+    gate: asyncio.Event | None
 
     def __init__(self, name: str, load: object, options: ServerOptions) -> None:
-        self.name, self.pid, self.alive = name, 0, True
+        self.name, self.pid = name, 0
+        self.died = asyncio.Event()
         self.started.append(name)
 
     async def ready(self) -> None:
         await asyncio.sleep(0)
+        if self.gate is not None:
+            await self.gate.wait()
         if self.name in self.broken:
-            raise EngineError(f"the model {self.name!r} could not be loaded")
+            raise EngineError(f"the model {self.name!r} could not be loaded: it is broken")
+
+    async def wait(self) -> None:
+        await self.died.wait()
 
     async def stop(self) -> None:
         await asyncio.sleep(0)
-        self.alive = False
         self.ended.append(self.name)
 
 
 @pytest.fixture
 def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], ModelPool]:
     """Models a, b and c, which take 1, 2 and 3 GB."""
-    FakeProcess.started, FakeProcess.ended, FakeProcess.broken = [], [], set()
+    FakeProcess.started, FakeProcess.ended, FakeProcess.broken, FakeProcess.gate = [], [], set(), None
     monkeypatch.setattr(model_pool, "ModelProcess", FakeProcess)
     monkeypatch.setattr(model_pool, "_PROCESS", 0)
     monkeypatch.setattr(model_pool, "resident_memory", lambda pid: None)
@@ -64,7 +70,7 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], ModelPool]:
 async def ask(pool: ModelPool, *names: str) -> None:
     for name in names:
         async with pool.use(name) as process:
-            assert process.name == name and process.alive
+            assert process.name == name
 
 
 def states(pool: ModelPool) -> list[Any]:
@@ -126,15 +132,21 @@ class TestPool:
 
         asyncio.run(scene())
 
-    def test_one_that_cannot_be_loaded_takes_no_room(self, make_pool: Callable[[float], ModelPool]) -> None:
+    def test_one_that_cannot_be_loaded_takes_no_room_and_says_why(
+        self, make_pool: Callable[[float], ModelPool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         async def scene() -> None:
             pool = make_pool(4)
             FakeProcess.broken = {"c"}
-            with pytest.raises(EngineError, match="could not be loaded"):
-                await ask(pool, "c")
+            for _ in range(2):
+                with pytest.raises(HttpError, match="could not be loaded: it is broken") as caught:
+                    await ask(pool, "c")
+            assert caught.value.status == 503 and caught.value.headers["x-should-retry"] == "false"
+            assert FakeProcess.started == ["c"]  # the second time it was not tried
             await ask(pool, "a", "b")
             FakeProcess.broken = set()
-            await ask(pool, "c")  # tried again
+            monkeypatch.setattr(model_pool.time, "monotonic", lambda now=time.monotonic: now() + model_pool.REMEMBERED)
+            await ask(pool, "c")
 
         asyncio.run(scene())
 
@@ -142,9 +154,64 @@ class TestPool:
         async def scene() -> None:
             pool = make_pool(4)
             async with pool.use("a") as process:
-                process.alive = False  # type: ignore[misc]  # it is a FakeProcess
-            await ask(pool, "a")
+                process.died.set()  # type: ignore[attr-defined]  # it is a FakeProcess
+                while pool.describe("a")["memory_bytes"]:
+                    await asyncio.sleep(0)
+                await ask(pool, "a")
             assert FakeProcess.started == ["a", "a"]
+
+        asyncio.run(scene())
+
+    def test_one_that_ends_by_itself_makes_room(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(3)
+            async with pool.use("a") as process:
+                waiting = asyncio.create_task(ask(pool, "c"))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert not waiting.done()
+                process.died.set()  # type: ignore[attr-defined]
+                again = asyncio.create_task(ask(pool, "a"))  # as a request whose answer has broken off
+                await asyncio.wait_for(waiting, 10)
+                await asyncio.wait_for(again, 10)
+            assert FakeProcess.started == ["a", "c", "a"]
+
+        asyncio.run(scene())
+
+    def test_loading_goes_on_when_whoever_asked_is_gone(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(3)
+            FakeProcess.gate = asyncio.Event()
+            first = asyncio.create_task(ask(pool, "a"))
+            while not FakeProcess.started:
+                await asyncio.sleep(0)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            FakeProcess.gate.set()
+            await ask(pool, "a")
+            assert FakeProcess.started == ["a"] and not FakeProcess.ended
+
+        asyncio.run(scene())
+
+    def test_a_model_that_is_always_busy_keeps_no_other_out(
+        self, make_pool: Callable[[float], ModelPool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(model_pool, "PATIENCE", 0.05)
+
+        async def scene() -> None:
+            pool = make_pool(3)
+            done = False
+
+            async def busy() -> None:
+                while not done:
+                    async with pool.use("a"):
+                        await asyncio.sleep(0.02)
+
+            crowd = [asyncio.create_task(busy()) for _ in range(3)]
+            await asyncio.sleep(0.03)
+            await asyncio.wait_for(ask(pool, "c"), 10)
+            done = True
+            await asyncio.wait_for(asyncio.gather(*crowd), 10)
 
         asyncio.run(scene())
 
@@ -239,6 +306,23 @@ class TestProcesses:
             with pytest.raises(urllib.error.HTTPError) as caught:
                 front.get(path)
             assert caught.value.code == status
+
+    def test_paths_of_the_models_are_described(self, front: Front) -> None:
+        paths = front.get("/openapi.json")["paths"]
+        assert {"/v1/chat/completions", "/v1/embeddings", "/v1/messages"} <= set(paths) and "/v1/files" not in paths
+
+    def test_a_stream_whose_model_is_killed_ends_with_an_error(self, front: Front, models: list[str]) -> None:
+        client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
+        stream = client.completions.create(model=models[0], prompt="a", max_tokens=100, stream=True, temperature=0,
+                                           extra_body={"ignore_eos": True})  # fmt: skip
+        next(iter(stream))
+        for pid in front.children():
+            os.kill(pid, signal.SIGSTOP)  # or it may have answered
+        for pid in front.children():
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="has ended"):
+            for _ in stream:
+                pass
 
     def test_a_client_that_goes_frees_its_model(self, front: Front, models: list[str]) -> None:
         client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)

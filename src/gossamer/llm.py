@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Unpack
 
 import gossamer
 from gossamer.chat import Answer, ChatFormat, Tool, ToolUse
-from gossamer.engine.chat_template import Message, use_chat_template
+from gossamer.engine.chat_template import Message, read_chat_template, use_chat_template
 from gossamer.engine.endings import is_token_list
 from gossamer.engine.engine import Engine
 from gossamer.engine.intake import Prompt
@@ -96,6 +96,9 @@ class LLM:
         """
         self.options = Options.of(options)  # refused before the weights are read
         check_generation_config(self.options.conversation.generation_config)
+        read_chat_template(
+            self.options.conversation.chat_template
+        )  # that it is there is seen before the weights are read
         self.model_name = str(model)
         self.task = find_task(model, self.options.model.task)
         self.adapters: dict[str, str | None] = {}
@@ -473,6 +476,8 @@ class LLM:
         """
         if top_n is not None and (not is_integer(top_n) or top_n < 1):
             raise ConfigurationError(f"top_n must be at least 1, got {top_n!r}")
+        if isinstance(documents, str):
+            raise ConfigurationError("documents is one text; give a list of them")
         ranking = self.pooling.ranking([query], documents, truncate_prompt_tokens)
         with Progress(len(ranking.inputs), enabled=use_tqdm) as progress:
             rows = self.pooling.compute(ranking.inputs, progress.advance)

@@ -173,17 +173,23 @@ def serve(
 
     if len(model) == 1:
         raise typer.Exit(run(create_app(partial(load_llm, model[0], options, threads, adapters), settings), settings))
-    specs = {name: _spec(name, options, threads) for name in model}
-    raise typer.Exit(run(create_front(specs, settings, parse_bytes(models_memory)), settings))
+    memory = parse_bytes(models_memory)
+    specs = {name: _spec(name, {"memory": memory // (2 * len(model))} | options, threads) for name in model}
+    raise typer.Exit(run(create_front(specs, settings, memory), settings))
 
 
 def _spec(model: str, options: dict[str, Any], threads: int | None) -> ModelSpec:
-    """A model that is loaded when it is asked for. That it exists is seen now."""
+    """A model that is loaded when it is asked for. That it exists, and what options say, is seen now."""
+    from gossamer.engine.chat_template import read_chat_template
     from gossamer.models.resolve import resolve_model
     from gossamer.options import Options
+    from gossamer.pooling.loading import find_task
     from gossamer.server import ModelSpec
 
+    asked = Options.of(options)
+    read_chat_template(asked.conversation.chat_template)
     path = resolve_model(model, as_file=True)
     files = [path] if path.is_file() else list(path.glob("*.safetensors"))
     weights = sum(file.stat().st_size for file in files)
-    return ModelSpec(partial(load_llm, model, options, threads), weights, Options.of(options).engine.memory_bytes)
+    cache = asked.engine.memory_bytes if find_task(model, asked.model.task) == "generate" else 0
+    return ModelSpec(partial(load_llm, model, options, threads), weights, cache)

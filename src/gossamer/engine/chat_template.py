@@ -57,25 +57,33 @@ def _applied(tokenizer: Any, messages: Sequence[Message], add_generation_prompt:
         ) from error
 
 
+def read_chat_template(template: str | None) -> str | None:
+    """The template that an option names: in a file; or the text itself, if it holds a ``{``.
+
+    Raises:
+        ConfigurationError: there is no such file.
+    """
+    if template is None or "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read the chat template {template}: {error}") from None
+
+
 def use_chat_template(tokenizer: Any, template: str | None) -> None:
     """Give a tokenizer another chat template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        template: a file; or the template itself, if it holds a ``{``; ``None`` changes nothing.
+        template: see :func:`read_chat_template`; ``None`` changes nothing.
 
     Raises:
         ConfigurationError: there is no such file, or it holds no template.
     """
     if template is None:
         return
-    text = template
-    if "{" not in template:
-        try:
-            text = Path(template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"cannot read the chat template {template}: {error}") from None
-    tokenizer.chat_template = text
+    tokenizer.chat_template = read_chat_template(template)
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     except TemplateSyntaxError as error:

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 import gossamer
 from gossamer.errors import GossamerError, RequestError
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
-from gossamer.server import routes_playground
+from gossamer.protocol.streaming import DONE, event
+from gossamer.server import routes_batches, routes_playground
 from gossamer.server.app import all_routers, surround
-from gossamer.server.errors import HttpError, error_response, not_found
+from gossamer.server.errors import HttpError, describe, error_response, not_found
 from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
 from gossamer.server.model_pool import ModelPool, ModelSpec
 from gossamer.server.model_process import ProcessEnded
@@ -77,6 +78,16 @@ def create_front(specs: Mapping[str, ModelSpec], options: ServerOptions, memory:
     app.include_router(routes_playground.router)
     app.add_api_route("/{path:path}", _forward, methods=["GET", "POST", "DELETE"], include_in_schema=False)
     surround(app, options, all_routers())
+    app.openapi = _described_paths().openapi  # type: ignore[method-assign]  # FastAPI's own way to change it
+    return app
+
+
+def _described_paths() -> FastAPI:
+    """What can be asked of the models, which this application knows no paths of."""
+    app = FastAPI(title="Gossamer", version=gossamer.__version__)
+    for router in all_routers():
+        if router is not routes_batches.router:
+            app.include_router(router)
     return app
 
 
@@ -154,7 +165,7 @@ class _Forwarded(Response):
     def __init__(self, request: Request, name: str, body: bytes) -> None:
         super().__init__()
         self._request, self._name, self._body = request, name, body
-        self._begun = False
+        self._begun = self._streamed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeout = _models(self._request).options.request_timeout
@@ -164,9 +175,13 @@ class _Forwarded(Response):
             scope["gossamer.status"] = CLIENT_GONE
         except GossamerError as error:
             scope["gossamer.error"] = str(error)
-            if self._begun:
+            if not self._begun:
+                await error_response(error)(scope, receive, send)
+            elif self._streamed:
+                last = event(describe(error)[1]) + DONE
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+            else:
                 raise  # the connection breaks, as the model's has
-            await error_response(error)(scope, receive, send)
 
     async def _send(self, send: Send) -> None:
         try:
@@ -199,6 +214,7 @@ class _Forwarded(Response):
                     await response.aclose()
             except httpx2.TransportError as error:
                 if await process.ended():
+                    await _models(request).lost(process)
                     raise ProcessEnded(f"the process of the model {self._name!r} has ended") from None
                 message = f"the process of the model {self._name!r} does not answer: {type(error).__name__}"
                 raise HttpError(502, message, code="bad_gateway", type="server_error") from None
@@ -207,6 +223,7 @@ class _Forwarded(Response):
         headers = [
             (name, value) for name, value in response.headers.raw if name.decode().lower() not in _HEADERS_OF_HOP
         ]
+        self._streamed = response.headers.get("content-type", "").startswith("text/event-stream")
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         self._begun = True
         async for part in response.aiter_raw():

@@ -1,7 +1,9 @@
 """Several models in one budget of memory: each in a process of its own, loaded when it is asked for.
 
-A model that is asked for and not there is loaded, one at a time. If it does not fit beside the others, the one that has
-not been used for the longest time ends first, as soon as it answers nobody.
+A model that is asked for and not there is loaded; the pool does that, so that it goes on when whoever asked first is
+gone. If it does not fit beside the others, the one that has not been used for the longest time ends first, as soon as
+it answers nobody. After some seconds of waiting one is chosen that takes no more requests until then: a model that is
+always busy would keep all others out.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import concurrent.futures
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gossamer.errors import GossamerError
+from gossamer.errors import EngineError, GossamerError
 from gossamer.server.errors import HttpError, not_found, unavailable
 from gossamer.server.model_process import ModelProcess
 from gossamer.server.options import ServerOptions
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gossamer.server")
 State = Literal["unloaded", "loading", "loaded", "ending"]
+PATIENCE = 5.0  # seconds that a model waits for others to be idle, before one of them has to become so
+REMEMBERED = 30.0  # seconds in which a model that could not be loaded is not tried again
 _PROCESS = 600 * 2**20  # bytes that a process takes without its weights, until it is measured
 
 
@@ -44,18 +48,37 @@ class ModelSpec:
     cache_bytes: int
 
 
-@dataclass
 class _Entry:
-    spec: ModelSpec
-    state: State = "unloaded"
-    process: ModelProcess | None = None
-    bytes: int = 0  # that it is known, or expected, to take with a full cache
-    requests: int = 0
-    used: float = 0.0
+    """A model of the pool.
+
+    Attributes:
+        bytes: what it is known, or expected, to take with a full cache.
+        requests: that it answers, or that wait for it.
+        answering: those that it answers.
+        leaving: it takes no new requests, since another needs its room.
+        fresh: it was loaded, and has not answered anybody yet.
+    """
+
+    def __init__(self, name: str, spec: ModelSpec) -> None:
+        self.name, self.spec = name, spec
+        self.bytes = spec.weight_bytes + spec.cache_bytes + _PROCESS
+        self.state: State = "unloaded"
+        self.process: ModelProcess | None = None
+        self.watch: asyncio.Task[None] | None = None
+        self.loading: asyncio.Task[None] | None = None
+        self.failure: tuple[float, str] | None = None
+        self.requests = self.answering = 0
+        self.used = 0.0
+        self.leaving = self.fresh = False
 
     @property
     def idle(self) -> bool:
-        return self.state == "loaded" and not self.requests
+        """Whether it may end: it answers nobody, and was not loaded just now for those who wait for it."""
+        return self.state == "loaded" and not self.answering and not (self.fresh and self.requests)
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.state == "loaded" and not self.leaving
 
 
 class ModelPool:
@@ -74,11 +97,9 @@ class ModelPool:
         self.loaded = asyncio.Event()
         self.failed = asyncio.Event()  # never: a model that fails is loaded again
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
-        self._entries = {
-            name: _Entry(spec, bytes=spec.weight_bytes + spec.cache_bytes + _PROCESS) for name, spec in specs.items()
-        }
-        self._changed = asyncio.Condition()  # a request has ended, or a model
-        self._loading = asyncio.Lock()
+        self._entries = {name: _Entry(name, spec) for name, spec in specs.items()}
+        self._changed = asyncio.Condition()  # a request has ended, or a process
+        self._one_at_a_time = asyncio.Lock()  # loading
 
     @property
     def names(self) -> list[str]:
@@ -101,57 +122,91 @@ class ModelPool:
     def describe(self, name: str) -> dict[str, object]:
         """What ``/v1/models`` says of one."""
         entry = self._entries[name]
-        return {"status": {"value": entry.state}, "requests": entry.requests, "memory_bytes": self._taken(entry)}
+        taken = 0 if entry.state == "unloaded" else entry.bytes
+        return {"status": {"value": entry.state}, "requests": entry.requests, "memory_bytes": taken}
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[ModelProcess]:
         """The process of a model, which stays as long as the block. It is loaded first if it is not there.
 
         Raises:
-            HttpError: the server is shutting down, or the model would not fit into the memory even alone.
-            EngineError: it cannot be loaded.
+            HttpError: the server is shutting down, the model cannot be loaded, or would not fit into the memory alone.
         """
         entry = self._entries[name]
-        entry.requests += 1  # also while it is loaded: nobody may end it meanwhile
+        entry.requests += 1
         try:
-            while True:
-                if self.state != "ready":
-                    raise unavailable("draining: the server is shutting down")
-                if entry.state == "loaded" and entry.process is not None and entry.process.alive:
-                    break
-                async with self._loading:
-                    await self._load(name, entry)
+            while not entry.takes_requests:
+                await self._wait_for(entry)
+            assert entry.process is not None
+            entry.answering += 1
+            entry.fresh = False
             entry.used = time.monotonic()
-            yield entry.process
+            try:
+                yield entry.process
+            finally:
+                entry.answering -= 1
+                entry.used = time.monotonic()
         finally:
             entry.requests -= 1
-            entry.used = time.monotonic()
-            async with self._changed:
-                self._changed.notify_all()
+            await self._tell()
 
-    async def _load(self, name: str, entry: _Entry) -> None:
-        """Load a model, if nobody has meanwhile."""
-        if entry.process is not None and not entry.process.alive:
-            logger.error("%s has ended by itself, and is loaded again", name)
-            await self._end(entry)
-        if entry.state != "unloaded":
+    async def _wait_for(self, entry: _Entry) -> None:
+        """Until something has changed that may have brought the model."""
+        if self.state != "ready":
+            raise unavailable("draining: the server is shutting down")
+        if entry.state != "unloaded" and entry.loading is None:  # it is about to end
+            await self._change()
             return
-        await self._make_room(name, entry)
-        entry.state = "loading"
-        logger.info("loading %s", name)
-        process = entry.process = ModelProcess(name, entry.spec.load, self.options)
+        if entry.loading is None:
+            if entry.failure is not None and time.monotonic() < entry.failure[0]:
+                raise _not_loaded(entry.failure[1])
+            entry.loading = asyncio.create_task(self._load(entry))
+            entry.loading.add_done_callback(_seen)
+        await asyncio.shield(entry.loading)
+
+    async def _load(self, entry: _Entry) -> None:
+        try:
+            async with self._one_at_a_time:
+                await self._make_room(entry)
+                await self._start_process(entry)
+        finally:
+            entry.loading = None
+            await self._tell()
+
+    async def _start_process(self, entry: _Entry) -> None:
+        logger.info("loading %s", entry.name)
+        entry.state, entry.leaving = "loading", False
+        process = entry.process = ModelProcess(entry.name, entry.spec.load, self.options)
         try:
             await process.ready()
+        except EngineError as error:
+            await self._end(entry)
+            entry.failure = time.monotonic() + REMEMBERED, str(error)
+            raise _not_loaded(str(error)) from None
         except BaseException:
             await self._end(entry)
             raise
-        entry.state = "loaded"
+        entry.state, entry.failure, entry.used, entry.fresh = "loaded", None, time.monotonic(), True
         resident = resident_memory(process.pid)
         if resident is not None:
             entry.bytes = resident + entry.spec.cache_bytes
-        logger.info("%s is loaded: %.1f GB with a full cache", name, entry.bytes / 1e9)
+        entry.watch = asyncio.create_task(self._watch(entry, process))
+        logger.info("%s is loaded: %.1f GB with a full cache", entry.name, entry.bytes / 1e9)
 
-    async def _make_room(self, name: str, entry: _Entry) -> None:
+    async def _watch(self, entry: _Entry, process: ModelProcess) -> None:
+        """Notice when a process ends by itself."""
+        await process.wait()
+        await self.lost(process)
+
+    async def lost(self, process: ModelProcess) -> None:
+        """A process has ended by itself."""
+        entry = self._entries[process.name]
+        if entry.process is process and entry.state == "loaded":
+            logger.error("the process of %s has ended by itself", entry.name)
+            entry.process, entry.state, entry.watch = None, "unloaded", None
+            await self._tell()
+
+    async def _make_room(self, entry: _Entry) -> None:
         """End what has not been used for the longest time until ``entry`` fits.
 
         Raises:
@@ -160,34 +215,56 @@ class ModelPool:
         if entry.bytes > self.memory:
             raise HttpError(
                 507,
-                f"{name!r} needs about {entry.bytes / 1e9:.1f} GB with its cache, and --models-memory allows "
+                f"{entry.name!r} needs about {entry.bytes / 1e9:.1f} GB with its cache, and --models-memory allows "
                 f"{self.memory / 1e9:.1f} GB; a smaller --memory, or more for all, would do",
                 code="insufficient_memory",
                 type="server_error",
                 param="model",
+                headers={"x-should-retry": "false"},
             )
-        while sum(map(self._taken, self._entries.values())) + entry.bytes > self.memory:
-            idle = [other for other in self._entries.values() if other.idle]
-            if idle:
-                await self._end(min(idle, key=lambda other: other.used))
-                continue
-            async with self._changed:
-                await self._changed.wait()
-            if self.state != "ready":
-                raise unavailable("draining: the server is shutting down")
+        patience = time.monotonic() + PATIENCE
+        try:
+            while self._taken() + entry.bytes > self.memory:
+                if self.state != "ready":
+                    raise unavailable("draining: the server is shutting down")
+                there = [each for each in self._entries.values() if each.state == "loaded"]
+                idle = [each for each in there if each.idle]
+                if idle:
+                    await self._end(min(idle, key=lambda each: (not each.leaving, each.used)))
+                    continue
+                left = patience - time.monotonic()
+                if left <= 0 and there and not any(each.leaving for each in there):
+                    chosen = min(there, key=lambda each: each.used)
+                    logger.info("%s takes no more requests: %s needs its room", chosen.name, entry.name)
+                    chosen.leaving = True
+                await self._change(left if left > 0 else None)
+        finally:
+            for each in self._entries.values():
+                each.leaving = False
+            await self._tell()
 
-    @staticmethod
-    def _taken(entry: _Entry) -> int:
-        return 0 if entry.state == "unloaded" else entry.bytes
+    def _taken(self) -> int:
+        return sum(each.bytes for each in self._entries.values() if each.state != "unloaded")
 
     async def _end(self, entry: _Entry) -> None:
         process, entry.state = entry.process, "ending"
+        if entry.watch is not None:
+            entry.watch.cancel()
         if process is not None:
-            logger.info("ending %s", process.name)
+            logger.info("ending %s", entry.name)
             await process.stop()
-        entry.process, entry.state = None, "unloaded"
+        entry.process, entry.state, entry.watch, entry.leaving = None, "unloaded", None, False
+        await self._tell()
+
+    async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    async def _change(self, seconds: float | None = None) -> None:
+        """Until something changes, or so many seconds have passed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait()
 
     async def start(self) -> None:
         """Load the first model, so that most servers are ready before they are asked. A failure is in the log."""
@@ -205,7 +282,20 @@ class ModelPool:
     async def stop(self) -> None:
         """End all models."""
         self.drain()
-        async with self._changed:
-            self._changed.notify_all()
-        await asyncio.gather(*(self._end(entry) for entry in self._entries.values() if entry.process is not None))
+        await self._tell()
+        await asyncio.gather(*(self._end(each) for each in self._entries.values() if each.process is not None))
+        loading = [each.loading for each in self._entries.values() if each.loading is not None]
+        await asyncio.gather(*loading, return_exceptions=True)
         self.bodies.shutdown(cancel_futures=True)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Nobody may be left to hear of a failure."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _not_loaded(why: str) -> HttpError:
+    """Clients would ask again at once otherwise."""
+    headers = {"x-should-retry": "false", "retry-after": str(round(REMEMBERED))}
+    return HttpError(503, why, code="model_not_loaded", type="server_error", param="model", headers=headers)

@@ -1,4 +1,4 @@
-"""A server of one model in a process of its own: started, asked whether it is well, ended.
+"""A server of one model in a process of its own: started, watched, ended.
 
 It listens on a port of this machine that it is given by the system, and answers whoever has its key, which only the
 process that started it knows. It ends with that process, however that one ends.
@@ -18,7 +18,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from gossamer.errors import EngineError
+from gossamer.errors import EngineError, GossamerError
 from gossamer.server.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gossamer.server")
 _GRACE = 10.0  # seconds beyond the time that running requests have
+_READY, _FAILED = b"+", b"-"  # what a process's only message begins with
 
 
 class ProcessEnded(EngineError):
@@ -50,6 +51,7 @@ class ModelProcess:
         self.name = name
         self.key = secrets.token_hex(16)
         self.address = ""
+        self._is_ready = False
         self._drain_timeout = options.drain_timeout
         own = replace(options, host="127.0.0.1", port=0, model_names=(name,), api_keys=(self.key,), allowed_hosts=())
         context = multiprocessing.get_context("spawn")  # forking would copy threads' locks
@@ -62,34 +64,43 @@ class ModelProcess:
     def pid(self) -> int:
         return self._process.pid or 0
 
-    @property
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
     async def ready(self) -> None:
         """Until its model is loaded.
 
         Raises:
-            EngineError: it has ended before that.
+            EngineError: it cannot be; says why, if the process does.
         """
         try:
-            self.address = (await asyncio.to_thread(self._pipe.recv_bytes)).decode()
+            message = await asyncio.to_thread(self._pipe.recv_bytes)
         except (EOFError, OSError):
-            await self.stop()
-            raise EngineError(f"the model {self.name!r} could not be loaded; the server's log says why") from None
+            message = _FAILED
+        if message.startswith(_FAILED):
+            why = message[1:].decode() or "the server's log says why"
+            raise EngineError(f"the model {self.name!r} could not be loaded: {why}")
+        self.address, self._is_ready = message[1:].decode(), True
+
+    async def wait(self) -> None:
+        """Until it has ended."""
+        ended = asyncio.Event()
+        loop, sentinel = asyncio.get_running_loop(), self._process.sentinel
+        loop.add_reader(sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(sentinel)
 
     async def ended(self) -> bool:
         """Whether it has ended, or does so within a second: one that was killed takes a moment."""
         await asyncio.to_thread(self._process.join, 1.0)
-        return not self.alive
+        return not self._process.is_alive()
 
     async def stop(self) -> None:
-        """Ask it to finish what is running, and end it when its time is over."""
+        """Ask it to finish what is running, and end it when its time is over; at once while its model is loaded."""
         self._pipe.close()
-        if self.alive:
-            self._process.terminate()
+        if self._process.is_alive():
+            (self._process.terminate if self._is_ready else self._process.kill)()
         await asyncio.to_thread(self._process.join, self._drain_timeout + _GRACE)
-        if self.alive:
+        if self._process.is_alive():
             logger.warning("%s does not end, and is killed", self.name)
             self._process.kill()
             await asyncio.to_thread(self._process.join)
@@ -100,11 +111,17 @@ def _run(load: Callable[[], LLM], options: ServerOptions, pipe: Connection) -> N
     from gossamer.server.app import create_app
     from gossamer.server.run import serve
 
+    def load_or_tell() -> LLM:
+        try:
+            return load()
+        except GossamerError as error:
+            pipe.send_bytes(_FAILED + str(error).encode())
+            raise
+
     os.setsid()  # Ctrl-C is for the process that started it, which ends it
     threading.Thread(target=_end_with, args=(pipe,), name="parent", daemon=True).start()
-    raise SystemExit(
-        serve(create_app(load, options), options, on_ready=lambda address: pipe.send_bytes(address.encode()))
-    )
+    app = create_app(load_or_tell, options)
+    raise SystemExit(serve(app, options, on_ready=lambda address: pipe.send_bytes(_READY + address.encode())))
 
 
 def _end_with(pipe: Connection) -> None:
