@@ -50,6 +50,12 @@ def test_a_field_without_an_effect_changes_nothing_and_is_told_if_it_asks_for_so
     assert given.ignored == ([name] if fate(url, name) == "told" else [])
 
 
+@pytest.mark.parametrize(("url", "name"), [cell for cell in cells("refused") if cell[1] in REFUSED])
+def test_what_is_refused_is_taken_at_a_value_that_asks_for_nothing(url: str, name: str) -> None:
+    for value in (False, 0, "", [], {}):
+        assert not BODIES[url].parse(LEAST[url] | {name: value}).ignored
+
+
 @pytest.mark.parametrize(("url", "name"), cells("refused", ""))
 def test_what_is_refused_is_named_with_advice(url: str, name: str) -> None:
     with pytest.raises(RequestError, match=f"^{name} is not supported") as refused:

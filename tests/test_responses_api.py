@@ -44,6 +44,7 @@ def test_a_question_and_its_answer(client: openai.OpenAI) -> None:
     assert response.status == "completed" and response.output_text in ("sunny", "rainy")
     assert response.usage is not None
     assert response.usage.total_tokens == response.usage.input_tokens + response.usage.output_tokens
+    assert (response.temperature, response.top_p) == (0, 0.9)  # as asked for, and as the model's authors advise
     cut = client.responses.create(**asked, max_output_tokens=1, extra_body=form)
     assert cut.status == "incomplete" and cut.incomplete_details is not None
     assert [item.status for item in cut.output if item.type == "message"] == ["incomplete"]

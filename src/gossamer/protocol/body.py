@@ -20,6 +20,7 @@ from gossamer.chat import ChatFormat, ToolUse
 from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.fields import (
+    REFUSED,
     ChoiceCount,
     Count,
     Fields,
@@ -38,6 +39,7 @@ from gossamer.protocol.streaming import StreamedAnswer
 from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 
 # Fields that the authors of a model may advise about.
+_NEUTRAL: tuple[object, ...] = (False, "", [], {})  # and 0, which is equal to False
 _ADVISABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -107,6 +109,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     _fingerprint: str | None = PrivateAttr(None)
+    _sampling: dict[str, Any] = PrivateAttr({})  # what was not given, too, once it is known
 
     def answered_by(self, fingerprint: str) -> None:
         """Name what answers: the ``system_fingerprint`` of OpenAI's answers, the same while answers can be repeated."""
@@ -125,6 +128,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         ...
         gossamer.errors.RequestError: suffix is not supported
         """
+        if isinstance(body, dict):  # at such a value, what cannot be honoured changes nothing
+            body = {name: value for name, value in body.items() if name not in REFUSED or value not in _NEUTRAL}
         return parse_fields(cls, body)
 
     @model_validator(mode="before")
@@ -271,7 +276,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
         limits = (self._token_limit(), default_max_tokens, self.openai_max_tokens)
         limit = next((each for each in limits if each is not None), None)
         unsaid = {name: value for name, value in (advised or {}).items() if name not in self.model_fields_set}
-        sampling = {name: unsaid.get(name, getattr(self, name)) for name in _ADVISABLE}
+        sampling = self._sampling = {name: unsaid.get(name, getattr(self, name)) for name in _ADVISABLE}
         return SamplingParams(
             n=self.num_drawn,
             **sampling,

@@ -241,7 +241,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
             "output": items,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            **{name: getattr(self, name) for name in echoed},
+            **{name: self._sampling.get(name, getattr(self, name)) for name in echoed},
             "tools": self.tools,
             "tool_choice": self.tool_choice or "auto",
             "text": {"format": (self.text and self.text.format) or {"type": "text"}},

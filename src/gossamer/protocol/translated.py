@@ -62,7 +62,9 @@ class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in Ge
         return self.chat.engine_prompts()
 
     def to_sampling_params(self, *arguments: Any, **named: Any) -> SamplingParams:
-        return self.chat.to_sampling_params(*arguments, **named)
+        params = self.chat.to_sampling_params(*arguments, **named)
+        self._sampling = self.chat._sampling
+        return params
 
     def _logprob_count(self) -> int | None:
         return self.chat._logprob_count()
