@@ -19,10 +19,10 @@ def stream() -> None:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.json")
         done = subprocess.run(
-            [str(Path(sys.executable).with_name("guidellm")), "benchmark", "run", "--target", URL, "--model", MODEL,
-             "--processor", CHECKPOINT, "--profile", "synchronous", "--max-requests", "3",
-             "--data", '{"prompt_tokens": 32, "output_tokens": 8}', "--output-path", str(report),
-             "--disable-console-interactive"],
+            [str(Path(sys.executable).with_name("guidellm")), "run", "--disable-console",
+             "--backend", f"kind=openai_http,target={URL},model={MODEL}", "--profile", "kind=synchronous",
+             "--constraint", "kind=max_requests,count=3", "--tokenizer", f"kind=huggingface_auto,model={CHECKPOINT}",
+             "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8", "--output", f"kind=json,path={report}"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]

@@ -14,7 +14,7 @@ URL, MODEL, _ = address()
 
 class Person(BaseModel):
     name: Annotated[str, Field(max_length=20)]
-    age: int
+    age: Annotated[int, Field(ge=0, le=150)]
 
 
 ASKED = [{"role": "user", "content": "Ada is 36."}]
@@ -35,7 +35,7 @@ def required() -> None:
 @cell("structured")
 def structured() -> None:
     made = make(instructor.Mode.JSON_SCHEMA).create(
-        model=MODEL, messages=ASKED, response_model=Person, max_tokens=64, max_retries=1, temperature=0
+        model=MODEL, messages=ASKED, response_model=Person, max_tokens=256, max_retries=1, temperature=0
     )
     assert isinstance(made, Person)
 

@@ -126,6 +126,8 @@ def score(checkpoint: Path) -> list[dict[str, object]]:
     model, tokenizer = load_model(checkpoint, "float32")
     found = []
     for context, continuation in SCORED:
+        stripped = context.rstrip()  # the harness moves blanks over to the continuation
+        context, continuation = stripped, context[len(stripped) :] + continuation
         before, whole = tokenizer(context).input_ids, tokenizer(context + continuation).input_ids
         with torch.inference_mode():
             logits = model(torch.tensor([whole])).logits[0, len(before) - 1 : -1].double().log_softmax(-1)

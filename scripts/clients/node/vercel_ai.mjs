@@ -10,7 +10,14 @@ const provider = createOpenAICompatible({
   includeUsage: true,
   supportsStructuredOutputs: true,
 });
-const asked = { model: provider(MODEL), prompt: QUESTION, temperature: 0, maxRetries: 0, maxOutputTokens: 64 };
+const asked = {
+  model: provider(MODEL),
+  prompt: QUESTION,
+  temperature: 0,
+  maxRetries: 0,
+  maxOutputTokens: 64,
+  providerOptions: { gossamer: { parallel_tool_calls: false } },
+};
 const weather = (execute) => tool({ description: "A forecast.", inputSchema: jsonSchema(PARAMETERS), execute });
 
 await run({
