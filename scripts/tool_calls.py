@@ -115,6 +115,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("wheel", type=Path, help="of bfcl-eval")
     arguments.add_argument("--model", default="smollm2-135m")
+    arguments.add_argument("--quantization", default="int8", help="or none")
     arguments.add_argument("--schemas", type=int, default=100)
     arguments.add_argument("--calls", type=int, default=10, help="for each")
     arguments.add_argument("--max-tokens", type=int, default=512)
@@ -131,7 +132,20 @@ def main() -> None:
                 line["body"] = body(messages, tools, given.calls, number, given.max_tokens)
                 print(json.dumps(line), file=file)
         command = [sys.executable, "-c", "from gossamer.cli.app import main; main()", "batch", given.model, str(asked)]
-        subprocess.run([*command, "-o", str(answered), "--memory", "4GiB", "--max-model-len", "4096"], check=False)
+        subprocess.run(
+            [
+                *command,
+                "-o",
+                str(answered),
+                "--memory",
+                "4GiB",
+                "--max-model-len",
+                "4096",
+                "--quantization",
+                given.quantization,
+            ],
+            check=False,
+        )
         for text in answered.read_text().splitlines():
             line = json.loads(text)
             if (response := line["response"]) is None or response["status_code"] != 200:

@@ -7,12 +7,13 @@ from typing import Annotated
 import instructor
 import openai
 from cells import address, cell, run
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 URL, MODEL, _ = address()
 
 
 class Person(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or a small model adds fields without end
     name: Annotated[str, Field(max_length=20)]
     age: Annotated[int, Field(ge=0, le=150)]
 
