@@ -53,7 +53,7 @@ def answers(engine: Engine, asked: list[Asked], count: int = 6) -> list[list[int
     while engine.has_unfinished_requests():
         for output in engine.step():
             assert output.error is None
-            done[output.request_id] = output.outputs[0].token_ids  # type: ignore[union-attr]
+            done[output.request_id] = output.outputs[0].token_ids  # type: ignore[union-attr]  # of texts, not of scores
     assert engine.slots.num_bytes == 0 and all(node.refs == 0 for node in engine.tree)
     return [done[str(number)] for number in range(len(asked))]
 
@@ -167,7 +167,7 @@ def test_rows_without_an_adapter_are_as_without_adapters(base: str, tmp_path: Pa
     model.set_attn_implementation(IMPLEMENTATION)
     plain, adapted = make("native", model, []), make("native", model, [adapter])
     (expected,) = scores(plain, [None])
-    assert "adapter" not in plain.profile()  # type: ignore[attr-defined]
+    assert "adapter" not in plain.profile()  # type: ignore[attr-defined]  # it is the native runner
     with_it, without = scores(adapted, ["adapter", None])
     assert torch.equal(without, expected) and not torch.allclose(with_it, expected, atol=0.5)
     assert torch.equal(scores(adapted, [None])[0], expected)

@@ -11,17 +11,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import openai
 import pytest
+from starlette.requests import Request
 from typer.testing import CliRunner
 
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError, EngineError
 from gossamer.server import ModelSpec, ServerOptions, model_pool
+from gossamer.server import front as front_module
 from gossamer.server.errors import HttpError
 from gossamer.server.model_pool import ModelPool
 
@@ -335,6 +340,52 @@ class TestProcesses:
         assert children
         front.process.kill()
         wait_until(lambda: all(map(gone, children)))
+
+
+class _BrokenOff(httpx2.AsyncByteStream):
+    """A stream of which one event came."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"data: {}\n\n"
+        raise httpx2.ReadError("the connection is gone")
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_stream_that_breaks_off_ends_with_an_error(dead: bool) -> None:
+    lost, sent = [], []
+
+    async def ended() -> bool:
+        return dead
+
+    async def lose(process: object) -> None:
+        lost.append(process)
+
+    @asynccontextmanager
+    async def use(name: str) -> AsyncIterator[Any]:
+        yield SimpleNamespace(name=name, key="k", address="http://127.0.0.1:1", ended=ended)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scene() -> None:
+        headers = {"content-type": "text/event-stream; charset=utf-8"}
+        answer = httpx2.MockTransport(lambda request: httpx2.Response(200, headers=headers, stream=_BrokenOff()))
+        service = SimpleNamespace(options=ServerOptions(), use=use, lost=lose)
+        async with httpx2.AsyncClient(transport=answer) as client:
+            state = SimpleNamespace(service=service, client=client)
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+            scope |= {"app": SimpleNamespace(state=state), "gossamer.request_id": "1"}
+            await front_module._Forwarded(Request(scope), "a", b"{}")(scope, receive, send)
+
+    asyncio.run(scene())
+    assert sent[1]["body"] == b"data: {}\n\n" and len(lost) == dead
+    event, end, rest = sent[-1]["body"].decode().split("\n\n")
+    message = json.loads(event.removeprefix("data: "))["error"]["message"]
+    assert ("has ended" if dead else "does not answer") in message and end == "data: [DONE]" and rest == ""
+    assert not sent[-1]["more_body"]
 
 
 class TestCommand:

@@ -45,7 +45,7 @@ class BatchRequest(Fields):
     """A batch over an uploaded file."""
 
     input_file_id: str
-    endpoint: Literal[tuple(all_bodies())]  # type: ignore[valid-type]
+    endpoint: Literal[tuple(all_bodies())]  # type: ignore[valid-type]  # known when the module is read
     completion_window: Literal["24h"]
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = None
 

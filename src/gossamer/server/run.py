@@ -125,7 +125,7 @@ class Server(uvicorn.Server):
     @property
     def service(self) -> Life:
         # uvicorn allows the name of an application too; we give it the application
-        service: Life = self.config.app.state.service  # type: ignore[union-attr]
+        service: Life = self.config.app.state.service  # type: ignore[union-attr]  # see above
         return service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
