@@ -267,7 +267,7 @@ def test_penalties_and_bias_are_those_of_a_transformers_loop(llm: LLM, reference
 
 
 def test_text_is_left_out_without_detokenize(llm: LLM) -> None:
-    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False, speculation=False)
     completion = llm.generate(PREAMBLE, params)[0].outputs[0]
     assert (completion.text, len(completion.token_ids)) == ("", 5)
     assert [len(output.outputs[0].token_ids) for output in llm.stream(PREAMBLE, params)] == [1, 2, 3, 4, 5]

@@ -65,17 +65,17 @@ def test_masks_are_those_of_the_library(llm: LLM) -> None:
     assert here is not None and not reason
     there = Constraint(grammars, grammars.form(StructuredOutputsParams(json=schema)))
     there.begin()
-    draws, token = random.Random(0), program.BEGIN
+    draws, tokens, trie = random.Random(0), list[int](), _trie(llm)
     for _ in range(40):
-        status, mask = program.next_mask(here, token)
+        answer = program.next_masks(here, tokens, [], trie)
         wait_until(lambda: there.ready)
-        assert there.complete == (status == program.COMPLETE)
+        assert there.complete == (answer.status == program.COMPLETE)
         if there.complete:
             break
-        allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").view(bool)
-        assert (there.allowed() == allowed).all()
-        token = draws.choice(np.flatnonzero(allowed).tolist())
-        there.accept(token)
+        allowed = np.unpackbits(np.frombuffer(answer.masks, np.uint8, grammars.mask_bytes), bitorder="little")
+        assert (there.excluded() == ~allowed.view(bool)).all()
+        tokens = [draws.choice(np.flatnonzero(allowed).tolist())]
+        there.accept(tokens)
     there.close()
 
 

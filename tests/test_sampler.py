@@ -268,12 +268,14 @@ def test_streams_differ_between_completions_and_agree_between_processes() -> Non
 
 def test_a_sequence_draws_one_number_per_token() -> None:
     state = make_state(SamplingParams(top_p=0.9))
-    for _ in range(3):
-        Sampler().sample(make_logits(0, 1, 100), [state])
     reference = make_random(0, 0, 0, 0)
-    for _ in range(3):
-        reference.random()
-    assert state.random.random() == reference.random()
+    for count in (1, 3, 2):
+        numbers = [reference.random() for _ in range(count)]
+        assert [state.behind([7] * ahead).uniform for ahead in reversed(range(count))] == numbers[::-1]
+        state.uniforms.take(count)
+    state.uniforms.take(1)  # whether it was looked at or not
+    reference.random()
+    assert state.uniform == reference.random()
 
 
 @given(seed=seeds, vocabulary=st.sampled_from([40, 2048, 5003]), count=st.integers(1, 200))

@@ -28,6 +28,7 @@ KVDtype = Literal["auto", "float32", "bfloat16", "int8"]
 SparseWeights = Literal["auto", "on", "off"]
 WeightsChoice = Literal["auto", "as-stored", "dequantized", "int8"]
 SharingMode = Literal["attention", "storage", "off"]
+Speculation = Literal["auto", "off"]
 Task = Literal["auto", "generate", "embed", "score"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHARING_MODES: tuple[SharingMode, ...] = get_args(SharingMode)
@@ -235,6 +236,17 @@ class EngineOptions:
     max_num_seqs: int = option(256, "Sequences computed at a time.", min=1)
     max_num_batched_tokens: int = option(2048, "Tokens computed in one forward pass.", min=1)
     seed: int = option(0, "Where the random streams of requests without a seed come from.")
+    speculation: Speculation = option(
+        "auto",
+        "Several tokens per step: auto verifies tokens that stand somewhere already (in the prompt, in the answer, in "
+        "others' answers below the same prefix) as far as that is faster, with the same result; off never does.",
+        compare="off,auto decode in turn, to see what it gains.",
+    )
+    speculative_config: str | Mapping[str, Any] | None = option(
+        None,
+        'Bounds on that, as vLLM\'s option of this name: a JSON object such as {"method": "ngram", '
+        '"num_speculative_tokens": 5}.',
+    )
     prefix_dir: str | Path | None = option(
         None,
         "Keep prefixes on disk, in this directory: those that are pinned, and those that several requests begin with, "
@@ -249,6 +261,9 @@ class EngineOptions:
         parse_bytes(self.prefix_dir_size)
         if self.sharing not in SHARING_MODES:
             raise ConfigurationError(f"sharing must be one of {', '.join(SHARING_MODES)}, got {self.sharing!r}")
+        _check_choice("speculation", self.speculation, get_args(Speculation))
+        if self.speculation == "off" and self.speculative_config is not None:
+            raise ConfigurationError("speculative_config bounds what speculation='off' switches off; leave one out")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
@@ -335,6 +350,8 @@ class OptionArguments(TypedDict, total=False):
     max_num_seqs: int
     max_num_batched_tokens: int
     seed: int
+    speculation: Speculation
+    speculative_config: str | Mapping[str, Any] | None
     prefix_dir: str | Path | None
     prefix_dir_size: str | int
     chat_template: str | None

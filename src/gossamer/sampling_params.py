@@ -147,6 +147,9 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         structured_outputs: a form that the completion must have; it may be cut by ``max_tokens`` all the same.
         reasoning: what marks thoughts: their tokens are counted, and may be bounded.
+        prediction: what the completion is expected to be, more or less: a text, or token ids. Where it agrees, several
+            tokens come in a step; the completion is the same as without it.
+        speculation: False computes this request's tokens one per step.
 
     Raises:
         InvalidSamplingParamsError: a value is out of its range; ``param`` names it.
@@ -177,6 +180,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     reasoning: ReasoningParams | None = None
+    prediction: str | Sequence[int] | None = None
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         _require(_is_int(self.n) and self.n >= 1, "n", self.n, "an integer of at least 1")
@@ -224,7 +229,7 @@ class SamplingParams:
         self._normalize_collections()
 
     def _normalize_collections(self) -> None:
-        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "speculation"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
@@ -234,6 +239,12 @@ class SamplingParams:
         _require(self.detokenize or not stop, "detokenize", self.detokenize, "True if there are stop strings")
         ids = tuple(self.stop_token_ids or ())
         _require(all(_is_int(i) and i >= 0 for i in ids), "stop_token_ids", self.stop_token_ids, "token ids >= 0")
+        predicted = self.prediction
+        listed = isinstance(predicted, Sequence) and all(isinstance(part, str) or _is_int(part) for part in predicted)
+        _require(predicted is None or listed, "prediction", predicted, "a text, or a list of token ids")
+        if predicted is not None and not isinstance(predicted, str):
+            _require(all(_is_int(i) and i >= 0 for i in predicted), "prediction", predicted, "token ids >= 0")
+            object.__setattr__(self, "prediction", tuple(predicted))
         given = {} if self.logit_bias is None else self.logit_bias
         expected = "a mapping of token ids >= 0 to finite numbers"
         _require(isinstance(given, Mapping), "logit_bias", given, expected)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from gossamer.engine.branching import descend, hand_out
 from gossamer.engine.completion_text import describe_prompt, extend_text, settle_text
-from gossamer.engine.cost import calibrate
+from gossamer.engine.cost import CostModel, calibrate
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
-from gossamer.engine.planner import KeyCount, PlannedRows, Planner
+from gossamer.engine.planner import Burst, KeyCount, PlannedRows, Planner
 from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
@@ -33,6 +33,10 @@ from gossamer.engine.sampling import Sampled, Sampler, token_logprobs, top_logpr
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool
+from gossamer.engine.speculation.config import SpeculativeConfig
+from gossamer.engine.speculation.speculator import Speculator
+from gossamer.engine.speculation.stats import SpeculationStats
+from gossamer.engine.speculation.step_time import measure_steps
 from gossamer.engine.stats import EngineStats
 from gossamer.engine.stopping import Stop
 from gossamer.engine.tree import PrefixTree
@@ -96,11 +100,11 @@ class Engine:
                 vocab_size=runner.vocab_size,
             )
         self.slots = SlotPool(runner.layout, self.budget)
-        cost = None if options.sharing == "off" else calibrate(runner)
+        cost = calibrate(runner) if options.sharing != "off" or options.speculation != "off" else None
         self.scheduler = Scheduler(
             self.tree,
             self.slots,
-            cost,
+            cost if options.sharing != "off" else None,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_scored_tokens=max(SCORED_LOGIT_BYTES // (4 * runner.vocab_size), 16),
@@ -115,6 +119,8 @@ class Engine:
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(self.factory.tokens)
         self.sampler = Sampler()
+        self.speculator = self._make_speculator(options, cost)
+        self.speculation_enabled = True
         self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
         self.requests: dict[str, Request] = {}
         self._late: list[Sequence] = []  # whose grammars have not said yet whether they are complete
@@ -203,9 +209,32 @@ class Engine:
     def reset_stats(self) -> None:
         """Count from zero again."""
         self.stats = EngineStats()
+        if self.speculator is not None:
+            self.speculator.stats = SpeculationStats()
         self.scheduler.on_start = self.stats.count_prompt
         self.budget.peak = self.budget.used
         self.tree.evicted_tokens = self.scheduler.num_preemptions = 0
+
+    def _make_speculator(self, options: EngineOptions, cost: CostModel | None) -> Speculator | None:
+        if options.speculation == "off" or cost is None:
+            return None
+        if name := self.runner.shared_outliers:
+            if options.speculative_config is not None:
+                raise ConfigurationError(
+                    f"speculative_config cannot be used: {name} takes the outlier columns of all rows of a step out of "
+                    "the int8 product (int8_outliers 'batch'), so a wrong draft would change what is right; load the "
+                    "model with int8_outliers 'token' or 'static'"
+                )
+            return None
+        most = options.most_rows
+        return Speculator(
+            SpeculativeConfig.of(options.speculative_config),
+            measure_steps(self.runner, most),
+            self.tree,
+            row_seconds_per_key=cost.per_pair * len(self.runner.layout.layers),
+            most_rows=most,
+            most_chosen=self.scheduler.max_scored_tokens,
+        )
 
     def _check_id(self, request_id: str) -> None:
         if request_id in self.requests:
@@ -239,6 +268,8 @@ class Engine:
             elif self.requests and not self._ended and not self.scheduler.apart:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return self._take_ended()
+        if self._drafts is not None:
+            self._drafts.propose(works)
         plan, rows, count = self.planner.plan(works)
         sampled = self.stats.sampling_seconds
         forward = time.perf_counter()
@@ -252,7 +283,12 @@ class Engine:
         self._count(works, count)
         self.stats.forward_seconds += done - forward
         sampling = self.stats.sampling_seconds - sampled
-        self.stats.overhead_seconds += time.perf_counter() - done + forward - start - sampling
+        other = time.perf_counter() - done + forward - start - sampling
+        self.stats.overhead_seconds += other
+        if self.speculator is not None:
+            self.speculator.time.learn(
+                len(plan.token_ids), done - forward, choosing=sampling, chosen=len(rows.drawn), other=other
+            )
         return self._take_ended()
 
     def step_apart(self) -> list[Output]:
@@ -282,6 +318,11 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
+    @property
+    def _drafts(self) -> Speculator | None:
+        """What finds drafts, unless that is switched off for now."""
+        return self.speculator if self.speculation_enabled else None
+
     def _commit(self, works: list[Work]) -> None:
         for work in works:
             if isinstance(work.target, Slot):
@@ -290,13 +331,13 @@ class Engine:
                 work.target.computed += work.count
 
     def _draw(self, rows: PlannedRows, output: Logits) -> Sampled:
-        """The next token of every sequence that is up to date. Changes nothing but random streams."""
+        """A token for every row in which one is chosen. Changes nothing."""
         if not rows.drawn:
             return Sampled([], [])
         count, (logits, largest) = len(rows.drawn), output
         start = time.perf_counter()
         if count < len(rows.sampled):
-            logits, largest = logits[[row for row, _ in rows.drawn]], None
+            logits, largest = logits[rows.drawn], None
         elif count < len(logits):
             logits, largest = logits[:count], None if largest is None else largest[:count]
         sampled = self.sampler.sample(logits, rows.states, largest)
@@ -304,13 +345,14 @@ class Engine:
         return sampled
 
     def _accept_all(self, rows: PlannedRows, sampled: Sampled) -> list[Output]:
-        """Give every sequence the token that was chosen for it; returns requests that failed over it."""
+        """Give every sequence the tokens that were chosen for it; returns requests that failed over them."""
         failed = []
-        self._advance_grammars(rows, sampled)
+        emitted = [burst.emitted(sampled.token_ids) for burst in rows.bursts]
+        self._advance(rows.bursts, emitted)
         now = time.perf_counter()
-        for (_, sequence), token, logprobs in zip(rows.drawn, sampled.token_ids, sampled.logprobs, strict=True):
-            request = sequence.request
-            if token < 0:
+        for burst, tokens in zip(rows.bursts, emitted, strict=True):
+            sequence, request = burst.sequence, burst.sequence.request
+            if tokens[-1] < 0:
                 failed.append(self._fail(request, _no_token(sequence)))
                 continue
             if sequence.last_token is not None:
@@ -318,10 +360,25 @@ class Engine:
             sequence.last_token = request.last_token = now
             request.first_token = request.first_token or now
             try:
-                self._accept(sequence, token, logprobs)
+                self._accept_burst(burst, tokens, sampled.logprobs[burst.first :])
             except Exception as error:  # whatever is wrong with one text must not stop the others
                 failed.append(self._fail(request, EngineError(f"its text cannot be continued: {error}")))
         return [output for output in failed if output is not None]
+
+    def _accept_burst(self, burst: Burst, tokens: list[int], logprobs: Many[dict[int, Logprob] | None]) -> None:
+        """Append tokens up to the first that ends the sequence. Those that were drafted are computed already."""
+        sequence, state, drafted = burst.sequence, burst.sequence.sampling, len(burst.work.draft)
+        assert sequence.slot is not None and state is not None
+        count = 0
+        while count < len(tokens) and sequence.finish_reason is None:
+            count += 1
+            self._accept(sequence, tokens[count - 1], logprobs[count - 1], last=count == len(tokens))
+        if not state.params.greedy:
+            state.uniforms.take(count)
+        sequence.slot.length += count - 1
+        self.stats.computed_tokens += count - 1
+        if drafted and self.speculator is not None:
+            self.speculator.verified(sequence, burst.work.source, drafted, count - 1)
 
     def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
@@ -334,15 +391,15 @@ class Engine:
                 ended.append(self._finish(request))
         return [output for output in ended if output is not None]
 
-    def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
-        """Append a sampled token, and mark the sequence as finished if it is the last."""
+    def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None, *, last: bool) -> None:
+        """Append a sampled token, the ``last`` of its step or not, and mark the sequence as finished if it ends it."""
         sequence.tokens.append(token)
         sequence.output_ids.append(token)
         self.stats.generated_tokens += 1
         checker, state = sequence.stop, sequence.sampling
         assert checker is not None and state is not None
         stop = checker.check_token(token, len(sequence.output_ids))
-        if state.constraint is not None and (stop is None or not stop.hides_token):
+        if last and state.constraint is not None and (stop is None or not stop.hides_token):
             if state.constraint.complete:
                 stop = Stop("stop")
             elif not state.constraint.ready and stop is None:
@@ -356,13 +413,16 @@ class Engine:
         if stop is not None:
             sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
 
-    def _advance_grammars(self, rows: PlannedRows, sampled: Sampled) -> None:
-        """Tell all grammars their tokens, and give the masks behind them as much time as a step can bear."""
+    def _advance(self, bursts: list[Burst], emitted: list[list[int]]) -> None:
+        """Look for what may come next; tell grammars their tokens, and give their masks the time a step can bear."""
         asked = []
-        for (_, sequence), token in zip(rows.drawn, sampled.token_ids, strict=True):
-            if sequence.constraint is not None and token >= 0:
-                sequence.constraint.accept(token)
-                asked.append(sequence.constraint)
+        for burst, tokens in zip(bursts, emitted, strict=True):
+            if tokens[-1] < 0:
+                continue
+            drafted = self._drafts.advance(burst.sequence, tokens) if self._drafts is not None else []
+            if (constraint := burst.sequence.constraint) is not None:
+                constraint.accept(tokens, drafted)
+                asked.append(constraint)
         self.factory.grammars.wait(asked)
 
     def _finish_late(self) -> list[Output]:
@@ -437,6 +497,8 @@ class Engine:
         """Give the sequence's memory back; what it generated stays in the tree while memory allows."""
         if sequence.status is Status.RUNNING and sequence.generate and self.sharing != "off":
             keep_output(sequence, self.tree)
+        if self.speculator is not None:
+            self.speculator.end(sequence, keep=sequence.finish_reason is not None)
         self.scheduler.release(sequence)
         sequence.status = Status.FINISHED
 
@@ -446,6 +508,8 @@ class Engine:
             return None
         error.request_id = request.request_id
         for sequence in request.sequences:
+            if self.speculator is not None:
+                self.speculator.end(sequence, keep=False)
             self.scheduler.release(sequence)
             sequence.status = Status.FINISHED
             if not isinstance(error, MemoryBudgetError):  # what went wrong may stand in the keys and values

@@ -138,6 +138,28 @@ class Intake:
         if found is not None:
             raise InvalidPromptError(found.reason, request_id=request_id, param=param)
 
+    def prediction(self, given: str | Sequence[int], request_id: str) -> list[int]:
+        """The tokens of what a completion is expected to be.
+
+        Raises:
+            InvalidSamplingParamsError: it is longer than the context, no text, or has tokens that the model has not.
+        """
+        try:
+            if isinstance(given, str):
+                self._check_unicode(given, request_id, "prediction")
+                ids = EndingEncoder(self.tokenizer, "\n").encode(given) if given else []
+            else:
+                ids = self.check_ids(given, request_id, "prediction") if given else []
+        except InvalidPromptError as error:
+            raise InvalidSamplingParamsError(error.message, request_id=request_id, param="prediction") from None
+        if len(ids) > self.max_model_len:
+            raise InvalidSamplingParamsError(
+                f"prediction has {len(ids)} tokens, and the context {self.max_model_len}; shorten it",
+                request_id=request_id,
+                param="prediction",
+            )
+        return ids
+
     def check_ids(self, ids: Any, request_id: str, param: str = "prompt_token_ids") -> list[int]:
         """``ids`` as a list of token ids of this model, at least one."""
         if hasattr(ids, "tolist"):

@@ -28,7 +28,8 @@ Rows = slice | Tensor  # contiguous rows are a view; others are gathered
 class Segment:
     """``rows`` see the first ``length`` keys of ``source``, the first of which stands at position ``start``.
 
-    ``per_row`` makes every row attend on its own, for the mode that shares storage but not computation.
+    ``per_row`` makes every row attend on its own, for the mode that shares storage but not computation. ``certain`` of
+    the rows are no drafts.
     """
 
     rows: Rows
@@ -37,6 +38,7 @@ class Segment:
     start: int
     level: int
     per_row: bool = False
+    certain: int = 1
 
 
 @dataclass(slots=True)

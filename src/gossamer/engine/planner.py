@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, zip_longest
 from operator import itemgetter
 
 import numpy as np
@@ -18,19 +19,43 @@ from gossamer.engine.tree import Node, PrefixTree
 
 
 @dataclass(slots=True)
+class Burst:
+    """A sequence's rows among the drawn ones, from ``first`` on: of its next token, and behind each drafted one."""
+
+    work: Work
+    first: int
+
+    @property
+    def sequence(self) -> Sequence:
+        """Whose rows they are."""
+        return self.work.sequence
+
+    def emitted(self, chosen: Many[int]) -> list[int]:
+        """The tokens that come, of those ``chosen`` in all rows: as long as the drafted one is chosen, one more."""
+        tokens = []
+        for drafted, token in zip_longest(self.work.draft, chosen[self.first : self.first + len(self.work.draft) + 1]):
+            tokens.append(token)
+            if token != drafted:
+                break
+        return tokens
+
+
+@dataclass(slots=True)
 class PlannedRows:
     """Which logits of a plan belong to whom.
 
     Attributes:
-        sampled: sequences that get a token, in the order of their logits, which come first.
+        sampled: the sequence of each row in which a token is chosen, in the order of their logits, which come first.
         scored: (sequence, first target index, number of targets), whose logits follow in this order.
-        drawn: of the sampled, those whose token the sampler chooses, as (row, sequence), with their ``states``.
+        drawn: of the sampled, the rows whose token the sampler chooses, with their ``states``.
+        bursts: the sequences that these are of.
         branching: the others, hypotheses of beam searches, as (row, sequence).
     """
 
     sampled: list[Sequence] = field(default_factory=list)
-    drawn: list[tuple[int, Sequence]] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
     states: list[SamplingState] = field(default_factory=list)
+    bursts: list[Burst] = field(default_factory=list)
     branching: list[tuple[int, Sequence]] = field(default_factory=list)
     scored: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
@@ -67,6 +92,9 @@ class Planner:
 
     def plan(self, works: list[Work]) -> tuple[StepPlan, PlannedRows, KeyCount]:
         """Lay the work out in rows, and find who attends to what. A node is in ``works`` at most once."""
+        if any(work.draft for work in works):  # the next step goes on from what is right of it
+            self._key = self._last = None
+            return build_plan(works, per_row=self.per_row, device=self.tree.layout.device)
         # A slot moves within its bucket when another one is given back, so its index is part of the key.
         places = [work.target.index if isinstance(work.target, Slot) else -1 for work in works]
         key = (self.tree.version, [(work.sequence, work.target) for work in works], places)
@@ -118,6 +146,7 @@ class _Block:
     rows: slice
     readers: int
     single: bool  # one row per sequence
+    certain: int  # rows that are no drafts
 
 
 class _Layout:
@@ -132,11 +161,12 @@ class _Layout:
         single: list[tuple[Node, int, Work, Slot]] = []
         self.longer: list[Work] = []
         for work in works:
-            if work.count == 1 and isinstance(work.target, Slot):
+            if work.rows == 1 and isinstance(work.target, Slot):
                 single.append((_node_above(work), work.target.index, work, work.target))
             else:
                 self.longer.append(work)
-        order = {node: [each.serial for each in node.path()] for node in {item[0] for item in single}}
+        order = {node: [each.serial for each in node.path()] for node in map(_node_above, works)}
+        self.longer.sort(key=lambda work: (work.sequence.request.adapter or "", order[_node_above(work)]))
         single.sort(key=lambda item: (item[2].sequence.request.adapter or "", order[item[0]], item[1]))
         self.single = [(work, slot) for _, _, work, slot in single]
         self.tokens: list[int] = [work.sequence.tokens[work.start] for work, _ in self.single]
@@ -145,14 +175,15 @@ class _Layout:
         for node, members in groupby(single, key=itemgetter(0)):
             first = self.blocks[-1].rows.stop if self.blocks else 0
             count = sum(1 for _ in members)
-            self.blocks.append(_Block(node, slice(first, first + count), count, single=True))
+            self.blocks.append(_Block(node, slice(first, first + count), count, single=True, certain=count))
         self.chunk_rows: list[slice] = []
         for work in self.longer:
-            rows = slice(len(self.tokens), len(self.tokens) + work.count)
+            rows = slice(len(self.tokens), len(self.tokens) + work.rows)
             self.tokens.extend(work.sequence.tokens[work.start : work.start + work.count])
-            positions.append(np.arange(work.start, work.start + work.count))
+            self.tokens.extend(work.draft)
+            positions.append(np.arange(work.start, work.start + work.rows))
             self.chunk_rows.append(rows)
-            self.blocks.append(_Block(_node_above(work), rows, 1, single=False))
+            self.blocks.append(_Block(_node_above(work), rows, 1, single=False, certain=work.count))
         self.positions = np.concatenate(positions)
 
 
@@ -189,14 +220,15 @@ def _add_node_segments(plan: StepPlan, layout: _Layout, levels: _Levels, *, per_
         count.keys_unshared += sequences * len(node)
         if per_row:
             count.keys_read += sequences * len(node)
-            parts = [(_join([block.rows]), block.single) for block in blocks]
+            parts = [(_join([block.rows]), block.single, block.certain) for block in blocks]
         else:
             count.keys_read += len(node)
             count.segments += sequences > 1
-            parts = [(_join([block.rows for block in blocks]), False)]
-        for part, separately in parts:
+            certain = sum(block.certain for block in blocks)
+            parts = [(_join([block.rows for block in blocks]), False, certain)]
+        for part, separately, certain in parts:
             rows = _to_index(part, plan.device)
-            plan.segments.append(Segment(rows, node, len(node), node.start, levels.take(part), separately))
+            plan.segments.append(Segment(rows, node, len(node), node.start, levels.take(part), separately, certain))
     return count
 
 
@@ -206,8 +238,8 @@ def _add_chunks(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCoun
             start = work.start - work.offset
             plan.segments.append(Segment(rows, work.target, work.offset, start, levels.take(rows)))
         plan.chunks.append(Chunk(rows, work.target, work.offset, work.start, levels.take(rows)))
-        count.keys_read += work.offset + work.count
-        count.keys_unshared += work.offset + work.count
+        count.keys_read += work.offset + work.rows
+        count.keys_unshared += work.offset + work.rows
 
 
 def _add_groups(plan: StepPlan, layout: _Layout, levels: _Levels, count: KeyCount, device: torch.device) -> None:
@@ -242,7 +274,7 @@ def _join(parts: list[slice]) -> slice | np.ndarray:
 
 def _adapter_runs(layout: _Layout) -> list[AdapterRun]:
     rows = [(work.sequence.request.adapter, 1) for work, _ in layout.single]
-    rows += [(work.sequence.request.adapter, work.count) for work in layout.longer]
+    rows += [(work.sequence.request.adapter, work.rows) for work in layout.longer]
     if all(adapter is None for adapter, _ in rows):
         return []
     runs: list[AdapterRun] = []
@@ -267,13 +299,15 @@ def _logit_rows(layout: _Layout, planned: PlannedRows) -> list[int]:
             continue
         end = work.start + work.count
         if sequence.generate and end == len(sequence.tokens):
-            if sequence.sampling is None:
+            if (state := sequence.sampling) is None:
                 planned.branching.append((len(sampled), sequence))
             else:
-                planned.drawn.append((len(sampled), sequence))
-                planned.states.append(sequence.sampling)
-            sampled.append(first + work.count - 1)
-            planned.sampled.append(sequence)
+                planned.bursts.append(Burst(work, len(planned.drawn)))
+                planned.drawn.extend(range(len(sampled), len(sampled) + 1 + len(work.draft)))
+                planned.states.append(state)
+                planned.states.extend(state.behind(work.draft[:ahead]) for ahead in range(1, len(work.draft) + 1))
+            sampled.extend(range(first + work.count - 1, first + work.rows))
+            planned.sampled.extend([sequence] * (1 + len(work.draft)))
         if sequence.score_from is not None:
             # the row of token t - 1 predicts token t
             target = max(work.start + 1, sequence.score_from + len(sequence.scores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 
@@ -44,6 +45,14 @@ class Reasoning:
     def forced(self) -> int | None:
         """The token that has to come next, if one has to."""
         return self._closing[0] if self._closes and self._closing else None
+
+    @property
+    def free(self) -> int:
+        """How many tokens can come before one has to, at least."""
+        most = self._params.max_tokens
+        if self._closes:
+            return 0 if self._closing else sys.maxsize
+        return sys.maxsize if self._ended or most is None else most - self._inside - 1
 
     def push(self, token: int, text: str, *, whole: bool) -> None:
         """The completion has gone on with ``token``.

@@ -56,6 +56,8 @@ class RequestFactory:
         closing: list[int] = []
         if params.reasoning is not None and params.reasoning.max_tokens is not None:
             closing = EndingEncoder(self.intake.tokenizer, ".").encode(params.reasoning.closing)
+        if params.prediction is not None:
+            request.prediction = self.intake.prediction(params.prediction, request_id)
         for index in range(params.n):
             # The prompt's log-probabilities need its logits, so it is computed privately, once.
             score = index == 0 and params.prompt_logprobs is not None

@@ -49,9 +49,11 @@ class Runner(Protocol):
         max_model_len: positions the model was made for.
         vocab_size: width of the logits.
         adapters: names of the adapters that rows may have.
+        shared_outliers: a layer whose products depend on all rows of a step; empty if there is none.
     """
 
     name: str
+    shared_outliers: str
     layout: KVLayout
     num_heads: int
     max_model_len: int

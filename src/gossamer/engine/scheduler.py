@@ -11,12 +11,13 @@ import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from gossamer.engine.cost import MAX_FOLDED, CostModel
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool, capacity_for
+from gossamer.engine.speculation.survival import Source
 from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 from gossamer.errors import MemoryBudgetError
 
@@ -29,13 +30,23 @@ SLOT_RESERVE = 64  # room for tokens to be generated that a new slot has, so tha
 
 @dataclass(slots=True)
 class Work:
-    """``count`` tokens of ``sequence`` from position ``start``; their keys go to ``target`` from ``offset`` on."""
+    """``count`` tokens of ``sequence`` from position ``start``; their keys go to ``target`` from ``offset`` on.
+
+    Behind them, ``draft`` holds tokens that may come next, of a ``source``: they are computed as if they had come.
+    """
 
     sequence: Sequence
     start: int
     count: int
     target: Node | Slot
     offset: int
+    draft: list[int] = field(default_factory=list)
+    source: Source = Source.OWN
+
+    @property
+    def rows(self) -> int:
+        """Of the step."""
+        return self.count + len(self.draft)
 
 
 class Scheduler:

@@ -11,6 +11,7 @@ from gossamer.engine.detokenizer import IncrementalDetokenizer
 from gossamer.engine.grammar import Constraint
 from gossamer.engine.sampling import SamplingState
 from gossamer.engine.slots import Slot
+from gossamer.engine.speculation.texts import Position
 from gossamer.engine.stopping import StopChecker
 from gossamer.engine.tree import Node, TreeSalt, tree_salt
 from gossamer.outputs import Logprob
@@ -65,6 +66,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     num_cached: int = 0
+    position: Position | None = None  # where drafts for it are looked up, once they are
     last_token: float | None = None  # when its last token came
     sought: bool = False  # whether its prefix was looked for on disk
     counted: bool = False  # whether its prompt is in the statistics already (a preempted sequence starts twice)
@@ -116,6 +118,7 @@ class Request:
         stream: whether unfinished outputs are wanted at each step.
         cache_salt: what is computed for it is shared with requests of the same salt only.
         adapter: of the model; ``None`` for the model itself. What is computed with it is shared within it.
+        prediction: tokens that the completions are expected to be, more or less.
         arrived, admitted, first_token, last_token: when it was queued, first got memory, and its tokens came, in
             seconds of ``time.perf_counter``.
     """
@@ -129,6 +132,7 @@ class Request:
     stream: bool = False
     cache_salt: str | None = None
     adapter: str | None = None
+    prediction: list[int] | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
     first_token: float | None = None

@@ -51,12 +51,14 @@ class Node:
         owner: which sequence computed it, by its order, for the statistics of tokens saved.
         uses: requests that began with it and ended well.
         salt: of a root, whose prompts are below it; ``None`` for all other nodes.
+        chains: the places of its tokens, for drafts; whoever reads them sees whether they are still right.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
     """
 
     __slots__ = (
         "addresses",
+        "chains",
         "children",
         "computed",
         "keys",
@@ -87,6 +89,7 @@ class Node:
         self.uses = 0
         self.owner: object = None
         self.salt: TreeSalt = None
+        self.chains: Any = None
         self.serial = next(_serial)
 
     def hold(self, keys: list[Tensor] | None, values: list[Tensor] | None) -> None:

@@ -20,7 +20,7 @@ from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.few_rows import choose_few_rows
 from gossamer.native.recorder import Recorder, rotary_tables
 from gossamer.native.sparse_timing import SparsePacker
-from gossamer.nn import Int8Linear, Int8TiedHead, StoredLinear
+from gossamer.nn import Int8Linear, StoredLinear
 from gossamer.options import RunnerOptions
 from gossamer.runners.step_input import StepArrays, WithinTolerance
 from gossamer.runners.tolerance import PrefixTolerance
@@ -98,8 +98,12 @@ class NativeRunner:
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         self.batch_invariant = options.batch_invariant
-        if options.batch_invariant:
-            _refuse_shared_outliers(network)
+        self.shared_outliers = probe.shared_outliers
+        if options.batch_invariant and self.shared_outliers:
+            raise ConfigurationError(
+                f"batch_invariant cannot be kept: {self.shared_outliers} takes the outlier columns of all tokens of a "
+                "step out of the int8 product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
+            )
         attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention, adapters)
@@ -200,12 +204,3 @@ class NativeRunner:
             self._table_addresses = np.array(addresses, np.int64)
             self._table_address = self._table_addresses.ctypes.data
         return self._table_address
-
-
-def _refuse_shared_outliers(network: Any) -> None:
-    for name, module in network.named_modules():
-        if isinstance(module, Int8Linear | Int8TiedHead) and module.decomposition.outliers == "batch":
-            raise ConfigurationError(
-                f"batch_invariant cannot be kept: {name} takes the outlier columns of all tokens of a step out of the "
-                "int8 product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
-            )

@@ -27,7 +27,7 @@ from gossamer.engine.tree import Node
 
 BLOCK = 32  # keys of a block
 LEAST_KEYS = 1024  # of a node: there is not much to save with fewer
-LEAST_ROWS = 2  # that attend to it: a single one is kept waiting by memory, and reads most of it
+LEAST_ROWS = 2  # that attend to it, drafts aside: a single one is kept waiting by memory, and reads most of it
 _PANEL = 32
 _POWER_STEPS = 8
 _FIRST, _EVERY = 16, 4  # steps at first that are checked, and one of how many later
@@ -184,7 +184,7 @@ class PrefixTolerance:
             and segment.source.complete
             and segment.length == len(segment.source) >= LEAST_KEYS
             and not segment.per_row
-            and _count(segment.rows) >= LEAST_ROWS
+            and segment.certain >= LEAST_ROWS
             and (segment.source.means is None or segment.source.means.control[..., 0].any())
             else None
             for segment in plan.segments
@@ -257,7 +257,3 @@ def _means(keys: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     parts = keys[:, : blocks * BLOCK].float().unflatten(1, (-1, BLOCK))
     mean = parts.mean(2)
     return mean, (parts - mean[:, :, None]).square().mean((2, 3))
-
-
-def _count(rows: slice | Tensor) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)

@@ -21,6 +21,7 @@ from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
+from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.nn.stored_linear import shapes_only
 from gossamer.runners.adapters import AddedByAdapters
 from gossamer.runners.planned_step import AttentionSettings, PlannedStep, Step
@@ -116,6 +117,7 @@ class TransformersRunner:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.layout = self._probe()
         self.adapters = tuple(adapter.name for adapter in adapters)
+        self.shared_outliers = _shared_outliers(model)
         self._added = AddedByAdapters(model, adapters)
 
     def _probe(self) -> KVLayout:
@@ -175,3 +177,11 @@ class TransformersRunner:
     @torch.inference_mode()
     def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
         return attention_seconds(self.layout, self.num_heads, readers=readers, own=own, common=common)
+
+
+def _shared_outliers(model: torch.nn.Module) -> str:
+    """The name of an int8 layer that looks for outliers in all rows of a step together; empty if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear | Int8TiedHead) and module.decomposition.outliers == "batch":
+            return name
+    return ""

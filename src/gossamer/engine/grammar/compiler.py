@@ -44,7 +44,7 @@ class Grammar:
         self.users = 0
         self.connection: Connection | None = None  # none before it is started, and after its end
         self.pid = 0
-        self.asked: dict[int, tuple[Constraint, int | None]] = {}  # by number; the token to ask with, if that waits
+        self.asked: dict[int, tuple[Constraint, bytes | None]] = {}  # by number; the question, if that waits
 
     @property
     def computes(self) -> bool:
@@ -140,16 +140,16 @@ class GrammarCompiler:
                 self._end(grammar)
             self._start_waiting()
 
-    def ask(self, constraint: Constraint, grammar: Grammar, token: int) -> None:
-        """Have a constraint told the mask behind its next token."""
+    def ask(self, constraint: Constraint, grammar: Grammar, question: bytes) -> None:
+        """Have a constraint told what may come next; see :func:`gossamer.engine.grammar.program.question`."""
         with self._lock:
             if not grammar.settled.done():
-                grammar.asked[constraint.number] = constraint, token
+                grammar.asked[constraint.number] = constraint, question
             elif grammar.connection is None:
                 self._fail(constraint, self._refused.get(grammar.form, "its process has ended"))
             else:
                 grammar.asked[constraint.number] = constraint, None
-                self._send(grammar, constraint.number, token)
+                self._send(grammar, question)
 
     def forget(self, constraint: Constraint, grammar: Grammar) -> None:
         """A constraint is needed no more."""
@@ -159,7 +159,7 @@ class GrammarCompiler:
             else:
                 grammar.asked.pop(constraint.number, None)
                 if grammar.connection is not None and grammar.settled.done():
-                    self._send(grammar, constraint.number, program.FORGET)
+                    self._send(grammar, program.question(constraint.number, program.FORGET))
             self.close(grammar)
 
     def wait(self, constraints: Iterable[Constraint], seconds: float = PATIENCE) -> None:
@@ -231,12 +231,13 @@ class GrammarCompiler:
 
     @staticmethod
     def _fail(constraint: Constraint, reason: str) -> None:
-        constraint.answer(program.ERROR, reason.encode())
+        constraint.answer(program.Answer(program.ERROR, reason=reason))
 
-    def _send(self, grammar: Grammar, number: int, token: int) -> None:
+    @staticmethod
+    def _send(grammar: Grammar, question: bytes) -> None:
         assert grammar.connection is not None
         with suppress(OSError):  # it has ended; its listener says so
-            grammar.connection.send_bytes(program.QUESTION.pack(number, token))
+            grammar.connection.send_bytes(question)
 
     # --- what its process says, in the listener's thread ---------------------------------------------------------
 
@@ -248,19 +249,19 @@ class GrammarCompiler:
             self._settle(grammar, _refusal(" ".join(reason.split())[:400]) if reason else None)
             if reason:
                 self._end(grammar, reason)
-            for number, (constraint, token) in grammar.asked.items():
-                assert token is not None
+            for number, (constraint, question) in grammar.asked.items():
+                assert question is not None
                 grammar.asked[number] = constraint, None
-                self._send(grammar, number, token)
+                self._send(grammar, question)
             self._start_waiting()
 
     def answered(self, grammar: Grammar, message: bytes) -> None:
         """A mask has come."""
-        number, status = program.ANSWER.unpack_from(message)
+        number, answer = program.read_answer(message)
         with self._lock:
             constraint, _ = grammar.asked.pop(number, (None, None))
             if constraint is not None:
-                constraint.answer(status, message[program.ANSWER.size :])
+                constraint.answer(answer)
                 self._answered.notify_all()
 
     def ended(self, grammar: Grammar) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,8 @@ class Constraint:
         error: why the grammar cannot be followed any further; otherwise empty.
         complete: nothing but the end can come now.
         ready: whether the mask has come, or never will.
+        drafted: tokens that may come one after the other, behind each of which the mask is known too.
+        forced: nothing else than those can be spelled: it is the grammar that drafted them.
         grammar: its process, once the first mask is asked for.
         slow: the last mask took longer than a step waits.
     """
@@ -36,7 +39,9 @@ class Constraint:
         self._compiler = compiler
         self._form = form
         self.grammar: Grammar | None = None
-        self._mask = b""
+        self.drafted: list[int] = []
+        self.forced = False
+        self._masks = b""
         self._asked = 0.0
 
     def begin(self) -> None:
@@ -46,18 +51,20 @@ class Constraint:
         try:
             self.grammar = self._compiler.open(self._form, waits=False)
         except InvalidSamplingParamsError as error:  # since it was compiled, it has taken too long for another
-            self.answer(program.ERROR, error.message.encode())
+            self.answer(program.Answer(program.ERROR, reason=error.message))
         else:
             self._ask(program.BEGIN)
 
-    def accept(self, token: int) -> None:
-        """The completion goes on with ``token``: ask for the mask behind it."""
-        self.ready = False
-        self._ask(token)
+    def accept(self, tokens: Sequence[int], drafted: Sequence[int] = ()) -> None:
+        """The completion goes on with ``tokens``: ask for the mask behind them, and for those behind drafted ones."""
+        self.ready, self.drafted = False, []
+        self._ask(tokens, drafted)
 
-    def allowed(self) -> np.ndarray:
-        """For each token (V, rounded up to whole words) whether it may come next; nothing may after an error."""
-        return np.unpackbits(np.frombuffer(self._mask, np.uint8), bitorder="little").view(bool)
+    def excluded(self, ahead: int = 0) -> np.ndarray:
+        """For each token (V, rounded up to whole words) whether it may not come behind so many drafted tokens."""
+        size = self._compiler.mask_bytes
+        mask = np.frombuffer(self._masks, np.uint8, size, ahead * size)
+        return np.unpackbits(~mask, bitorder="little").view(bool)
 
     def close(self) -> None:
         """Nobody asks any more."""
@@ -65,16 +72,17 @@ class Constraint:
             self._compiler.forget(self, self.grammar)
             self.grammar = None
 
-    def answer(self, status: int, content: bytes) -> None:
+    def answer(self, answer: program.Answer) -> None:
         """What the grammar's process says."""
-        if status == program.ERROR:
-            self.error, content = content.decode(errors="replace") or "it leads nowhere", b""
-        self.complete = status == program.COMPLETE
-        self._mask = content or bytes(self._compiler.mask_bytes)
+        if answer.status == program.ERROR:
+            self.error = answer.reason or "it leads nowhere"
+        self.complete = answer.status == program.COMPLETE
+        self._masks = answer.masks or bytes(self._compiler.mask_bytes)
+        self.drafted, self.forced = answer.drafted, answer.forced
         self.slow = time.monotonic() - self._asked > PATIENCE
         self.ready = True
 
-    def _ask(self, token: int) -> None:
+    def _ask(self, tokens: Sequence[int] | int, drafted: Sequence[int] = ()) -> None:
         assert self.grammar is not None
         self._asked = time.monotonic()
-        self._compiler.ask(self, self.grammar, token)
+        self._compiler.ask(self, self.grammar, program.question(self.number, tokens, drafted))

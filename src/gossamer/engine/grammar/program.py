@@ -10,7 +10,8 @@ The file is run by its path and imports nothing of the package: a child has litt
 
 CONTROL is a socket: "f" with another socket (a child that speaks on it) or "k" (end the child of this process id).
 TOKENIZER is a file of JSON, see `Setup`. A child says its process id, reads its form, answers with what is wrong with
-it, and then with a mask for each question (`QUESTION`, `ANSWER`).
+it, and then each question (`QUESTION`) with masks (`ANSWER`): one for the next token, and one behind each drafted token
+that may come.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ import socket
 import struct
 import sys
 import time
+from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 CONTROL = struct.Struct("<cI")
-QUESTION = struct.Struct("<Ii")  # a completion, and its next token or one of these
+QUESTION = struct.Struct("<IhH")  # a completion, the number of its next tokens or one of these, of drafted ones; both
 BEGIN, FORGET = -1, -2
-ANSWER = struct.Struct("<Ib")  # the completion, and one of these; then a mask, or a reason
-MASK, COMPLETE, ERROR = 0, 1, 2
+ANSWER = struct.Struct("<IbBH")  # the completion, one of these, whether the grammar drafted, tokens; these and masks
+MASKS, COMPLETE, ERROR = 0, 1, 2  # ... or a reason
+MOST_DRAFTED = 16
+DRAFT_SECONDS = 0.004  # of the processor, after which no further mask is computed for drafted tokens
 MEMORY = 4 << 30  # bytes of addresses, the vocabulary included
 SLOW = 0.1  # seconds of the processor for a mask, after which everybody else goes first
 NICE = 19
@@ -118,19 +123,61 @@ def follow(connection: Connection, trie: LLTokenizer, setup: Setup) -> None:
         return
     completions: dict[int, LLMatcher] = {}
     while True:
-        completion, token = QUESTION.unpack(connection.recv_bytes())
-        if token == FORGET:
+        completion, tokens, drafted = read_question(connection.recv_bytes())
+        if tokens == FORGET:
             completions.pop(completion, None)
             continue
         _allow(setup["mask_seconds"])
         start = time.process_time()
-        if token == BEGIN:
-            completions[completion] = matcher.deep_copy()
-        status, content = next_mask(completions[completion], token)
+        if isinstance(tokens, int):
+            completions[completion], tokens = matcher.deep_copy(), []
+        answer = next_masks(completions[completion], tokens, drafted, trie)
         _allow(0)
-        connection.send_bytes(ANSWER.pack(completion, status) + content)
+        connection.send_bytes(answer.packed(completion))
         if time.process_time() - start > SLOW:
             os.nice(NICE)
+
+
+def question(completion: int, tokens: Sequence[int] | int, drafted: Sequence[int] = ()) -> bytes:
+    """What is asked: `tokens` are those that a completion goes on with, or BEGIN or FORGET."""
+    drafted = drafted[:MOST_DRAFTED]
+    if isinstance(tokens, int):
+        return QUESTION.pack(completion, tokens, 0)
+    return QUESTION.pack(completion, len(tokens), len(drafted)) + array("i", [*tokens, *drafted]).tobytes()
+
+
+def read_question(message: bytes) -> tuple[int, list[int] | int, list[int]]:
+    """What `question` was given."""
+    completion, count, _ = QUESTION.unpack_from(message)
+    if count < 0:
+        return completion, count, []
+    tokens = array("i", message[QUESTION.size :]).tolist()
+    return completion, tokens[:count], tokens[count:]
+
+
+class Answer(NamedTuple):
+    """One bit for each token that may come next, for the next token and behind each drafted one; or why none may."""
+
+    status: int
+    masks: bytes = b""
+    drafted: list[int] = []  # noqa: RUF012 -- of a tuple, which nobody changes
+    forced: bool = False  # nothing else could be spelled, so the grammar drafted it itself
+    reason: str = ""
+
+    def packed(self, completion: int) -> bytes:
+        """As it is sent."""
+        head = ANSWER.pack(completion, self.status, self.forced, len(self.drafted))
+        return head + array("i", self.drafted).tobytes() + self.masks + self.reason.encode()
+
+
+def read_answer(message: bytes) -> tuple[int, Answer]:
+    """The completion, and what was said."""
+    completion, status, forced, count = ANSWER.unpack_from(message)
+    end = ANSWER.size + 4 * count
+    rest, drafted = message[end:], array("i", message[ANSWER.size : end]).tolist()
+    if status == ERROR:
+        return completion, Answer(status, reason=rest.decode(errors="replace"))
+    return completion, Answer(status, rest, drafted, bool(forced))
 
 
 def _allow(seconds: float) -> None:
@@ -186,14 +233,37 @@ def _unforced(grammar: str) -> str:
     return UNFORCED + (part["lark_grammar"] or "start: %json " + json.dumps(part["json_schema"]))
 
 
-def next_mask(matcher: LLMatcher, token: int) -> tuple[int, bytes]:
-    """Go on with ``token``; one bit for each token that may come then, or why none may."""
-    if token != BEGIN:
+def next_masks(matcher: LLMatcher, tokens: Sequence[int], drafted: list[int], trie: LLTokenizer) -> Answer:
+    """Go on with `tokens`; what may come then, and behind as many of the drafted tokens as may."""
+    for token in tokens:
         matcher.consume_token(token)
-        if not matcher.is_error() and matcher.is_stopped():
-            return COMPLETE, b""
+    if tokens and not matcher.is_error() and matcher.is_stopped():
+        return Answer(COMPLETE)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-    return (ERROR, matcher.get_error().encode()) if matcher.is_error() else (MASK, mask)
+    if matcher.is_error():
+        return Answer(ERROR, reason=matcher.get_error())
+    forced = forced_tokens(matcher, trie)
+    forces = drafted[: len(forced)] != forced
+    masks, taken = [mask], list[int]()
+    ahead, start = matcher.deep_copy(), time.process_time()
+    for token in (forced if forces else drafted)[:MOST_DRAFTED]:
+        if not mask[token >> 3] >> (token & 7) & 1 or time.process_time() - start > DRAFT_SECONDS:
+            break
+        ahead.consume_token(token)
+        if ahead.is_error() or ahead.is_stopped():  # nothing can come behind it
+            break
+        mask = ahead.compute_bitmask()
+        if ahead.is_error():
+            break
+        masks.append(mask)
+        taken.append(token)
+    return Answer(MASKS, b"".join(masks), taken, forces)
+
+
+def forced_tokens(matcher: LLMatcher, trie: LLTokenizer) -> list[int]:
+    """Tokens of the text that alone can come, without the last, which may be spelled together with what follows."""
+    text = matcher.compute_ff_bytes()
+    return trie.tokenize_bytes(text)[:-1] if text else []
 
 
 if __name__ == "__main__":

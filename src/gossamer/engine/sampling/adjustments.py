@@ -16,7 +16,7 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
     """
     biased = [(i, s.bias_tokens, s.bias_values) for i, s in enumerate(states) if len(s.bias_tokens)]
     banned = [(i, s.banned_tokens, s.banned_tokens) for i, s in enumerate(states) if s.bans]
-    penalized = [(i, *s.counts.arrays()) for i, s in enumerate(states) if s.penalized]
+    penalized = [(i, *s.counts.arrays(s.ahead)) for i, s in enumerate(states) if s.penalized]
     flat, vocabulary, device = scores.view(-1), scores.shape[1], scores.device
     if biased:
         _, index, values = _entries(biased, vocabulary)
@@ -32,8 +32,8 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
         flat.scatter_(0, where, torch.from_numpy(values).to(device))
     for row, state in zip(scores, states, strict=True):
         if state.constraint is not None:
-            allowed = torch.from_numpy(state.constraint.allowed()[:vocabulary]).to(device)
-            row.masked_fill_(~allowed, -torch.inf)
+            excluded = torch.from_numpy(state.constraint.excluded(len(state.ahead))[:vocabulary]).to(device)
+            row.masked_fill_(excluded, -torch.inf)
         forced = state.forced
         if forced is not None and forced < vocabulary and row[forced] > -torch.inf:  # a grammar may want another first
             row.fill_(-torch.inf)

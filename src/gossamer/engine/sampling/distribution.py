@@ -28,7 +28,7 @@ class Draws:
 
     @classmethod
     def of(cls, rows: Tensor, peak: Tensor, states: list[SamplingState], vocabulary: int) -> Draws:
-        """Read the parameters of ``states``, and one number from the random stream of each."""
+        """Read the parameters of ``states``, and the number that each is to be drawn with."""
         params = [state.params for state in states]
         tiny = torch.finfo(torch.float32).tiny  # a temperature below it would round to 0
         columns = (
@@ -36,7 +36,7 @@ class Draws:
             torch.tensor([p.top_k if 0 < p.top_k < vocabulary else 0 for p in params]),
             torch.tensor([p.top_p if p.top_p < 1 else 2.0 for p in params], dtype=torch.float64),
             torch.tensor([p.min_p for p in params]),
-            torch.tensor([state.random.random() for state in states], dtype=torch.float64),
+            torch.tensor([state.uniform for state in states], dtype=torch.float64),
         )
         return cls(rows, peak, *(column[:, None].to(peak.device) for column in columns))
 

@@ -1,0 +1,1 @@
+"""Several tokens per step: drafts from what stands somewhere already, verified exactly."""

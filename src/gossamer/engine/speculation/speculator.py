@@ -1,0 +1,302 @@
+"""Drafts: tokens that are likely to come next, since what came last stood before them already, somewhere.
+
+    propose: before a step, which tokens to verify behind the next one of each sequence
+    advance: after it, what came; learns from it, and looks up what may come next
+
+A step computes a sequence's next token and those of its draft as consecutive rows; the sampler chooses a token in each,
+and as long as it chooses the drafted one, the row behind it is right too. So what comes is what would have come, only
+sooner: a wrong draft costs the time of its rows and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+
+from gossamer.engine.grammar.program import MOST_DRAFTED
+from gossamer.engine.scheduler import Work
+from gossamer.engine.sequence import Sequence
+from gossamer.engine.slots import Slot
+from gossamer.engine.speculation.choice import LEAST_CHANCE, Candidate, choose
+from gossamer.engine.speculation.config import SpeculativeConfig
+from gossamer.engine.speculation.matches import LEAST, LONGEST, Chains
+from gossamer.engine.speculation.stats import SpeculationStats
+from gossamer.engine.speculation.step_time import StepTime
+from gossamer.engine.speculation.survival import Source
+from gossamer.engine.speculation.texts import Continuation, Position, Tenant, Tenants, Text
+from gossamer.engine.tree import Node, PrefixTree, TreeSalt
+
+_NODES = 8  # of a path that are looked up in, from the deepest up
+_SIBLINGS = 4  # that are looked up in
+_LOOKED_AT = 16  # sequences that may be siblings
+_SURE = 32  # tokens of a match that ends the search for others
+_SUBSTITUTED = 8  # tokens of a match behind which one token may have been replaced
+
+
+class Speculator:
+    """Finds drafts for the sequences of an engine.
+
+    Args:
+        config: what may be drafted.
+        step_time: what rows cost.
+        row_seconds_per_key: what attention to one key costs a row, over all layers.
+        tree: whose nodes are indexed, once for all their readers.
+        most_rows: of a step.
+        most_chosen: rows of a step whose logits are wanted.
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        step_time: StepTime,
+        tree: PrefixTree,
+        *,
+        row_seconds_per_key: float,
+        most_rows: int,
+        most_chosen: int,
+    ) -> None:
+        self.config = config
+        self.time = step_time
+        self.stats = SpeculationStats()
+        self._tree = tree
+        self._per_key = row_seconds_per_key
+        self._most_rows, self._most_chosen = most_rows, most_chosen
+        self._tenants = Tenants()
+        self._live: dict[TreeSalt, list[Sequence]] = {}
+
+    # --- before a step -----------------------------------------------------------------------------------------
+
+    def propose(self, works: Many[Work]) -> None:
+        """Give works drafts, of as many tokens as pay."""
+        start = time.perf_counter()
+        drafts: list[tuple[Work, Source, list[int]]] = []
+        candidates: list[Candidate] = []
+        rows, sampled = 0, 0
+        for work in works:
+            rows += work.count
+            sequence = work.sequence
+            if not sequence.generate or work.start + work.count < len(sequence.tokens):
+                continue
+            sampled += 1
+            if (room := _room(work)) <= 0:
+                continue
+            source, tokens, chances = self._draft(sequence, room)
+            if chances:
+                drafts.append((work, source, tokens))
+                candidates.append(Candidate(chances, self._per_key * len(sequence.tokens)))
+        if candidates:
+            most = max(min(self._most_rows - rows, self._most_chosen - sampled), 0)
+            counts = choose(candidates, self.time, rows=rows, sampled=sampled, most=most)
+            for (work, source, tokens), count in zip(drafts, counts, strict=True):
+                work.draft, work.source = tokens[:count], source
+        self.stats.lookup_seconds += time.perf_counter() - start
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[Source, list[int], list[float]]:
+        """Tokens that may come next, and the chances that all up to each of them do."""
+        state = sequence.sampling
+        assert state is not None
+        position = sequence.position or self._begin(sequence)
+        found, constraint = position.next, state.constraint
+        forced = constraint is not None and constraint.forced
+        if forced or found is None:
+            source, length = Source.GRAMMAR, 0
+        else:
+            source, length = found.source, found.length
+        room = min(room, self.config.num_speculative_tokens if forced else self.config.most(length))
+        if constraint is not None:
+            tokens = constraint.drafted[: max(room, 0)]
+        elif found is not None:
+            tokens = found.take(room)
+        else:
+            tokens = []
+        survival, deviation = self._tenants.of(sequence.request.tree_salt).survival, position.deviation
+        chances: list[float] = []
+        chance, least = 1.0, max(LEAST_CHANCE, self.config.suffix_decoding_min_token_prob)
+        for ahead, token in enumerate(tokens):
+            share = survival.chance(source, length + ahead)
+            chance *= share if forced else deviation.apply(share)
+            if chance < least or token in state.stop_token_ids:  # nothing comes behind one that ends the text
+                break
+            chances.append(chance)
+        return source, tokens, chances
+
+    def _begin(self, sequence: Sequence) -> Position:
+        """A sequence is about to get its first token, or its first since it may be drafted for."""
+        position = sequence.position = Position(Chains(sequence.private_start))
+        request = sequence.request
+        if request.prediction:
+            position.prediction = Text(request.prediction)
+            position.next = Continuation(Source.PREDICTION, position.prediction.tokens, 0, 0)
+        self._live.setdefault(request.tree_salt, []).append(sequence)
+        if position.next is None:
+            position.next = self._look_up(sequence, position, sequence.tokens[-LONGEST:])
+        return position
+
+    # --- after a step ------------------------------------------------------------------------------------------
+
+    def advance(self, sequence: Sequence, emitted: Many[int]) -> list[int]:
+        """The sequence goes on with ``emitted``, which are not among its tokens yet.
+
+        Returns:
+            What may come behind them, for the grammar that it follows.
+        """
+        position = sequence.position
+        if position is None or not emitted:
+            return []
+        start = time.perf_counter()
+        tenant = self._tenants.of(sequence.request.tree_salt)
+        missed = self._follow(sequence, position, tenant, emitted)
+        if position.next is not None and position.next.source is Source.PREDICTION:
+            position.expected = position.next.place
+        else:
+            position.expected += len(emitted)
+        if position.next is None:
+            tail = [*sequence.tokens[-LONGEST:], *emitted]
+            position.next = self._look_up(sequence, position, tail) or _substitution(missed)
+        constraint, proposed = sequence.constraint, position.next
+        drafted = proposed.take(MOST_DRAFTED) if proposed is not None and constraint is not None else []
+        self.stats.lookup_seconds += time.perf_counter() - start
+        return drafted
+
+    def _follow(
+        self, sequence: Sequence, position: Position, tenant: Tenant, emitted: Many[int]
+    ) -> Continuation | None:
+        """Compare what came with what was expected, as far as it was; returns what it left, if it did."""
+        constraint = sequence.constraint
+        if constraint is not None and constraint.forced:
+            for ahead, (drafted, token) in enumerate(zip(constraint.drafted, emitted, strict=False)):
+                tenant.survival.learn(Source.GRAMMAR, ahead, drafted == token)
+        found = position.next
+        if found is None:
+            return None
+        known = len(found.text)
+        for token in emitted:
+            if found.place < known:
+                expected = found.text[found.place]
+            elif found.text is sequence.tokens:  # it repeats what has just come
+                expected = emitted[found.place - known]
+            else:
+                position.next = None
+                return None
+            chance = tenant.survival.chance(found.source, found.length)
+            tenant.survival.learn(found.source, found.length, expected == token)
+            position.deviation.learn(chance, expected == token)
+            if expected != token:
+                position.next = None
+                return found
+            found.place += 1
+            found.length += 1
+        return None
+
+    def verified(self, sequence: Sequence, source: Source, drafted: int, accepted: int) -> None:
+        """So many tokens of a draft were right."""
+        self.stats.count(source, drafted, accepted)
+        if source is Source.PREDICTION and sequence.position is not None:
+            sequence.position.accepted += accepted
+            sequence.position.rejected += drafted - accepted
+
+    def end(self, sequence: Sequence, *, keep: bool) -> None:
+        """A sequence has ended; others may draft from what it said if it is to be kept."""
+        if sequence.position is None:
+            return
+        salt = sequence.request.tree_salt
+        live = self._live.get(salt, [])
+        if sequence in live:
+            live.remove(sequence)
+            if not live:
+                del self._live[salt]
+        if keep and Source.FINISHED in self.config.sources:
+            self._tenants.keep(salt, sequence.output_ids)
+
+    # --- where ---------------------------------------------------------------------------------------------------
+
+    def _look_up(self, sequence: Sequence, position: Position, tail: Many[int]) -> Continuation | None:
+        """The likeliest continuation of ``tail``."""
+        if position.prediction is not None:
+            tokens = position.prediction.tokens
+            match = position.prediction.chains.find(tokens, tail, near=position.expected)
+            if match is not None and match.place < len(tokens):
+                return Continuation(Source.PREDICTION, tokens, match.place, match.length)
+        least = max(self.config.prompt_lookup_min, LEAST)
+        tenant = self._tenants.of(sequence.request.tree_salt)
+        best, worth = None, 0.0
+        for source, text, chains in self._texts(sequence, position, tenant):
+            match = chains.find(text, tail)
+            if match is None or match.length < least:
+                continue
+            chance = tenant.survival.chance(source, match.length)
+            if chance > worth:
+                best, worth = Continuation(source, text, *match), chance
+            if match.length >= _SURE:
+                break
+        return best
+
+    def _texts(
+        self, sequence: Sequence, position: Position, tenant: Tenant
+    ) -> Iterator[tuple[Source, Many[int], Chains]]:
+        tokens, sources = sequence.tokens, self.config.sources
+        position.own.note(tokens, len(tokens))
+        yield Source.OWN, tokens, position.own
+        node, root = sequence.node, self._tree.root
+        for _ in range(_NODES):
+            if node is None or node.parent is None:
+                break
+            yield Source.PREFIX, tokens, _chains_of(node, tokens)
+            node = node.parent
+        if Source.SIBLING in sources:
+            for other in self._siblings(sequence, root):
+                if other.position is not None:
+                    other.position.own.note(other.tokens, len(other.tokens))
+                    yield Source.SIBLING, other.tokens, other.position.own
+        if Source.FINISHED in sources:
+            for text in tenant.finished():
+                yield Source.FINISHED, text.tokens, text.chains
+
+    def _siblings(self, sequence: Sequence, root: Node) -> Iterator[Sequence]:
+        """Other completions of the request, and sequences below the same node."""
+        count = 0
+        for other in reversed(self._live.get(sequence.request.tree_salt, [])[-_LOOKED_AT:]):
+            below = other.node is sequence.node and other.node is not None and other.node.parent is not None
+            if other is not sequence and (below or other.request is sequence.request):
+                yield other
+                count += 1
+                if count == _SIBLINGS:
+                    return
+
+    def count_bytes(self) -> int:
+        """Bytes of everything that drafts are looked up in."""
+        nodes = sum(node.chains.nbytes for node in self._tree if node.chains is not None)
+        live = [each.position for sequences in self._live.values() for each in sequences if each.position is not None]
+        own = sum(each.own.nbytes + (each.prediction.nbytes if each.prediction else 0) for each in live)
+        return nodes + own + self._tenants.nbytes
+
+
+def _room(work: Work) -> int:
+    """How many tokens a draft of this work may have: nothing grows, or gives way, for one."""
+    sequence, slot = work.sequence, work.target
+    state = sequence.sampling
+    if state is None or not state.params.speculation or not isinstance(slot, Slot):
+        return 0
+    room = min(slot.bucket.capacity - slot.length - work.count, sequence.tokens_left - 1)
+    if state.reasoning is not None:
+        room = min(room, state.reasoning.free)
+    return room
+
+
+def _chains_of(node: Node, tokens: Many[int]) -> Chains:
+    """The places in a node, by the text of one of its readers; anew if it was cut or joined since."""
+    chains: Chains | None = node.chains
+    if chains is None or chains.start != node.start or chains.end != max(node.end, node.start, LEAST):
+        chains = node.chains = Chains(node.start)
+        chains.note(tokens, node.end)
+    return chains
+
+
+def _substitution(missed: Continuation | None) -> Continuation | None:
+    """Behind a long match that one token left, that token may have taken the place of another."""
+    if missed is None or missed.place + 1 >= len(missed.text):
+        return None
+    if missed.length < _SUBSTITUTED and missed.source is not Source.PREDICTION:
+        return None
+    return Continuation(missed.source, missed.text, missed.place + 1, 0)

@@ -1,0 +1,90 @@
+"""How long a step takes by its rows: measured when an engine starts, corrected by each step that it makes.
+
+Reading the weights takes the same time for one row as for several, multiplying does not; where the one gives way to the
+other depends on model, number format and processor. Between the measured numbers of rows the time is interpolated; the
+measured steps have hardly any keys to attend to, so what real ones take is larger by a factor that is learnt.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+
+from gossamer.engine.memory import MemoryBudget
+from gossamer.engine.plan import Chunk, StepPlan
+from gossamer.engine.runner import Runner
+from gossamer.engine.slots import SlotPool
+
+ROWS = (1, 2, 4, 8, 16, 32)
+_ROUNDS = 2
+_MEMORY = 0.9  # of the factor, per step
+_LEAST, _MOST = 0.25, 8.0  # of the factor
+
+
+class StepTime:
+    """Seconds of a forward pass by its number of rows.
+
+    Args:
+        points: measured (rows, seconds), ascending in both.
+
+    Attributes:
+        factor: of real steps over measured ones.
+        overhead: seconds of a step outside of the forward pass, and :attr:`per_row` for each row's choice of a token.
+
+    >>> time = StepTime([(1, 0.010), (4, 0.016), (8, 0.020)])
+    >>> round(time.seconds(2), 3), round(time.seconds(16), 3)
+    (0.012, 0.028)
+    """
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self.points = list(points)
+        self.factor = 1.0
+        self.overhead = self.per_row = 0.0
+
+    def seconds(self, rows: int) -> float:
+        """Of a forward pass."""
+        return self.factor * self._measured(rows)
+
+    def _measured(self, rows: int) -> float:
+        if len(self.points) == 1:
+            return self.points[0][1]
+        at = min(max(bisect_left(self.points, (rows, 0.0)), 1), len(self.points) - 1)
+        (few, short), (many, long) = self.points[at - 1], self.points[at]
+        return short + (long - short) * (rows - few) / (many - few)
+
+    def learn(self, rows: int, seconds: float, *, choosing: float, chosen: int, other: float) -> None:
+        """A step of ``rows`` took so many seconds, those of ``choosing`` tokens of ``chosen`` rows, and ``other``."""
+        seen = min(max(seconds / self._measured(rows), _LEAST), _MOST)
+        self.factor = _MEMORY * self.factor + (1 - _MEMORY) * seen
+        self.overhead = _MEMORY * self.overhead + (1 - _MEMORY) * other
+        if chosen:
+            self.per_row = _MEMORY * self.per_row + (1 - _MEMORY) * choosing / chosen
+
+
+def measure_steps(runner: Runner, most: int) -> StepTime:
+    """Time steps of one sequence on what computes the model, all of whose rows have their logits.
+
+    Args:
+        most: rows of a step.
+    """
+    counts = [rows for rows in ROWS if rows <= most]
+    pool = SlotPool(runner.layout, MemoryBudget(1 << 62))
+    slot = pool.take(ROWS[-1])
+    assert slot is not None
+    best = dict.fromkeys(counts, float("inf"))
+    for _ in range(_ROUNDS):
+        for rows in counts:
+            positions = torch.arange(rows, device=runner.layout.device)
+            plan = StepPlan([0] * rows, positions, runner.layout.device, logit_rows=positions.clone())
+            plan.chunks.append(Chunk(slice(0, rows), slot, 0, 0))
+            start = time.perf_counter()
+            runner.forward(plan)
+            best[rows] = min(best[rows], time.perf_counter() - start)
+    slowest, points = 0.0, []
+    for rows in counts:  # more rows never take less: what says so is noise
+        slowest = max(slowest * 1.0001, best[rows])
+        points.append((rows, slowest))
+    return StepTime(points)
