@@ -292,7 +292,7 @@ def test_each_streamed_text_extends_the_former(
         for old, new in zip(former.outputs, latter.outputs, strict=True):
             assert new.text.startswith(old.text)
             assert new.token_ids[: len(old.token_ids)] == old.token_ids
-    assert len(outputs) == max(len(completion.token_ids) for completion in whole.outputs)
+    assert len(outputs) <= max(len(completion.token_ids) for completion in whole.outputs)  # a draft brings several
     assert_idle(llm.engine)
 
 

@@ -37,6 +37,8 @@ class CompletionOutput:
         logprobs: one mapping per generated token: token id -> :class:`Logprob`.
         num_reasoning_tokens: how many of the tokens are thoughts, with the markers around them; known if the parameters
             say what marks thoughts.
+        num_accepted_prediction_tokens, num_rejected_prediction_tokens: of the request's prediction, as far as they were
+            verified: those that came, and those that did not.
     """
 
     index: int
@@ -48,6 +50,8 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     answer: Any = None
     num_reasoning_tokens: int = 0
+    num_accepted_prediction_tokens: int = 0
+    num_rejected_prediction_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -83,6 +83,9 @@ class ResultBuilder:
         )
         if sequence.sampling is not None and sequence.sampling.reasoning is not None:
             completion.num_reasoning_tokens = sequence.sampling.reasoning.count
+        if sequence.position is not None:
+            completion.num_accepted_prediction_tokens = sequence.position.accepted
+            completion.num_rejected_prediction_tokens = sequence.position.rejected
         if params.logprobs is not None:
             completion.logprobs = list(sequence.logprobs)
             completion.cumulative_logprob = sum(

@@ -79,9 +79,9 @@ class Speculator:
             if not sequence.generate or work.start + work.count < len(sequence.tokens):
                 continue
             sampled += 1
-            if (room := _room(work)) <= 0:
+            if (left := room(work)) <= 0:
                 continue
-            source, tokens, chances = self._draft(sequence, room)
+            source, tokens, chances = self._draft(sequence, left)
             if chances:
                 drafts.append((work, source, tokens))
                 candidates.append(Candidate(chances, self._per_key * len(sequence.tokens)))
@@ -92,7 +92,7 @@ class Speculator:
                 work.draft, work.source = tokens[:count], source
         self.stats.lookup_seconds += time.perf_counter() - start
 
-    def _draft(self, sequence: Sequence, room: int) -> tuple[Source, list[int], list[float]]:
+    def _draft(self, sequence: Sequence, most: int) -> tuple[Source, list[int], list[float]]:
         """Tokens that may come next, and the chances that all up to each of them do."""
         state = sequence.sampling
         assert state is not None
@@ -103,11 +103,11 @@ class Speculator:
             source, length = Source.GRAMMAR, 0
         else:
             source, length = found.source, found.length
-        room = min(room, self.config.num_speculative_tokens if forced else self.config.most(length))
+        most = min(most, self.config.num_speculative_tokens if forced else self.config.most(length))
         if constraint is not None:
-            tokens = constraint.drafted[: max(room, 0)]
+            tokens = constraint.drafted[: max(most, 0)]
         elif found is not None:
-            tokens = found.take(room)
+            tokens = found.take(most)
         else:
             tokens = []
         survival, deviation = self._tenants.of(sequence.request.tree_salt).survival, position.deviation
@@ -272,16 +272,14 @@ class Speculator:
         return nodes + own + self._tenants.nbytes
 
 
-def _room(work: Work) -> int:
+def room(work: Work) -> int:
     """How many tokens a draft of this work may have: nothing grows, or gives way, for one."""
     sequence, slot = work.sequence, work.target
     state = sequence.sampling
     if state is None or not state.params.speculation or not isinstance(slot, Slot):
         return 0
-    room = min(slot.bucket.capacity - slot.length - work.count, sequence.tokens_left - 1)
-    if state.reasoning is not None:
-        room = min(room, state.reasoning.free)
-    return room
+    left = min(slot.bucket.capacity - slot.length - work.count, sequence.tokens_left - 1)
+    return left if state.reasoning is None else min(left, state.reasoning.free)
 
 
 def _chains_of(node: Node, tokens: Many[int]) -> Chains:
