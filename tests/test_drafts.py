@@ -157,7 +157,9 @@ def test_finished_answers_are_bounded_and_apart() -> None:
             tenants.keep(salt, draws.choices(range(100), k=50))
         assert tenants.nbytes <= 16 * 4096 + 8 * 64 * 16
     tenants.keep("a", [1000, 1001, 1002, 1003])
-    found = [[text.chains.find(text.tokens, [1000, 1001, 1002]) for text in tenants.of(salt).finished()] for salt in "ab"]
+    found = [
+        [text.chains.find(text.tokens, [1000, 1001, 1002]) for text in tenants.of(salt).finished()] for salt in "ab"
+    ]
     assert any(found[0])
     assert not any(found[1])
     assert tenants.of("a").survival is not tenants.of("b").survival
@@ -187,7 +189,9 @@ def test_settings_without_a_meaning_are_refused(given: Any, message: str) -> Non
 
 
 def test_settings_bound_drafts() -> None:
-    config = SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 6, "suffix_decoding_max_spec_factor": 0.5})
+    config = SpeculativeConfig.of(
+        {"method": "ngram", "num_speculative_tokens": 6, "suffix_decoding_max_spec_factor": 0.5}
+    )
     assert [config.most(length) for length in (0, 4, 100)] == [0, 2, 6]
     assert Source.FINISHED not in config.sources
     assert Source.FINISHED in SpeculativeConfig.of(None).sources

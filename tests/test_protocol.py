@@ -233,7 +233,11 @@ def test_choices_are_indexed_prompt_by_prompt_and_prompts_are_counted_once():
         "prompt_tokens": 8,
         "completion_tokens": 16,
         "total_tokens": 24,
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
         "prompt_tokens_details": {"cached_tokens": 2},
     }
     assert (body["object"], body["model"]) == ("text_completion", "fake")

@@ -489,6 +489,8 @@ class LLM:
         """What was computed and what was saved since this object was made."""
         if self.engine.store is not None:
             self.engine.stats.prefix_store = self.engine.store.stats.to_dict()
+        if self.engine.speculator is not None:
+            self.engine.stats.speculation = self.engine.speculator.report()
         self.engine.stats.prefix_tolerance = self.engine.runner.report().prefix_tolerance
         return self.engine.stats
 

@@ -30,6 +30,8 @@ class EngineStats:
         kv_bytes, kv_bytes_peak: bytes of keys and values held after the last step; at most.
         forward_seconds, sampling_seconds, overhead_seconds: time in the model's forward pass; in choosing tokens
             from its logits; in everything else of the steps.
+        speculation: what drafts brought, see :class:`~gossamer.engine.speculation.stats.SpeculationStats`; ``None`` if
+            there are none.
         prefix_store: what was read from disk and written to it since the engine was made, see
             :class:`~gossamer.engine.prefix_store.writer.StoreStats`; ``None`` without a directory for it.
         prefix_tolerance: what attention within a tolerance did; see
@@ -58,6 +60,7 @@ class EngineStats:
     overhead_seconds: float = 0.0
     prefix_tolerance: dict[str, Any] | None = None
     prefix_store: dict[str, int] | None = None
+    speculation: dict[str, Any] | None = None
 
     def count_prompt(self, sequence: Sequence, path: list[Node]) -> None:
         """A sequence starts below ``path``: what of its prompt did others compute?"""

@@ -25,6 +25,7 @@ from gossamer.protocol.fields import (
     Count,
     Fields,
     PositiveCount,
+    Prediction,
     ResponseFormat,
     Stops,
     StreamOptions,
@@ -57,7 +58,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     #: Fields that are taken without an effect, and told: what they ask for is not done.
     advisory: ClassVar[tuple[str, ...]] = (
         *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options"),
-        *("prompt_cache_retention", "prediction", "verbosity"),
+        *("prompt_cache_retention", "verbosity"),
     )
     #: Fields that are taken without an effect, and change no answer anywhere.
     neutral: ClassVar[tuple[str, ...]] = ("user", "modalities")
@@ -89,7 +90,6 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    prediction: Any = None
     verbosity: Any = None
     modalities: list[Literal["text"]] | None = None
 
@@ -107,6 +107,8 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     return_token_ids: bool = False  # of the prompt and of each choice, beside the texts
     truncate_prompt_tokens: PositiveCount | None = None  # the last so many of each prompt are what is answered
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    prediction: Prediction | None = None  # what agrees with it comes several tokens at a time
+    speculation: bool = True  # False: one token at a time, whatever could be drafted
 
     _fingerprint: str | None = PrivateAttr(None)
     _sampling: dict[str, Any] = PrivateAttr({})  # what was not given, too, once it is known
@@ -296,4 +298,6 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             prompt_logprobs=self._prompt_logprob_count(),
             structured_outputs=self._form(chat),
             reasoning=self._reasoning(chat),
+            prediction=None if self.prediction is None else self.prediction.text,
+            speculation=self.speculation,
         )

@@ -65,6 +65,7 @@ def _listed(value: object) -> object:
 MAX_STOPS = 128
 MAX_TOKEN_IDS = 4096
 MAX_CHOICES = 16_384
+MAX_PARTS = 1024
 
 Stops = Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)]
 TokenIds = Annotated[list[int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
@@ -116,6 +117,25 @@ class StructuredOutputs(Fields):
     json_object: bool = False
     regex: str | None = None
     choice: Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True)] | None = None
+
+
+class PredictedText(Fields):
+    """A part of a prediction."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Fields):
+    """OpenAI's ``prediction``: a text that the answer is expected to be, more or less."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[PredictedText], Field(max_length=MAX_PARTS)]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 def parse_fields(model: type[M], body: object) -> M:

@@ -274,6 +274,6 @@ def _usage(outputs: Sequence[RequestOutput]) -> Json:
         "input_tokens": counted["prompt_tokens"],
         "input_tokens_details": counted["prompt_tokens_details"],
         "output_tokens": counted["completion_tokens"],
-        "output_tokens_details": counted["completion_tokens_details"],
+        "output_tokens_details": {"reasoning_tokens": counted["completion_tokens_details"]["reasoning_tokens"]},
         "total_tokens": counted["total_tokens"],
     }

@@ -51,12 +51,17 @@ def usage(outputs: Sequence[RequestOutput]) -> Json:
     """Tokens of an answer."""
     # A prompt is counted once, however many completions were drawn from it: it is also computed only once.
     prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    completion_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    thoughts = sum(completion.num_reasoning_tokens for output in outputs for completion in output.outputs)
+    completions = [completion for output in outputs for completion in output.outputs]
+    completion_tokens = sum(len(each.token_ids) for each in completions)
+    details = {
+        "reasoning_tokens": sum(each.num_reasoning_tokens for each in completions),
+        "accepted_prediction_tokens": sum(each.num_accepted_prediction_tokens for each in completions),
+        "rejected_prediction_tokens": sum(each.num_rejected_prediction_tokens for each in completions),
+    }
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "completion_tokens_details": {"reasoning_tokens": thoughts},
+        "completion_tokens_details": details,
         "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
     }

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from gossamer.engine.engine import Engine
 from gossamer.engine.results import Output
+from gossamer.engine.speculation.speculator import Speculator
+from gossamer.engine.speculation.survival import Source
 from gossamer.outputs import RequestOutput
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -141,8 +143,45 @@ class _EngineNumbers(Collector):
                 "prefix_disk_files_skipped": ("Not written, as too many were waiting.", disk.skipped_files),
                 "prefix_disk_files_unusable": ("Damaged, or of other models.", disk.unusable_files),
             }
+        if engine.speculator is not None:
+            yield from self._drafts(engine.speculator)
         for kind, families in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in families.items():
                 family = kind(f"gossamer:{name}", text, labels=("model_name",))
                 family.add_metric((self._model,), value)
                 yield family
+
+    def _drafts(self, speculator: Speculator) -> Iterator[Metric]:
+        """Of speculation: vLLM's names and, for each source, ours."""
+        stats, by_source = speculator.stats, ("model_name", "source")
+        counts = {
+            "spec_decode_num_drafts": ("Drafts that were verified.", stats.drafts),
+            "spec_decode_num_draft_tokens": ("Their tokens.", stats.draft_tokens.total()),
+            "spec_decode_num_accepted_tokens": ("Those of them that were right.", stats.accepted_tokens.total()),
+            "spec_decode_lookup_seconds": ("Time spent on finding and choosing drafts.", stats.lookup_seconds),
+        }
+        for name, (text, value) in counts.items():
+            family = CounterMetricFamily(f"gossamer:{name}", text, labels=("model_name",))
+            family.add_metric((self._model,), value)
+            yield family
+        position = CounterMetricFamily(
+            "gossamer:spec_decode_num_accepted_tokens_per_pos",
+            "Right tokens by their place in the draft.",
+            labels=("model_name", "position"),
+        )
+        for place, value in enumerate(list(stats.per_position)):
+            position.add_metric((self._model, str(place)), value)
+        yield position
+        for name, text, counter in (
+            ("spec_decode_source_draft_tokens", "Tokens of drafts, by where they stood.", stats.draft_tokens),
+            ("spec_decode_source_accepted_tokens", "Right ones, by where they stood.", stats.accepted_tokens),
+        ):
+            family = CounterMetricFamily(f"gossamer:{name}", text, labels=by_source)
+            for source in Source:
+                family.add_metric((self._model, source.label), counter[source])
+            yield family
+        index = GaugeMetricFamily(
+            "gossamer:spec_decode_index_bytes", "Bytes of what drafts are looked up in.", labels=("model_name",)
+        )
+        index.add_metric((self._model,), stats.index_bytes)
+        yield index

@@ -30,11 +30,14 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
         # The few values are computed in numpy: a dozen operations that would each wake torch's threads.
         values = _penalize(flat.take(where).cpu().numpy(), counts, rows, states)
         flat.scatter_(0, where, torch.from_numpy(values).to(device))
-    for row, state in zip(scores, states, strict=True):
+    for number, state in enumerate(states):
+        forced = state.forced
+        if state.constraint is None and forced is None:
+            continue
+        row = scores[number]
         if state.constraint is not None:
             excluded = torch.from_numpy(state.constraint.excluded(len(state.ahead))[:vocabulary]).to(device)
             row.masked_fill_(excluded, -torch.inf)
-        forced = state.forced
         if forced is not None and forced < vocabulary and row[forced] > -torch.inf:  # a grammar may want another first
             row.fill_(-torch.inf)
             row[forced] = 0.0

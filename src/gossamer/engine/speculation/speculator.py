@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from typing import Any
 
 from gossamer.engine.grammar.program import MOST_DRAFTED
 from gossamer.engine.scheduler import Work
@@ -31,6 +32,7 @@ _NODES = 8  # of a path that are looked up in, from the deepest up
 _SIBLINGS = 4  # that are looked up in
 _LOOKED_AT = 16  # sequences that may be siblings
 _SURE = 32  # tokens of a match that ends the search for others
+_COUNTED = 256  # steps after which the bytes of the indices are counted again
 _SUBSTITUTED = 8  # tokens of a match behind which one token may have been replaced
 
 
@@ -64,12 +66,16 @@ class Speculator:
         self._most_rows, self._most_chosen = most_rows, most_chosen
         self._tenants = Tenants()
         self._live: dict[TreeSalt, list[Sequence]] = {}
+        self._steps = 0
 
     # --- before a step -----------------------------------------------------------------------------------------
 
     def propose(self, works: Many[Work]) -> None:
         """Give works drafts, of as many tokens as pay."""
         start = time.perf_counter()
+        if self._steps % _COUNTED == 0:
+            self.stats.index_bytes = self.count_bytes()
+        self._steps += 1
         drafts: list[tuple[Work, Source, list[int]]] = []
         candidates: list[Candidate] = []
         rows, sampled = 0, 0
@@ -263,6 +269,11 @@ class Speculator:
                 count += 1
                 if count == _SIBLINGS:
                     return
+
+    def report(self) -> dict[str, Any]:
+        """The counters, and what the indices take now."""
+        self.stats.index_bytes = self.count_bytes()
+        return self.stats.to_dict()
 
     def count_bytes(self) -> int:
         """Bytes of everything that drafts are looked up in."""
