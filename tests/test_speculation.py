@@ -306,14 +306,6 @@ def test_a_step_that_fails_takes_no_random_numbers(llama: Any) -> None:
 
 def test_tokens_are_drawn_from_the_exact_distribution(llama: Any) -> None:
     """20,000 pairs of tokens, the second behind a draft that is sometimes right, with penalty and truncation."""
-    shape = {
-        "temperature": 1.5,
-        "repetition_penalty": 1.2,
-        "frequency_penalty": 0.4,
-        "top_k": 6,
-        "ignore_eos": True,
-        "max_tokens": 2,
-    }
     bias = dict.fromkeys(range(1, 9), 9.0)
     prompt, reference = [1, 2, 3], make_model("llama", initializer_range=0.3)
     first = _distribution(reference, prompt, [], bias)
@@ -325,7 +317,17 @@ def test_tokens_are_drawn_from_the_exact_distribution(llama: Any) -> None:
     likely = max(first, key=first.__getitem__)
     engine = engine_of(llama, drafter=lambda tokens, most: [draws.choice([likely, 1, 5])], max_num_seqs=1024)
     seen: Counter[Any] = Counter()
-    params = SamplingParams(n=count, seed=0, logit_bias=bias, **shape)  # type: ignore[arg-type]  # a mapping of several types
+    params = SamplingParams(
+        n=count,
+        seed=0,
+        temperature=1.5,
+        top_k=6,
+        repetition_penalty=1.2,
+        frequency_penalty=0.4,
+        logit_bias=bias,
+        max_tokens=2,
+        ignore_eos=True,
+    )
     (output,) = run(engine, [(prompt, params)])
     seen.update(tuple(each.token_ids) for each in output.outputs)
     assert set(seen) <= set(pairs)
