@@ -7,7 +7,8 @@ import functools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llguidance.hf import from_tokenizer
 
 from architectures import VOCAB, make_model
+from gossamer import LLM
 from gossamer.engine.engine import Engine
+from gossamer.engine.grammar import program
 from gossamer.engine.sampling import Sampler
 from gossamer.engine.scheduler import Work
 from gossamer.engine.speculation.choice import LEAST_CHANCE
@@ -30,7 +34,7 @@ from gossamer.errors import ConfigurationError, InvalidSamplingParamsError
 from gossamer.models.quantize import quantize
 from gossamer.options import SHARING_MODES, EngineOptions
 from gossamer.runners.transformers import IMPLEMENTATION
-from gossamer.sampling_params import SamplingParams
+from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 from test_exactness import NATIVE, NumberTokenizer, make
 
 Drafter = Callable[[list[int], int], list[int]]  # of the tokens so far, and how many there is room for
@@ -517,3 +521,78 @@ def test_stats_say_what_drafts_brought(llama: Any) -> None:
     assert isinstance(engine.stats, EngineStats)
     assert engine.speculator.stats.drafts == 0
     assert 0 < LEAST_CHANCE < 0.1
+
+
+# --- grammars --------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "weekday": {"enum": ["monday", "tuesday"]},
+        "temperature": {"type": "integer"},
+        "notes": {"type": "array", "items": {"type": "object", "properties": {"text": {"type": "string"}}}},
+    },
+    "required": ["weekday", "temperature"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def following(tiny: Path) -> Iterator[LLM]:
+    """A model whose steps take the same time whatever is drafted."""
+    with LLM(tiny) as llm:
+        assert llm.engine.speculator is not None
+        llm.engine.speculator.time = FREE
+        yield llm
+
+
+def test_grammars_are_followed_the_same(following: LLM) -> None:
+    form = StructuredOutputsParams(json=SCHEMA)
+    params = [
+        SamplingParams(structured_outputs=form, max_tokens=90, seed=seed, temperature=seed % 3, logprobs=1, n=2)
+        for seed in range(6)
+    ]
+    prompts = ["Tell me about the weather."] * len(params)
+    plain = told(following.generate(prompts, [dataclasses.replace(each, speculation=False) for each in params]))
+    following.engine.reset_stats()
+    assert told(following.generate(prompts, params)) == plain
+    assert following.engine.speculator is not None
+    counted = following.engine.speculator.stats
+    assert counted.accepted_tokens[Source.GRAMMAR] > 20
+    assert counted.accepted_tokens.total() > 60
+    assert following.engine.stats.steps < 90
+    following.engine.reset_stats()
+    assert told(following.generate(prompts, params)) == plain  # others have said it by now
+    assert following.engine.speculator.stats.accepted_tokens[Source.FINISHED] > 20
+
+
+def test_masks_behind_drafted_tokens_are_those_that_come_when_they_do(following: LLM) -> None:
+    tokenizer = following.tokenizer
+    eos = sorted(following.engine.factory.eos_token_ids)
+    trie = from_tokenizer(tokenizer, n_vocab=following.engine.intake.vocab_size, eos_token=eos)
+    matcher, reason = program.compile_form({"json": SCHEMA}, trie)
+    assert matcher is not None and not reason
+    text = tokenizer.encode('{"weekday": "monday", "temperature": 3, "notes": [{"text": "warm"}]}')
+    size, wrong, forced = following.engine.factory.grammars.mask_bytes, tokenizer.encode("%")[0], 0
+    for taken in range(len(text) - 1):
+        drafted = [*text[taken : taken + 9], wrong]
+        answer, alone = program.next_masks(matcher, [], drafted, trie), matcher.deep_copy()
+        forced += answer.forced
+        assert answer.forced or answer.drafted == drafted[: len(answer.drafted)]
+        for place in range(len(answer.drafted) + 1):
+            one = program.next_masks(alone, answer.drafted[place - 1 : place], [], trie)
+            assert answer.masks[size * place : size * (place + 1)] == one.masks[:size]
+        assert program.next_masks(matcher, text[taken : taken + 1], [], trie).status == program.MASKS
+    assert forced > 0
+    # A draft never ends the form: nothing can come behind its end.
+    assert program.next_masks(matcher, [], [text[-1], 5], trie).drafted == []
+    assert program.next_masks(matcher, [text[-1]], [], trie).status == program.COMPLETE
+
+
+def test_bounded_thoughts_end_where_they_would(following: LLM) -> None:
+    params = SamplingParams(
+        temperature=1.0, seed=1, max_tokens=60, ignore_eos=True, reasoning=ReasoningParams(begun=True, max_tokens=20)
+    )
+    plain = told(following.generate("a b a b a b", dataclasses.replace(params, speculation=False)))
+    for _ in range(2):
+        assert told(following.generate("a b a b a b", params)) == plain
