@@ -73,7 +73,8 @@ def metric_names() -> set[str]:
         budget=SimpleNamespace(used=0, total=1),
         stats=EngineStats(computed_tokens=5),
         store=None,
-        on_token=None,
+        emission=SimpleNamespace(on_token=None),
+        speculator=None,
     )
     metrics = Metrics(engine, "tiny")
     completion = CompletionOutput(0, "x", [1], finish_reason="stop")

@@ -77,7 +77,7 @@ def llama() -> Any:
 def engine_of(network: Any, runner: str = "native", drafter: Drafter | None = None, **options: Any) -> Engine:
     settings = EngineOptions(**options, speculation="off")
     made = Engine(make(runner, network), NumberTokenizer(), settings, eos_token_ids=frozenset({0}))
-    made.speculator = None if drafter is None else Drafting(made, drafter)
+    made.speculator = made.emission.speculator = None if drafter is None else Drafting(made, drafter)
     return made
 
 
@@ -231,7 +231,7 @@ def test_a_draft_changes_no_bit_where_none_may_change() -> None:
         network.set_attn_implementation(IMPLEMENTATION)
         runner, _ = make_runner(network, RunnerOptions(runner="native", batch_invariant=True), max_rows=2048)
         made = Engine(runner, NumberTokenizer(), EngineOptions())
-        made.speculator = None if drafter is None else Drafting(made, drafter)
+        made.speculator = made.emission.speculator = None if drafter is None else Drafting(made, drafter)
         return made
 
     draws = random.Random(3)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.branching import descend, hand_out
-from gossamer.engine.completion_text import describe_prompt, extend_text, settle_text
+from gossamer.engine.completion_text import describe_prompt
 from gossamer.engine.cost import CostModel, calibrate
+from gossamer.engine.emission import NO_TOKEN, Emission
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
-from gossamer.engine.planner import Burst, KeyCount, PlannedRows, Planner
+from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
@@ -38,15 +38,12 @@ from gossamer.engine.speculation.speculator import Speculator
 from gossamer.engine.speculation.stats import SpeculationStats
 from gossamer.engine.speculation.step_time import measure_steps
 from gossamer.engine.stats import EngineStats
-from gossamer.engine.stopping import Stop
 from gossamer.engine.tree import PrefixTree
 from gossamer.errors import ConfigurationError, EngineError, MemoryBudgetError, RequestError
 from gossamer.options import EngineOptions, is_integer
-from gossamer.outputs import Logprob
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 NOT_FINITE = "the model's logits are not finite"
-NO_TOKEN = "no token can be sampled: the model's logits are not finite, or all tokens are excluded"
 SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
 
 
@@ -120,10 +117,8 @@ class Engine:
         self.results = ResultBuilder(self.factory.tokens)
         self.sampler = Sampler()
         self.speculator = self._make_speculator(options, cost)
-        self.speculation_enabled = True
-        self.on_token: Callable[[float], None] = lambda seconds: None  # after the sequence's token before
+        self.emission = Emission(self.factory, self.stats, self.speculator)
         self.requests: dict[str, Request] = {}
-        self._late: list[Sequence] = []  # whose grammars have not said yet whether they are complete
         self._trivial: list[Request] = []  # finished without a step
         self._ended: list[Output] = []
 
@@ -208,7 +203,7 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Count from zero again."""
-        self.stats = EngineStats()
+        self.stats = self.emission.stats = EngineStats()
         if self.speculator is not None:
             self.speculator.stats = SpeculationStats()
         self.scheduler.on_start = self.stats.count_prompt
@@ -268,8 +263,8 @@ class Engine:
             elif self.requests and not self._ended and not self.scheduler.apart:
                 raise RuntimeError("the scheduler found nothing to do for unfinished requests; please report this")
             return self._take_ended()
-        if self._drafts is not None:
-            self._drafts.propose(works)
+        if self.speculator is not None:
+            self.speculator.propose(works)
         plan, rows, count = self.planner.plan(works)
         sampled = self.stats.sampling_seconds
         forward = time.perf_counter()
@@ -278,7 +273,9 @@ class Engine:
         done = time.perf_counter()
         chosen = self._draw(rows, output)
         self._commit(works)
-        self._ended += self._accept_all(rows, chosen) + self._branch(rows, logits) + self._score(rows, logits)
+        failed = [self._fail(sequence.request, error) for sequence, error in self.emission.accept(rows, chosen)]
+        self._ended += [output for output in failed if output is not None]
+        self._ended += self._branch(rows, logits) + self._score(rows, logits)
         self._ended += self._collect(works)
         self._count(works, count)
         self.stats.forward_seconds += done - forward
@@ -318,11 +315,6 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
-    @property
-    def _drafts(self) -> Speculator | None:
-        """What finds drafts, unless that is switched off for now."""
-        return self.speculator if self.speculation_enabled else None
-
     def _commit(self, works: list[Work]) -> None:
         for work in works:
             if isinstance(work.target, Slot):
@@ -344,41 +336,13 @@ class Engine:
         self.stats.sampling_seconds += time.perf_counter() - start
         return sampled
 
-    def _accept_all(self, rows: PlannedRows, sampled: Sampled) -> list[Output]:
-        """Give every sequence the tokens that were chosen for it; returns requests that failed over them."""
-        failed = []
-        emitted = [burst.emitted(sampled.token_ids) for burst in rows.bursts]
-        self._advance(rows.bursts, emitted)
-        now = time.perf_counter()
-        for burst, tokens in zip(rows.bursts, emitted, strict=True):
-            sequence, request = burst.sequence, burst.sequence.request
-            if tokens[-1] < 0:
-                failed.append(self._fail(request, _no_token(sequence)))
-                continue
-            if sequence.last_token is not None:
-                self.on_token(now - sequence.last_token)
-            sequence.last_token = request.last_token = now
-            request.first_token = request.first_token or now
-            try:
-                self._accept_burst(burst, tokens, sampled.logprobs[burst.first :])
-            except Exception as error:  # whatever is wrong with one text must not stop the others
-                failed.append(self._fail(request, EngineError(f"its text cannot be continued: {error}")))
-        return [output for output in failed if output is not None]
-
-    def _accept_burst(self, burst: Burst, tokens: list[int], logprobs: Many[dict[int, Logprob] | None]) -> None:
-        """Append tokens up to the first that ends the sequence. Those that were drafted are computed already."""
-        sequence, state, drafted = burst.sequence, burst.sequence.sampling, len(burst.work.draft)
-        assert sequence.slot is not None and state is not None
-        count = 0
-        while count < len(tokens) and sequence.finish_reason is None:
-            count += 1
-            self._accept(sequence, tokens[count - 1], logprobs[count - 1], last=count == len(tokens))
-        if not state.params.greedy:
-            state.uniforms.take(count)
-        sequence.slot.length += count - 1
-        self.stats.computed_tokens += count - 1
-        if drafted and self.speculator is not None:
-            self.speculator.verified(sequence, burst.work.source, drafted, count - 1)
+    def _finish_late(self) -> list[Output]:
+        """Sequences whose grammar said only after their step that they are complete."""
+        ended: list[Output] = []
+        for sequence in self.emission.completed_late():
+            self._end(sequence)
+            ended += self._news(sequence.request)
+        return ended
 
     def _branch(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Beam searches: once all hypotheses of a request are up to date, the best continuations replace them."""
@@ -390,53 +354,6 @@ class Engine:
             if not living:
                 ended.append(self._finish(request))
         return [output for output in ended if output is not None]
-
-    def _accept(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None, *, last: bool) -> None:
-        """Append a sampled token, the ``last`` of its step or not, and mark the sequence as finished if it ends it."""
-        sequence.tokens.append(token)
-        sequence.output_ids.append(token)
-        self.stats.generated_tokens += 1
-        checker, state = sequence.stop, sequence.sampling
-        assert checker is not None and state is not None
-        stop = checker.check_token(token, len(sequence.output_ids))
-        if last and state.constraint is not None and (stop is None or not stop.hides_token):
-            if state.constraint.complete:
-                stop = Stop("stop")
-            elif not state.constraint.ready and stop is None:
-                self._late.append(sequence)
-        self._settle(sequence, extend_text(sequence, self.factory.tokens, logprobs, stop))
-        if state.reasoning is not None and sequence.detokenizer is not None:
-            state.reasoning.push(token, sequence.detokenizer.text, whole=sequence.detokenizer.whole)
-
-    @staticmethod
-    def _settle(sequence: Sequence, stop: Stop | None) -> None:
-        if stop is not None:
-            sequence.finish_reason, sequence.stop_reason = stop.finish_reason, stop.stop_reason
-
-    def _advance(self, bursts: list[Burst], emitted: list[list[int]]) -> None:
-        """Look for what may come next; tell grammars their tokens, and give their masks the time a step can bear."""
-        asked = []
-        for burst, tokens in zip(bursts, emitted, strict=True):
-            if tokens[-1] < 0:
-                continue
-            drafted = self._drafts.advance(burst.sequence, tokens) if self._drafts is not None else []
-            if (constraint := burst.sequence.constraint) is not None:
-                constraint.accept(tokens, drafted)
-                asked.append(constraint)
-        self.factory.grammars.wait(asked)
-
-    def _finish_late(self) -> list[Output]:
-        """Sequences whose grammar said only after their step that they are complete."""
-        ready = [sequence for sequence in self._late if sequence.constraint is None or sequence.constraint.ready]
-        self._late = [sequence for sequence in self._late if sequence not in ready]
-        ended: list[Output] = []
-        for sequence in ready:
-            request, constraint = sequence.request, sequence.constraint
-            if constraint is not None and constraint.complete and sequence.status is not Status.FINISHED:
-                self._settle(sequence, settle_text(sequence, self.factory.tokens, Stop("stop")))
-                self._end(sequence)
-                ended += self._news(request)
-        return ended
 
     def _score(self, rows: PlannedRows, logits: Tensor) -> list[Output]:
         """Log-probabilities of given tokens; returns requests that failed over them."""
@@ -533,10 +450,3 @@ class Engine:
         self.stats.kv_bytes, self.stats.kv_bytes_peak = self.budget.used, self.budget.peak
         self.stats.preemptions = self.scheduler.num_preemptions
         self.stats.evicted_tokens = self.tree.evicted_tokens
-
-
-def _no_token(sequence: Sequence) -> RequestError:
-    state = sequence.sampling
-    if state is not None and state.constraint is not None and state.constraint.error:
-        return RequestError(f"the grammar cannot be followed any further: {state.constraint.error}")
-    return RequestError(NO_TOKEN)

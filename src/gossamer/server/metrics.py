@@ -51,7 +51,7 @@ class Metrics:
         self._success = Counter("gossamer:request_success", "Requests that ended.", labels, registry=self.registry)
         self._computed = 0
         self._engine = engine
-        engine.on_token = self._interval.observe
+        engine.emission.on_token = self._interval.observe
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         metric = Histogram(f"gossamer:{name}", text, ("model_name",), buckets=buckets, registry=self.registry)

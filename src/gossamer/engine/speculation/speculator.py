@@ -46,6 +46,9 @@ class Speculator:
         tree: whose nodes are indexed, once for all their readers.
         most_rows: of a step.
         most_chosen: rows of a step whose logits are wanted.
+
+    Attributes:
+        enabled: whether there are drafts; changed while no request runs, to compare.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Speculator:
         self.config = config
         self.time = step_time
         self.stats = SpeculationStats()
+        self.enabled = True
         self._tree = tree
         self._per_key = row_seconds_per_key
         self._most_rows, self._most_chosen = most_rows, most_chosen
@@ -72,6 +76,8 @@ class Speculator:
 
     def propose(self, works: Many[Work]) -> None:
         """Give works drafts, of as many tokens as pay."""
+        if not self.enabled:
+            return
         start = time.perf_counter()
         if self._steps % _COUNTED == 0:
             self.stats.index_bytes = self.count_bytes()
@@ -148,7 +154,7 @@ class Speculator:
             What may come behind them, for the grammar that it follows.
         """
         position = sequence.position
-        if position is None or not emitted:
+        if position is None or not self.enabled:
             return []
         start = time.perf_counter()
         tenant = self._tenants.of(sequence.request.tree_salt)
