@@ -17,6 +17,7 @@ from gossamer.cli.bench_linear import linear
 from gossamer.cli.bench_peers import peer_lines
 from gossamer.cli.bench_restart import restart
 from gossamer.cli.bench_serve import serve
+from gossamer.cli.bench_speculate import speculate
 from gossamer.cli.bench_tools import tools
 from gossamer.cli.engine_options import AsJson, Threads, combinations, takes_options
 from gossamer.cli.terminal import stderr
@@ -107,6 +108,7 @@ bench_app.command()(serve)
 bench_app.command()(restart)
 bench_app.command()(embed)
 bench_app.command()(tools)
+bench_app.command()(speculate)
 
 
 def _print_table(report: dict[str, Any]) -> None:
