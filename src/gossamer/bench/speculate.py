@@ -32,7 +32,7 @@ from torch import Tensor
 from gossamer.bench.machine import describe
 from gossamer.bench.peers.contest import SETTLE_SECONDS
 from gossamer.bench.peers.speculation import Ask, PeerOptions, SpeculatingPeer, Turn, open_peers
-from gossamer.bench.speculate_tasks import TASKS, Item, Sizes, build_task
+from gossamer.bench.speculate_tasks import ITEMS, TASKS, Item, Sizes, build_task
 from gossamer.engine.sampling import Sampled
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.llm import LLM
@@ -139,12 +139,11 @@ class _Request:
 
     def params(self, mode: str, new: int) -> SamplingParams:
         schema, most = self.item.schema, len(self.reference) if mode == "forced" else new
-        predicted: dict[str, Any] = {} if self.item.prediction is None else {"prediction": self.item.prediction}
         return SamplingParams(
             temperature=0,
             max_tokens=most,
+            prediction=self.item.prediction,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
-            **predicted,
         )
 
 
@@ -185,7 +184,7 @@ class ForcedSampler:
                 self._references[tuple(prompt)],
             )  # kept, so that the identity stays its own
         reference = self._found[id(prompt)][1]
-        done, ahead = len(state.output_token_ids), list(getattr(state, "ahead", ()))
+        done, ahead = len(state.output_token_ids), list(state.ahead)
         end = done + len(ahead)
         return reference[end] if end < len(reference) and reference[done:end] == ahead else sampled
 
@@ -220,10 +219,13 @@ def bench_speculate(
             _turn(llm, warm, [each.params("free", _WARM_UP) for each in warm], 1, "warm-up", speculates)
         for name, batch in itertools.product(options.tasks, options.batches):
             for mode in options.modes:
-                if name in errors:
-                    results.append(SpeculateResult(name, batch, mode, OURS, error=errors[name]))
+                try:
+                    if name in errors:
+                        raise ConfigurationError(errors[name])
+                    chosen = _chosen(name, tasks[name], batch, options)
+                except ConfigurationError as error:
+                    results.append(SpeculateResult(name, batch, mode, OURS, error=str(error)))
                     continue
-                chosen = tasks[name][: options.requests] if batch == 1 else _filled(tasks[name], batch)
                 rivals = peers if mode == "free" else []
                 results += _Race(llm, name, batch, mode, chosen, options, rivals, progress).results()
     about = {peer.name: peer.report() for peer in peers}
@@ -254,7 +256,7 @@ def _requests(llm: LLM, name: str, options: SpeculateOptions) -> list[_Request]:
     ends = llm.engine.factory.eos_token_ids
     end = [llm.tokenizer.eos_token_id] if llm.tokenizer.eos_token_id in ends else sorted(ends)[:1]
     found = []
-    for item in build_task(name, sizes):
+    for item in build_task(name, sizes, max(ITEMS, options.requests, *options.batches)):
         prompt = llm.apply_chat_template(item.messages)
         reference = (encode(item.answer) + end)[: options.new]
         if len(prompt) + options.new <= min(options.context, llm.max_model_len):
@@ -266,10 +268,17 @@ def _requests(llm: LLM, name: str, options: SpeculateOptions) -> list[_Request]:
     return found
 
 
-def _filled(requests: list[_Request], batch: int) -> list[_Request]:
-    """As many as there are in whole groups, at least one: requests come again where there are too few."""
-    whole = max(batch, len(requests) // batch * batch)
-    return list(itertools.islice(itertools.cycle(requests), whole))
+def _chosen(name: str, requests: list[_Request], batch: int, options: SpeculateOptions) -> list[_Request]:
+    """Those of whole groups: the same request twice in a group would find its answer beside it.
+
+    Raises:
+        ConfigurationError: there are too few for a group.
+    """
+    if batch == 1:
+        return requests[: options.requests]
+    if len(requests) < batch:
+        raise ConfigurationError(f"{name}: {len(requests)} requests fit, which make no batch of {batch}")
+    return requests[: len(requests) // batch * batch]
 
 
 @dataclass
@@ -357,14 +366,19 @@ def _fill(result: SpeculateResult, on: list[Turn], off: list[Turn]) -> None:
     result.drafted = statistics.median(turn.drafted for turn in on)
     result.accepted = statistics.median(turn.accepted for turn in on)
     for turn in on:
-        for source, counts in turn.by_source.items():
-            known = result.by_source.setdefault(source, dict.fromkeys(counts, 0))
-            result.by_source[source] = {key: known.get(key, 0) + count for key, count in counts.items()}
+        _add(result.by_source, turn.by_source)
     result.tokens_per_s = statistics.median(turn.speed for turn in on)
     if off:
         result.tokens_per_s_off = statistics.median(turn.speed for turn in off)
         result.ratios = [fast.speed / slow.speed for fast, slow in zip(on, off, strict=False)]
         result.ratio = statistics.median(result.ratios)
+
+
+def _add(total: dict[str, dict[str, int]], by_source: Mapping[str, Mapping[str, int]]) -> None:
+    for source, counts in by_source.items():
+        known = total.setdefault(source, {})
+        for name, count in counts.items():
+            known[name] = known.get(name, 0) + count
 
 
 @contextmanager
@@ -400,7 +414,7 @@ def _turn(
         prompts = [{"prompt_token_ids": requests[n].ask.prompt, "cache_salt": salt} for n in group]
         try:
             _compute(engine, prompts)
-            _decode(llm, prompts, [params[n] for n in group], turn)
+            _decode(engine, prompts, [params[n] for n in group], turn)
         except BaseException:
             for request_id in list(engine.requests):
                 engine.abort(request_id)
@@ -416,9 +430,8 @@ def _compute(engine: Any, prompts: Sequence[dict[str, Any]]) -> None:
         _raise_errors(engine.step())
 
 
-def _decode(llm: LLM, prompts: Sequence[dict[str, Any]], params: Sequence[SamplingParams], turn: Turn) -> None:
+def _decode(engine: Any, prompts: Sequence[dict[str, Any]], params: Sequence[SamplingParams], turn: Turn) -> None:
     """Answer one group, and add what was measured to the turn."""
-    engine: Any = llm.engine
     answers: list[list[int]] = []
     for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
         engine.add_request(f"answer {number}", prompt, each)
@@ -438,13 +451,11 @@ def _decode(llm: LLM, prompts: Sequence[dict[str, Any]], params: Sequence[Sampli
     turn.seconds += time.perf_counter() - start
     turn.tokens += sum(lengths) - begun
     turn.answers += [list(answer) for answer in answers]
-    told = llm.stats().to_dict().get("speculation") or {}
-    turn.drafted += told.get("draft_tokens", 0)
-    turn.accepted += told.get("accepted_tokens", 0)
-    for source, counts in told.get("by_source", {}).items():
-        known = turn.by_source.setdefault(source, {})
-        for key, count in counts.items():
-            known[key] = known.get(key, 0) + count
+    if engine.speculator is not None:
+        told = engine.speculator.stats.to_dict()
+        turn.drafted += told["draft_tokens"]
+        turn.accepted += told["accepted_tokens"]
+        _add(turn.by_source, told["by_source"])
 
 
 def _raise_errors(outputs: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import mimetypes
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import islice
@@ -25,10 +25,11 @@ from gossamer.bench.speculate_edits import edits
 from gossamer.errors import ConfigurationError
 from gossamer.texts import read_text
 
-ITEMS = 8  # requests of a task
+ITEMS = 8  # requests of a task, unless more are asked for; those about one document
 SHORTEST = 64  # tokens of an answer, where there is a choice
 FEWEST_PARAGRAPHS = 6
-_RECORDS = 6  # of a document, that one answer has
+_RECORDS, _STRIDE = 6, 7  # of a document: those that one answer has, and from one answer to the next
+_MOST = 256  # requests for records
 _PLAIN = "A helpful assistant answers the user."
 _Record = dict[str, Any]
 
@@ -67,11 +68,12 @@ class Sizes:
     harbour: Path | None = None
 
 
-def build_task(name: str, sizes: Sizes) -> list[Item]:
-    """The requests of a task, :data:`ITEMS` at most.
+def build_task(name: str, sizes: Sizes, most: int = ITEMS) -> list[Item]:
+    """The requests of a task.
 
     Args:
         name: one of :data:`TASKS`.
+        most: so many at most; some tasks have fewer.
 
     Raises:
         ConfigurationError: there is no such task, its texts are not there, or the sizes leave no room for it.
@@ -81,7 +83,7 @@ def build_task(name: str, sizes: Sizes) -> list[Item]:
     """
     if name not in TASKS:
         raise ConfigurationError(f"tasks are among {', '.join(TASKS)}; got {name!r}")
-    items = list(islice(TASKS[name](sizes), ITEMS))
+    items = list(islice(TASKS[name](sizes), most))
     if not items:
         raise ConfigurationError(
             f"{name}: a document of {sizes.document} tokens and an answer of {sizes.answer} are too short for it"
@@ -94,7 +96,7 @@ def _topic(name: str, sizes: Sizes) -> list[str]:
     from pydoc_data import topics  # half a megabyte
 
     found: list[str] = []
-    for block in re.split(r"\n\s*\n", topics.topics[name]):
+    for block in re.split(r"\n\s*\n", topics.topics.get(name, "")):
         paragraph = " ".join(block.split())
         if not re.fullmatch(r"\*?[A-Z].{40,}\.", paragraph) or any(sign in paragraph for sign in ("::=", ">>>")):
             continue
@@ -114,6 +116,10 @@ def _asked(document: str, question: str) -> tuple[dict[str, str], ...]:
 
 # --- documents -----------------------------------------------------------------------------------------------------
 
+_DOCUMENTS = (
+    *("import", "naming", "attribute-access", "types", "comparisons", "customization", "formatstrings", "compound"),
+    *("assignment", "debugger", "typesmapping", "string-methods", "typesseq", "sequence-types", "calls", "async"),
+)
 _LEADS = (
     "The text says this about `{}`:",
     "Here is the passage on `{}`:",
@@ -129,18 +135,19 @@ _ENDS = (
 
 
 def quotes(sizes: Sizes) -> Iterable[Item]:
-    """Questions about one document, answered by quoting it word for word."""
-    paragraphs = _topic("import", sizes)
-    document = "\n\n".join(paragraphs)
-    common = Counter(re.findall(r"\w+", document))
+    """Questions about one document after the other, answered by quoting it word for word."""
     room = sizes.answer - sizes.count(_LEADS[0] + _ENDS[0]) - 16
-    passages = _passages(paragraphs, sizes.count, min(SHORTEST, room), room)
-    for number, passage in enumerate(passages):
-        words = [word for word in re.findall(r"\w+", passage) if len(word) > 5]
-        subject = min(words, key=lambda word: common[word], default=passage.split()[0])
-        question = f"What does the text say about `{subject}`? Quote the passage word for word."
-        lead, end = _LEADS[number % 4].format(subject), _ENDS[number // 2 % 4]
-        yield Item(_asked(document, question), f"{lead}\n\n> {passage}\n\n{end}")
+    for topic in _DOCUMENTS:
+        paragraphs = _topic(topic, sizes)
+        document = "\n\n".join(paragraphs)
+        common = Counter(re.findall(r"\w+", document))
+        passages = _passages(paragraphs, sizes.count, min(SHORTEST, room), room)
+        for number, passage in enumerate(passages[:ITEMS]):
+            words = [word for word in re.findall(r"\w+", passage) if len(word) > 5]
+            subject = min(words, key=lambda word: common[word], default=passage.split()[0])
+            question = f"What does the text say about `{subject}`? Quote the passage word for word."
+            lead, end = _LEADS[number % 4].format(subject), _ENDS[number // 2 % 4]
+            yield Item(_asked(document, question), f"{lead}\n\n> {passage}\n\n{end}")
 
 
 def _passages(paragraphs: Sequence[str], count: Callable[[str], int], least: int, most: int) -> list[str]:
@@ -172,23 +179,24 @@ _NEXT = (
 
 
 def summary(sizes: Sizes) -> Iterable[Item]:
-    """Summaries of parts of one document: what sentences begin with, between words of the summary's own."""
-    paragraphs = _topic("naming", sizes)
-    if len(paragraphs) < FEWEST_PARAGRAPHS:
-        return
-    document = "\n\n".join(paragraphs)
-    for number in range(ITEMS):
-        first = number * (len(paragraphs) - FEWEST_PARAGRAPHS) // ITEMS
-        part = paragraphs[first:]
-        opening = " ".join(part[0].split()[:6])
-        question = f"Summarize the document in one paragraph, from the passage that begins with “{opening}”."
-        text = f"The passages from number {first + 1} on are about {_clause(part[0]).split()[-1]}."
-        for place, paragraph in enumerate(part[: len(_NEXT)]):
-            longer = f"{text} {_NEXT[place]} {_clause(paragraph)}."
-            if sizes.count(longer) > sizes.answer:
-                break
-            text = longer
-        yield Item(_asked(document, question), text)
+    """Summaries of parts of one document after the other: what sentences begin with, between words of its own."""
+    for topic in _DOCUMENTS[1:] + _DOCUMENTS[:1]:  # another one first than for quotes
+        paragraphs = _topic(topic, sizes)
+        document = "\n\n".join(paragraphs)
+        firsts = [number * (len(paragraphs) - FEWEST_PARAGRAPHS + 1) // ITEMS for number in range(ITEMS)]
+        for first in dict.fromkeys(firsts):
+            part = paragraphs[max(0, first) :]
+            if len(part) < FEWEST_PARAGRAPHS:
+                continue
+            opening = " ".join(part[0].split()[:6])
+            question = f"Summarize the document in one paragraph, from the passage that begins with “{opening}”."
+            text = f"The passages from number {first + 1} on are about {_clause(part[0]).split()[-1]}."
+            for words, paragraph in zip(_NEXT, part, strict=False):
+                longer = f"{text} {words} {_clause(paragraph)}."
+                if sizes.count(longer) > sizes.answer:
+                    break
+                text = longer
+            yield Item(_asked(document, question), text)
 
 
 def _clause(paragraph: str) -> str:
@@ -224,16 +232,10 @@ def predicted(sizes: Sizes) -> Iterable[Item]:
 
 def json_fields(sizes: Sizes) -> Iterable[Item]:
     """Records told in prose, some of which come back as JSON under a schema; three kinds of records in turn."""
-    kinds = [_status_codes(), _file_types(), _error_numbers()]
-    for number in range(ITEMS):
-        what, key, records = kinds[number % len(kinds)]
-        document = ""
-        told: list[_Record] = []
-        for sentence, record in records:
-            if sizes.count(f"{document} {sentence}") > sizes.document:
-                break
-            document, told = f"{document} {sentence}".strip(), [*told, record]
-        first = number // len(kinds) * _RECORDS
+    kinds = [(what, key, *_told(records, sizes)) for what, key, records in _KINDS]
+    for number in range(_MOST):
+        what, key, document, told = kinds[number % len(kinds)]
+        first = number // len(kinds) * _STRIDE % max(1, len(told) - _RECORDS + 1)
         wanted = told[first : first + _RECORDS]
         while wanted and sizes.count(_written(wanted)) > sizes.answer - 8:
             wanted.pop()
@@ -244,33 +246,48 @@ def json_fields(sizes: Sizes) -> Iterable[Item]:
         yield Item(_asked(document, question), _written(wanted), schema=_schema(wanted[0]))
 
 
-def _status_codes() -> tuple[str, str, list[tuple[str, _Record]]]:
-    told = []
+def _told(records: Iterable[tuple[str, _Record]], sizes: Sizes) -> tuple[str, list[_Record]]:
+    """As many records as fit into a document."""
+    document = ""
+    told: list[_Record] = []
+    for sentence, record in records:
+        longer = f"{document} {sentence}".strip()
+        if sizes.count(longer) > sizes.document:
+            break
+        document = longer
+        told.append(record)
+    return document, told
+
+
+def _status_codes() -> Iterator[tuple[str, _Record]]:
     for status in HTTPStatus:
         sentence = (
             f"A server that answers with {status.value} says “{status.phrase}”: {status.description or 'no more'}."
         )
-        told.append((sentence, {"code": status.value, "phrase": status.phrase, "description": status.description}))
-    return "status codes", "code", told
+        yield (sentence, {"code": status.value, "phrase": status.phrase, "description": status.description})
 
 
-def _file_types() -> tuple[str, str, list[tuple[str, _Record]]]:
+def _file_types() -> Iterator[tuple[str, _Record]]:
     known = mimetypes.MimeTypes(filenames=()).types_map[True]  # none of this machine's own
-    told = []
     for ending, kind in sorted(known.items()):
         family, _, subtype = kind.partition("/")
         sentence = f"A file that ends in {ending} is of the type {kind}."
-        told.append((sentence, {"ending": ending, "type": kind, "family": family, "subtype": subtype}))
-    return "endings", "ending", told
+        yield (sentence, {"ending": ending, "type": kind, "family": family, "subtype": subtype})
 
 
-def _error_numbers() -> tuple[str, str, list[tuple[str, _Record]]]:
-    told = []
+def _error_numbers() -> Iterator[tuple[str, _Record]]:
     for number, name in sorted(errno.errorcode.items()):
         meaning = os.strerror(number)
         sentence = f"Error {number}, which C calls {name}, means: {meaning}."
-        told.append((sentence, {"number": number, "name": name, "meaning": meaning}))
-    return "errors", "number", told
+        yield (sentence, {"number": number, "name": name, "meaning": meaning})
+
+
+# what they are called, the field that tells them apart, the records
+_KINDS = (
+    ("status codes", "code", list(_status_codes())),
+    ("endings", "ending", list(_file_types())),
+    ("errors", "number", list(_error_numbers())),
+)
 
 
 def _written(records: list[_Record]) -> str:
@@ -309,7 +326,10 @@ _OPEN = {
 def chat(sizes: Sizes) -> Iterable[Item]:
     """Questions without a text: nothing of the answer stands anywhere."""
     room = Sizes(sizes.count, sizes.answer, sizes.answer)
-    for name, question in _OPEN.items():
+    from pydoc_data import topics
+
+    named = {name: f"What is there to know about `{name}` in Python?" for name in sorted(topics.topics)}
+    for name, question in (_OPEN | {name: each for name, each in named.items() if name not in _OPEN}).items():
         text = "\n\n".join(_topic(name, room))
         if sizes.count(text) >= min(SHORTEST, sizes.answer // 2):
             messages = ({"role": "system", "content": _PLAIN}, {"role": "user", "content": question})
