@@ -12,6 +12,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 MODULES = (
     *("textwrap", "heapq", "argparse", "statistics", "shutil", "bisect", "calendar", "fnmatch", "glob", "copy"),
@@ -70,17 +71,8 @@ def _files(count: Callable[[str], int], most: int) -> Iterator[tuple[str, str]]:
 
 def _pieces(module: str, count: Callable[[str], int], most: int) -> Iterator[str]:
     """Consecutive definitions of a module, each group as large as fits."""
-    try:
-        source = inspect.getsource(importlib.import_module(module))
-    except OSError:  # a Python without the sources of its library
-        return
-    lines = source.splitlines(keepends=True)
     taken: list[str] = []
-    for node in ast.parse(source).body:
-        if not isinstance(node, _Function | ast.ClassDef):
-            continue
-        first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-        text = "".join(lines[first - 1 : node.end_lineno])
+    for text in _definitions(module):
         if taken and count(_joined([*taken, text])) > most:
             if count(_joined(taken)) >= most * _FULL:
                 yield _joined(taken)
@@ -88,6 +80,22 @@ def _pieces(module: str, count: Callable[[str], int], most: int) -> Iterator[str
         taken.append(text)
     if taken and most * _FULL <= count(_joined(taken)) <= most:
         yield _joined(taken)
+
+
+@cache
+def _definitions(module: str) -> tuple[str, ...]:
+    """The functions and classes of a module, as they are written."""
+    try:
+        source = inspect.getsource(importlib.import_module(module))
+    except OSError:  # a Python without the sources of its library
+        return ()
+    lines = source.splitlines(keepends=True)
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, _Function | ast.ClassDef):
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+            found.append("".join(lines[first - 1 : node.end_lineno]))
+    return tuple(found)
 
 
 def _joined(definitions: list[str]) -> str:

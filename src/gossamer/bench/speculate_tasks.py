@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
@@ -216,15 +216,15 @@ def _clause(paragraph: str) -> str:
 
 def edit(sizes: Sizes) -> Iterable[Item]:
     """Files that come back whole with a change in them."""
-    for each in edits(sizes.count, sizes.answer - 8):
-        question = f"{each.instruction} Answer with the whole file, and nothing else."
-        yield Item(_asked(f"This is `{each.file}`:\n\n```python\n{each.before}```", question), each.after)
+    return (replace(item, prediction=None) for item in predicted(sizes))
 
 
 def predicted(sizes: Sizes) -> Iterable[Item]:
     """The same, and the caller predicts the file as it was."""
-    for item, each in zip(edit(sizes), edits(sizes.count, sizes.answer - 8), strict=True):
-        yield Item(item.messages, item.answer, prediction=each.before)
+    for each in edits(sizes.count, sizes.answer - 8):
+        question = f"{each.instruction} Answer with the whole file, and nothing else."
+        messages = _asked(f"This is `{each.file}`:\n\n```python\n{each.before}```", question)
+        yield Item(messages, each.after, prediction=each.before)
 
 
 # --- fields --------------------------------------------------------------------------------------------------------
