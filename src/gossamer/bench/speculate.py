@@ -216,7 +216,7 @@ def bench_speculate(
         warm = next(iter(tasks.values()))[:1]
         for speculates in (False, True):
             progress("warming up")
-            _turn(llm, warm, [each.params("free", _WARM_UP) for each in warm], 1, "warm-up", speculates)
+            _turn(llm, warm, [SamplingParams(temperature=0, max_tokens=_WARM_UP)], 1, "warm-up", speculates)
         for name, batch in itertools.product(options.tasks, options.batches):
             for mode in options.modes:
                 try:
