@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +67,8 @@ def speculate(
         harbour=harbour,
         peers=PeerOptions(peer_names(peers), names(peer_modes), peers_in, peer_timeout),
     )
+    # so that no server is left behind
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with load_llm(model, options, threads) as llm, stderr.status("starting") as status:
         report = bench_speculate(llm, asked, progress=status.update)
     if as_json:
