@@ -87,7 +87,8 @@ def serve(
         bool,
         typer.Option(
             "--strict",
-            help="Refuse fields of requests that have no effect here, such as store; without it a header names them.",
+            help="Refuse fields of requests that have no effect here, such as store, which a header names otherwise; "
+            "and calls in the history of tools that are not offered.",
             rich_help_panel=_API,
         ),
     ] = False,
