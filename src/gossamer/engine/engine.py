@@ -94,6 +94,7 @@ class Engine:
                 self.tree,
                 model=kv_digest,
                 vocab_size=runner.vocab_size,
+                salts=options.prefix_dir_digests,
             )
         self.slots = SlotPool(runner.layout, self.budget)
         cost = None if options.sharing == "off" else calibrate(runner)
