@@ -207,7 +207,7 @@ class TestRefusals:
             pass
 
     def test_a_default_that_is_given_changes_nothing(self, bert: Path) -> None:
-        assert LLM(bert, memory="4GB", kv_dtype="auto", sharing="attention").embed("a cat")[0].embedding
+        assert LLM(bert, memory="4GB", kv_dtype="auto", sharing="attention").task == "embed"
 
     def test_one_cannot_talk_to_it(self, bert: Path, tmp_path: Path) -> None:
         for model, said in ((bert, "it makes embeddings"), (write_cross_encoder(tmp_path), "it scores pairs")):

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class ModelProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(load, own, theirs), name=f"gossamer {name}")
         # A key pressed for the server reaches all its processes. This one is not to hear of it even while it begins.
+        # The tracker comes first: the start of the first process makes it, and that lets the signal through again.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
