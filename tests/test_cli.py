@@ -24,7 +24,10 @@ from gossamer.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=100)
 MAIN = "from gossamer.cli.app import main; main()"
-FAKE_MAIN = "import gossamer, fake_llm; gossamer.LLM = fake_llm.FakeLLM; " + MAIN
+FAKE_MAIN = (
+    "import gossamer, fake_llm; gossamer.LLM = fake_llm.FakeLLM; "
+    "import gossamer.cli.chat; gossamer.cli.chat._check_generates = lambda model, task: None; "
+) + MAIN
 
 
 @pytest.fixture
@@ -37,6 +40,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[FakeLLM]:
         return loaded[-1]
 
     monkeypatch.setattr(gossamer, "LLM", load, raising=False)
+    monkeypatch.setattr("gossamer.cli.chat._check_generates", lambda model, task: None)  # there are no such models
     return loaded
 
 

@@ -13,9 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, LlamaModel, RobertaModel
+from typer.testing import CliRunner
 
 from encoders import LONGEST, TEXTS, by_hand, write_bert, write_cross_encoder, write_pooling, write_roberta
 from gossamer import LLM
+from gossamer.cli.app import app
+from gossamer.cli.serve import _specs
 from gossamer.errors import (
     CheckpointError,
     ConfigurationError,
@@ -203,6 +206,27 @@ class TestRefusals:
         with llm:
             pass
 
+    def test_a_default_that_is_given_changes_nothing(self, bert: Path) -> None:
+        assert LLM(bert, memory="4GB", kv_dtype="auto", sharing="attention").task == "embed"
+
+    def test_one_cannot_talk_to_it(self, bert: Path, tmp_path: Path) -> None:
+        for model, said in ((bert, "it makes embeddings"), (write_cross_encoder(tmp_path), "it scores pairs")):
+            result = CliRunner().invoke(app, ["chat", str(model)], input="Hi")
+            assert isinstance(result.exception, UnsupportedModelError) and said in str(result.exception)
+            assert "Loading" not in result.output  # it is said before that
+
+    def test_a_server_of_several_models_gives_each_the_options_that_concern_it(
+        self, bert: Path, make_tiny_llama: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        llama = str(make_tiny_llama(tmp_path / "llama"))
+        options = {"kv_dtype": "int8", "dtype": "bfloat16"}
+        specs = _specs([llama, str(bert)], {"memory": 1 << 20}, options, None)
+        loads: list[Any] = [spec.load for spec in specs.values()]
+        assert [load.args[1] for load in loads] == [{"memory": 1 << 20} | options, {"dtype": "bfloat16"}]
+        assert [spec.cache_bytes for spec in specs.values()] == [1 << 20, 0]
+        with pytest.raises(ConfigurationError, match="kv_dtype: without"):
+            _specs([str(bert)], {}, options, None)
+
     def test_a_generating_model_embeds_only_if_asked_to(self, make_tiny_llama: Callable[..., Path], tmp_path: Path):
         directory = make_tiny_llama(tmp_path / "llama")
         llm = LLM(directory)
@@ -221,6 +245,11 @@ class TestRefusals:
             ({"weights": "as-stored"}, "as-stored"),
             ({"max_model_len": 65}, "64 tokens"),
             ({"task": "classify"}, "task must be"),
+            ({"kv_dtype": "int8", "sharing": "storage"}, "kv_dtype, sharing: without an effect"),
+            ({"prefix_dir": "somewhere", "batch_invariant": True}, "batch_invariant, prefix_dir: without"),
+            ({"memory": "1GB"}, "memory: without an effect on a model of embeddings"),
+            ({"int8_head": True, "quantization": "int8"}, "int8_head: without"),
+            ({"lora": {"sql": "adapters/sql"}}, "adapters are for models that generate text"),
         ],
     )
     def test_options_without_a_meaning(self, bert: Path, options: dict[str, Any], said: str) -> None:

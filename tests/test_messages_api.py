@@ -17,7 +17,8 @@ from fake_llm import FakeLLM, chat_prompt, expected_answer
 from gossamer import LLM
 from gossamer.batch import BatchRunner
 from gossamer.errors import RequestError
-from gossamer.protocol.message_blocks import messages_of, system_text
+from gossamer.protocol.field_names import Conversation
+from gossamer.protocol.message_blocks import read_turns, system_text
 from gossamer.protocol.messages import MessagesRequest
 from running_server import MODEL, Running, running
 
@@ -208,7 +209,9 @@ def test_blocks_become_messages_in_their_order() -> None:
             ],
         },
     ]
-    _, answer, result, user = messages_of(turns)
+    made = Conversation()
+    read_turns(turns, made)
+    _, answer, result, user = made.messages
     assert (answer["content"], answer["reasoning_content"]) == ("A", "T")
     assert answer["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"k": [1, "é"]}'}
     assert result == {"role": "tool", "tool_call_id": "a", "content": "Error: no"}
@@ -244,7 +247,7 @@ def test_what_has_no_effect_is_told(server: Running) -> None:
             "no message before called that",
         ),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}]}, "a tool_use has an id"),
-        ({"system": [{"type": "image"}]}, "system: blocks of the type 'image'"),
+        ({"system": [{"type": "image"}]}, "system.0: blocks of the type 'image'"),
         ({"tools": [{"name": "a b", "input_schema": CITY}]}, "is no name of a function"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "fly"}}, "'fly', which is not among"),

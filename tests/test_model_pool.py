@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,11 @@ class FakeProcess:
 
     async def wait(self) -> None:
         await self.died.wait()
+
+    def kill(self) -> None:
+        self.broken.add(self.name)
+        if self.gate is not None:
+            self.gate.set()
 
     async def stop(self) -> None:
         await asyncio.sleep(0)
@@ -235,6 +241,22 @@ class TestPool:
 
         asyncio.run(scene())
 
+    def test_the_end_ends_what_is_loading_and_loads_nothing_more(self, make_pool: Callable[[float], ModelPool]) -> None:
+        async def scene() -> None:
+            pool = make_pool(6)
+            FakeProcess.gate = asyncio.Event()
+            waiting = [asyncio.create_task(ask(pool, name)) for name in ("a", "b", "c")]
+            while not FakeProcess.started:
+                await asyncio.sleep(0)
+            assert pool.loading
+            pool.drain()
+            found = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+            assert all("shutting down" in str(each) for each in found)
+            assert FakeProcess.started == FakeProcess.ended == ["a"] and not pool.loading
+            await pool.stop()
+
+        asyncio.run(scene())
+
 
 class Front:
     """A real server of two models, as a process."""
@@ -244,7 +266,9 @@ class Front:
         arguments = ["--port", "0", "--memory", "64MB", "--models-memory", "16GB", "--log-format", "text"]
         self.log = log
         with log.open("w") as stderr:
-            self.process = subprocess.Popen([sys.executable, "-c", code, "serve", *models, *arguments], stderr=stderr)
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, "serve", *models, *arguments], stderr=stderr, start_new_session=True
+            )
         wait_until(lambda: "listening on" in log.read_text())
         self.url = next(line.split()[-1] for line in log.read_text().splitlines() if "listening on" in line)
 
@@ -340,6 +364,24 @@ class TestProcesses:
         assert children
         front.process.kill()
         wait_until(lambda: all(map(gone, children)))
+
+    def test_ctrl_c_ends_it_while_models_are_loaded(self, models: list[str], tmp_path: Path) -> None:
+        front = Front(models, tmp_path / "stderr")
+        wait_until(lambda: bool(front.children()))
+        body = json.dumps({"model": models[1], "prompt": "a", "max_tokens": 1}).encode()
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(front.url + "/v1/completions", body, headers)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(urllib.request.urlopen, request, timeout=120)  # for the second model
+            wait_until(lambda: front.get(f"/v1/models/{models[1]}")["requests"] == 1)
+            children = front.children()
+            os.killpg(front.process.pid, signal.SIGINT)  # as a terminal does
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                waiting.result()
+        assert refused.value.code == 503 and front.process.wait(60) == 0
+        wait_until(lambda: all(map(gone, children)))
+        log = front.log.read_text()
+        assert log.count("loading ") == 1 and "Traceback" not in log
 
 
 class _BrokenOff(httpx2.AsyncByteStream):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -24,12 +25,13 @@ from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.prefix_store import store as store_module
 from gossamer.engine.prefix_store.format import pack
 from gossamer.engine.prefix_store.index import LEAST_TOKENS
+from gossamer.engine.tree import Node
 from gossamer.errors import ConfigurationError
 from gossamer.options import EngineOptions
 from gossamer.runners.transformers import IMPLEMENTATION
 from test_exactness import NumberTokenizer, answers, make
 from test_prefix_tree import Path as Text
-from test_prefix_tree import compute, fill, holds_its_content, new_tree, texts
+from test_prefix_tree import compute, holds_its_content, new_tree, texts
 
 TINY_CONTEXT = 512
 SECONDS = 60.0
@@ -37,8 +39,15 @@ DIGEST = "a" * 64
 LOGGER = "gossamer.prefixes"
 
 
+KEPT = "kept salt"  # whose prefixes may be written
+
+
+def digest_of(salt: str) -> str:
+    return hashlib.sha256(salt.encode()).hexdigest()
+
+
 def make_store(directory: Path, tree: Any, *, size: int = 1 << 30, model: str = DIGEST) -> PrefixStore:
-    return PrefixStore(directory, size, tree, model=model, vocab_size=1000)
+    return PrefixStore(directory, size, tree, model=model, vocab_size=1000, salts=[digest_of(KEPT)])
 
 
 class Disk(RuleBasedStateMachine):
@@ -47,8 +56,9 @@ class Disk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
-        self.uses: dict[Text, int] = {}  # of this process
-        self.written: set[Text] = set()
+        self.uses: dict[tuple[str | None, Text], int] = {}  # of this process
+        self.answered: set[tuple[str | None, Text]] = set()
+        self.written: set[tuple[str | None, Text]] = set()
         self.restart()
 
     @rule()
@@ -59,28 +69,36 @@ class Disk(RuleBasedStateMachine):
         self.store = make_store(self.directory, self.tree)
         self.uses.clear()
 
-    @rule(text=texts)
-    def answer(self, text: Text) -> None:
+    @rule(text=texts, salt=st.sampled_from([None, KEPT]))
+    def answer(self, text: Text, salt: str | None) -> None:
         """As the engine does."""
-        self.store.restore(list(text), None)
-        assert self.tree.match(text) >= max((i for i in range(len(text) + 1) if text[:i] in self.written), default=0)
-        node = fill(self.tree, text)
-        self.tree.unlock(node)
-        self.store.keep(list(text), None)
+        self.store.restore(list(text), salt)
+        least, most = (
+            max((i for i in range(len(text) + 1) if (salt, text[:i]) in known), default=0)
+            for known in (self.written, self.answered)
+        )
+        assert least <= self.tree.match(text, salt) <= most  # never what only another salt has computed
+        self.tree.unlock(self.filled(text, salt))
+        self.store.keep(list(text), salt)
         assert self.store.wait(SECONDS)
-        self.uses[text] = self.uses.get(text, 0) + 1
-        if self.uses[text] >= store_module.HOT_USES:
-            self.written |= {text[: i + 1] for i in range(len(text))}
+        self.uses[salt, text] = self.uses.get((salt, text), 0) + 1
+        prefixes = {(salt, text[: i + 1]) for i in range(len(text))}
+        self.answered |= prefixes
+        if self.uses[salt, text] >= store_module.HOT_USES:
+            self.written |= prefixes
+
+    def filled(self, text: Text, salt: str | None) -> Node:
+        node = self.tree.insert(text, salt)
+        self.tree.lock(node)
+        for each in node.path():
+            assert self.tree.allocate(each)
+            compute(each, len(each) - each.computed)
+        return node
 
     @rule(text=texts)
     def answer_with_a_salt(self, text: Text) -> None:
         for _ in range(store_module.HOT_USES):
-            node = self.tree.insert(text, "salt")
-            self.tree.lock(node)
-            for each in node.path():
-                assert self.tree.allocate(each)
-                compute(each, len(each) - each.computed)
-            self.tree.unlock(node)
+            self.tree.unlock(self.filled(text, "salt"))
             before = set(os.listdir(self.directory))
             self.store.keep(list(text), "salt")
             assert self.store.wait(SECONDS) and set(os.listdir(self.directory)) == before
@@ -196,6 +214,26 @@ def test_a_pinned_prefix_is_written_at_once_and_one_of_a_salt_never(tiny: Path, 
         assert output.outputs[0].token_ids == of_salt.outputs[0].token_ids == expected.outputs[0].token_ids
         store = llm.stats().prefix_store
         assert store is not None and store["restored_tokens"] == 300 and store["read_files"] == 1
+
+
+def test_a_salt_whose_digest_is_named_has_files_that_only_it_reads(tiny: Path, tmp_path: Path) -> None:
+    mine, others = (PROMPT | {"cache_salt": salt} for salt in ("my secret salt", "another salt"))
+    with LLM(tiny, prefix_dir=tmp_path, prefix_dir_salts=digest_of("my secret salt").upper()) as llm:
+        llm.pin(PREFIX | {"cache_salt": "my secret salt"})
+        (expected,) = llm.generate(mine, GREEDY, False)
+        for _ in range(3):
+            llm.generate(others, GREEDY, False)
+        assert llm.engine.store is not None and llm.engine.store.wait(SECONDS) and len(llm.engine.store) == 1
+    (file,) = tmp_path.iterdir()
+    for hidden in ("my secret salt", digest_of("my secret salt")):
+        assert hidden.encode() not in file.read_bytes() and hidden not in file.name
+    cached = {}
+    for salts in (None, [digest_of("another salt")], [digest_of("another salt"), digest_of("my secret salt")]):
+        with LLM(tiny, prefix_dir=tmp_path, prefix_dir_salts=salts) as llm:
+            outputs = llm.generate([PROMPT, others, mine], GREEDY, False)
+            assert all(output.outputs[0].token_ids == expected.outputs[0].token_ids for output in outputs)
+            cached[len(salts or ())] = [output.num_cached_tokens for output in outputs]
+    assert cached == {0: [0, 0, 0], 1: [0, 0, 0], 2: [0, 0, 300]}
 
 
 def test_a_prefix_is_written_when_a_second_request_has_used_it(tiny: Path, tmp_path: Path) -> None:

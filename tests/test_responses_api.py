@@ -14,8 +14,9 @@ from chat_templates import THINKING
 from gossamer import LLM
 from gossamer.batch import BatchRunner
 from gossamer.errors import RequestError
+from gossamer.protocol.field_names import Conversation
 from gossamer.protocol.model_responses import ResponsesRequest
-from gossamer.protocol.response_items import messages_of
+from gossamer.protocol.response_items import read_items
 from running_server import MODEL, Running, running
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
@@ -147,7 +148,9 @@ def test_what_one_answer_is_made_of_is_one_message() -> None:
         {"type": "message", "role": "assistant", "content": "B"},
         {"type": "message", "role": "assistant", "content": "C"},
     ]
-    messages = messages_of(items)
+    made = Conversation()
+    read_items(items, [f"input.{place}" for place in range(len(items))], made)
+    messages = made.messages
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "assistant", "assistant"]
     answer = messages[1]
     assert (answer["content"], answer["reasoning_content"]) == ("A", "T")

@@ -12,7 +12,8 @@ make their flags of the same fields (:mod:`gossamer.cli.engine_options`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -32,6 +33,7 @@ Speculation = Literal["auto", "off"]
 Task = Literal["auto", "generate", "embed", "score"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHARING_MODES: tuple[SharingMode, ...] = get_args(SharingMode)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
@@ -255,6 +257,11 @@ class EngineOptions:
     prefix_dir_size: str | int = option(
         "4GB", "Size of the prefix files in --prefix-dir; those that were not used for longest are removed for others."
     )
+    prefix_dir_salts: str | Sequence[str] | None = option(
+        None,
+        "SHA-256 digests, in hexadecimal digits and with commas between them, of the cache_salts whose prefixes may be "
+        "kept in --prefix-dir too; those of other salts stay in memory.",
+    )
 
     def __post_init__(self) -> None:
         parse_bytes(self.memory)
@@ -274,6 +281,8 @@ class EngineOptions:
             raise ConfigurationError(f"prefix_dir must be the path of a directory, got {self.prefix_dir!r}")
         if self.prefix_dir is not None and self.sharing == "off":
             raise ConfigurationError("prefix_dir keeps what requests share, and with sharing 'off' they share nothing")
+        if self.prefix_dir_digests and self.prefix_dir is None:
+            raise ConfigurationError("prefix_dir_salts says what is kept in prefix_dir, which is not given")
 
     @property
     def memory_bytes(self) -> int:
@@ -282,6 +291,23 @@ class EngineOptions:
     @property
     def prefix_dir_bytes(self) -> int:
         return parse_bytes(self.prefix_dir_size)
+
+    @property
+    def prefix_dir_digests(self) -> frozenset[str]:
+        """Those of ``prefix_dir_salts``, in lower case."""
+        given = self.prefix_dir_salts
+        if given is None:
+            return frozenset()
+        listed = given.split(",") if isinstance(given, str) else list(given) if isinstance(given, Sequence) else [None]
+        digests = [each.strip().lower() if isinstance(each, str) else "" for each in listed]
+        for place, digest in enumerate(digests, 1):
+            if not _DIGEST.fullmatch(digest):
+                # The value is not told: it may be a salt, which is a secret.
+                raise ConfigurationError(
+                    f"prefix_dir_salts: number {place} is no SHA-256 digest, which has 64 hexadecimal digits; give the "
+                    "digest of the salt, as `printf %s SALT | sha256sum` prints it, not the salt"
+                )
+        return frozenset(digests)
 
     @property
     def most_rows(self) -> int:
@@ -354,6 +380,7 @@ class OptionArguments(TypedDict, total=False):
     speculative_config: str | Mapping[str, Any] | None
     prefix_dir: str | Path | None
     prefix_dir_size: str | int
+    prefix_dir_salts: str | Sequence[str] | None
     chat_template: str | None
     default_chat_template_kwargs: str | Mapping[str, Any] | None
     generation_config: str

@@ -31,7 +31,7 @@ def answer_record(line: BatchLine, body: Record) -> Record:
 
 def refusal_record(line: BatchLine, error: Exception) -> Record:
     """A line was refused, or failed, for whatever reason."""
-    body = error_body(error, all_bodies()[line.url].prompt_field)
+    body = error_body(error)
     body["error"]["line"] = line.number
     ours = isinstance(error, EngineError) or not isinstance(error, GossamerError)
     return _record(line.custom_id, response=_response(500 if ours else 400, body))

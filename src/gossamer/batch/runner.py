@@ -15,10 +15,11 @@ from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.engine.detokenizer import decode
 from gossamer.engine.stepping import PatientSteps
-from gossamer.errors import ConfigurationError, GossamerError, OutputError
+from gossamer.errors import ConfigurationError, GossamerError, OutputError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.pooling.refusals import generates_no_text, makes_no_embeddings
 from gossamer.protocol import GeneratingBody, PoolingBody, shortened
+from gossamer.protocol.field_names import naming, rename
 from gossamer.protocol.pooling import PoolingWork
 from gossamer.protocol.responses import usage
 from gossamer.sampling_params import SamplingParams
@@ -207,9 +208,10 @@ class BatchRunner:
                 if isinstance(body, PoolingBody):
                     raise makes_no_embeddings(llm.model_name)
                 body.answered_by(llm.fingerprint)
-                params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
-                adapter = {"adapter": body.adapter_among(llm.adapters)}
-                prompts = [_engine_prompt(llm, prompt) | adapter for prompt in body.engine_prompts()]
+                with naming(body.field_names):
+                    params = body.to_sampling_params(self._default_max_tokens, llm.sampling_defaults, llm.chat_format)
+                    adapter = {"adapter": body.adapter_among(llm.adapters)}
+                    prompts = [_engine_prompt(llm, prompt) | adapter for prompt in body.engine_prompts()]
             except Exception as error:  # of templates, tokenizers ...: it is the line's, and the others go on
                 self._write_refused(line, error)
                 continue
@@ -242,6 +244,8 @@ class BatchRunner:
     def _fail(self, llm: LLM, job: _Job, error: Exception) -> None:
         """One prompt of a body failed, so the body has no answer: stop its other prompts."""
         job.failed = True
+        if isinstance(error, RequestError):
+            rename(error, job.body.field_names)
         for request_id in [request_id for request_id, (other, _) in self._in_flight.items() if other is job]:
             llm.engine.abort(request_id)
             del self._in_flight[request_id]

@@ -15,6 +15,7 @@ from gossamer.cli.conversation import Conversation, Turn
 from gossamer.cli.engine_options import Lora, Model, Threads, adapters_of, load_llm, takes_options
 from gossamer.cli.terminal import notice, print_error
 from gossamer.errors import ConfigurationError, GossamerError, RequestError
+from gossamer.options import Task
 from gossamer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def chat(
     given = {name: value for name, value in asked.items() if value is not None}
     SamplingParams(**given)  # refused before the weights are read
     adapters = adapters_of(lora, model)
+    _check_generates(model, options.get("task", "auto"))
     piped = None if sys.stdin.isatty() else _read_piped_message()
     # Without a seed no two conversations draw alike: the engine's own default would make every first answer the same.
     with load_llm(model, options | {"seed": secrets.randbits(32)}, threads, adapters) as llm:
@@ -79,6 +81,20 @@ def chat(
             for piece in conversation.answer(piped, _tell_dropped):
                 _write(piece)
             _write("\n")
+
+
+def _check_generates(model: str, task: Task) -> None:
+    """Whether one can talk to the model, which is known before it is loaded.
+
+    Raises:
+        UnsupportedModelError: it makes something else than text, and what.
+    """
+    from gossamer.pooling.loading import find_task
+    from gossamer.pooling.refusals import generates_no_text
+
+    found = find_task(model, task)
+    if found != "generate":
+        raise generates_no_text(model, found)
 
 
 def _read_piped_message() -> str:

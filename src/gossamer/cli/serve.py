@@ -87,7 +87,8 @@ def serve(
         bool,
         typer.Option(
             "--strict",
-            help="Refuse fields of requests that have no effect here, such as store; without it a header names them.",
+            help="Refuse fields of requests that have no effect here, such as store, which a header names otherwise; "
+            "and calls in the history of tools that are not offered.",
             rich_help_panel=_API,
         ),
     ] = False,
@@ -174,22 +175,38 @@ def serve(
     if len(model) == 1:
         raise typer.Exit(run(create_app(partial(load_llm, model[0], options, threads, adapters), settings), settings))
     memory = parse_bytes(models_memory)
-    specs = {name: _spec(name, {"memory": memory // (2 * len(model))} | options, threads) for name in model}
+    specs = _specs(model, {"memory": memory // (2 * len(model))}, options, threads)
     raise typer.Exit(run(create_front(specs, settings, memory), settings))
 
 
-def _spec(model: str, options: dict[str, Any], threads: int | None) -> ModelSpec:
-    """A model that is loaded when it is asked for. That it exists, and what options say, is seen now."""
+def _specs(
+    models: list[str], defaults: dict[str, Any], options: dict[str, Any], threads: int | None
+) -> dict[str, ModelSpec]:
+    """Models that are loaded when they are asked for. That they exist, and what options say, is seen now.
+
+    Args:
+        defaults: of those that generate text, for what ``options`` do not say.
+        options: for all of them. Where some generate text and others do not, each has the options that concern it.
+    """
     from gossamer.engine.chat_template import read_chat_template
     from gossamer.models.resolve import resolve_model
     from gossamer.options import Options
     from gossamer.pooling.loading import find_task
+    from gossamer.pooling.refusals import check_options, without_effect
     from gossamer.server import ModelSpec
 
-    asked = Options.of(options)
+    asked = Options.of(defaults | options)
     read_chat_template(asked.conversation.chat_template)
-    path = resolve_model(model, as_file=True)
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    weights = sum(file.stat().st_size for file in files)
-    cache = asked.engine.memory_bytes if find_task(model, asked.model.task) == "generate" else 0
-    return ModelSpec(partial(load_llm, model, options, threads), weights, cache)
+    tasks = {model: find_task(model, asked.model.task) for model in models}
+    specs = {}
+    for model, task in tasks.items():
+        own, cache = defaults | options, asked.engine.memory_bytes
+        if task != "generate":
+            ignored = without_effect(options) if "generate" in tasks.values() else []
+            own, cache = {name: value for name, value in options.items() if name not in ignored}, 0
+            check_options(model, task, Options.of(own))
+        path = resolve_model(model, as_file=True)
+        files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+        weights = sum(file.stat().st_size for file in files)
+        specs[model] = ModelSpec(partial(load_llm, model, own, threads), weights, cache)
+    return specs

@@ -95,6 +95,7 @@ class Engine:
                 self.tree,
                 model=kv_digest,
                 vocab_size=runner.vocab_size,
+                salts=options.prefix_dir_digests,
             )
         self.slots = SlotPool(runner.layout, self.budget)
         cost = calibrate(runner) if options.sharing != "off" or options.speculation != "off" else None

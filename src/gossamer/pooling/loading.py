@@ -22,6 +22,7 @@ from gossamer.options import ModelOptions, Options, Task
 from gossamer.pooling.encoder import AnyNetwork, Encoder, is_defined
 from gossamer.pooling.linears import LinearPacker, replace_linears
 from gossamer.pooling.model import PoolingModel
+from gossamer.pooling.refusals import check_options
 from gossamer.pooling.texts import Texts
 
 
@@ -63,6 +64,7 @@ def load_pooling(model: str | Path, task: Literal["embed", "score"], options: Op
         GossamerError: what finding and loading raise.
         ConfigurationError: an option has no meaning for such models.
     """
+    check_options(str(model), task, options)
     path = resolve_model(model)
     config = load_config(path)
     if not is_encoder(config):

@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
-from gossamer.errors import UnsupportedModelError
+from collections.abc import Iterable
+from typing import Literal
+
+from gossamer.errors import ConfigurationError, UnsupportedModelError
+from gossamer.options import ModelOptions, Options, option_fields
+
+# The options that such a model follows. Nothing of it is kept between two texts, and it draws nothing.
+_FOLLOWED = option_fields(ModelOptions).keys() - {"int8_head"} | {"runner", "max_model_len"}
+
+
+def without_effect(names: Iterable[str]) -> list[str]:
+    """Those of some options that change nothing about a model of embeddings or scores.
+
+    >>> without_effect(["dtype", "kv_dtype", "max_model_len", "sharing"])
+    ['kv_dtype', 'sharing']
+    """
+    return [name for name in names if name not in _FOLLOWED]
+
+
+def check_options(model: str, task: Literal["embed", "score"], options: Options) -> None:
+    """Refuses what was asked for and would not be done.
+
+    Raises:
+        ConfigurationError: options without an effect are not at their default; it names them.
+    """
+    names = without_effect(options.changed())
+    if names:
+        what = "embeddings" if task == "embed" else "scores"
+        raise ConfigurationError(
+            f"{', '.join(names)}: without an effect on a model of {what}, such as {model}, which generates no text and "
+            "keeps no keys and values; leave out what is named"
+        )
 
 
 def makes_no_embeddings(model: str) -> UnsupportedModelError:

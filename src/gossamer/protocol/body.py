@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from gossamer.chat import ChatFormat, ToolUse
 from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
+from gossamer.protocol.field_names import FieldNames
 from gossamer.protocol.fields import (
     REFUSED,
     ChoiceCount,
@@ -51,7 +52,7 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     url: ClassVar[str]
     #: One sentence for the OpenAPI document.
     description: ClassVar[str]
-    #: The field that the prompts are made from; the engine does not know it, and errors name it.
+    #: The field that the prompts are made from.
     prompt_field: ClassVar[str]
     #: What OpenAI generates at most when neither the body nor the user says anything; None is up to the context's end.
     openai_max_tokens: ClassVar[int | None] = None
@@ -172,6 +173,21 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
             RequestError: the body goes on from an answer that is not there.
         """
         return None
+
+    @property
+    def field_names(self) -> FieldNames:
+        """What the engine's fields are called in this body: errors tell these names, see :func:`naming`."""
+        form = "structured_outputs" if self.response_format is None else "response_format"
+        form = form if self.tool_use() is None else "tools"
+        return {"prompt": self.prompt_field, "prompt_token_ids": self.prompt_field, "structured_outputs": form}
+
+    @property
+    def foreign_calls(self) -> dict[str, str]:
+        """Calls in the history of tools that are not offered: the path of the name in the body -> the name.
+
+        Agents hand conversations over to others that have other tools, so there may be some.
+        """
+        return {}
 
     @classmethod
     def error(cls, error: Json, status: int) -> Json:

@@ -13,6 +13,7 @@ from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, Logprob, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat_messages import Messages, ToolField, template_messages, template_tools
+from gossamer.protocol.field_names import FieldNames
 from gossamer.protocol.fields import Count
 from gossamer.protocol.logprobs import (
     Step,
@@ -105,7 +106,9 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
             raise ValueError("top_logprobs needs logprobs: true")
         limits = {self.max_completion_tokens, self.max_tokens} - {None}
         if len(limits) > 1:
-            raise ValueError("max_tokens and max_completion_tokens mean the same; give one of them")
+            raise RequestError(
+                "max_tokens and max_completion_tokens mean the same; give one of them", param="max_tokens"
+            )
         return self
 
     def chat_messages(self) -> list[dict[str, Any]]:
@@ -114,6 +117,21 @@ class ChatCompletionRequest(GeneratingBody, BaseModel):  # BaseModel for ruff, a
 
     def tool_use(self) -> ToolUse | None:
         return self._use
+
+    @property
+    def field_names(self) -> FieldNames:
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().field_names, "logprobs": "top_logprobs", "max_tokens": limit}
+
+    @property
+    def foreign_calls(self) -> dict[str, str]:
+        offered = {tool.function.name for tool in self.tools if tool.function is not None}
+        return {
+            f"messages.{place}.tool_calls.{number}.function.name": call.function.name
+            for place, message in enumerate(self.messages)
+            for number, call in enumerate(message.tool_calls or ())
+            if call.function.name not in offered
+        }
 
     def _find_tool_use(self) -> ToolUse | None:
         tools, choice = template_tools(self.tools), self.tool_choice

@@ -41,12 +41,11 @@ def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def error_body(error: Exception, prompt_field: str = "prompt") -> dict[str, Any]:
+def error_body(error: Exception) -> dict[str, Any]:
     """What a refused or failed request gets instead of an answer.
 
     Args:
         error: what was not raised on purpose may hold anything, and is not told to strangers.
-        prompt_field: the field of the body that the prompt was made from; the engine does not know it.
 
     >>> error_body(RequestError("top_p must be in (0, 1], got 2", param="top_p"))["error"]["param"]
     'top_p'
@@ -56,8 +55,6 @@ def error_body(error: Exception, prompt_field: str = "prompt") -> dict[str, Any]
         return {"error": body}
     # The request knows which request it is: its id would only repeat that in the message.
     message, param = (error.message, error.param) if isinstance(error, RequestError) else (str(error), None)
-    if param in ("prompt", "prompt_token_ids"):
-        param = prompt_field
     kind, code = next((kind, code) for each, kind, code in _KINDS if isinstance(error, each))
     param = None if param is None else shortened(param)
     return {"error": {"message": shortened(message), "type": kind, "param": param, "code": code}}

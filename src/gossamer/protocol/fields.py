@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from gossamer.errors import RequestError
 from gossamer.surrogates import find_lone_surrogate
@@ -150,13 +151,15 @@ def parse_fields(model: type[M], body: object) -> M:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise as_request_error(error) from None
+        raise as_request_error(error, body) from None
 
 
-def as_request_error(error: ValidationError) -> RequestError:
+def as_request_error(error: ValidationError, body: object) -> RequestError:
     """The first thing that is wrong with a body, by name."""
-    first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    found = [(_path(each, body), each) for each in error.errors(include_url=False)]
+    # A field that may have several types has an error for each of them; the one deepest within it says most.
+    path, first = max(found, key=lambda each: len(each[0]) if each[0].startswith(found[0][0]) else -1)
+    param = path or None
     if first["type"] == "extra_forbidden":
         advice = REFUSED.get(param or "", "")
         return RequestError(f"{param} is not supported{advice and '; '}{advice}", param=param)
@@ -167,3 +170,17 @@ def as_request_error(error: ValidationError) -> RequestError:
         return RequestError(cause.message, param=cause.param)
     reason = first["msg"] if cause is None else str(cause)
     return RequestError(f"{param}: {reason}" if param else reason, param=param)
+
+
+def _path(error: ErrorDetails, body: object) -> str:
+    """Where in a body the error is. Pydantic's own path also has names of types, where there are several."""
+    steps, last = [], len(error["loc"]) - 1
+    for place, step in enumerate(error["loc"]):
+        inside = isinstance(body, dict) and step in body
+        inside = inside or (isinstance(body, list) and isinstance(step, int) and step < len(body))
+        if inside:
+            body = body[step]  # type: ignore[index]  # it has just been found there
+            steps.append(str(step))
+        elif error["type"] == "missing" and place == last:
+            steps.append(str(step))
+    return ".".join(steps or map(str, error["loc"]))  # none of it is there where a field has a first name

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput
+from gossamer.protocol.field_names import Conversation
 from gossamer.protocol.responses import Json
 
 # The line that one client heads its system prompt with differs in each request: no prefix behind it would be found.
@@ -26,21 +27,26 @@ def system_text(system: str | list[Json]) -> str:
     >>> system_text([{"type": "text", "text": "x-anthropic-billing-header: cch=1;"}, {"type": "text", "text": "Hi"}])
     'Hi'
     """
-    texts = [system] if isinstance(system, str) else [_text(block, "system") for block in system]
+    texts = [system] if isinstance(system, str) else [_text(block, f"system.{n}") for n, block in enumerate(system)]
     lines = "\n".join(texts).split("\n")
     return "\n".join(line for line in lines if not line.startswith(_CHANGING))
 
 
-def messages_of(turns: Iterable[Json]) -> list[Json]:
-    """Messages as ``/v1/chat/completions`` has them: results of tools become messages of their own.
+def read_turns(turns: Iterable[Json], made: Conversation) -> None:
+    """Add messages as ``/v1/chat/completions`` has them: results of tools become messages of their own.
+
+    Args:
+        turns: messages of a user and an assistant.
+        made: what they are added to.
 
     Raises:
         RequestError: a message or a block is none that is known here.
 
-    >>> messages_of([{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "1"}]}])
+    >>> made = Conversation()
+    >>> read_turns([{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "1"}]}], made)
+    >>> made.messages
     [{'role': 'tool', 'tool_call_id': 't', 'content': '1'}]
     """
-    messages: list[Json] = []
     for place, turn in enumerate(turns):
         where = f"messages.{place}"
         role, content = turn.get("role"), turn.get("content")
@@ -50,29 +56,31 @@ def messages_of(turns: Iterable[Json]) -> list[Json]:
             raise RequestError(f"{where}.content must be a text or a list of blocks", param=f"{where}.content")
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if role == "assistant":
-            messages.append(_answer(blocks, f"{where}.content"))
+            _read_answer(blocks, where, made)
         else:
-            messages += _turn(role, blocks, f"{where}.content")
-    return messages
+            _read_turn(role, blocks, where, made)
 
 
-def _turn(role: str, blocks: list[Any], where: str) -> Iterator[Json]:
+def _read_turn(role: str, blocks: list[Any], where: str, made: Conversation) -> None:
     """What a user says: texts that follow each other are one message."""
     texts: list[str] = []
     for place, block in enumerate(blocks):
+        name = f"{where}.content.{place}"
         if isinstance(block, dict) and block.get("type") == "tool_result":
             if texts:
-                yield {"role": role, "content": "\n".join(texts)}
+                made.add({"role": role, "content": "\n".join(texts)}, where)
                 texts = []
-            yield _result(block, f"{where}.{place}")
+            made.add(_result(block, name), name, tool_call_id=f"{name}.tool_use_id")
         else:
-            texts.append(_text(block, f"{where}.{place}"))
+            texts.append(_text(block, name))
     if texts or not blocks:
-        yield {"role": role, "content": "\n".join(texts)}
+        made.add({"role": role, "content": "\n".join(texts)}, where)
 
 
 def _result(block: Json, where: str) -> Json:
     given = block.get("content")
+    if not isinstance(given, str | list | None):
+        raise RequestError(f"{where}.content must be a text or a list of texts", param=f"{where}.content")
     parts = [given] if isinstance(given, str) else [_text(part, f"{where}.content") for part in given or ()]
     text = "\n".join(parts)
     if block.get("is_error"):
@@ -83,29 +91,34 @@ def _result(block: Json, where: str) -> Json:
     return {"role": "tool", "tool_call_id": id, "content": text}
 
 
-def _answer(blocks: list[Any], where: str) -> Json:
-    texts, thoughts, calls = [], [], []
+def _read_answer(blocks: list[Any], where: str, made: Conversation) -> None:
+    texts: list[str] = []
+    thoughts: list[str] = []
+    message: Json = {"role": "assistant"}
+    made.add(message, where)
     for place, block in enumerate(blocks):
+        name = f"{where}.content.{place}"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "thinking" and isinstance(block.get("thinking"), str):
             thoughts.append(block["thinking"])
         elif kind == "redacted_thinking":  # another server's, and unreadable
             continue
         elif kind == "tool_use":
-            id, name, given = block.get("id"), block.get("name"), block.get("input")
-            if not isinstance(id, str) or not isinstance(name, str) or not isinstance(given, dict):
-                raise RequestError(
-                    f"{where}.{place}: a tool_use has an id, a name, and an object as its input",
-                    param=f"{where}.{place}",
-                )
-            function = {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
-            calls.append({"id": id, "type": "function", "function": function})
+            message.setdefault("tool_calls", []).append(_call(block, name))
+            made.name_call(name, id=f"{name}.id")
         else:
-            texts.append(_text(block, f"{where}.{place}"))
-    message: Json = {"role": "assistant", "content": "\n".join(texts)}
+            texts.append(_text(block, name))
+    message["content"] = "\n".join(texts)
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
-    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _call(block: Json, where: str) -> Json:
+    id, name, given = block.get("id"), block.get("name"), block.get("input")
+    if not isinstance(id, str) or not isinstance(name, str) or not isinstance(given, dict):
+        raise RequestError(f"{where}: a tool_use has an id, a name, and an object as its input", param=where)
+    function = {"name": name, "arguments": json.dumps(given, ensure_ascii=False)}
+    return {"id": id, "type": "function", "function": function}
 
 
 def _text(block: Any, where: str) -> str:

@@ -14,11 +14,12 @@ from gossamer.errors import RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.errors import anthropic_error
+from gossamer.protocol.field_names import Conversation, FieldNames, Whole
 from gossamer.protocol.fields import Count, Fields, Stops
 from gossamer.protocol.message_blocks import (
     ending,
-    messages_of,
     new_tool_use_id,
+    read_turns,
     system_text,
     text_block,
     thinking_block,
@@ -101,9 +102,12 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
         others = [f"tools.{place}" for place, tool in enumerate(self.tools) if not _is_function(tool)]
         return [*super().ignored, *others]
 
-    def _as_chat(self) -> Json:
-        system = [] if self.system is None else [{"role": "system", "content": system_text(self.system)}]
-        messages = [*system, *messages_of(self.messages)]
+    def _as_chat(self) -> tuple[Json, FieldNames]:
+        made = Conversation()
+        if self.system is not None:
+            made.add({"role": "system", "content": system_text(self.system)}, Whole("system"))
+        read_turns(self.messages, made)
+        messages = made.messages
         choice = self.tool_choice or ToolChoice(type="auto")
         config = self.output_config or OutputConfig()
         given: Json = {
@@ -119,7 +123,21 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
         }
         if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
             given["continue_final_message"] = True
-        return self._common_fields() | given
+        return self._common_fields() | given, made.names | self._other_names()
+
+    def _other_names(self) -> dict[str, str]:
+        """What the fields of the conversation are called here, besides messages."""
+        names = {"reasoning_effort": "output_config.effort"}
+        if self.stop_sequences:
+            names["stop"] = "stop_sequences"
+        if self.max_reasoning_tokens is None:
+            names["max_reasoning_tokens"] = "thinking.budget_tokens"
+        if self.output_config is not None and self.output_config.format is not None:
+            names["response_format"] = Whole("output_config.format")
+        for place in range(len(self.tools)):
+            names[f"tools.{place}.function"] = f"tools.{place}"
+            names[f"tools.{place}.function.parameters"] = f"tools.{place}.input_schema"
+        return names
 
     def _thinking(self) -> Json:
         kind = None if self.thinking is None else self.thinking.type
@@ -133,6 +151,8 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
     @staticmethod
     def _choice(choice: ToolChoice) -> Any:
         if choice.type == "tool":
+            if choice.name is None:
+                raise RequestError("tool_choice.name names the function; it is missing", param="tool_choice.name")
             return {"type": "function", "function": {"name": choice.name}}
         return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 

@@ -17,10 +17,11 @@ from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat import ChatCompletionRequest
 from gossamer.protocol.custom_tools import as_function, unenforced
+from gossamer.protocol.field_names import Conversation, FieldNames, Whole
 from gossamer.protocol.fields import Count, Fields
 from gossamer.protocol.logprobs import steps_of, within
 from gossamer.protocol.response_events import ResponseEvents
-from gossamer.protocol.response_items import ItemWriter, messages_of, new_id, status_of
+from gossamer.protocol.response_items import ItemWriter, new_id, read_items, status_of
 from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json, new_head, usage
 from gossamer.protocol.streaming import StreamedAnswer
@@ -90,6 +91,7 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
 
     _kept: OwnedResponses | None = PrivateAttr(None)
     _items: list[Json] = PrivateAttr([])  # of the whole conversation, once it is known
+    _num_kept: int = PrivateAttr(0)  # of these, that are no part of the input
 
     def _translate(self) -> None:
         if self.previous_response_id is None and not any(_is_reference(item) for item in self._given()):
@@ -109,8 +111,8 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
             self._resolve(before, given)
 
     def _resolve(self, before: list[Json], given: list[Json]) -> None:
-        self._items = [*before, *given]
-        self._chat = ChatCompletionRequest.parse(self._as_chat())
+        self._items, self._num_kept = [*before, *given], len(before)
+        super()._translate()
 
     @property
     def chat(self) -> ChatCompletionRequest:
@@ -141,10 +143,16 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
                 ignored.append(f"tools.{place}.format")
         return ignored
 
-    def _as_chat(self) -> dict[str, Any]:
+    def _as_chat(self) -> tuple[Json, FieldNames]:
+        made = Conversation()
+        if self.instructions is not None:
+            made.add({"role": "system", "content": self.instructions}, Whole("instructions"))
+        places: list[str] = [Whole("previous_response_id")] * self._num_kept
+        places += [Whole("input")] if isinstance(self.input, str) else [f"input.{n}" for n in range(len(self.input))]
+        read_items(self._items, places, made)
         asks = _LOGPROBS in self.include or self.top_logprobs > 0
         given: dict[str, Any] = {
-            "messages": [*self._instructed(), *messages_of(self._items)],
+            "messages": made.messages,
             "tools": [_nested(tool) for tool in self.tools],
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
@@ -156,20 +164,32 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
             "top_logprobs": self.top_logprobs,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
-        return self._common_fields() | given
+        return self._common_fields() | given, made.names | self._other_names()
 
-    def _instructed(self) -> list[dict[str, Any]]:
-        return [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+    def _other_names(self) -> dict[str, str]:
+        """What the fields of the conversation are called here, besides messages."""
+        names = {"messages": "input", "reasoning_effort": "reasoning.effort"}
+        if self.max_output_tokens is not None:
+            names["max_completion_tokens"] = "max_output_tokens"
+        if self.text is not None and self.text.format:
+            names["response_format"] = names["response_format.json_schema"] = "text.format"
+        for place, tool in enumerate(self.tools):
+            custom = tool.get("type") == "custom"
+            names[f"tools.{place}.function"] = f"tools.{place}"
+            names[f"tools.{place}.function.parameters"] = f"tools.{place}.{'format' if custom else 'parameters'}"
+        return names
 
     def _choice(self) -> Any:
         choice = self.tool_choice
         if not isinstance(choice, dict):
             return choice
-        if choice.get("type") == "allowed_tools":
-            listed = choice.get("tools")
-            tools = [_nested(tool) for tool in listed if isinstance(tool, dict)] if isinstance(listed, list) else None
-            return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
-        return _nested(choice)
+        if choice.get("type") != "allowed_tools":
+            return _chosen(choice, "tool_choice")
+        listed = choice.get("tools")
+        if not isinstance(listed, list):
+            raise RequestError("tool_choice.tools must be a list of functions", param="tool_choice.tools")
+        tools = [_chosen(tool, f"tool_choice.tools.{place}") for place, tool in enumerate(listed)]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
 
     def _format(self) -> dict[str, Any] | None:
         format = None if self.text is None else self.text.format
@@ -259,8 +279,19 @@ def _is_reference(item: Json) -> bool:
     return item.get("type") == "item_reference"
 
 
+def _chosen(choice: Any, where: str) -> Json:
+    """The choice of a tool, as ``/v1/chat/completions`` has it."""
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind not in _OFFERED:
+        raise RequestError(f"{where}.type must be function or custom, got {kind!r}", param=f"{where}.type")
+    name = choice.get("name")
+    if not isinstance(name, str):
+        raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+    return {"type": "function", "function": {"name": name}}
+
+
 def _nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool, or the choice of one, as ``/v1/chat/completions`` has it."""
+    """A tool as ``/v1/chat/completions`` has it."""
     if tool.get("type") == "custom":
         return {"type": "function", "function": as_function(tool)}
     if tool.get("type") != "function":

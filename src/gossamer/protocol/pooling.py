@@ -65,8 +65,6 @@ class PoolingBody(Fields, BaseModel):  # BaseModel for ruff, which would take th
     url: ClassVar[str]
     #: One sentence for the OpenAPI document.
     description: ClassVar[str]
-    #: The field that holds the texts.
-    prompt_field: ClassVar[str]
 
     model: str | None = None
     user: str | None = None  # OpenAI's tag for the end user; by definition it does not influence the answer
@@ -110,7 +108,6 @@ class EmbeddingsRequest(PoolingBody):
 
     url: ClassVar[str] = "/v1/embeddings"
     description: ClassVar[str] = "Vectors of one or several texts."
-    prompt_field: ClassVar[str] = "input"
 
     input: Annotated[list[str | list[int]], WithJsonSchema(_INPUT)]
     encoding_format: Literal["float", "base64"] = "float"
@@ -179,7 +176,6 @@ class RerankRequest(PoolingBody):
 
     url: ClassVar[str] = "/v1/rerank"
     description: ClassVar[str] = "The order in which documents answer a query."
-    prompt_field: ClassVar[str] = "documents"
 
     query: str
     documents: TextList
@@ -221,7 +217,6 @@ class ScoreRequest(PoolingBody):
 
     url: ClassVar[str] = "/v1/score"
     description: ClassVar[str] = "Scores of pairs of texts."
-    prompt_field: ClassVar[str] = "text_2"
 
     text_1: TextList
     text_2: TextList

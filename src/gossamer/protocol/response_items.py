@@ -7,66 +7,86 @@ import binascii
 import json
 import logging
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput
 from gossamer.protocol.custom_tools import input_of
+from gossamer.protocol.field_names import Conversation, within
 from gossamer.protocol.responses import Json
 
 logger = logging.getLogger("gossamer.protocol")
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-def messages_of(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items as messages. What one answer is made of, its thoughts, its text and its calls, becomes one message.
+def read_items(items: Sequence[dict[str, Any]], places: Sequence[str], made: Conversation) -> None:
+    """Add items as messages. What one answer is made of, its thoughts, its text and its calls, becomes one message.
+
+    Args:
+        items: of the conversation.
+        places: the field of the body that each is from.
+        made: what they are added to.
 
     Raises:
         RequestError: an item is of a kind that is not known here, or lacks a field.
 
-    >>> messages_of([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-    ...              {"type": "function_call_output", "call_id": "c", "output": "1"}])[1]
+    >>> made = Conversation()
+    >>> read_items([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    ...             {"type": "function_call_output", "call_id": "c", "output": "1"}], ["input.0", "input.1"], made)
+    >>> made.messages[1]
     {'role': 'tool', 'tool_call_id': 'c', 'content': '1'}
     """
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    messages: list[dict[str, Any]] = []
-    for place, item in enumerate(given):
-        where, kind = f"input.{place}", item.get("type", "message")
+    for item, where in zip(items, places, strict=True):
+        kind = item.get("type", "message")
         if kind == "message":
-            role, content = _field(item, "role", where), _texts(item.get("content"), f"{where}.content")
-            if role == "assistant":
-                message = _open_answer(messages, "content")
-                message["content"] = content
-            else:
-                messages.append({"role": role, "content": content})
+            _read_message(item, where, made)
         elif kind == "reasoning":
-            thoughts = _texts(item.get("content"), f"{where}.content") or _sealed(item.get("encrypted_content"))
-            thoughts = thoughts or _texts(item.get("summary"), f"{where}.summary")
-            if thoughts:
-                _open_answer(messages, "reasoning_content")["reasoning_content"] = thoughts
+            _read_thoughts(item, where, made)
         elif kind in ("function_call", "custom_tool_call"):
-            arguments = item.get("arguments") or ""
-            if kind == "custom_tool_call":
-                arguments = json.dumps({"input": _texts(item.get("input"), f"{where}.input")}, ensure_ascii=False)
-            function = {"name": _field(item, "name", where), "arguments": arguments}
-            call = {"id": _field(item, "call_id", where), "type": "function", "function": function}
-            _open_answer(messages, None).setdefault("tool_calls", []).append(call)
+            _read_call(item, where, made)
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            output = _texts(item.get("output"), f"{where}.output")
-            messages.append({"role": "tool", "tool_call_id": _field(item, "call_id", where), "content": output})
+            message = {"role": "tool", "tool_call_id": _field(item, "call_id", where)}
+            message["content"] = _texts(item.get("output"), f"{where}.output")
+            made.add(message, where, tool_call_id=within(where, "call_id"), content=within(where, "output"))
         else:
             raise RequestError(f"{where}: items of the type {kind!r} are not supported", param=where)
-    return messages
 
 
-def _open_answer(messages: list[dict[str, Any]], key: str | None) -> dict[str, Any]:
+def _read_message(item: dict[str, Any], where: str, made: Conversation) -> None:
+    role, content = _field(item, "role", where), _texts(item.get("content"), f"{where}.content")
+    if role == "assistant":
+        _open_answer(made, where, "content")["content"] = content
+        made.name("content", within(where, "content"))
+    else:
+        made.add({"role": role, "content": content}, where)
+
+
+def _read_thoughts(item: dict[str, Any], where: str, made: Conversation) -> None:
+    thoughts = _texts(item.get("content"), f"{where}.content") or _sealed(item.get("encrypted_content"))
+    thoughts = thoughts or _texts(item.get("summary"), f"{where}.summary")
+    if thoughts:
+        _open_answer(made, where, "reasoning_content")["reasoning_content"] = thoughts
+        made.name("reasoning_content", within(where, "content"))
+
+
+def _read_call(item: dict[str, Any], where: str, made: Conversation) -> None:
+    arguments = item.get("arguments") or ""
+    if item["type"] == "custom_tool_call":
+        arguments = json.dumps({"input": _texts(item.get("input"), f"{where}.input")}, ensure_ascii=False)
+    function = {"name": _field(item, "name", where), "arguments": arguments}
+    call = {"id": _field(item, "call_id", where), "type": "function", "function": function}
+    _open_answer(made, where, None).setdefault("tool_calls", []).append(call)
+    made.name_call(where, id=within(where, "call_id"))
+
+
+def _open_answer(made: Conversation, where: str, key: str | None) -> dict[str, Any]:
     """The assistant's message at the end, for another part of it; a new one if there is none, or it has its ``key``."""
-    last = messages[-1] if messages else {}
+    last = made.messages[-1] if made.messages else {}
     if last.get("role") != "assistant" or (key is not None and (key in last or "tool_calls" in last)):
-        messages.append({"role": "assistant"})
-    return messages[-1]
+        made.add({"role": "assistant"}, where)
+    return made.messages[-1]
 
 
 def _field(item: dict[str, Any], name: str, where: str) -> str:

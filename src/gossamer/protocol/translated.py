@@ -13,6 +13,7 @@ from gossamer.errors import RequestError
 from gossamer.outputs import CompletionOutput, RequestOutput
 from gossamer.protocol.body import GeneratingBody
 from gossamer.protocol.chat import ChatCompletionRequest
+from gossamer.protocol.field_names import FieldNames, naming, own_name
 from gossamer.protocol.responses import Json
 from gossamer.protocol.streaming import StreamedAnswer, named_event
 from gossamer.sampling_params import SamplingParams
@@ -24,6 +25,7 @@ class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in Ge
     refuses: ClassVar[tuple[str, ...]] = ("prompt_logprobs", "return_token_ids")
 
     _chat: ChatCompletionRequest | None = PrivateAttr(None)
+    _names: FieldNames = PrivateAttr({})  # of the conversation's fields
 
     @model_validator(mode="after")
     def _is_a_conversation(self) -> Self:
@@ -34,11 +36,13 @@ class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in Ge
 
     def _translate(self) -> None:
         """Make the conversation."""
-        self._chat = ChatCompletionRequest.parse(self._as_chat())
+        given, self._names = self._as_chat()
+        with naming(self._names):
+            self._chat = ChatCompletionRequest.parse(given)
 
     @abstractmethod
-    def _as_chat(self) -> Json:
-        """The same as a body of ``/v1/chat/completions``.
+    def _as_chat(self) -> tuple[Json, FieldNames]:
+        """The same as a body of ``/v1/chat/completions``, and what the fields of that are called here.
 
         Raises:
             RequestError: something in it is not known here.
@@ -54,6 +58,15 @@ class TranslatedBody(GeneratingBody, BaseModel):  # BaseModel for ruff, as in Ge
         """The conversation."""
         assert self._chat is not None
         return self._chat
+
+    @property
+    def field_names(self) -> FieldNames:
+        inner = {name: own_name(own, self._names) for name, own in self.chat.field_names.items()}
+        return {**self._names, **inner}
+
+    @property
+    def foreign_calls(self) -> dict[str, str]:
+        return {own_name(path, self._names): name for path, name in self.chat.foreign_calls.items()}
 
     def tool_use(self) -> ToolUse | None:
         return self.chat.tool_use()

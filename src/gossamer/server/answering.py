@@ -16,11 +16,12 @@ from gossamer.engine.detokenizer import decode
 from gossamer.engine.grammar.compiler import Grammar, GrammarCompiler
 from gossamer.engine.intake import Intake
 from gossamer.engine.token_bytes import TokenBytes
-from gossamer.errors import InvalidSamplingParamsError, PromptTooLongError, RequestError
+from gossamer.errors import PromptTooLongError, RequestError
 from gossamer.outputs import RequestOutput
 from gossamer.pooling.refusals import makes_no_embeddings
 from gossamer.protocol import GeneratingBody, PoolingBody, StreamedAnswer
 from gossamer.protocol.encoding import encode_json
+from gossamer.protocol.field_names import naming
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
 
@@ -206,8 +207,9 @@ class Answering:
         Raises:
             RequestError: it is empty, too long or no text; the chat template refuses the messages.
         """
-        prompts = body.engine_prompts()
-        made = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
+        with naming(body.field_names):
+            prompts = body.engine_prompts()
+            made = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
         return sum(len(prompt["prompt_token_ids"]) for prompt in made)
 
     async def generate(self, prompt: dict[str, Any], params: SamplingParams) -> RequestOutput:
@@ -252,6 +254,13 @@ class Answering:
     @asynccontextmanager
     async def _submitted(self, body: GeneratingBody, *, stream: bool) -> AsyncIterator[list[Ticket]]:
         """The body's prompts in the engine, for as long as the block lasts."""
+        with naming(body.field_names):
+            async with self._computed(body, stream) as tickets:
+                yield tickets
+
+    @asynccontextmanager
+    async def _computed(self, body: GeneratingBody, stream: bool) -> AsyncIterator[list[Ticket]]:
+        """As :meth:`_submitted`; errors have the engine's names."""
         body.answered_by(self.llm.fingerprint)
         params = body.to_sampling_params(advised=self.llm.sampling_defaults, chat=self.llm.chat_format)
         prompts = body.engine_prompts()
@@ -263,7 +272,7 @@ class Answering:
         async with AsyncExitStack() as stack:
             with self.engine_loop.reserved(count):  # before the work of making tokens
                 prompts = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
-                await stack.enter_async_context(self._compiled(params, body))
+                await stack.enter_async_context(self._compiled(params))
             tickets: list[Ticket] = []
             for prompt in prompts:
                 request_id = f"req-{uuid.uuid4().hex}"
@@ -282,29 +291,23 @@ class Answering:
             )
 
     @asynccontextmanager
-    async def _compiled(self, params: SamplingParams, body: GeneratingBody) -> AsyncIterator[None]:
+    async def _compiled(self, params: SamplingParams) -> AsyncIterator[None]:
         """The form that the answer must have, compiled, for as long as the block lasts."""
         if params.structured_outputs is None:
             yield
             return
         grammars = self.llm.engine.factory.grammars
+        form = grammars.form(params.structured_outputs)
+        opening = asyncio.ensure_future(self.in_worker(partial(grammars.open, form)))
         try:
-            form = grammars.form(params.structured_outputs)
-            opening = asyncio.ensure_future(self.in_worker(partial(grammars.open, form)))
-            try:
-                grammar = await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                opening.add_done_callback(partial(_close_opened, grammars))
-                raise
-        except InvalidSamplingParamsError as error:
-            raise _named(error, body) from None
+            grammar = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(partial(_close_opened, grammars))
+            raise
         try:
-            try:
-                settled = asyncio.wrap_future(grammar.settled)
-                settled.add_done_callback(_seen)  # whatever it is, if nobody waits any more
-                await asyncio.shield(settled)
-            except InvalidSamplingParamsError as error:
-                raise _named(error, body) from None
+            settled = asyncio.wrap_future(grammar.settled)
+            settled.add_done_callback(_seen)  # whatever it is, if nobody waits any more
+            await asyncio.shield(settled)
             yield
         finally:
             grammars.close(grammar)
@@ -329,17 +332,6 @@ def _seen(future: asyncio.Future[None]) -> None:
 def _close_opened(grammars: GrammarCompiler, opening: asyncio.Future[Grammar]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         grammars.close(opening.result())
-
-
-def _named(error: InvalidSamplingParamsError, body: GeneratingBody) -> InvalidSamplingParamsError:
-    """The error under the name that the client knows the form by."""
-    named = InvalidSamplingParamsError(error.message, request_id=error.request_id, param=error.param)
-    if body.tool_use() is not None:
-        named.param = "tools"
-        named.message = named.message.replace("structured_outputs", "tools", 1)
-    elif body.response_format is not None:
-        named.param = "response_format"
-    return named
 
 
 async def _last(ticket: Ticket) -> RequestOutput:

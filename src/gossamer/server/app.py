@@ -106,7 +106,7 @@ def surround(app: FastAPI, options: ServerOptions, routers: Iterable[APIRouter])
 
 async def _gossamer_error(request: Request, error: Exception) -> Response:
     request.scope["gossamer.error"] = str(error)
-    return error_response(error, request.scope.get("gossamer.prompt_field", "prompt"))
+    return error_response(error)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

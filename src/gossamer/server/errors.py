@@ -66,7 +66,7 @@ def timed_out(seconds: float) -> HttpError:
     )
 
 
-def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[str, Any], dict[str, str]]:
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error. What we did not raise on purpose is not told to strangers."""
     if isinstance(error, HttpError):
         param = None if error.param is None else shortened(error.param)
@@ -79,7 +79,7 @@ def describe(error: Exception, prompt_field: str = "prompt") -> tuple[int, dict[
         status = 500
     elif isinstance(error, EngineError):
         status = 503 if isinstance(error, ShuttingDownError) else 500
-    return status, error_body(error, prompt_field), headers
+    return status, error_body(error), headers
 
 
 class ErrorResponse(Response):
@@ -96,6 +96,6 @@ class ErrorResponse(Response):
         await JSONResponse(body, self.status_code, self._more_headers)(scope, receive, send)
 
 
-def error_response(error: Exception, prompt_field: str = "prompt") -> Response:
+def error_response(error: Exception) -> Response:
     """The response for an error."""
-    return ErrorResponse(*describe(error, prompt_field))
+    return ErrorResponse(*describe(error))

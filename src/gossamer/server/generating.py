@@ -39,7 +39,6 @@ def generating_routes() -> APIRouter:
 
 def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        request.scope["gossamer.prompt_field"] = kind.prompt_field  # for errors
         service: Service = request.app.state.service
         answering = service.ready.answering
         body = await read_body(request, kind.parse)
@@ -48,9 +47,7 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         timeout = service.options.request_timeout
         headers = _notes(body, service)
         if body.stream:
-            return EventStream(
-                lambda: answering.stream(body), timeout=timeout, prompt_field=kind.prompt_field, headers=headers
-            )
+            return EventStream(lambda: answering.stream(body), timeout=timeout, headers=headers)
         answer = await while_connected(request.receive, answering.complete_json(body), timeout)
         return Response(answer, media_type="application/json", headers=headers)
 
@@ -61,9 +58,12 @@ def _notes(body: GeneratingBody, service: Service) -> dict[str, str]:
     """Headers that say what of a body has no effect, or is done in another way than its author may think.
 
     Raises:
-        RequestError: a field has no effect, and the server is strict.
+        RequestError: the server is strict, and a field has no effect, or a call is one of a tool that is not offered.
     """
     headers = {}
+    if service.options.strict and (calls := body.foreign_calls):
+        path, name = next(iter(calls.items()))
+        raise RequestError(f"{path} is {name[:80]!r}, which is none of the tools that are offered", param=path)
     if ignored := body.ignored:
         if service.options.strict:
             raise RequestError(f"{ignored[0]} is not supported", param=ignored[0])

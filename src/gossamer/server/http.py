@@ -122,7 +122,6 @@ class EventStream(Response):
     Args:
         events: a block in which the events can be read.
         timeout: seconds until the stream is given up.
-        prompt_field: the field of the body that the prompt was made from, for errors.
         headers: more of them.
     """
 
@@ -131,14 +130,12 @@ class EventStream(Response):
         events: Callable[[], AbstractAsyncContextManager[Events]],
         *,
         timeout: float,
-        prompt_field: str,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__()
         self._more_headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         self._events = events
         self._timeout = timeout
-        self._prompt_field = prompt_field
         self._begun: Events | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,12 +147,12 @@ class EventStream(Response):
             if self._begun is None:
                 if not isinstance(error, GossamerError):
                     raise
-                await error_response(error, self._prompt_field)(scope, receive, send)
+                await error_response(error)(scope, receive, send)
                 return
             scope["gossamer.error"] = str(error)
             if not isinstance(error, GossamerError):
                 logger.exception("a stream failed", extra={"request_id": scope.get("gossamer.request_id")})
-            status, body, _ = describe(error, self._prompt_field)
+            status, body, _ = describe(error)
             last = b"".join(self._begun.failed(body, status))
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -100,6 +100,12 @@ class ModelPool:
         self._entries = {name: _Entry(name, spec) for name, spec in specs.items()}
         self._changed = asyncio.Condition()  # a request has ended, or a process
         self._one_at_a_time = asyncio.Lock()  # loading
+        self._telling: asyncio.Task[None] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether a model is being loaded."""
+        return any(each.state == "loading" for each in self._entries.values())
 
     @property
     def names(self) -> list[str]:
@@ -150,10 +156,13 @@ class ModelPool:
             entry.requests -= 1
             await self._tell()
 
-    async def _wait_for(self, entry: _Entry) -> None:
-        """Until something has changed that may have brought the model."""
+    def _check_open(self) -> None:
         if self.state != "ready":
             raise unavailable("draining: the server is shutting down")
+
+    async def _wait_for(self, entry: _Entry) -> None:
+        """Until something has changed that may have brought the model."""
+        self._check_open()
         if entry.state != "unloaded" and entry.loading is None:  # it is about to end
             await self._change()
             return
@@ -174,6 +183,7 @@ class ModelPool:
             await self._tell()
 
     async def _start_process(self, entry: _Entry) -> None:
+        self._check_open()  # another model may have been loaded meanwhile, until the end came
         logger.info("loading %s", entry.name)
         entry.state, entry.leaving = "loading", False
         process = entry.process = ModelProcess(entry.name, entry.spec.load, self.options)
@@ -181,6 +191,7 @@ class ModelPool:
             await process.ready()
         except EngineError as error:
             await self._end(entry)
+            self._check_open()
             entry.failure = time.monotonic() + REMEMBERED, str(error)
             raise _not_loaded(str(error)) from None
         except BaseException:
@@ -225,8 +236,7 @@ class ModelPool:
         patience = time.monotonic() + PATIENCE
         try:
             while self._taken() + entry.bytes > self.memory:
-                if self.state != "ready":
-                    raise unavailable("draining: the server is shutting down")
+                self._check_open()
                 there = [each for each in self._entries.values() if each.state == "loaded"]
                 idle = [each for each in there if each.idle]
                 if idle:
@@ -273,19 +283,25 @@ class ModelPool:
             async with self.use(self.names[0]):
                 pass
         except GossamerError as error:
-            logger.error("%s", error)
+            if self.state == "ready":
+                logger.error("%s", error)
 
     def drain(self) -> None:
-        """From now on take no more requests."""
+        """From now on take no more requests. Those that wait for a model are refused, and none is loaded for them."""
         self.state, self.reason = "draining", "the server is shutting down"
+        for each in self._entries.values():
+            if each.state == "loading" and each.process is not None:
+                each.process.kill()
+        self._telling = asyncio.create_task(self._tell())
 
     async def stop(self) -> None:
         """End all models."""
         self.drain()
-        await self._tell()
         await asyncio.gather(*(self._end(each) for each in self._entries.values() if each.process is not None))
         loading = [each.loading for each in self._entries.values() if each.loading is not None]
         await asyncio.gather(*loading, return_exceptions=True)
+        if self._telling is not None:
+            await self._telling
         self.bodies.shutdown(cancel_futures=True)
 
 

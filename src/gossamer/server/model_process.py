@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,14 @@ class ModelProcess:
         context = multiprocessing.get_context("spawn")  # forking would copy threads' locks
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(load, own, theirs), name=f"gossamer {name}")
-        self._process.start()
+        # A key pressed for the server reaches all its processes. This one is not to hear of it even while it begins.
+        # The tracker comes first: the start of the first process makes it, and that lets the signal through again.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     @property
@@ -93,6 +101,10 @@ class ModelProcess:
         """Whether it has ended, or does so within a second: one that was killed takes a moment."""
         await asyncio.to_thread(self._process.join, 1.0)
         return not self._process.is_alive()
+
+    def kill(self) -> None:
+        """End it at once. Whoever waits until it is ready hears that it is not."""
+        self._process.kill()
 
     async def stop(self) -> None:
         """Ask it to finish what is running, and end it when its time is over; at once while its model is loaded."""

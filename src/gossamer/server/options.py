@@ -31,7 +31,8 @@ class ServerOptions:
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
         response_memory: bytes of answers of ``/v1/responses`` that are kept, to go on from; 0 keeps none.
-        strict: a field of a request that has no effect here is refused, not named in a header.
+        strict: a field of a request that has no effect here is refused, not named in a header; and so is a call in the
+            history of a tool that is not offered.
 
     Raises:
         ConfigurationError: a value is out of its range.

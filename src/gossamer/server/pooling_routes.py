@@ -39,7 +39,6 @@ def pooling_routes() -> APIRouter:
 
 def _endpoint(kind: type[PoolingBody]) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        request.scope["gossamer.prompt_field"] = kind.prompt_field  # for errors
         service: Service = request.app.state.service
         answering = service.ready.pooling
         body = await read_body(request, kind.parse)

@@ -31,6 +31,7 @@ class Life(Protocol):
 
     Attributes:
         state, reason: how it is, and why it is not ready.
+        loading: whether a model is being loaded.
         loaded, failed: set once it is ready; and once it cannot go on, which ends the server.
     """
 
@@ -38,6 +39,9 @@ class Life(Protocol):
     reason: str
     loaded: asyncio.Event
     failed: asyncio.Event
+
+    @property
+    def loading(self) -> bool: ...
 
     def drain(self) -> None: ...
 
@@ -67,7 +71,7 @@ def serve(app: FastAPI, options: ServerOptions, on_ready: Callable[[str], None] 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.serve(sockets))
     status = 1 if server.failed else 0
-    if server.ended_early:  # a thread still reads the model, which cannot be interrupted
+    if server.ended_early:  # a thread may still read a model, which cannot be interrupted
         os._exit(status)
     return status
 
@@ -112,7 +116,7 @@ class Server(uvicorn.Server):
     Attributes:
         address: ``http://host:port`` once it listens.
         failed: whether it ended by itself.
-        ended_early: whether it ended while the model was being loaded.
+        ended_early: whether it ended while a model was being loaded.
     """
 
     def __init__(self, config: uvicorn.Config, options: ServerOptions, on_ready: Callable[[str], None]) -> None:
@@ -154,7 +158,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for watch in self._watches:
             watch.cancel()
-        self.ended_early = self.service.state == "loading"
+        self.ended_early = self.service.loading
         self.service.drain()
         logger.info("finishing what is running; another signal ends it at once")
         deadline = asyncio.create_task(self._give_up())

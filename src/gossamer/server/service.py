@@ -203,6 +203,11 @@ class Service:
         if self._data_dir is not None:
             self._data_dir.drain()
 
+    @property
+    def loading(self) -> bool:
+        """Whether the model is being loaded."""
+        return self.state == "loading"
+
     def check_health(self) -> None:
         """Whether requests are answered.
 

@@ -61,7 +61,7 @@ class PrefixFormat:
 
     Args:
         layout: of its keys and values.
-        model: a digest of all that decides about them.
+        model: a digest of all that decides about them, in hexadecimal digits.
         vocab_size: token ids are below it.
     """
 
@@ -90,6 +90,10 @@ class PrefixFormat:
         """The file's name, which is the same in every process that would write it."""
         text = hashlib.sha256(start.to_bytes(8, "little") + tokens).hexdigest()
         return f"{self.model[:16]}-{text[:32]}.safetensors"
+
+    def owns(self, name: str) -> bool:
+        """Whether a file of this name may be one of these."""
+        return name.startswith(self.model[:16])
 
     def _tensors(self, start: int, end: int) -> list[tuple[str, str, list[int], int]]:
         """Name, dtype, shape and bytes of each."""

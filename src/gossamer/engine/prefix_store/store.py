@@ -7,7 +7,8 @@ ends. Keys and values of a complete node never change, so the writer gets the te
 Read is what a prompt can use, before the prompt enters the tree. Reading is so much faster than computing that the
 step waits for it.
 
-Prompts with a salt or an adapter are left out: what was computed for them never leaves memory.
+Prompts with an adapter are left out, and so are those with a salt, unless its digest is named: what was computed for
+them never leaves memory.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gossamer.engine.prefix_store.directory import PrefixDirectory
 from gossamer.engine.prefix_store.format import ForeignFileError, Piece, PrefixFormat, pack
-from gossamer.engine.prefix_store.index import LEAST_TOKENS, Entry, PrefixIndex
+from gossamer.engine.prefix_store.index import LEAST_TOKENS, Entry
+from gossamer.engine.prefix_store.partition import Partition, Partitions
 from gossamer.engine.prefix_store.writer import Job, PrefixWriter, StoreStats
 from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 from gossamer.errors import CheckpointError
@@ -42,6 +44,7 @@ class PrefixStore:
         tree: where keys and values are.
         model: a digest of all that decides about keys and values.
         vocab_size: token ids are below it.
+        salts: digests of those whose prefixes are kept, see :class:`Partitions`.
 
     Attributes:
         stats: what it did.
@@ -50,20 +53,27 @@ class PrefixStore:
         ConfigurationError: the directory cannot be made or listed.
     """
 
-    def __init__(self, path: Path, max_bytes: int, tree: PrefixTree, *, model: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        tree: PrefixTree,
+        *,
+        model: str,
+        vocab_size: int,
+        salts: Collection[str] = (),
+    ) -> None:
         self.stats = StoreStats()
         self._tree = tree
         self._directory = PrefixDirectory(path, max_bytes)
-        self._format = PrefixFormat(tree.layout, model, vocab_size)
-        self._index = PrefixIndex()
-        self._pins: list[list[int]] = []  # that are not on their way to the disk yet
-        self._writer = PrefixWriter(self._directory, self._format, self._index, self.stats)
+        self._partitions = Partitions(PrefixFormat(tree.layout, model, vocab_size), salts)
+        self._writer = PrefixWriter(self._directory, self._partitions, self.stats)
         self.close = weakref.finalize(self, self._writer.close, CLOSE_SECONDS)  # also at the end of the process
         self._find_files()
 
     def __len__(self) -> int:
         """Files of this model."""
-        return len(self._index)
+        return sum(len(each.index) for each in self._partitions)
 
     def wait(self, timeout: float) -> bool:
         """Until all is written. False if that takes longer than ``timeout`` seconds."""
@@ -72,23 +82,26 @@ class PrefixStore:
     def _find_files(self) -> None:
         foreign = 0
         for name in self._directory.names():
+            partition = next((each for each in self._partitions if each.format.owns(name)), None)
             try:
+                if partition is None:
+                    raise ForeignFileError("it is of another model")
                 with self._directory.open(name) as file:
-                    start, tokens = self._format.read_tokens(file)
-                if name != self._format.name(start, tokens):
+                    start, tokens = partition.format.read_tokens(file)
+                if name != partition.format.name(start, tokens):
                     raise CheckpointError("its name is that of other tokens")
             except ForeignFileError:
                 foreign += 1
             except (CheckpointError, OSError) as error:
                 self._ignore(name, error)
             else:
-                self._index.add(Entry(name, start, tokens, touched=-math.inf))
+                partition.index.add(Entry(name, start, tokens, touched=-math.inf))
         if foreign:
             self.stats.unusable_files += foreign
             logger.info("%d prefix files of other models in %s are not used", foreign, self._directory.path)
 
     def _ignore(self, name: str, error: Exception) -> None:
-        self._index.discard([name])
+        self._partitions.discard([name])
         if not isinstance(error, FileNotFoundError):  # another process has removed it for others
             self.stats.unusable_files += 1
             logger.warning("the prefix file %s is not used: %s", self._directory.path / name, error)
@@ -97,27 +110,28 @@ class PrefixStore:
 
     def restore(self, tokens: Sequence[int], salt: TreeSalt) -> None:
         """Read what the disk has of a prompt's beginning and the tree has not, if there is memory for it."""
-        if salt is not None or not len(self._index):
+        partition = self._partitions.of(salt)
+        if partition is None or not len(partition.index):
             return
-        matched, prompt = self._tree.match(tokens), pack(tokens)
-        chain = self._index.chain(prompt, matched, written=True)
+        matched, prompt = self._tree.match(tokens, salt), pack(tokens)
+        chain = partition.index.chain(prompt, matched, written=True)
         while chain and _idle(*chain[-1], chain[-2][1] if len(chain) > 1 else matched):
             chain.pop()
         if not chain or chain[-1][1] - matched < LEAST_TOKENS:
             return
         for entry, end in chain:
-            if not self._restore(entry, tokens[:end]):
+            if not self._restore(partition.format, entry, tokens[:end], salt):
                 return
 
-    def _restore(self, entry: Entry, tokens: Sequence[int]) -> bool:
+    def _restore(self, format: PrefixFormat, entry: Entry, tokens: Sequence[int], salt: TreeSalt) -> bool:
         """Fill the nodes of ``tokens`` that are missing from a file. False, and nothing changed, if that cannot be."""
         tree = self._tree
-        leaf = tree.insert(tokens)
+        leaf = tree.insert(tokens, salt)
         tree.lock(leaf)
         missing = [node for node in leaf.path() if not node.complete]
         # What others compute right now is left to them.
         idle = all(node.keys is None and node.refs == 1 for node in missing)
-        done = idle and all(tree.allocate(node) for node in missing) and self._read(entry, missing)
+        done = idle and all(tree.allocate(node) for node in missing) and self._read(format, entry, missing)
         if done:
             for node in missing:
                 node.computed = len(node)
@@ -127,11 +141,11 @@ class PrefixStore:
         tree.unlock(leaf)  # drops what is not computed
         return done
 
-    def _read(self, entry: Entry, nodes: list[Node]) -> bool:
+    def _read(self, format: PrefixFormat, entry: Entry, nodes: list[Node]) -> bool:
         pieces = [_piece(node, 0, len(node)) for node in nodes]
         try:
             with self._directory.open(entry.name) as file:
-                self._format.read(file, entry.start, entry.tokens, nodes[0].start, pieces)
+                format.read(file, entry.start, entry.tokens, nodes[0].start, pieces)
         except (CheckpointError, OSError) as error:
             self._ignore(entry.name, error)
             return False
@@ -141,46 +155,49 @@ class PrefixStore:
 
     def pin(self, tokens: list[int], salt: TreeSalt) -> None:
         """Write these once they are computed, however often they are used."""
-        if salt is None:
-            self._pins.append(tokens)
+        partition = self._partitions.of(salt)
+        if partition is not None:
+            partition.pins.append(tokens)
 
     def unpin(self, tokens: list[int], salt: TreeSalt) -> None:
         """They need not be written any more. What is written stays, like any other file."""
-        if salt is None and tokens in self._pins:
-            self._pins.remove(tokens)
+        partition = self._partitions.of(salt)
+        if partition is not None and tokens in partition.pins:
+            partition.pins.remove(tokens)
 
     def keep(self, tokens: list[int], salt: TreeSalt) -> None:
         """A request with this prompt has ended well: write what is worth it of what it shares with others."""
-        if salt is not None:
+        partition = self._partitions.of(salt)
+        if partition is None:
             return
         hot = 0
-        for node in self._tree.computed_path(tokens):
+        for node in self._tree.computed_path(tokens, salt):
             node.uses += 1
             hot = node.end if node.uses >= HOT_USES else hot
-        self._write(tokens[:hot], pinned=False)
-        self._pins = [each for each in self._pins if not self._write(each, pinned=True)]
+        self._write(partition, tokens[:hot], salt, pinned=False)
+        partition.pins = [each for each in partition.pins if not self._write(partition, each, salt, pinned=True)]
 
-    def _write(self, tokens: list[int], *, pinned: bool) -> bool:
+    def _write(self, partition: Partition, tokens: list[int], salt: TreeSalt, *, pinned: bool) -> bool:
         """Queue what no file has of ``tokens``. False if it should be tried again."""
         prompt = pack(tokens)
-        chain = self._index.chain(prompt)
+        chain = partition.index.chain(prompt)
         for entry, _ in chain:
             if time.monotonic() > entry.touched + _TOUCH_SECONDS:
                 self._touch(entry)
         start = chain[-1][1] if chain else 0
         if len(tokens) - start < LEAST_TOKENS:
             return True
-        path = self._tree.computed_path(tokens)
+        path = self._tree.computed_path(tokens, salt)
         if not path or path[-1].end < len(tokens):
             return False
-        size = self._format.size(start, len(tokens))
+        size = partition.format.size(start, len(tokens))
         if size > self._directory.max_bytes:
             if pinned:
                 logger.warning("a pinned prefix of %d tokens is not written: %d bytes", len(tokens), size)
             return True
         pieces = [_piece(node, max(start - node.start, 0), len(node)) for node in path if node.end > start]
-        entry = Entry(self._format.name(start, prompt), start, prompt, written=False)
-        return self._writer.put(Job(entry, size, pieces), pinned=pinned)
+        entry = Entry(partition.format.name(start, prompt), start, prompt, written=False)
+        return self._writer.put(Job(partition, entry, size, pieces), pinned=pinned)
 
     def _touch(self, entry: Entry) -> None:
         entry.touched = time.monotonic()

@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from gossamer.engine.prefix_store.directory import PrefixDirectory
-from gossamer.engine.prefix_store.format import Piece, PrefixFormat
-from gossamer.engine.prefix_store.index import Entry, PrefixIndex
+from gossamer.engine.prefix_store.format import Piece
+from gossamer.engine.prefix_store.index import Entry
+from gossamer.engine.prefix_store.partition import Partition, Partitions
 
 logger = logging.getLogger("gossamer.prefixes")
 QUEUED_BYTES = 256 << 20  # that may wait to be written; keys and values of evicted nodes stay in memory so long
@@ -50,8 +51,9 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A file to write: the entry, which is in the index already, its size in bytes, and what goes into it."""
+    """A file to write: its entry, which is in the partition's index already, its size in bytes, and what is in it."""
 
+    partition: Partition
     entry: Entry
     size: int
     pieces: Sequence[Piece]
@@ -60,8 +62,8 @@ class Job:
 class PrefixWriter:
     """Writes one file after the other. The thread starts with the first, and ends with :meth:`close`."""
 
-    def __init__(self, directory: PrefixDirectory, format: PrefixFormat, index: PrefixIndex, stats: StoreStats) -> None:
-        self._directory, self._format, self._index, self._stats = directory, format, index, stats
+    def __init__(self, directory: PrefixDirectory, partitions: Partitions, stats: StoreStats) -> None:
+        self._directory, self._partitions, self._stats = directory, partitions, stats
         self._jobs: deque[Job] = deque()
         self._bytes = 0  # of the jobs that wait or are being written
         self._changed = threading.Condition()
@@ -77,7 +79,7 @@ class PrefixWriter:
             if self._closing or paused or full:
                 self._stats.skipped_files += full
                 return False
-            self._index.add(job.entry)
+            job.partition.index.add(job.entry)
             self._jobs.append(job)
             self._bytes += job.size
             self._changed.notify_all()
@@ -116,19 +118,19 @@ class PrefixWriter:
                 self._changed.notify_all()
 
     def _write(self, job: Job) -> None:
-        entry = job.entry
+        entry, format = job.entry, job.partition.format
         try:
             removed = self._directory.create(
-                entry.name, job.size, lambda file: self._format.write(file, entry.start, entry.tokens, job.pieces)
+                entry.name, job.size, lambda file: format.write(file, entry.start, entry.tokens, job.pieces)
             )
         except OSError as error:
-            self._index.discard([entry.name])
+            job.partition.index.discard([entry.name])
             self._stats.write_failures += 1
             self._refused_at = time.monotonic()
             where = self._directory.path
             logger.warning("cannot write a prefix into %s: %s; the next try is in %g s", where, error.strerror, PAUSE)
             return
-        self._index.discard(removed)
+        self._partitions.discard(removed)
         entry.written = True
         self._stats.written_files += 1
         self._stats.written_bytes += job.size
