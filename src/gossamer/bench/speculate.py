@@ -407,7 +407,8 @@ def _turn(
 ) -> Turn:
     """Answer the requests in groups of ``batch``."""
     engine: Any = llm.engine
-    engine.speculation_enabled = speculates
+    if engine.speculator is not None:
+        engine.speculator.enabled = speculates
     turn = Turn()
     for first in range(0, len(requests), batch):
         group = range(first, min(first + batch, len(requests)))
