@@ -65,7 +65,7 @@ class GrammarCompiler:
     def __init__(
         self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int], *, file: Path = Path(program.__file__)
     ) -> None:
-        self.mask_bytes = (vocab_size + 31) // 32 * 4
+        self.mask_bytes = program.mask_bytes(vocab_size)
         self._host = GrammarHost(
             tokenizer,
             vocab_size,

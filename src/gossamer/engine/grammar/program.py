@@ -239,7 +239,7 @@ def next_masks(matcher: LLMatcher, tokens: Sequence[int], drafted: list[int], tr
         matcher.consume_token(token)
     if tokens and not matcher.is_error() and matcher.is_stopped():
         return Answer(COMPLETE)
-    mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+    mask = b"" if matcher.is_error() else _mask(matcher, trie)
     if matcher.is_error():
         return Answer(ERROR, reason=matcher.get_error())
     forced = forced_tokens(matcher, trie)
@@ -252,12 +252,22 @@ def next_masks(matcher: LLMatcher, tokens: Sequence[int], drafted: list[int], tr
         ahead.consume_token(token)
         if ahead.is_error() or ahead.is_stopped():  # nothing can come behind it
             break
-        mask = ahead.compute_bitmask()
+        mask = _mask(ahead, trie)
         if ahead.is_error():
             break
         masks.append(mask)
         taken.append(token)
     return Answer(MASKS, b"".join(masks), taken, forces)
+
+
+def _mask(matcher: LLMatcher, trie: LLTokenizer) -> bytes:
+    """What may come next, in whole words; the library's own may have a word more than the vocabulary needs."""
+    return matcher.compute_bitmask()[: mask_bytes(trie.vocab_size)]
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Bytes of a mask."""
+    return (vocab_size + 31) // 32 * 4
 
 
 def forced_tokens(matcher: LLMatcher, trie: LLTokenizer) -> list[int]:
