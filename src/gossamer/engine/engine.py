@@ -285,7 +285,12 @@ class Engine:
         self.stats.overhead_seconds += other
         if self.speculator is not None:
             self.speculator.time.learn(
-                len(plan.token_ids), done - forward, choosing=sampling, chosen=len(rows.drawn), other=other
+                len(plan.token_ids),
+                done - forward,
+                choosing=sampling,
+                chosen=len(rows.drawn),
+                other=other,
+                drafted=any(work.draft for work in works),
             )
         return self._take_ended()
 

@@ -44,6 +44,11 @@ class Work:
     source: Source = Source.OWN
 
     @property
+    def end(self) -> int:
+        """Behind the last of the tokens that have come."""
+        return self.start + self.count
+
+    @property
     def rows(self) -> int:
         """Of the step."""
         return self.count + len(self.draft)

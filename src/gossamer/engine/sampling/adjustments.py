@@ -36,8 +36,11 @@ def adjust_(scores: Tensor, states: list[SamplingState]) -> None:
             continue
         row = scores[number]
         if state.constraint is not None:
-            excluded = torch.from_numpy(state.constraint.excluded(len(state.ahead))[:vocabulary]).to(device)
-            row.masked_fill_(excluded, -torch.inf)
+            excluded = state.constraint.excluded(len(state.ahead))[:vocabulary]
+            if device.type == "cpu":  # in numpy: torch would wake its threads for each row
+                np.putmask(row.numpy(), excluded, -np.inf)
+            else:
+                row.masked_fill_(torch.from_numpy(excluded).to(device), -torch.inf)
         if forced is not None and forced < vocabulary and row[forced] > -torch.inf:  # a grammar may want another first
             row.fill_(-torch.inf)
             row[forced] = 0.0

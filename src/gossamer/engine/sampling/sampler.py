@@ -30,6 +30,7 @@ class Sampled:
 
 
 BLOCK = 256
+_FEW = 4  # rows that are searched before torch's threads have woken up
 
 
 class Sampler:
@@ -72,7 +73,11 @@ class Sampler:
         # The memory is kept: having the system map as many pages in each step costs more than the copy.
         if self._scratch.numel() < logits.numel() or self._scratch.device != logits.device:
             self._scratch = torch.empty(logits.numel(), device=logits.device)
-        return self._scratch[: logits.numel()].view(logits.shape).copy_(logits)
+        scores = self._scratch[: logits.numel()].view(logits.shape)
+        if len(logits) <= _FEW and logits.dtype == torch.float32 and logits.device.type == "cpu":
+            scores.numpy()[:] = logits.detach().numpy()
+            return scores
+        return scores.copy_(logits)
 
 
 def _choose(scores: Tensor, states: list[SamplingState]) -> Tensor:
@@ -105,7 +110,7 @@ def _argmax_cpu(scores: Tensor) -> np.ndarray:
     """
     batch, vocabulary = scores.shape
     values, rows = scores.numpy(), np.arange(batch)
-    if vocabulary % BLOCK:
+    if vocabulary % BLOCK or batch <= _FEW:
         tokens = values.argmax(-1)
     else:
         block = scores.view(batch, -1, BLOCK).amax(-1).numpy().argmax(-1)

@@ -19,6 +19,13 @@ from gossamer.engine.speculation.step_time import StepTime
 
 _GAIN = 1.02  # that is expected at least: estimates are not exact
 LEAST_CHANCE = 0.02  # of a token that is considered
+_AHEAD = 8
+
+
+def least_chance(time: StepTime, rows: int, sampled: int) -> float:
+    """From which on a token is a candidate: with half of what a row costs on average, none of those below pays."""
+    slope = (time.seconds(rows + _AHEAD) - time.seconds(rows)) / _AHEAD
+    return max(LEAST_CHANCE, 0.5 * sampled * slope / (time.seconds(rows) + time.overhead))
 
 
 @dataclass(slots=True)
@@ -51,11 +58,11 @@ def choose(candidates: Sequence[Candidate], time: StepTime, *, rows: int, sample
     )
     seconds, expected = time.seconds(rows) + time.overhead + time.per_row * sampled, float(sampled)
     best, count = expected / seconds * _GAIN, 0
-    attending = 0.0
+    attending, overhead = 0.0, max(time.overhead, time.drafted_overhead)
     for added, (chance, number) in enumerate(wanted[:most], start=1):
         expected += chance
         attending += candidates[number].row_seconds
-        taken = time.seconds(rows + added) + time.overhead + time.per_row * (sampled + added) + attending
+        taken = time.seconds(rows + added) + overhead + time.per_row * (sampled + added) + attending
         if expected / taken > best:
             best, count = expected / taken, added
     counts = [0] * len(candidates)

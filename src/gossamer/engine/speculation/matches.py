@@ -1,7 +1,7 @@
 """Where the last tokens of a text stood before: chains of places with equal hashes, as LZ77 compressors keep them.
 
-A place is noted under the hash of the three tokens before it; each knows the place before it of the same hash. Noting a
-token takes constant time and at most 12 bytes; a look-up compares the last 16 places with what came, backwards, and
+A place is noted under the hash of the two tokens before it; each knows the place before it of the same hash. Noting a
+token takes constant time and at most 12 bytes; a look-up compares the last 8 places with what came, backwards, and
 takes the longest match: the tokens behind it are likely to come next.
 """
 
@@ -13,9 +13,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-LEAST = 3  # tokens of a match
+LEAST = 2  # tokens of a match
 LONGEST = 64  # beyond which matches are not told apart
-CANDIDATES = 16
+CANDIDATES = 8
 _SMALLEST = 64  # entries of a table
 _FEW = 48  # tokens that are noted one by one
 
@@ -63,13 +63,13 @@ class Chains:
             return
         table, before, mask = self._table, self._before, len(self._table) - 1
         for place in range(self.end, end):
-            key = _hash(text[place - 3], text[place - 2], text[place - 1]) & mask
+            key = _hash(text[place - 2], text[place - 1]) & mask
             before.append(table[key])
             table[key] = place
         self.end = end
 
     def _note_many(self, tokens: np.ndarray, end: int) -> None:
-        keys = _hash(tokens[:-3], tokens[1:-2], tokens[2:-1]) & (len(self._table) - 1)
+        keys = _hash(tokens[:-2], tokens[1:-1]) & (len(self._table) - 1)
         order = np.argsort(keys, kind="stable")
         table, ordered = np.frombuffer(self._table, np.int32), keys[order]
         begins = np.append(True, ordered[1:] != ordered[:-1])
@@ -90,7 +90,7 @@ class Chains:
         last = len(tail) - 1
         if last < LEAST - 1:
             return None
-        place = self._table[_hash(tail[-3], tail[-2], tail[-1]) & (len(self._table) - 1)]
+        place = self._table[_hash(tail[-2], tail[-1]) & (len(self._table) - 1)]
         found, best = None, 0.0
         for _ in range(CANDIDATES):
             if place < 0:
@@ -106,6 +106,6 @@ class Chains:
         return found
 
 
-def _hash(a: Tokens, b: Tokens, c: Tokens) -> Tokens:
-    """Of three tokens, or of arrays of them; the products of token ids below 2^20 do not overflow 64 bits."""
-    return (a * 2654435761 + b * 2246822519 + c * 3266489917) >> 12
+def _hash(a: Tokens, b: Tokens) -> Tokens:
+    """Of two tokens, or of arrays of them; the products of token ids below 2^20 do not overflow 64 bits."""
+    return (a * 2654435761 + b * 2246822519) >> 12

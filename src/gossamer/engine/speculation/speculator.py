@@ -10,6 +10,7 @@ sooner: a wrong draft costs the time of its rows and nothing else.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -19,13 +20,13 @@ from gossamer.engine.grammar.program import MOST_DRAFTED
 from gossamer.engine.scheduler import Work
 from gossamer.engine.sequence import Sequence
 from gossamer.engine.slots import Slot
-from gossamer.engine.speculation.choice import LEAST_CHANCE, Candidate, choose
+from gossamer.engine.speculation.choice import Candidate, choose, least_chance
 from gossamer.engine.speculation.config import SpeculativeConfig
 from gossamer.engine.speculation.matches import LEAST, LONGEST, Chains
 from gossamer.engine.speculation.stats import SpeculationStats
 from gossamer.engine.speculation.step_time import StepTime
 from gossamer.engine.speculation.survival import Source
-from gossamer.engine.speculation.texts import Continuation, Position, Tenant, Tenants, Text
+from gossamer.engine.speculation.texts import Continuation, Position, Tenants, Text
 from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 
 _NODES = 8  # of a path that are looked up in, from the deepest up
@@ -33,6 +34,8 @@ _SIBLINGS = 4  # that are looked up in
 _LOOKED_AT = 16  # sequences that may be siblings
 _SURE = 32  # tokens of a match that ends the search for others
 _COUNTED = 256  # steps after which the bytes of the indices are counted again
+_SHARE = 0.01  # of the time, that is spent on looking up
+_SHARE_MEMORY = 0.05
 _SUBSTITUTED = 8  # tokens of a match behind which one token may have been replaced
 
 
@@ -70,7 +73,9 @@ class Speculator:
         self._most_rows, self._most_chosen = most_rows, most_chosen
         self._tenants = Tenants()
         self._live: dict[TreeSalt, list[Sequence]] = {}
-        self._steps = 0
+        self._steps = self._begun = 0
+        self._period = 1  # every so many steps, a sequence without a draft is looked up for
+        self._look_up_seconds = 0.0  # that it takes
 
     # --- before a step -----------------------------------------------------------------------------------------
 
@@ -82,21 +87,20 @@ class Speculator:
         if self._steps % _COUNTED == 0:
             self.stats.index_bytes = self.count_bytes()
         self._steps += 1
+        if self.time.whole:
+            seconds = self._look_up_seconds * sum(work.sequence.generate for work in works)
+            self._period = max(math.ceil(seconds / (_SHARE * self.time.whole)), 1)
         drafts: list[tuple[Work, Source, list[int]]] = []
         candidates: list[Candidate] = []
-        rows, sampled = 0, 0
-        for work in works:
-            rows += work.count
-            sequence = work.sequence
-            if not sequence.generate or work.start + work.count < len(sequence.tokens):
-                continue
-            sampled += 1
-            if (left := room(work)) <= 0:
-                continue
-            source, tokens, chances = self._draft(sequence, left)
-            if chances:
+        rows = sum(work.count for work in works)
+        ready = [work for work in works if work.sequence.generate and work.end == len(work.sequence.tokens)]
+        sampled = len(ready)
+        least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
+        for work in ready:
+            if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, least)) is not None:
+                source, tokens, chances = found
                 drafts.append((work, source, tokens))
-                candidates.append(Candidate(chances, self._per_key * len(sequence.tokens)))
+                candidates.append(Candidate(chances, self._per_key * len(work.sequence.tokens)))
         if candidates:
             most = max(min(self._most_rows - rows, self._most_chosen - sampled), 0)
             counts = choose(candidates, self.time, rows=rows, sampled=sampled, most=most)
@@ -104,12 +108,14 @@ class Speculator:
                 work.draft, work.source = tokens[:count], source
         self.stats.lookup_seconds += time.perf_counter() - start
 
-    def _draft(self, sequence: Sequence, most: int) -> tuple[Source, list[int], list[float]]:
-        """Tokens that may come next, and the chances that all up to each of them do."""
+    def _draft(self, sequence: Sequence, most: int, least: float) -> tuple[Source, list[int], list[float]] | None:
+        """Tokens that may come next, and the chances that all up to each of them do: at ``least`` so large."""
         state = sequence.sampling
         assert state is not None
         position = sequence.position or self._begin(sequence)
         found, constraint = position.next, state.constraint
+        if found is None and constraint is None:
+            return None
         forced = constraint is not None and constraint.forced
         if forced or found is None:
             source, length = Source.GRAMMAR, 0
@@ -122,21 +128,23 @@ class Speculator:
             tokens = found.take(most)
         else:
             tokens = []
-        survival, deviation = self._tenants.of(sequence.request.tree_salt).survival, position.deviation
+        survival, deviation = position.tenant.survival, position.deviation
         chances: list[float] = []
-        chance, least = 1.0, max(LEAST_CHANCE, self.config.suffix_decoding_min_token_prob)
+        chance = 1.0
         for ahead, token in enumerate(tokens):
             share = survival.chance(source, length + ahead)
             chance *= share if forced else deviation.apply(share)
             if chance < least or token in state.stop_token_ids:  # nothing comes behind one that ends the text
                 break
             chances.append(chance)
-        return source, tokens, chances
+        return (source, tokens, chances) if chances else None
 
     def _begin(self, sequence: Sequence) -> Position:
         """A sequence is about to get its first token, or its first since it may be drafted for."""
-        position = sequence.position = Position(Chains(sequence.private_start))
         request = sequence.request
+        tenant = self._tenants.of(request.tree_salt)
+        position = sequence.position = Position(Chains(sequence.private_start), tenant, self._begun)
+        self._begun += 1
         if request.prediction:
             position.prediction = Text(request.prediction)
             position.next = Continuation(Source.PREDICTION, position.prediction.tokens, 0, 0)
@@ -157,28 +165,30 @@ class Speculator:
         if position is None or not self.enabled:
             return []
         start = time.perf_counter()
-        tenant = self._tenants.of(sequence.request.tree_salt)
-        missed = self._follow(sequence, position, tenant, emitted)
+        missed = self._follow(sequence, position, emitted)
         if position.next is not None and position.next.source is Source.PREDICTION:
             position.expected = position.next.place
         else:
             position.expected += len(emitted)
         if position.next is None:
-            tail = [*sequence.tokens[-LONGEST:], *emitted]
-            position.next = self._look_up(sequence, position, tail) or _substitution(missed)
+            if (self._steps + position.number) % self._period == 0:
+                tail = [*sequence.tokens[-LONGEST:], *emitted]
+                before = time.perf_counter()
+                position.next = self._look_up(sequence, position, tail)
+                self._look_up_seconds += _SHARE_MEMORY * (time.perf_counter() - before - self._look_up_seconds)
+            position.next = position.next or _substitution(missed)
         constraint, proposed = sequence.constraint, position.next
         drafted = proposed.take(MOST_DRAFTED) if proposed is not None and constraint is not None else []
         self.stats.lookup_seconds += time.perf_counter() - start
         return drafted
 
-    def _follow(
-        self, sequence: Sequence, position: Position, tenant: Tenant, emitted: Many[int]
-    ) -> Continuation | None:
+    @staticmethod
+    def _follow(sequence: Sequence, position: Position, emitted: Many[int]) -> Continuation | None:
         """Compare what came with what was expected, as far as it was; returns what it left, if it did."""
-        constraint = sequence.constraint
+        constraint, survival = sequence.constraint, position.tenant.survival
         if constraint is not None and constraint.forced:
             for ahead, (drafted, token) in enumerate(zip(constraint.drafted, emitted, strict=False)):
-                tenant.survival.learn(Source.GRAMMAR, ahead, drafted == token)
+                survival.learn(Source.GRAMMAR, ahead, drafted == token)
         found = position.next
         if found is None:
             return None
@@ -191,8 +201,8 @@ class Speculator:
             else:
                 position.next = None
                 return None
-            chance = tenant.survival.chance(found.source, found.length)
-            tenant.survival.learn(found.source, found.length, expected == token)
+            chance = survival.chance(found.source, found.length)
+            survival.learn(found.source, found.length, expected == token)
             position.deviation.learn(chance, expected == token)
             if expected != token:
                 position.next = None
@@ -231,22 +241,19 @@ class Speculator:
             if match is not None and match.place < len(tokens):
                 return Continuation(Source.PREDICTION, tokens, match.place, match.length)
         least = max(self.config.prompt_lookup_min, LEAST)
-        tenant = self._tenants.of(sequence.request.tree_salt)
-        best, worth = None, 0.0
-        for source, text, chains in self._texts(sequence, position, tenant):
+        survival, best, worth = position.tenant.survival, None, 0.0
+        for source, text, chains in self._texts(sequence, position):
             match = chains.find(text, tail)
             if match is None or match.length < least:
                 continue
-            chance = tenant.survival.chance(source, match.length)
+            chance = survival.chance(source, match.length)
             if chance > worth:
                 best, worth = Continuation(source, text, *match), chance
             if match.length >= _SURE:
                 break
         return best
 
-    def _texts(
-        self, sequence: Sequence, position: Position, tenant: Tenant
-    ) -> Iterator[tuple[Source, Many[int], Chains]]:
+    def _texts(self, sequence: Sequence, position: Position) -> Iterator[tuple[Source, Many[int], Chains]]:
         tokens, sources = sequence.tokens, self.config.sources
         position.own.note(tokens, len(tokens))
         yield Source.OWN, tokens, position.own
@@ -262,7 +269,7 @@ class Speculator:
                     other.position.own.note(other.tokens, len(other.tokens))
                     yield Source.SIBLING, other.tokens, other.position.own
         if Source.FINISHED in sources:
-            for text in tenant.finished():
+            for text in position.tenant.finished():
                 yield Source.FINISHED, text.tokens, text.chains
 
     def _siblings(self, sequence: Sequence, root: Node) -> Iterator[Sequence]:

@@ -32,7 +32,9 @@ class StepTime:
 
     Attributes:
         factor: of real steps over measured ones.
-        overhead: seconds of a step outside of the forward pass, and :attr:`per_row` for each row's choice of a token.
+        overhead, drafted_overhead: seconds of a step outside of the forward pass, without drafts and with some, whose
+            plan has to be made anew; :attr:`per_row` for each row's choice of a token comes on top.
+        whole: seconds of a step, all in all.
 
     >>> time = StepTime([(1, 0.010), (4, 0.016), (8, 0.020)])
     >>> round(time.seconds(2), 3), round(time.seconds(16), 3)
@@ -42,7 +44,7 @@ class StepTime:
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self.points = list(points)
         self.factor = 1.0
-        self.overhead = self.per_row = 0.0
+        self.overhead = self.drafted_overhead = self.per_row = self.whole = 0.0
 
     def seconds(self, rows: int) -> float:
         """Of a forward pass."""
@@ -55,11 +57,20 @@ class StepTime:
         (few, short), (many, long) = self.points[at - 1], self.points[at]
         return short + (long - short) * (rows - few) / (many - few)
 
-    def learn(self, rows: int, seconds: float, *, choosing: float, chosen: int, other: float) -> None:
-        """A step of ``rows`` took so many seconds, those of ``choosing`` tokens of ``chosen`` rows, and ``other``."""
+    def learn(
+        self, rows: int, seconds: float, *, choosing: float, chosen: int, other: float, drafted: bool = False
+    ) -> None:
+        """A step of ``rows``, some of them ``drafted``, took so many seconds.
+
+        ``choosing`` tokens of ``chosen`` rows took its time as well, and there is ``other``.
+        """
         seen = min(max(seconds / self._measured(rows), _LEAST), _MOST)
         self.factor = _MEMORY * self.factor + (1 - _MEMORY) * seen
-        self.overhead = _MEMORY * self.overhead + (1 - _MEMORY) * other
+        self.whole = _MEMORY * self.whole + (1 - _MEMORY) * (seconds + choosing + other)
+        if drafted:
+            self.drafted_overhead = _MEMORY * self.drafted_overhead + (1 - _MEMORY) * other
+        else:
+            self.overhead = _MEMORY * self.overhead + (1 - _MEMORY) * other
         if chosen:
             self.per_row = _MEMORY * self.per_row + (1 - _MEMORY) * choosing / chosen
 

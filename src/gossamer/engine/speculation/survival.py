@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-BUCKETS = 8  # of lengths, by powers of two
+BUCKETS = 9  # of lengths
 _MEMORY = 1 - 1 / 200  # of a share, per token
 _OWN_MEMORY = 1 - 1 / 24  # of a text's factor
 _PRIOR = 8.0  # tokens that the first guess counts for
@@ -35,17 +35,17 @@ class Source(IntEnum):
         return self.name.lower()
 
 
-_GUESS = (0.3, 0.4, 0.45, 0.6, 0.75, 0.85, 0.9, 0.95)
-_GUESSES = {Source.PREDICTION: (0.8, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97), Source.GRAMMAR: (0.9,) * BUCKETS}
+_GUESS = (0.3, 0.4, 0.3, 0.5, 0.6, 0.75, 0.85, 0.9, 0.95)
+_GUESSES = {Source.PREDICTION: (0.8, 0.8, 0.85, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97), Source.GRAMMAR: (0.9,) * BUCKETS}
 
 
 def bucket(length: int) -> int:
     """Of a match of so many tokens; 0 is for a guess that no token has confirmed yet.
 
-    >>> [bucket(length) for length in (0, 1, 3, 4, 64, 1000)]
-    [0, 1, 2, 3, 7, 7]
+    >>> [bucket(length) for length in (0, 1, 2, 3, 4, 7, 64, 1000)]
+    [0, 1, 2, 3, 4, 4, 8, 8]
     """
-    return min(length.bit_length(), BUCKETS - 1)
+    return length if length < 4 else min(length.bit_length() + 1, BUCKETS - 1)
 
 
 class Survival:

@@ -52,26 +52,6 @@ class Continuation:
         return taken
 
 
-@dataclass(slots=True, eq=False)
-class Position:
-    """Where a sequence stands.
-
-    Attributes:
-        own: the chains of its own tokens: its output, and what of the prompt nobody shares.
-        prediction: what its request predicts, and the place in it where the next token is ``expected``.
-        next: what may come next, if that stands anywhere.
-        accepted, rejected: tokens of the prediction that were verified, and right or not.
-    """
-
-    own: Chains
-    prediction: Text | None = None
-    expected: int = 0
-    next: Continuation | None = None
-    deviation: Deviation = field(default_factory=Deviation)
-    accepted: int = 0
-    rejected: int = 0
-
-
 class Tenant:
     """What those of one salt may use of each other: how likely drafts are right, and answers that have ended."""
 
@@ -85,6 +65,30 @@ class Tenant:
         yield self.recent
         if self.earlier is not None:
             yield self.earlier
+
+
+@dataclass(slots=True, eq=False)
+class Position:
+    """Where a sequence stands.
+
+    Attributes:
+        own: the chains of its own tokens: its output, and what of the prompt nobody shares.
+        tenant: whoever may use of each other what they say.
+        number: tells sequences apart that are not looked up for in the same step.
+        prediction: what its request predicts, and the place in it where the next token is ``expected``.
+        next: what may come next, if that stands anywhere.
+        accepted, rejected: tokens of the prediction that were verified, and right or not.
+    """
+
+    own: Chains
+    tenant: Tenant
+    number: int
+    prediction: Text | None = None
+    expected: int = 0
+    next: Continuation | None = None
+    deviation: Deviation = field(default_factory=Deviation)
+    accepted: int = 0
+    rejected: int = 0
 
 
 class Tenants:
