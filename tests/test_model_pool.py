@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ import pytest
 from starlette.requests import Request
 from typer.testing import CliRunner
 
+from forked import Program
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError, EngineError
 from gossamer.server import ModelSpec, ServerOptions, model_pool
@@ -240,12 +240,12 @@ class Front:
     """A real server of two models, as a process."""
 
     def __init__(self, models: list[str], log: Path) -> None:
-        code = "from gossamer.cli.app import main; main()"
+        code = f"import os, sys; os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT), 2)\n"
+        code += "from gossamer.cli.app import main; main()"
         arguments = ["--port", "0", "--memory", "64MB", "--models-memory", "16GB", "--log-format", "text"]
         self.log = log
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen([sys.executable, "-c", code, "serve", *models, *arguments], stderr=stderr)
-        wait_until(lambda: "listening on" in log.read_text())
+        self.process = Program(code, "serve", *models, *arguments)
+        wait_until(lambda: log.exists() and "listening on" in log.read_text())
         self.url = next(line.split()[-1] for line in log.read_text().splitlines() if "listening on" in line)
 
     def get(self, path: str) -> Any:
@@ -335,7 +335,7 @@ class TestProcesses:
 
     def test_its_models_end_with_it_however_it_ends(self, front: Front, models: list[str]) -> None:
         client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
-        client.completions.create(model=models[1], prompt="a", max_tokens=1)
+        client.completions.create(model=models[0], prompt="a", max_tokens=1)
         children = [pid for pid in front.children() if not gone(pid)]
         assert children
         front.process.kill()
