@@ -76,10 +76,10 @@ def int8_layers(model: Any) -> dict[str, Int8Linear]:
 
 @pytest.fixture(scope="module")
 def large(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 80 million parameters in bf16, in several shards."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5}
+    """About 100 million parameters in bf16, in several shards."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     directory = tmp_path_factory.mktemp("large")
-    return make_tiny_llama(directory, max_shard_size="60MB", dtype=torch.bfloat16, **sizes)
+    return make_tiny_llama(directory, max_shard_size="80MB", dtype=torch.bfloat16, **sizes)
 
 
 def test_streamed_equals_quantized_in_memory(tiny: Path):
@@ -331,16 +331,16 @@ class TestMemory:
     def test_safetensors(self, tiny: Path, large: Path):
         assert len(list(large.glob("*.safetensors"))) >= 3
         memory = self.watch(tiny, large)
-        assert memory["int8"] > 75e6
+        assert memory["int8"] > 90e6
         assert memory["grown"] <= memory["int8"] + memory["rest"] + MEMORY_SLACK
 
     def test_gguf(self, tmp_path: Path):
-        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3}
+        sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
         for name, changes in (("small", {}), ("large", sizes)):
             compress_int8(save_model("llama", tmp_path / name, **changes), tmp_path / f"{name}-8", GossamerInt8Config())
             export(tmp_path / f"{name}-8", tmp_path / f"{name}.gguf", "gguf")
         memory = self.watch(tmp_path / "small.gguf", tmp_path / "large.gguf")
-        assert memory["int8"] > 45e6  # and 180 MB in fp32
+        assert memory["int8"] > 60e6  # and 240 MB in fp32
         assert memory["grown"] <= memory["int8"] + memory["rest"] + MEMORY_SLACK
 
 
