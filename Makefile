@@ -30,9 +30,10 @@ run: setup model ## Answer 64 questions about one document (the example)
 	$(IN_VENV) examples/shared_document.py
 
 # Two processes of one thread each: most tests are too small for more threads, and a file's fixtures stay in its process.
+# tests/conftest.py has the longest files begin first.
 TEST_PROCESSES ?= 2
 test: setup model ## Run the tests and doctests; PYTEST_ARGS="-k tree"
-	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: setup model ## Run the tests that take minutes
 	$(IN_VENV) -m pytest -m "slow and not peers" $(PYTEST_ARGS)

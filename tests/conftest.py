@@ -18,6 +18,28 @@ if TYPE_CHECKING:
     from running_server import Running
 
 
+# Files that take longest, first: what begins last in one process keeps the others waiting for it.
+LONGEST = (
+    "test_kernel_assembly.py",
+    "test_smollm2.py",
+    "test_exactness.py",
+    "test_int8_loading.py",
+    "test_server_life.py",
+    "test_prefix_means.py",
+    "test_batch_e2e.py",
+    "test_tool_calls.py",
+    "test_responses_api.py",
+    "test_model_pool.py",
+    "test_damaged_files.py",
+    "test_bench_embed.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct in the user's cache; fetched on the first run, for tests that need real weights."""

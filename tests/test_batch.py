@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fake_llm import CONTEXT, FakeLLM, chat_prompt, expected_answer
+from forked import Program
 from gossamer.batch import BatchRunner, BatchSummary, input_file
 from gossamer.errors import ConfigurationError, GossamerError
 
@@ -334,19 +333,14 @@ def test_ctrl_c_keeps_the_answers_and_empties_the_engine(paths):
     assert len(llm.engine.aborted) == 1
 
 
-def start_command(paths: tuple[Path, Path], *options: str, delay: float) -> subprocess.Popen:
+def start_command(paths: tuple[Path, Path], *options: str, delay: float) -> Program:
     """`gossamer batch` with the fake engine, in a process of its own."""
-    search_path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-c", BATCH_COMMAND, "batch", "fake", str(paths[0]), "-o", str(paths[1]), "--json", *options],
-        env=os.environ | {"PYTHONPATH": search_path, "FAKE_LLM_DELAY": str(delay)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = os.environ | {"FAKE_LLM_DELAY": str(delay)}
+    command = ["batch", "fake", paths[0], "-o", paths[1], "--json", *options]
+    return Program(BATCH_COMMAND, *command, environment=environment)
 
 
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+def wait_for_lines(process: Program, path: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()

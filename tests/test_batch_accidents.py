@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 
 from fake_llm import FakeLLM
+from forked import run_program
 from gossamer.batch import BatchRunner, input_file, runner
 from gossamer.batch.output_file import OutputFile, cut_torn_line
 from gossamer.errors import ConfigurationError, OutputError
@@ -24,6 +21,11 @@ from test_batch import BATCH_COMMAND, answers, chat, completion, errors, paths, 
 __all__ = ["paths"]  # a fixture
 
 DIGITS = b"1" * 5000
+RESTRICTED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+"""
 
 
 def with_number(line: dict, number: bytes) -> bytes:
@@ -200,16 +202,8 @@ def test_a_crash_while_failed_lines_are_dropped_leaves_no_draft(paths: tuple[Pat
 def test_the_command_on_a_full_disk(paths: tuple[Path, Path], limit: int) -> None:
     """A file that may not grow any more stands for a disk that takes no more; the error is another one."""
     write(paths[0], *(completion(str(i)) for i in range(20)))
-    command = [sys.executable, "-c", BATCH_COMMAND, "batch", "fake", str(paths[0]), "-o", str(paths[1])]
-    search_path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-
-    def restrict() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": search_path}, capture_output=True, text=True, preexec_fn=restrict
-    )
+    restricted = RESTRICTED.format(limit=limit) + BATCH_COMMAND
+    done = run_program(restricted, "batch", "fake", paths[0], "-o", paths[1])
     assert done.returncode == 2 and "File too large" in done.stderr and "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     kept = read(paths[1])

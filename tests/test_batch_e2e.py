@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,13 @@ QUESTIONS = ["What is a comma?", "What is a book?", "Who reads?", "What is a lib
 @pytest.fixture(scope="module")
 def load(smollm2_path: Path) -> Callable[..., LLM]:
     return lambda **options: LLM(str(smollm2_path), dtype="float32", memory="512MB", **options)
+
+
+@pytest.fixture(scope="module")
+def llm(load: Callable[..., LLM]) -> Iterator[LLM]:
+    """One for all that ask for nothing else; what it has cached changes no answer."""
+    with load() as llm:
+        yield llm
 
 
 def chat(custom_id: str, question: str, **fields: object) -> dict:
@@ -63,14 +70,13 @@ def test_sharing_changes_what_is_computed_and_not_what_is_answered(load, tmp_pat
     assert all(texts[0] for texts in found["off"].values())
 
 
-def test_a_resumed_batch_equals_an_uninterrupted_one(load, tmp_path):
-    with load() as llm:
-        whole, _ = answer(llm, tmp_path, *(chat(question, question) for question in QUESTIONS))
+def test_a_resumed_batch_equals_an_uninterrupted_one(load, llm, tmp_path):
+    whole, _ = answer(llm, tmp_path, *(chat(question, question) for question in QUESTIONS))
     output = tmp_path / "out.jsonl"
     lines = output.read_bytes().splitlines(keepends=True)
     output.write_bytes(lines[0] + lines[1][:-30])
-    with load() as llm:
-        summary = BatchRunner(tmp_path / "in.jsonl", output, resume=True).run(llm)
+    with load() as another:
+        summary = BatchRunner(tmp_path / "in.jsonl", output, resume=True).run(another)
     assert (summary.skipped, summary.completed) == (1, len(QUESTIONS) - 1)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert contents({r["custom_id"]: r["response"]["body"] for r in records}) == contents(whole)
@@ -94,19 +100,17 @@ def test_a_bad_request_among_good_ones_is_refused_alone(load, tmp_path):
     assert bodies["range"]["error"]["param"] == "top_p"
 
 
-def test_a_body_answers_like_the_python_api(load, tmp_path):
-    with load() as llm:
-        bodies, _ = answer(llm, tmp_path, completion("a", ["The sun is", "A comma separates"], n=2))
-        outputs = llm.generate(["The sun is", "A comma separates"], SamplingParams(n=2, max_tokens=6, temperature=0))
+def test_a_body_answers_like_the_python_api(llm, tmp_path):
+    bodies, _ = answer(llm, tmp_path, completion("a", ["The sun is", "A comma separates"], n=2))
+    outputs = llm.generate(["The sun is", "A comma separates"], SamplingParams(n=2, max_tokens=6, temperature=0))
     texts = [choice["text"] for choice in bodies["a"]["choices"]]
     assert texts == [completion.text for output in outputs for completion in output.outputs]
     assert bodies["a"]["usage"]["prompt_tokens"] == sum(len(output.prompt_token_ids) for output in outputs)
 
 
-def test_logprobs_of_an_echoed_prompt_cover_the_whole_text(load, tmp_path):
-    with load() as llm:
-        line = completion("a", "The sun is", echo=True, logprobs=2, max_tokens=3)
-        bodies, _ = answer(llm, tmp_path, line, chat("b", QUESTIONS[0], logprobs=True, top_logprobs=3))
+def test_logprobs_of_an_echoed_prompt_cover_the_whole_text(llm, tmp_path):
+    line = completion("a", "The sun is", echo=True, logprobs=2, max_tokens=3)
+    bodies, _ = answer(llm, tmp_path, line, chat("b", QUESTIONS[0], logprobs=True, top_logprobs=3))
     choice = bodies["a"]["choices"][0]
     logprobs = choice["logprobs"]
     assert "".join(logprobs["tokens"]) == choice["text"]
@@ -129,10 +133,10 @@ def test_the_command_prints_a_summary(smollm2_path, tmp_path):
 
 
 def test_a_conversation_streams_the_text_it_remembers(load):
-    with load(max_model_len=200) as llm:
+    with load(max_model_len=128) as llm:
         conversation = Conversation(llm, SamplingParams(temperature=0, max_tokens=24), SYSTEM)
         dropped = []
-        for question in QUESTIONS * 2:
+        for question in QUESTIONS:
             pieces = list(conversation.answer(question, lambda turn, error: dropped.append(turn)))
             assert "".join(pieces) == conversation.turns[-1].assistant
         stopped = conversation.answer("Tell me more.", lambda turn, error: dropped.append(turn))

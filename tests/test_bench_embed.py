@@ -55,7 +55,9 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["bench", "embed", *arguments])
 
 
-def test_ours_and_the_peers_vectors_are_the_same(tmp_path: Path, environments: Path) -> None:
+def test_ours_and_the_peers_vectors_are_the_same(
+    tmp_path: Path, environments: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a cat\n\nThe dog barks.\n" + "long " * 30 + "\n")
     options = ["--model", str(write_bert(tmp_path / "bert")), "--file", str(texts), "--rounds", "2"]
@@ -73,6 +75,7 @@ def test_ours_and_the_peers_vectors_are_the_same(tmp_path: Path, environments: P
     assert peer["texts_per_s"] == 6 and peer["over_peer"] == 1
     assert exact["cosine_min"] > 0.99999 > int8["cosine_min"] > 0.99
     assert exact["over_peer"] > 0 and exact["texts_per_s"] > 0
+    monkeypatch.setattr(bench, "bench_embed", lambda *_, **__: report)  # measuring it again would say nothing more
     table = run(*options, *peers).stdout
     assert "gossamer int8" in table and "fake 1.0" in table
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import gossamer
 from fake_llm import CONTEXT, FakeLLM, chat_prompt, expected_answer
+from forked import run_program
 from gossamer.cli.app import app
 from gossamer.cli.chat import _converse
 from gossamer.cli.conversation import Conversation
@@ -86,13 +87,14 @@ def test_info_as_json_names_what_a_bug_report_needs():
     assert facts.keys() >= {"gossamer", "python", "torch", "threads", "cpu_flags", "cache_directory"}
 
 
-def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+def test_an_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
     arguments = ("batch", "fake", str(tmp_path / "missing.jsonl"), "-o", str(tmp_path / "out.jsonl"))
-    failed = run_main(*arguments)
+    failed = run_program(MAIN, *arguments)
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert failed.stderr == f"error: cannot read {tmp_path}/missing.jsonl: No such file or directory\n"
-    assert "Traceback" in run_main(*arguments, GOSSAMER_DEBUG="1").stderr
+    monkeypatch.setenv("GOSSAMER_DEBUG", "1")
+    assert "Traceback" in run_program(MAIN, *arguments).stderr
 
 
 def test_a_wrong_option_is_exit_code_2():

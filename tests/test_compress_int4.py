@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from forked import run_program
 from gossamer import LLM, GossamerInt8Config, SamplingParams
 from gossamer.cli.app import app
 from gossamer.compress.export import export
@@ -144,8 +143,7 @@ def stop(phase, done, total):
 recipe = Int4Recipe("w4a16", sequences=8, length=32)
 compress_int4(sys.argv[1], sys.argv[2], recipe, reference_text()[:20_000], on_progress=stop)
 """
-        command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run_program(script, source, tmp_path / "out")
         assert done.returncode == -signal.SIGKILL, done.stderr
         left = [path.name for path in tmp_path.iterdir()]
         assert len(left) == 1 and left[0].startswith(".out.unfinished-")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from forked import run_program
 from gossamer import LLM, GossamerInt8Config, SamplingParams
 from gossamer.cli.app import app
 from gossamer.compress.export import export
@@ -104,8 +103,7 @@ def stop(phase, done, total):
 recipe = SparsityRecipe(0.5, sequences=4, length=16, reconstruction=1)
 compress_sparse(sys.argv[1], sys.argv[2], recipe, reference_text()[:20_000], on_progress=stop)
 """
-        command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = run_program(script, source, tmp_path / "out")
         assert done.returncode == -9, done.stderr
         left = [path.name for path in tmp_path.iterdir()]
         assert len(left) == 1 and left[0].startswith(".out.unfinished-")

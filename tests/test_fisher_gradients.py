@@ -98,11 +98,19 @@ def test_drawn_targets_make_the_fisher_matrix_on_average() -> None:
     torch.manual_seed(3)
     model = nn.Linear(2, 3, bias=False)
     x = torch.randn(5, 2)
-    data = [(x, torch.zeros(5, dtype=torch.int64))]
-    rows = torch.stack(list(gradients_of(model, nn.functional.cross_entropy, data, 40_000, fisher="mc")))
+    data = [(x.repeat(200, 1), torch.zeros(1000, dtype=torch.int64))]
+    rows, one_by_one = (_drawn(model, data, count, vectorize) for count, vectorize in ((40_000, True), (1500, False)))
+    assert torch.allclose(one_by_one, rows[:1500], atol=1e-6)  # of the same targets
     p = model(x).softmax(-1).detach()
     exact = sum(torch.kron(p[i].diag() - p[i].outer(p[i]), x[i].outer(x[i])) for i in range(5)) / 5
     assert (rows.T @ rows / len(rows) - exact).abs().max() < 0.02 * exact.abs().max() + 0.005
+
+
+def _drawn(model: nn.Module, data: list[tuple[Tensor, Tensor]], count: int, vectorize: bool) -> Tensor:
+    """Gradients of targets drawn from the same seed."""
+    torch.manual_seed(4)
+    loss = nn.functional.cross_entropy
+    return torch.stack(list(gradients_of(model, loss, data, count, fisher="mc", vectorize=vectorize)))
 
 
 def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from architectures import make_model
+from forked import run_program
 from gossamer import LLM, GossamerInt8Config, SamplingParams
 from gossamer.cli.app import app
 from gossamer.compress.export import export
@@ -315,8 +316,7 @@ from gossamer.compress.int8 import compress_int8
 stop = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 compress_int8(sys.argv[1], sys.argv[2], GossamerInt8Config(), {"on_layer" if when == "reading" else "on_bytes"}=stop)
 """
-        command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = run_program(script, source, tmp_path / "out")
         assert "KeyboardInterrupt" in done.stderr and done.returncode != 0
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -359,7 +359,7 @@ class TestProcesses:
 
     def test_its_models_end_with_it_however_it_ends(self, front: Front, models: list[str]) -> None:
         client = openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0, timeout=120)
-        client.completions.create(model=models[1], prompt="a", max_tokens=1)
+        client.completions.create(model=models[0], prompt="a", max_tokens=1)
         children = [pid for pid in front.children() if not gone(pid)]
         assert children
         front.process.kill()

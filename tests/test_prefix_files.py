@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from forked import Program
 from gossamer.engine.memory import KVLayout, LayerShape, MemoryBudget
 from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.prefix_store import writer as writer_module
@@ -295,7 +294,7 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys
+import signal, sys
 from pathlib import Path
 from gossamer.engine.prefix_store import format
 from test_prefix_files import text, write
@@ -310,7 +309,7 @@ def slowly(self, data):
     original(self, data)
     if writes == int(sys.argv[2]):
         print("half", flush=True)
-        sys.stdin.read()
+        signal.pause()
 
 format._Checked.write = slowly
 write(directory, text(2))
@@ -318,10 +317,8 @@ write(directory, text(2))
 
 
 def test_a_process_that_is_killed_leaves_whole_files_only(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", KILLED, str(tmp_path), "5"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+    with Program(KILLED, tmp_path, 5) as process:
+        assert process.stdout.readline() == "half\n"
         unfinished = [each for each in tmp_path.iterdir() if each.suffix == ".unfinished"]
         assert len(unfinished) == 1 and unfinished[0].stat().st_size > 0
         assert read(tmp_path, text(1), text(2)) == [81, 0]  # beside the other one, whose file is left alone

@@ -20,16 +20,20 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.tree import Node
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import core, instruction_sets
+from gossamer.llm import LLM
 from gossamer.options import EngineOptions, RunnerOptions
+from gossamer.report.prefix_tolerance import ToleranceQuality, evaluate_tolerance
 from gossamer.runners.native import NativeRunner
 from gossamer.runners.tolerance import BLOCK, LEAST_KEYS, NodeMeans, PrefixTolerance, near_together
 from gossamer.runners.transformers import IMPLEMENTATION
 from gossamer.sampling_params import SamplingParams
+from gossamer.texts import reference_text, token_windows
 from test_exactness import NumberTokenizer
 
 needs_native = pytest.mark.skipif(not instruction_sets(), reason="the native kernels are not installed")
 ISAS = instruction_sets()
 GROUP = 3
+TINY_CONTEXT = 1200
 
 
 def attend_within(
@@ -270,24 +274,26 @@ def test_bad_tolerances(eps: float, runner: str, kv_dtype: str, part: str) -> No
         RunnerOptions(runner, kv_dtype, prefix_eps=eps)  # type: ignore[arg-type]  # wrong on purpose
 
 
+@needs_native
 class TestEvaluation:
-    """``gossamer eval --prefix-eps`` on the real model."""
+    """``gossamer eval --prefix-eps``."""
 
-    @needs_native
-    def test_windows_are_scored_with_and_without(self, smollm2_path: Path) -> None:
-        from gossamer.llm import LLM
-        from gossamer.report.prefix_tolerance import evaluate_tolerance
-        from gossamer.texts import reference_text, token_windows
-
-        within, exact = (
-            LLM(smollm2_path, prefix_eps=eps, max_num_batched_tokens=256, max_num_seqs=2) for eps in (0.05, 0)
-        )
-        windows = token_windows(within.tokenizer, reference_text(), LEAST_KEYS + 96, 2)
+    def evaluate(self, model: Path, count: int) -> tuple[ToleranceQuality, LLM, LLM, list[Tensor]]:
+        within, exact = (LLM(model, prefix_eps=eps, max_num_batched_tokens=256, max_num_seqs=2) for eps in (0.05, 0))
+        windows = token_windows(within.tokenizer, reference_text(), LEAST_KEYS + 96, count)
         quality = evaluate_tolerance(within, exact, windows, continuation=64)
-        assert quality.tokens == 128 and quality.tolerance["prefixes"] == 2
+        assert quality.tokens == 64 * count and quality.tolerance["prefixes"] == count
         assert quality.perplexity_ratio == pytest.approx(quality.perplexity / quality.exact_perplexity)
-        assert 0.9 < quality.perplexity_ratio < 1.1 and quality.perplexity_ratio != 1.0
+        return quality, within, exact, windows
+
+    def test_windows_are_scored_with_and_without(self, tiny: Path) -> None:
+        quality, within, exact, windows = self.evaluate(tiny, 2)
+        assert quality.perplexity_ratio != 1.0
         with pytest.raises(ConfigurationError, match="leaves 6 for the prefix"):
             evaluate_tolerance(within, exact, [windows[0][:70]], continuation=64)
         with pytest.raises(ConfigurationError, match="without a tolerance"):
             evaluate_tolerance(exact, exact, windows)
+
+    def test_a_real_model_loses_little(self, smollm2_path: Path) -> None:
+        quality, *_ = self.evaluate(smollm2_path, 1)
+        assert 0.9 < quality.perplexity_ratio < 1.1 and quality.perplexity_ratio != 1.0

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +20,7 @@ from typer.testing import CliRunner
 
 import gossamer.report.quality as quality_module
 from architectures import make_model
+from forked import run_program
 from gossamer.cli.app import app
 from gossamer.errors import ConfigurationError, GossamerError
 from gossamer.models.load import load_model
@@ -339,8 +337,7 @@ def test_ctrl_c_reports_the_windows_that_are_done(tiny: Path, text: Path) -> Non
         "q.Evaluation.add = interrupted\n"
         "from gossamer.cli.app import main; main()\n"
     )
-    command = [sys.executable, "-c", script, "eval", str(tiny), "--text", str(text), "--window", "50", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    result = run_program(script, "eval", tiny, "--text", text, "--window", 50, "--json")
     assert result.returncode == 128 + signal.SIGINT
     report = json.loads(result.stdout)
     assert report["interrupted"] and report["windows"] == 2 and report["tokens"] == 98

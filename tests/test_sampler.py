@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -22,6 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from forked import run_program
 from gossamer.engine.sampling import Sampler, SamplingState, make_random, token_logprobs, top_logprobs
 from gossamer.engine.sampling.adjustments import adjust_
 from gossamer.engine.sampling.rows import largest
@@ -262,8 +261,7 @@ def test_streams_differ_between_completions_and_agree_between_processes() -> Non
     assert len(set(streams)) == 16
     assert make_random(3, 1, 9, 2).random() == make_random(3, 0, 7, 2).random()
     code = "from gossamer.engine.sampling import make_random; print(make_random(None, 0, 7, 5).random())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(result.stdout) == streams[5]
+    assert float(run_program(code).stdout) == streams[5]
 
 
 def test_a_sequence_draws_one_number_per_token() -> None:

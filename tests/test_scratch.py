@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import run_program
 from gguf_files import export_model
 from gossamer.compress.output import all_or_nothing
 from gossamer.errors import CheckpointError, DownloadError, OutputError
@@ -20,6 +19,11 @@ from gossamer.models.manifest import write_manifest
 from gossamer.models.scratch import os_error_in, put_in_place, remove_leftovers, scratch_directory
 
 MAIN = "from gossamer.cli.app import main; main()"
+RESTRICTED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+"""
 
 
 def make(path: Path, content: str, *, directory: bool = True) -> Path:
@@ -136,7 +140,7 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["compress", "pull"])
-def test_commands_on_a_full_disk(tiny: Path, tmp_path: Path, command: str) -> None:
+def test_commands_on_a_full_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """A file that may not grow any more stands for a disk that takes no more; the error is another one."""
     gguf = tmp_path / "renamed.gguf"
     arguments = ["compress", str(tiny), "--int8", "--skip", "", "-o", str(tmp_path / "out")]
@@ -144,17 +148,8 @@ def test_commands_on_a_full_disk(tiny: Path, tmp_path: Path, command: str) -> No
         export_model("llama", tmp_path)[1].rename(gguf)
         arguments = ["pull", str(gguf)]
 
-    def restrict() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, *arguments],
-        env=os.environ | {"GOSSAMER_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        preexec_fn=restrict,
-    )
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    done = run_program(RESTRICTED + MAIN, *arguments)
     assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert not any(tmp_path.rglob(".*.tmp")) and not any(tmp_path.glob("cache/models/gguf-*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import Any
 import openai
 import pytest
 
+from forked import Program, run_program
 from running_server import MODEL, TEMPLATE, Running, make_chat_llm, running, wait_for
 
 MAIN = "from gossamer.cli.app import main; main()"
@@ -34,16 +34,17 @@ def tiny(make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 
 class Process:
-    """``gossamer serve`` as a user starts it."""
+    """``gossamer serve`` as a user starts it, or, where its start is not what is looked at, with its imports done."""
 
-    def __init__(self, model: Path, *options: str) -> None:
-        command = [sys.executable, "-c", MAIN, "serve", str(model), "--port", "0", "--threads", "1"]
-        self.process = subprocess.Popen(
-            [*command, "--served-model-name", MODEL, "--log-format", "json", *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
+    def __init__(self, model: Path, *options: str, imports: bool = False) -> None:
+        settings = ["--port", "0", "--threads", "1", "--served-model-name", MODEL, "--log-format", "json", *options]
+        command = ["serve", str(model), *settings]
+        self.process: subprocess.Popen[str] | Program
+        if imports:
+            everything = [sys.executable, "-c", MAIN, *command]
+            self.process = subprocess.Popen(everything, stderr=subprocess.PIPE, text=True)
+        else:
+            self.process = Program(MAIN, *command)
         self.lines: list[str] = []
         self.url = ""
         while not self.url:
@@ -79,8 +80,8 @@ class Process:
 def start(tiny: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def start(*options: str) -> Process:
-        started.append(Process(tiny, *options))
+    def start(*options: str, imports: bool = False) -> Process:
+        started.append(Process(tiny, *options, imports=imports))
         return started[-1]
 
     yield start
@@ -90,7 +91,7 @@ def start(tiny: Path) -> Iterator[Callable[..., Process]]:
 
 
 def test_a_life(start: Callable[..., Process]) -> None:
-    process = start("--drain-timeout", "30")
+    process = start("--drain-timeout", "30", imports=True)
     status, answer = process.call("/health")
     assert status == 503 and "loading" in answer["error"]["message"]
     assert process.call("/v1/completions", LONG)[0] == 503
@@ -138,8 +139,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense(tiny: Path, options: list[str], message: str) -> None:
-    command = [sys.executable, "-c", MAIN, "serve", str(tiny), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_program(MAIN, "serve", tiny, *options)
     assert done.returncode == 2 and message in done.stderr
 
 
@@ -148,8 +148,7 @@ def test_a_port_that_is_taken(tiny: Path, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-c", MAIN, "serve", str(tiny), "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = run_program(MAIN, "serve", tiny, "--port", port)
     assert done.returncode == 2 and f"cannot listen on 127.0.0.1, port {port}" in done.stderr
 
 
@@ -161,7 +160,7 @@ def test_a_directory_that_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_end_may_come_while_the_model_is_loaded(start: Callable[..., Process]) -> None:
-    process = start()
+    process = start(imports=True)
     process.process.send_signal(signal.SIGTERM)
     assert process.end()[0] == 0
 

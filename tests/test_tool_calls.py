@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,29 +198,33 @@ def test_first_names_of_tools_are_understood(server: Running) -> None:
     assert status == 200 and answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "add"
 
 
-def test_python_calls_tools(smollm2_path: Path) -> None:
-    tools = [Tool("weather", WEATHER), Tool("add", ADD)]
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Iterator[LLM]:
     with LLM(smollm2_path, memory="256MiB", max_model_len=1024) as llm:
-        params = SamplingParams(temperature=1, seed=2, max_tokens=200)
-        use = ToolUse(tools, required=True, parallel=False)
-        for output in llm.chat([ASK] * 4, params, use_tqdm=False, tools=use):
-            (completion,) = output.outputs
-            (call,) = completion.answer.calls
-            if completion.finish_reason == "stop":
-                jsonschema_rs.validate({"weather": WEATHER, "add": ADD}[call.name], json.loads(call.arguments))
-        (plain,) = llm.chat(ASK, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
-        assert plain.outputs[0].answer.content == plain.outputs[0].text != ""
-        with pytest.raises(RequestError, match="cannot both be given"):
-            form = StructuredOutputsParams(regex="a")
-            llm.chat(ASK, SamplingParams(structured_outputs=form), use_tqdm=False, tools=tools)
+        yield llm
 
 
-def test_batches_call_tools_as_well(smollm2_path: Path, tmp_path: Path) -> None:
+def test_python_calls_tools(smollm2: LLM) -> None:
+    tools = [Tool("weather", WEATHER), Tool("add", ADD)]
+    params = SamplingParams(temperature=1, seed=2, max_tokens=200)
+    use = ToolUse(tools, required=True, parallel=False)
+    for output in smollm2.chat([ASK] * 4, params, use_tqdm=False, tools=use):
+        (completion,) = output.outputs
+        (call,) = completion.answer.calls
+        if completion.finish_reason == "stop":
+            jsonschema_rs.validate({"weather": WEATHER, "add": ADD}[call.name], json.loads(call.arguments))
+    (plain,) = smollm2.chat(ASK, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+    assert plain.outputs[0].answer.content == plain.outputs[0].text != ""
+    with pytest.raises(RequestError, match="cannot both be given"):
+        form = StructuredOutputsParams(regex="a")
+        smollm2.chat(ASK, SamplingParams(structured_outputs=form), use_tqdm=False, tools=tools)
+
+
+def test_batches_call_tools_as_well(smollm2: LLM, tmp_path: Path) -> None:
     body = BODY | {"tool_choice": "required", "parallel_tool_calls": False}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
-    with LLM(smollm2_path, memory="256MiB", max_model_len=1024) as llm:
-        summary = BatchRunner(tmp_path / "in.jsonl", tmp_path / "out.jsonl").run(llm)
+    summary = BatchRunner(tmp_path / "in.jsonl", tmp_path / "out.jsonl").run(smollm2)
     assert summary.completed == 1
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     (call,) = answer["response"]["body"]["choices"][0]["message"]["tool_calls"]
