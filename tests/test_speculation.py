@@ -566,14 +566,17 @@ def test_grammars_are_followed_the_same(following: LLM) -> None:
     assert following.engine.speculator.stats.accepted_tokens[Source.FINISHED] > 20
 
 
-def test_masks_behind_drafted_tokens_are_those_that_come_when_they_do(following: LLM) -> None:
+@pytest.mark.parametrize(
+    "vocab_size", [257, 288]
+)  # the second fills its words, where the library's masks have one more
+def test_masks_behind_drafted_tokens_are_those_that_come_when_they_do(following: LLM, vocab_size: int) -> None:
     tokenizer = following.tokenizer
     eos = sorted(following.engine.factory.eos_token_ids)
-    trie = from_tokenizer(tokenizer, n_vocab=following.engine.intake.vocab_size, eos_token=eos)
+    trie = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
     matcher, reason = program.compile_form({"json": SCHEMA}, trie)
     assert matcher is not None and not reason
     text = tokenizer.encode('{"weekday": "monday", "temperature": 3, "notes": [{"text": "warm"}]}')
-    size, wrong, forced = following.engine.factory.grammars.mask_bytes, tokenizer.encode("%")[0], 0
+    size, wrong, forced = program.mask_bytes(vocab_size), tokenizer.encode("%")[0], 0
     for taken in range(len(text) - 1):
         drafted = [*text[taken : taken + 9], wrong]
         answer, alone = program.next_masks(matcher, [], drafted, trie), matcher.deep_copy()
@@ -581,6 +584,7 @@ def test_masks_behind_drafted_tokens_are_those_that_come_when_they_do(following:
         assert answer.forced or answer.drafted == drafted[: len(answer.drafted)]
         for place in range(len(answer.drafted) + 1):
             one = program.next_masks(alone, answer.drafted[place - 1 : place], [], trie)
+            assert len(answer.masks) == size * (len(answer.drafted) + 1)
             assert answer.masks[size * place : size * (place + 1)] == one.masks[:size]
         assert program.next_masks(matcher, text[taken : taken + 1], [], trie).status == program.MASKS
     assert forced > 0

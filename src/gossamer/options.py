@@ -242,7 +242,6 @@ class EngineOptions:
         "auto",
         "Several tokens per step: auto verifies tokens that stand somewhere already (in the prompt, in the answer, in "
         "others' answers below the same prefix) as far as that is faster, with the same result; off never does.",
-        compare="off,auto decode in turn, to see what it gains.",
     )
     speculative_config: str | Mapping[str, Any] | None = option(
         None,

@@ -226,7 +226,8 @@ def _prepare(
     """An engine whose sequences are all about to decode."""
     runner = native or (RunnerWithoutAttention if mode == BOUND else TransformersRunner)(network)
     sharing = cast(SharingMode, "attention" if mode == BOUND else mode)  # bench_decode has checked it
-    engine = Engine(runner, tokenizer, EngineOptions(sharing=sharing, memory=memory, max_num_seqs=len(prompts)))
+    settings = EngineOptions(sharing=sharing, memory=memory, max_num_seqs=len(prompts), speculation="off")
+    engine = Engine(runner, tokenizer, settings)
     result = DecodeResult(mode, runner.name, len(prompts), prefix, len(prompts[0]) - prefix, new)
     if native is not None:
         said = native.report()
@@ -262,7 +263,7 @@ def _measure_prefix(contestant: _Contestant, tokenizer: Any, prefix: list[int], 
     """Compute the shared prefix alone, as peers do; in an engine of its own, since this one has it already."""
     if contestant.result.sharing == BOUND or contestant.result.error is not None:
         return
-    engine = Engine(contestant.engine.runner, tokenizer, EngineOptions(memory=memory))
+    engine = Engine(contestant.engine.runner, tokenizer, EngineOptions(memory=memory, speculation="off"))
     # another text first: what is set up on first use is not timed
     for tokens in (prefix[-512:][::-1], prefix):
         start = time.perf_counter()

@@ -84,7 +84,7 @@ def bench_tools(
 
 def _time(llm: LLM, use: ToolUse, new: int, seed: int) -> float | None:
     """Milliseconds per token; ``None`` for an answer of too few."""
-    params = SamplingParams(temperature=1, seed=seed, max_tokens=new)
+    params = SamplingParams(temperature=1, seed=seed, max_tokens=new, speculation=False)
     (output,) = llm.chat([{"role": "user", "content": _QUESTION}], params, use_tqdm=False, tools=use)
     tokens, metrics = len(output.outputs[0].token_ids), output.metrics
     if tokens < FEWEST or metrics is None or metrics.first_token is None or metrics.last_token is None:
