@@ -225,7 +225,7 @@ class Engine:
         most = options.most_rows
         return Speculator(
             SpeculativeConfig.of(options.speculative_config),
-            measure_steps(self.runner, most),
+            lambda: measure_steps(self.runner, most),
             self.tree,
             row_seconds_per_key=cost.per_pair * len(self.runner.layout.layers),
             most_rows=most,
@@ -283,7 +283,7 @@ class Engine:
         sampling = self.stats.sampling_seconds - sampled
         other = time.perf_counter() - done + forward - start - sampling
         self.stats.overhead_seconds += other
-        if self.speculator is not None:
+        if self.speculator is not None and self.speculator.time is not None:
             self.speculator.time.learn(
                 len(plan.token_ids),
                 done - forward,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -44,7 +44,7 @@ class Speculator:
 
     Args:
         config: what may be drafted.
-        step_time: what rows cost.
+        measure: what rows cost; called when there is a draft for the first time.
         row_seconds_per_key: what attention to one key costs a row, over all layers.
         tree: whose nodes are indexed, once for all their readers.
         most_rows: of a step.
@@ -52,12 +52,13 @@ class Speculator:
 
     Attributes:
         enabled: whether there are drafts; changed while no request runs, to compare.
+        time: what rows cost, once it is measured.
     """
 
     def __init__(
         self,
         config: SpeculativeConfig,
-        step_time: StepTime,
+        measure: Callable[[], StepTime],
         tree: PrefixTree,
         *,
         row_seconds_per_key: float,
@@ -65,7 +66,8 @@ class Speculator:
         most_chosen: int,
     ) -> None:
         self.config = config
-        self.time = step_time
+        self.time: StepTime | None = None
+        self._measure = measure
         self.stats = SpeculationStats()
         self.enabled = True
         self._tree = tree
@@ -87,7 +89,7 @@ class Speculator:
         if self._steps % _COUNTED == 0:
             self.stats.index_bytes = self.count_bytes()
         self._steps += 1
-        if self.time.whole:
+        if self.time is not None and self.time.whole:
             seconds = self._look_up_seconds * sum(work.sequence.generate for work in works)
             self._period = max(math.ceil(seconds / (_SHARE * self.time.whole)), 1)
         drafts: list[tuple[Work, Source, list[int]]] = []
@@ -95,6 +97,10 @@ class Speculator:
         rows = sum(work.count for work in works)
         ready = [work for work in works if work.sequence.generate and work.end == len(work.sequence.tokens)]
         sampled = len(ready)
+        if self.time is None and any(room(work) > 0 and self._may_draft(work.sequence) for work in ready):
+            self.time = self._measure()
+        if self.time is None:
+            return
         least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
         for work in ready:
             if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, least)) is not None:
@@ -107,6 +113,10 @@ class Speculator:
             for (work, source, tokens), count in zip(drafts, counts, strict=True):
                 work.draft, work.source = tokens[:count], source
         self.stats.lookup_seconds += time.perf_counter() - start
+
+    def _may_draft(self, sequence: Sequence) -> bool:
+        position, constraint = sequence.position or self._begin(sequence), sequence.constraint
+        return position.next is not None or (constraint is not None and bool(constraint.drafted))
 
     def _draft(self, sequence: Sequence, most: int, least: float) -> tuple[Source, list[int], list[float]] | None:
         """Tokens that may come next, and the chances that all up to each of them do: at ``least`` so large."""

@@ -1,4 +1,4 @@
-"""How long a step takes by its rows: measured when an engine starts, corrected by each step that it makes.
+"""How long a step takes by its rows: measured before the first draft, corrected by each step that is made.
 
 Reading the weights takes the same time for one row as for several, multiplying does not; where the one gives way to the
 other depends on model, number format and processor. Between the measured numbers of rows the time is interpolated; the
@@ -19,6 +19,8 @@ from gossamer.engine.runner import Runner
 from gossamer.engine.slots import SlotPool
 
 ROWS = (1, 2, 4, 8, 16, 32)
+FEW_ROWS = (1, 4, 16)  # of a step that takes long
+_LONG = 0.02  # seconds
 _ROUNDS = 2
 _MEMORY = 0.9  # of the factor, per step
 _LEAST, _MOST = 0.25, 8.0  # of the factor
@@ -81,19 +83,23 @@ def measure_steps(runner: Runner, most: int) -> StepTime:
     Args:
         most: rows of a step.
     """
-    counts = [rows for rows in ROWS if rows <= most]
-    pool = SlotPool(runner.layout, MemoryBudget(1 << 62))
-    slot = pool.take(ROWS[-1])
+    slot = SlotPool(runner.layout, MemoryBudget(1 << 62)).take(ROWS[-1])
     assert slot is not None
+
+    def seconds(rows: int) -> float:
+        positions = torch.arange(rows, device=runner.layout.device)
+        plan = StepPlan([0] * rows, positions, runner.layout.device, logit_rows=positions.clone())
+        plan.chunks.append(Chunk(slice(0, rows), slot, 0, 0))
+        start = time.perf_counter()
+        runner.forward(plan)
+        return time.perf_counter() - start
+
+    long = min(seconds(1), seconds(1)) > _LONG
+    counts = [rows for rows in (FEW_ROWS if long else ROWS) if rows <= most]
     best = dict.fromkeys(counts, float("inf"))
-    for _ in range(_ROUNDS):
+    for _ in range(1 if long else _ROUNDS):
         for rows in counts:
-            positions = torch.arange(rows, device=runner.layout.device)
-            plan = StepPlan([0] * rows, positions, runner.layout.device, logit_rows=positions.clone())
-            plan.chunks.append(Chunk(slice(0, rows), slot, 0, 0))
-            start = time.perf_counter()
-            runner.forward(plan)
-            best[rows] = min(best[rows], time.perf_counter() - start)
+            best[rows] = min(best[rows], seconds(rows))
     slowest, points = 0.0, []
     for rows in counts:  # more rows never take less: what says so is noise
         slowest = max(slowest * 1.0001, best[rows])
