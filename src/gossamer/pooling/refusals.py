@@ -8,8 +8,8 @@ from typing import Literal
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.options import ModelOptions, Options, option_fields
 
-# The options that such a model follows (`max_num_seqs` bounds how many inputs of a batch file are read ahead). Nothing of
-# it is kept between two texts, and it draws nothing.
+# The options that such a model follows (`max_num_seqs` bounds how many inputs of a batch file are read ahead). Nothing
+# of it is kept between two texts, and it draws nothing.
 _FOLLOWED = option_fields(ModelOptions).keys() - {"int8_head"} | {"runner", "max_model_len", "max_num_seqs"}
 
 
