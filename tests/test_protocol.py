@@ -305,3 +305,17 @@ def test_an_error_body_names_field_and_kind():
         "param": "prompt",
         "code": "context_length_exceeded",
     }
+
+
+def test_a_prediction_is_a_text_or_parts_of_one() -> None:
+    body = {"messages": [{"role": "user", "content": "Go on."}]}
+    parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
+    for content in ("one, two", parts):
+        request = ChatCompletionRequest.parse(body | {"prediction": {"type": "content", "content": content}})
+        assert request.to_sampling_params().prediction == "one, two"
+    assert ChatCompletionRequest.parse(body | {"speculation": False}).to_sampling_params().speculation is False
+    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    for wrong in ({"type": "content", "content": image}, {"type": "other", "content": "a"}, "a", {"type": "content"}):
+        with pytest.raises(RequestError) as raised:
+            ChatCompletionRequest.parse(body | {"prediction": wrong})
+        assert str(raised.value.param).startswith("prediction")
