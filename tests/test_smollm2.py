@@ -50,7 +50,7 @@ def test_greedy_tokens_equal_transformers(
     smollm2_path: Path, prompts: list[str], greedy: Callable[..., tuple[int, ...]], sharing: str
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=24)
-    with LLM(smollm2_path, dtype="float32", sharing=sharing, max_num_batched_tokens=150) as llm:  # type: ignore[arg-type]
+    with LLM(smollm2_path, dtype="float32", sharing=sharing, max_num_batched_tokens=150) as llm:  # type: ignore[arg-type]  # a mode by name
         end = llm.tokenizer.eos_token_id
         for _ in range(2):  # cold, then warm
             outputs = llm.generate(prompts, params)

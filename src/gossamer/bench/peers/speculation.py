@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -206,15 +207,15 @@ class SpeculatingPeer:
         return server.url
 
 
-class _Group:
+class _Group(ABC):
     """Requests that are answered at once."""
 
     def __init__(self, url: str, timeout: float, asks: Sequence[Ask]) -> None:
         self._url, self._address, self._timeout, self._asks = url, Address.parse(url), timeout, asks
 
+    @abstractmethod
     async def answer(self, turn: Turn) -> None:
         """Compute the prompts, then answer them, and add what was measured to the turn."""
-        raise NotImplementedError
 
     async def _post(self, path: str, body: dict[str, Any], on_body: Callable[[bytes], None] | None = None) -> bytes:
         connection = Connection(self._address, self._timeout)

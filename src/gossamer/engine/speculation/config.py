@@ -28,7 +28,7 @@ class SpeculativeConfig:
         method: ``"ngram"`` drafts from a request's own prompt and output, ``"suffix"`` and ``"auto"`` from those of
             others of the same ``cache_salt`` as well. A prediction and tokens that a grammar forces are drafted anyway.
         num_speculative_tokens: of a draft at most; 0 is none.
-        prompt_lookup_min: tokens that have to match before a draft, at least 3.
+        prompt_lookup_min: tokens that have to match before a draft; less than 2 is 2.
         suffix_decoding_max_spec_factor: tokens of a draft at most, as a multiple of those that match.
         suffix_decoding_min_token_prob: drafts end where the probability that they are right so far falls below it.
 

@@ -267,14 +267,14 @@ class Speculator:
         tokens, sources = sequence.tokens, self.config.sources
         position.own.note(tokens, len(tokens))
         yield Source.OWN, tokens, position.own
-        node, root = sequence.node, self._tree.root
+        node = sequence.node
         for _ in range(_NODES):
             if node is None or node.parent is None:
                 break
             yield Source.PREFIX, tokens, _chains_of(node, tokens)
             node = node.parent
         if Source.SIBLING in sources:
-            for other in self._siblings(sequence, root):
+            for other in self._siblings(sequence):
                 if other.position is not None:
                     other.position.own.note(other.tokens, len(other.tokens))
                     yield Source.SIBLING, other.tokens, other.position.own
@@ -282,7 +282,7 @@ class Speculator:
             for text in position.tenant.finished():
                 yield Source.FINISHED, text.tokens, text.chains
 
-    def _siblings(self, sequence: Sequence, root: Node) -> Iterator[Sequence]:
+    def _siblings(self, sequence: Sequence) -> Iterator[Sequence]:
         """Other completions of the request, and sequences below the same node."""
         count = 0
         for other in reversed(self._live.get(sequence.request.tree_salt, [])[-_LOOKED_AT:]):
