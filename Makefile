@@ -68,9 +68,9 @@ sanitize: setup model ## Run the tests of the native kernels with address and un
 
 EMULATED := build/emulated
 
-emulate: setup ## Run the tests of the AVX-512 kernels on a processor that has only AVX2
+emulate: setup ## Run the tests of the AVX-512 and AMX kernels on a processor that has only AVX2
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(EMULATED) -G Ninja -DGOSSAMER_EMULATE=ON \
-		-DGOSSAMER_SETS="avx512_emulated;avx2;portable" \
+		-DGOSSAMER_SETS="avx512_emulated;amx_emulated;avx2;portable" \
 		-DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(EMULATED)
 	GOSSAMER_NATIVE="$$(ls $(EMULATED)/_native*.so)" $(IN_VENV) -m pytest -p no:cacheprovider \

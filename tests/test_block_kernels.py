@@ -131,6 +131,8 @@ def test_the_largest_codes_and_activations_do_not_overflow(kind: str, isa: str) 
         x[1], x[2, ::2], x[4, 256:] = -1, -1, -1
         check(packed(torch.from_numpy(x)), x, matrix.dequantize().numpy())
         check(packed(torch.from_numpy(x[:1])), x[:1], matrix.dequantize().numpy())
+        many = np.tile(x, (3, 1))
+        assert torch.equal(packed(torch.from_numpy(many)), packed(torch.from_numpy(x)).repeat(3, 1))
 
 
 def test_layers_of_different_types_are_one_product(isa: str) -> None:

@@ -49,6 +49,13 @@ PRODUCTS = {
         "add_values_few": 16,
         "strip_products": 70,
     },
+    "avx512_amx": {
+        "tileINS_7Int8Dot": 16,
+        "tileINS_7Bf16Dot": 8,
+        "tile_products": 2,
+        "strip_products": 70,
+        "strip_tiles": 8,
+    },
 }
 
 

@@ -102,8 +102,9 @@ def test_int8_product_is_exact_at_its_extremes(isa: str) -> None:
     layer.scale.fill_(1.0)
     for weight, value in itertools.product((-128, -127, 127), (-1.0, 1.0)):
         layer.weight.fill_(weight)
-        found = pack_linear([layer], isa, "float32")(torch.full((3, inputs), value * 127))
-        assert torch.equal(found, torch.full((3, 33), float(weight * value * 127 * inputs)))
+        for rows in (3, 37):
+            found = pack_linear([layer], isa, "float32")(torch.full((rows, inputs), value * 127))
+            assert torch.equal(found, torch.full((rows, 33), float(weight * value * 127 * inputs)))
 
 
 @pytest.mark.parametrize("isa", ISAS)

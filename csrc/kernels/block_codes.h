@@ -38,15 +38,6 @@ GOSSAMER_INLINE F signed_byte(I v) {
   return to_float(shift_right_signed<24>(shift_right<8 * BYTE - 24>(v)));
 }
 
-// each(Count<0>{}), each(Count<1>{}), ...
-template <int N, int AT = 0, class Each>
-GOSSAMER_INLINE void repeat(const Each& each) {
-  if constexpr (AT < N) {
-    each(Count<AT>{});
-    repeat<N, AT + 1>(each);
-  }
-}
-
 // Two codes to a byte: codes 0 ... 15 in the low halves of four lines, 16 ... 31 in the high halves.
 template <int S>
 GOSSAMER_INLINE I halved(const uint8_t* lines) {

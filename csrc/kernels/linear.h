@@ -13,6 +13,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "tiles.h"
 
 namespace GOSSAMER_NS {
 
@@ -125,10 +126,12 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
   using Dot = typename Format::Dot;
   const PackedWeight& w = *c.weight;
   const int64_t used = Format::CODED ? list_outliers(c) : 0;
-  const int64_t rows = c.last_row - c.first_row, tiles = (rows + TILE - 1) / TILE;
+  const int64_t rows = c.last_row - c.first_row;
+  const bool in_tiles = Format::CODED && rows >= LEAST_TILED;
+  const int64_t most = in_tiles ? MOST_TILED : TILE, tiles = (rows + most - 1) / most;
   const int64_t a_bytes = c.x->stride * bytes_of(c.x->type);
   const uint8_t* a = static_cast<const uint8_t*>(c.x->data);
-  alignas(64) typename Dot::Number sums[TILE * PANEL];
+  alignas(64) typename Dot::Number sums[(MOST_TILED > TILE ? MOST_TILED : TILE) * PANEL];
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
     if (Format::few(c, panel, sums)) {
       if constexpr (Format::CODED)
@@ -137,19 +140,25 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
       continue;
     }
     const uint8_t* data = Format::entries(c, panel);
-    const uint8_t* next = tiles > 1 && panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
+    const uint8_t* next = (tiles > 1 || in_tiles) && panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
-      const uint8_t* ahead = next && t < Format::AHEAD ? next + t * w.steps * 64 : nullptr;
-      for (int pass = 0; pass < PASSES; ++pass)
-        tile_of<Dot>(static_cast<int>(m1 - m0), data + pass * W * 4, a + m0 * a_bytes, a_bytes, w.steps,
-                     pass == 0 ? ahead : nullptr, sums + pass * W, PANEL);
+      if (in_tiles) {
+        if constexpr (Format::CODED)
+          tile_products(data, a + m0 * a_bytes, a_bytes, w.steps, static_cast<int>(m1 - m0), t == 0 ? next : nullptr, sums);
+      } else {
+        const uint8_t* ahead = next && t < Format::AHEAD ? next + t * w.steps * 64 : nullptr;
+        for (int pass = 0; pass < PASSES; ++pass)
+          tile_of<Dot>(static_cast<int>(m1 - m0), data + pass * W * 4, a + m0 * a_bytes, a_bytes, w.steps,
+                       pass == 0 ? ahead : nullptr, sums + pass * W, PANEL);
+      }
       // not before the first tile has read the panel: memory is read in order then
       if constexpr (Format::CODED)
         if (used && t == 0) expand<Format>(w, panel, data, c.used, used, c.scratch);
       finish<Format>(c, panel, m0, m1, sums);
     }
   }
+  if (in_tiles) release_tiles();
   for (int64_t u = 0; u < used; ++u) c.index[c.used[u]] = -1;
 }
 

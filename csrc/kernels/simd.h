@@ -39,6 +39,15 @@ struct Count {
   static constexpr int value = N;
 };
 
+// each(Count<0>{}), each(Count<1>{}), ...
+template <int N, int AT = 0, class Each>
+GOSSAMER_INLINE void repeat(const Each& each) {
+  if constexpr (AT < N) {
+    each(Count<AT>{});
+    repeat<N, AT + 1>(each);
+  }
+}
+
 // Has v computed by here: compilers sort sums into another order, in which more of what they are of has to be kept.
 template <class V>
 GOSSAMER_INLINE void keep_order(V& v) {

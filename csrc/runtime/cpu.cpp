@@ -1,11 +1,13 @@
 // Which of the compiled instruction sets this processor can run.
 #include "kernels/kernels.h"
 
+namespace avx512_amx { extern const gossamer::Kernels kernels; }
 namespace avx512_vbmi2 { extern const gossamer::Kernels kernels; }
 namespace avx512_vnni { extern const gossamer::Kernels kernels; }
 namespace avx512 { extern const gossamer::Kernels kernels; }
 namespace avx2 { extern const gossamer::Kernels kernels; }
 namespace avx512_emulated { extern const gossamer::Kernels kernels; }
+namespace amx_emulated { extern const gossamer::Kernels kernels; }
 namespace neon_dot { extern const gossamer::Kernels kernels; }
 namespace portable { extern const gossamer::Kernels kernels; }
 
@@ -16,10 +18,28 @@ namespace portable { extern const gossamer::Kernels kernels; }
 #endif
 #endif
 
+#if defined(GOSSAMER_HAS_avx512_amx) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Whether tiles of bytes are there, and Linux lets this process use them: it wants to be asked first, once, for all threads
+// (https://docs.kernel.org/arch/x86/xstate.html).
+static bool tiles_here() {
+  unsigned a, b, c, d;
+  constexpr unsigned AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_TILE | AMX_INT8)) return false;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#else
+[[maybe_unused]] static bool tiles_here() { return false; }
+#endif
+
 namespace gossamer {
 
 const Kernels* const* available() {
-  static const Kernels* list[7];  // null beyond what is found
+  static const Kernels* list[9];  // null beyond what is found
   static const bool filled = [] {
     int n = 0;
 #if defined(__x86_64__)
@@ -28,6 +48,9 @@ const Kernels* const* available() {
     const bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni_here = avx512_here && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(GOSSAMER_HAS_avx512_amx)
+    if (vnni_here && __builtin_cpu_supports("avx512vbmi2") && tiles_here()) list[n++] = &avx512_amx::kernels;
 #endif
 #if defined(GOSSAMER_HAS_avx512_vbmi2)
     if (vnni_here && __builtin_cpu_supports("avx512vbmi2")) list[n++] = &avx512_vbmi2::kernels;
@@ -43,6 +66,9 @@ const Kernels* const* available() {
 #endif
 #if defined(GOSSAMER_HAS_avx512_emulated)
     if (avx2_here) list[n++] = &avx512_emulated::kernels;
+#endif
+#if defined(GOSSAMER_HAS_amx_emulated)
+    if (avx2_here) list[n++] = &amx_emulated::kernels;
 #endif
 #if defined(GOSSAMER_HAS_neon_dot)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) list[n++] = &neon_dot::kernels;

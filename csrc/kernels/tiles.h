@@ -1,0 +1,169 @@
+// Matrix tiles: eight registers of up to 16 rows of 64 bytes each, and products of these (AMX, Intel's Architectures
+// Software Developer's Manual, volume 1, chapter 18).
+//
+// A product adds up, for row m of a tile of activations and column n of a tile of weights, products of bytes in 32 bit,
+// exact. A tile of weights holds four bytes of each of 16 columns per row: what lies in a packed panel.
+#pragma once
+
+#include "simd.h"
+
+namespace GOSSAMER_NS {
+
+constexpr int TILE_SIZE = 16;  // rows of a tile at most, and sums in a row
+
+#if !defined(GOSSAMER_TILES)
+
+// There are none.
+constexpr int64_t LEAST_TILED = INT64_MAX, LEAST_TILED_BLOCKS = INT64_MAX, MOST_TILED = 0;
+inline void release_tiles() {}
+inline void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, int32_t*) {}
+
+#else
+
+// From so many rows on they are faster than vectors, and so many are multiplied with a panel at a time.
+constexpr int64_t LEAST_TILED = 5, LEAST_TILED_BLOCKS = 12, MOST_TILED = 2 * TILE_SIZE;
+
+// The shapes of all tiles; a row of a tile of sums is 64 bytes.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int tile_rows, int bytes) {
+    rows[tile] = static_cast<uint8_t>(tile_rows);
+    row_bytes[tile] = static_cast<uint16_t>(bytes);
+  }
+};
+
+#if defined(GOSSAMER_EMULATE)
+
+struct EmulatedTiles {
+  TileShapes shapes;
+  uint8_t tile[8][16][64];
+};
+inline thread_local EmulatedTiles emulated_tiles;
+
+inline void use_tiles(const TileShapes& shapes) {
+  emulated_tiles.shapes = shapes;
+  std::memset(emulated_tiles.tile, 0, sizeof emulated_tiles.tile);
+}
+inline void release_tiles() { emulated_tiles.shapes = {}; }
+template <int TILE>
+void zero_tile() {
+  std::memset(emulated_tiles.tile[TILE], 0, sizeof emulated_tiles.tile[TILE]);
+}
+template <int TILE>
+void load_tile(const void* from, int64_t stride) {
+  const EmulatedTiles& e = emulated_tiles;
+  for (int r = 0; r < e.shapes.rows[TILE]; ++r)
+    std::memcpy(emulated_tiles.tile[TILE][r], static_cast<const uint8_t*>(from) + r * stride, e.shapes.row_bytes[TILE]);
+}
+template <int TILE>
+void store_tile(void* to, int64_t stride) {
+  const EmulatedTiles& e = emulated_tiles;
+  for (int r = 0; r < e.shapes.rows[TILE]; ++r)
+    std::memcpy(static_cast<uint8_t*>(to) + r * stride, e.tile[TILE][r], e.shapes.row_bytes[TILE]);
+}
+template <int SUMS, int ACTIVATIONS, int WEIGHTS, bool SIGNED>
+void multiply_tiles() {
+  EmulatedTiles& e = emulated_tiles;
+  for (int m = 0; m < e.shapes.rows[SUMS]; ++m)
+    for (int n = 0; n < e.shapes.row_bytes[SUMS] / 4; ++n) {
+      int32_t sum;
+      std::memcpy(&sum, e.tile[SUMS][m] + 4 * n, 4);
+      for (int k = 0; k < e.shapes.row_bytes[ACTIVATIONS]; ++k) {
+        const uint8_t weight = e.tile[WEIGHTS][k / 4][4 * n + k % 4];
+        sum += static_cast<int8_t>(e.tile[ACTIVATIONS][m][k]) * (SIGNED ? static_cast<int8_t>(weight) : weight);
+      }
+      std::memcpy(e.tile[SUMS][m] + 4 * n, &sum, 4);
+    }
+}
+
+#else
+
+// Compilers must not move accesses to what is loaded and stored across these: "memory".
+GOSSAMER_INLINE void use_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
+GOSSAMER_INLINE void release_tiles() { asm volatile("tilerelease"); }
+template <int TILE>
+GOSSAMER_INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+template <int TILE>
+GOSSAMER_INLINE void load_tile(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+GOSSAMER_INLINE void store_tile(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+// Activations are signed.
+template <int SUMS, int ACTIVATIONS, int WEIGHTS, bool SIGNED>
+GOSSAMER_INLINE void multiply_tiles() {
+  if constexpr (SIGNED) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
+  } else {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
+  }
+}
+
+#endif
+
+// The rest of a panel, with zeros beyond its end, whatever the rows have there.
+GOSSAMER_NOINLINE inline const uint8_t* padded(const uint8_t* panel, int64_t steps, uint8_t* out) {
+  std::memset(out, 0, TILE_SIZE * gossamer::STEP_BYTES);
+  std::memcpy(out, panel, steps * gossamer::STEP_BYTES);
+  return out;
+}
+
+template <bool TWO>
+GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows,
+                                          const uint8_t* ahead, int32_t* sums) {
+  using gossamer::PANEL, gossamer::STEP_BYTES;
+  const int first = TWO ? TILE_SIZE : rows;
+  TileShapes shapes;
+  repeat<2>([&](auto i) GOSSAMER_LAMBDA {
+    constexpr int AT = decltype(i)::value;
+    shapes.set(AT, first, 64);
+    if (TWO) shapes.set(2 + AT, rows - TILE_SIZE, 64);
+    if (TWO || AT == 0) shapes.set(4 + AT, AT ? rows - TILE_SIZE : first, 64);
+    shapes.set(6 + AT, TILE_SIZE, 64);
+  });
+  use_tiles(shapes);  // which also makes them zero
+  alignas(64) uint8_t rest[TILE_SIZE * STEP_BYTES];
+  for (int64_t k = 0; k < steps; k += TILE_SIZE) {
+    const uint8_t* weights = panel + k * STEP_BYTES;
+    if (k + TILE_SIZE > steps) weights = padded(weights, steps - k, rest);
+    if (ahead)
+      repeat<2 * TILE_SIZE>([&](auto line) GOSSAMER_LAMBDA {
+        __builtin_prefetch(ahead + k * STEP_BYTES + 64 * decltype(line)::value, 0, 2);
+      });
+    load_tile<6>(weights, STEP_BYTES);
+    load_tile<7>(weights + 64, STEP_BYTES);
+    load_tile<4>(a + 4 * k, a_bytes);
+    multiply_tiles<0, 4, 6, false>();
+    multiply_tiles<1, 4, 7, false>();
+    if constexpr (TWO) {
+      load_tile<5>(a + TILE_SIZE * a_bytes + 4 * k, a_bytes);
+      multiply_tiles<2, 5, 6, false>();
+      multiply_tiles<3, 5, 7, false>();
+    }
+  }
+  store_tile<0>(sums, 4 * PANEL);
+  store_tile<1>(sums + 16, 4 * PANEL);
+  if constexpr (TWO) {
+    store_tile<2>(sums + TILE_SIZE * PANEL, 4 * PANEL);
+    store_tile<3>(sums + TILE_SIZE * PANEL + 16, 4 * PANEL);
+  }
+}
+
+// The products of up to 32 rows of activations, signed bytes, with the 32 columns of a panel of unsigned bytes, into
+// sums (rows, 32). `steps` are of four entries. `ahead`, unless null, is memory to fetch meanwhile, as much as the panel.
+inline void tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows,
+                          const uint8_t* ahead, int32_t* sums) {
+  const auto products = rows > TILE_SIZE ? some_tile_products<true> : some_tile_products<false>;
+  products(panel, a, a_bytes, steps, rows, ahead, sums);
+}
+
+#endif
+
+}  // namespace GOSSAMER_NS
