@@ -72,10 +72,66 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_LINEAR = {
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
+_MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_expand": 2, "mamba_chunk_size": 16}
+
+# The same, with layers that keep a state
+RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _LINEAR),
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _LINEAR | _EXPERTS),
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm3": ("Lfm3Config", "Lfm3ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        _MAMBA2 | {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "num_local_experts": 4,
+                   "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    ),
+    "bamba": ("BambaConfig", "BambaForCausalLM", _MAMBA2 | {"attn_layer_indices": [1], "num_hidden_layers": 3}),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", _MAMBA2 | {"mamba_d_ssm": 96, "head_dim": 16}),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4, "head_dim": 16, "ssm_state_size": 8, "mamba_num_heads": 6,
+         "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16},
+    ),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _LINEAR | {"linear_num_value_heads": 2}),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {"attn_layer_period": 3, "attn_layer_offset": 1, "num_hidden_layers": 3, "num_experts": 2, "mamba_d_state": 8,
+         "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        "Mamba2ForCausalLM",
+        {"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 16, "expand": 2},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        {"layers_block_type": ["mamba", "hybrid", "mamba"], "num_hidden_layers": 3, "mamba_d_state": 8, "n_mamba_heads": 6,
+         "mamba_headdim": 16, "mamba_ngroups": 2, "chunk_size": 16, "num_mem_blocks": 1},
+    ),
+}
+
 
 def make_model(name: str, **more: Any) -> Any:
     """A random fp32 model of an architecture, in evaluation mode; ``more`` goes into its configuration."""
-    config_class, model_class, changes = ARCHITECTURES[name]
+    config_class, model_class, changes = (ARCHITECTURES | RECURRENT)[name]
     settings = _SMALL | changes | more
     torch.manual_seed(sum(name.encode()))
     config = getattr(hf, config_class)(**settings)

@@ -24,6 +24,7 @@ from gossamer.engine.emission import NO_TOKEN, Emission
 from gossamer.engine.intake import Intake, Prompt
 from gossamer.engine.memory import MemoryBudget
 from gossamer.engine.output_cache import keep_output
+from gossamer.engine.plan import StepPlan
 from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
@@ -88,6 +89,10 @@ class Engine:
         self.budget = MemoryBudget(memory)
         self.tree = PrefixTree(runner.layout, self.budget)
         self.store: PrefixStore | None = None
+        if options.prefix_dir is not None and runner.layout.state_bytes:
+            raise ConfigurationError(
+                "prefix_dir cannot be used: the model has recurrent layers, and only keys and values are written to disk"
+            )
         if options.prefix_dir is not None:
             self.store = PrefixStore(
                 Path(options.prefix_dir),
@@ -98,7 +103,8 @@ class Engine:
                 salts=options.prefix_dir_digests,
             )
         self.slots = SlotPool(runner.layout, self.budget)
-        cost = calibrate(runner) if options.sharing != "off" or options.speculation != "off" else None
+        with_cost = options.sharing != "off" or options.speculation != "off"
+        cost = calibrate(runner) if with_cost and runner.layout.layers else None
         self.scheduler = Scheduler(
             self.tree,
             self.slots,
@@ -112,7 +118,7 @@ class Engine:
         if self.store is not None:
             self.scheduler.restore = self.store.restore
         self.planner = Planner(self.tree, per_row=options.sharing == "storage")
-        max_cached = memory // runner.layout.bytes_per_token
+        max_cached = runner.layout.tokens_in(memory)
         self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached, runner.adapters)
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(self.factory.tokens)
@@ -212,7 +218,16 @@ class Engine:
         self.tree.evicted_tokens = self.scheduler.num_preemptions = 0
 
     def _make_speculator(self, options: EngineOptions, cost: CostModel | None) -> Speculator | None:
-        if options.speculation == "off" or cost is None:
+        if options.speculation == "off":
+            return None
+        if self.runner.layout.state_bytes:
+            if options.speculative_config is not None:
+                raise ConfigurationError(
+                    "speculative_config cannot be used: the model has recurrent layers, whose state cannot go back over "
+                    "a draft that was wrong"
+                )
+            return None
+        if cost is None:
             return None
         if name := self.runner.shared_outliers:
             if options.speculative_config is not None:
@@ -273,7 +288,7 @@ class Engine:
         logits = output.values
         done = time.perf_counter()
         chosen = self._draw(rows, output)
-        self._commit(works)
+        self._commit(works, plan)
         failed = [self._fail(sequence.request, error) for sequence, error in self.emission.accept(rows, chosen)]
         self._ended += [output for output in failed if output is not None]
         self._ended += self._branch(rows, logits) + self._score(rows, logits)
@@ -321,12 +336,21 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
-    def _commit(self, works: list[Work]) -> None:
+    def _commit(self, works: list[Work], plan: StepPlan) -> None:
         for work in works:
             if isinstance(work.target, Slot):
                 work.target.length += work.count
             else:
-                work.target.computed += work.count
+                work.target.computed = max(work.target.computed, work.offset + work.count)
+        for run in plan.state_runs:
+            if run.after is None:
+                continue
+            if isinstance(run.target, Slot):
+                run.target.state = run.after
+            else:
+                place = run.offset + run.rows.stop - run.rows.start
+                self.tree.keep_state(run.target, place, run.after, apart=self.scheduler.state_interval)
+            run.after = None
 
     def _draw(self, rows: PlannedRows, output: Logits) -> Sampled:
         """A token for every row in which one is chosen. Changes nothing."""

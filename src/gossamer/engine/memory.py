@@ -13,6 +13,7 @@ from gossamer.engine.large_pages import zeros
 
 GROUP_BYTES = 16 << 20  # what moves is copied group by group, so that no second cache is needed
 _SCALE_BYTES = 4
+NO_LIMIT = 1 << 40  # tokens, of a model that keeps nothing for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,16 @@ class KVLayout:
     """Keys and values of one token in all layers.
 
     In int8 a key is as many codes as it has entries, and then what they are multiplied with, in fp32; so is a value.
+
+    Attributes:
+        layers: those that attend.
+        state_bytes: what recurrent layers keep of a text (see :mod:`gossamer.engine.states`); 0 if there are none.
     """
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
     device: torch.device
+    state_bytes: int = 0
 
     def width(self, dim: int) -> int:
         """Elements of ``dtype`` in which a key or value of ``dim`` entries is stored."""
@@ -42,6 +48,14 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         return self._elements(self.layers) * self.dtype.itemsize
+
+    def size(self, tokens: int) -> int:
+        """Bytes of so many tokens of one text, with a state."""
+        return tokens * self.bytes_per_token + self.state_bytes
+
+    def tokens_in(self, size: int) -> int:
+        """How many tokens of one text ``size`` bytes hold."""
+        return (size - self.state_bytes) // self.bytes_per_token if self.bytes_per_token else NO_LIMIT
 
     def _elements(self, layers: Sequence[LayerShape]) -> int:
         return sum(x.num_kv_heads * (self.width(x.key_dim) + self.width(x.value_dim)) for x in layers)

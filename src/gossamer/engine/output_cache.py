@@ -12,8 +12,7 @@ def keep_output(sequence: Sequence, tree: PrefixTree) -> None:
     assert slot is not None
     tokens = sequence.tokens[: sequence.num_computed]
     matched = max(tree.match(tokens, sequence.request.tree_salt), sequence.private_start)
-    size = (len(tokens) - matched) * tree.layout.bytes_per_token
-    if not 0 < size <= tree.budget.free:
+    if matched == len(tokens) or tree.layout.size(len(tokens) - matched) > tree.budget.free:
         return
     node = tree.insert(tokens, sequence.request.tree_salt)
     # Only if all that is missing is one new leaf: what others are computing right now is left to them.
@@ -24,5 +23,7 @@ def keep_output(sequence: Sequence, tree: PrefixTree) -> None:
             for target, source in zip(own, stored, strict=True):
                 target.copy_(source[slot.index, :, first : first + len(node)])
         node.computed, node.owner = len(node), sequence.order
+        if slot.state is not None:
+            node.states[len(node)] = slot.state.apart()
     tree.lock(node)  # unlocking counts as a use, and drops what could not be stored
     tree.unlock(node)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.slots import Bucket, Slot
+from gossamer.engine.states import State
 from gossamer.engine.tree import Node
 
 Rows = slice | Tensor  # contiguous rows are a view; others are gathered
@@ -64,6 +65,29 @@ class Group:
     level: int
 
 
+@dataclass(slots=True)
+class StateRun:
+    """Rows of a step that go on from one state: consecutive tokens of a text.
+
+    Attributes:
+        rows: of the packed batch.
+        target: where their keys and values go, the first of them to ``offset``.
+        after: the state behind the last row; a runner sets it, and the engine keeps it if the step succeeds.
+    """
+
+    rows: slice
+    target: Node | Slot
+    offset: int
+    after: State | None = None
+
+    @property
+    def before(self) -> State | None:
+        """The state in front of the first row; ``None`` where a text begins."""
+        if isinstance(self.target, Slot):
+            return self.target.state
+        return self.target.state_before(self.offset)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRun:
     """Rows from ``first`` up to ``stop`` that have this adapter, or none."""
@@ -95,6 +119,7 @@ class StepPlan:
         logit_rows: rows whose logits are needed.
         num_levels: how many partial results a row has at most.
         adapters: which rows have which adapter, run by run; empty if none has any.
+        state_runs: rows that go on from a state, for models with recurrent layers; together all rows, in their order.
         ahead: how many steps the plan has gone on since it was made.
         windows, biases: what :meth:`segments_within` and :meth:`bias` have computed.
     """
@@ -108,6 +133,7 @@ class StepPlan:
     _groups: list[Group] = field(default_factory=list)
     num_levels: int = 1
     adapters: list[AdapterRun] = field(default_factory=list)
+    state_runs: list[StateRun] = field(default_factory=list)
     ahead: int = 0
     _reached: int = 0  # the step that positions and groups stand at
     windows: dict[int | None, list[WindowedSegment]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 
-from gossamer.engine.plan import AdapterRun, Chunk, Group, Rows, Segment, StepPlan
+from gossamer.engine.plan import AdapterRun, Chunk, Group, Rows, Segment, StateRun, StepPlan
 from gossamer.engine.sampling import SamplingState
 from gossamer.engine.scheduler import Work
 from gossamer.engine.sequence import Sequence
@@ -94,7 +94,7 @@ class Planner:
         """Lay the work out in rows, and find who attends to what. A node is in ``works`` at most once."""
         if any(work.draft for work in works):  # the next step goes on from what is right of it
             self._key = self._last = None
-            return build_plan(works, per_row=self.per_row, device=self.tree.layout.device)
+            return self._build(works)
         # A slot moves within its bucket when another one is given back, so its index is part of the key.
         places = [work.target.index if isinstance(work.target, Slot) else -1 for work in works]
         key = (self.tree.version, [(work.sequence, work.target) for work in works], places)
@@ -106,19 +106,26 @@ class Planner:
                 count.keys_unshared += len(works)
                 self._start = works[0].start
             return self._last
-        plan, rows, count = build_plan(works, per_row=self.per_row, device=self.tree.layout.device)
+        plan, rows, count = self._build(works)
         # Reusable if every row is a sequence with one new token that gets another one.
         goes_on = not plan.chunks and len(rows.sampled) == len(works) and not rows.scored
         self._key, self._start, self._last = key, works[0].start, (plan, rows, count) if goes_on else None
         return plan, rows, count
 
+    def _build(self, works: list[Work]) -> tuple[StepPlan, PlannedRows, KeyCount]:
+        layout = self.tree.layout
+        return build_plan(works, per_row=self.per_row, device=layout.device, with_states=layout.state_bytes > 0)
 
-def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tuple[StepPlan, PlannedRows, KeyCount]:
+
+def build_plan(
+    works: list[Work], *, per_row: bool, device: torch.device, with_states: bool = False
+) -> tuple[StepPlan, PlannedRows, KeyCount]:
     """Lay the work out in rows, and find who attends to what.
 
     Args:
         works: what to compute; a node at most once.
         per_row: sequences attend to shared nodes one by one (the mode that shares storage only).
+        with_states: whether the model has recurrent layers.
     """
     layout = _Layout(works)
     plan = StepPlan(
@@ -133,6 +140,8 @@ def build_plan(works: list[Work], *, per_row: bool, device: torch.device) -> tup
     _add_groups(plan, layout, levels, count, device)
     plan.num_levels = levels.count
     plan.adapters = _adapter_runs(layout)
+    if with_states:
+        plan.state_runs = _state_runs(layout)
     rows = PlannedRows()
     plan.logit_rows = torch.tensor(_logit_rows(layout, rows), dtype=torch.long, device=device)
     return plan, rows, count
@@ -282,6 +291,12 @@ def _adapter_runs(layout: _Layout) -> list[AdapterRun]:
         first = runs[-1].stop if runs else 0
         runs.append(AdapterRun(adapter, first, first + sum(count for _, count in group)))
     return runs
+
+
+def _state_runs(layout: _Layout) -> list[StateRun]:
+    runs = [StateRun(slice(row, row + 1), slot, work.offset) for row, (work, slot) in enumerate(layout.single)]
+    chunks = zip(layout.chunk_rows, layout.longer, strict=True)
+    return runs + [StateRun(rows, work.target, work.offset) for rows, work in chunks]
 
 
 def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:

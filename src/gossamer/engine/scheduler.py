@@ -25,6 +25,7 @@ from gossamer.errors import MemoryBudgetError
 # their own would only be copied there. The price: a twin that arrives while they are in flight computes them again.
 PRIVATE_TAIL = 64
 T = TypeVar("T")
+STATE_INTERVAL = 512
 SLOT_RESERVE = 64  # room for tokens to be generated that a new slot has, so that it is not outgrown at once
 
 
@@ -61,6 +62,8 @@ class Scheduler:
         max_num_seqs: sequences that hold memory at the same time.
         max_num_batched_tokens: tokens per step.
         max_scored_tokens: tokens per step whose logits are all wanted (they cost memory by the vocabulary).
+        state_interval: tokens after which a state is kept on the way through a long prefix, for models that have
+            states.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_scored_tokens: int,
+        state_interval: int = STATE_INTERVAL,
     ) -> None:
         self.tree = tree
         self.slots = slots
@@ -79,6 +83,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_scored_tokens = max_scored_tokens
+        self.state_interval = state_interval
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.failed: list[tuple[Sequence, MemoryBudgetError]] = []
@@ -144,10 +149,10 @@ class Scheduler:
         if not self.waiting or refused:
             return  # there is nobody, or nothing has changed since the head of the queue did not fit
         promised: set[Node] = set()  # nodes that admitted sequences will allocate
-        tokens = 0  # and the tokens of their slots
+        size = 0  # and the bytes of their slots
         for sequence in self.active:
             if sequence.status is Status.PREFILL:
-                tokens += self._promise(sequence, promised)
+                size += self._promise(sequence, promised)
         admitted: list[Sequence] = []
         while self.waiting and len(self.active) + len(admitted) < self.max_num_seqs:
             sequence = self.waiting[0]
@@ -157,8 +162,9 @@ class Scheduler:
                 sequence.sought = True
             sequence.node = self.tree.insert(shared, salt)
             self.tree.lock(sequence.node)
-            tokens += self._promise(sequence, promised)
-            if (self.active or admitted) and not self._fits(tokens + sum(len(node) for node in promised)):
+            size += self._promise(sequence, promised)
+            nodes = sum(self.tree.layout.size(len(node)) for node in promised)
+            if (self.active or admitted) and not self._fits(size + nodes):
                 self.tree.unlock(sequence.node)
                 sequence.node = None
                 self._refused_at = (len(self.active) + len(admitted), self.tree.budget.used)
@@ -172,13 +178,13 @@ class Scheduler:
             self._cut_private_tail(sequence)
 
     def _promise(self, sequence: Sequence, promised: set[Node]) -> int:
-        """Adds the nodes that the sequence needs and that have no memory yet; returns the tokens of its slot."""
+        """Adds the nodes that the sequence needs and that have no memory yet; returns the bytes of its slot."""
         assert sequence.node is not None
         promised.update(node for node in sequence.node.path() if node.keys is None)
-        return capacity_for(self._slot_length(sequence, sequence.node.end))
+        return self.tree.layout.size(capacity_for(self._slot_length(sequence, sequence.node.end)))
 
-    def _fits(self, tokens: int) -> bool:
-        missing = tokens * self.tree.layout.bytes_per_token - self.tree.budget.free
+    def _fits(self, size: int) -> bool:
+        missing = size - self.tree.budget.free
         return missing <= 0 or missing <= self.tree.evictable_bytes
 
     def _cut_private_tail(self, sequence: Sequence) -> None:
@@ -199,14 +205,35 @@ class Scheduler:
 
     def _path_complete(self, sequence: Sequence) -> bool:
         assert sequence.node is not None
-        return all(node.complete for node in sequence.node.path())
+        return not self._missing(sequence.node.path())
+
+    def _missing(self, path: list[Node]) -> list[tuple[Node, int]]:
+        """The nodes of a path that have to be computed, from the root down, and from which of their tokens on.
+
+        With recurrent layers, computing goes on from a state. Where a node was cut there may be none: then what is
+        computed already is gone through again, from the last state before.
+        """
+        first = next((index for index, node in enumerate(path) if not node.complete), len(path))
+        missing = [(node, node.computed) for node in path[first:]]
+        if not self._with_states or (missing and missing[0][1] in missing[0][0].states):
+            return missing
+        if missing and missing[0][1]:
+            missing[0] = path[first], path[first].last_state
+        if not missing or not missing[0][1]:
+            for node in reversed(path[:first]):
+                if len(node) in node.states:
+                    break
+                missing.insert(0, (node, node.last_state))
+                if node.last_state:
+                    break
+        return missing
 
     def _prefill(self, sequence: Sequence, works: list[Work], in_step: dict[Node, int]) -> None:
         """Schedule the nodes of its path that nobody computes yet, from the root down."""
         assert sequence.node is not None
-        for node in sequence.node.path():
-            if node in in_step or node.complete:
-                if in_step.get(node, node.computed) < len(node):
+        for node, first in self._missing(sequence.node.path()):
+            if node in in_step:
+                if in_step[node] < len(node) or self._with_states:
                     return  # somebody computes it; below it nothing can start
                 continue
             if self._tokens_left == 0:
@@ -214,13 +241,19 @@ class Scheduler:
             allocate = functools.partial(self.tree.allocate, node)
             if not self._make_room(sequence, allocate, may_preempt=not works):
                 return
-            count = min(len(node) - node.computed, self._tokens_left)
-            works.append(Work(sequence, node.start + node.computed, count, node, node.computed))
-            node.owner = sequence.order
-            in_step[node] = node.computed + count
+            count = min(len(node) - first, self._tokens_left)
+            if self._with_states:  # steps end where a state may be kept
+                count = min(count, self.state_interval - (node.start + first) % self.state_interval)
+            works.append(Work(sequence, node.start + first, count, node, first))
+            node.owner = sequence.order if first == node.computed else node.owner
+            in_step[node] = first + count
             self._tokens_left -= count
-            if in_step[node] < len(node):
+            if in_step[node] < len(node) or self._with_states:
                 return
+
+    @property
+    def _with_states(self) -> bool:
+        return self.tree.layout.state_bytes > 0
 
     def _start(self, sequence: Sequence, *, may_preempt: bool) -> bool:
         """Its path is computed: give it a slot, and copy the nodes into it that are not worth a segment."""
@@ -238,6 +271,7 @@ class Scheduler:
         for node in path:
             if node.start >= keep.end:
                 _copy_node(node, slot)
+        slot.state = path[-1].states[len(path[-1])] if path and self._with_states else None
         self.tree.unlock(sequence.node, until=keep)
         sequence.node, sequence.slot, sequence.private_start = keep, slot, keep.end
         sequence.status = Status.RUNNING
@@ -375,12 +409,12 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _fail(self, sequence: Sequence) -> None:
-        token_bytes = self.tree.layout.bytes_per_token
-        total = self.tree.budget.total
+        layout, total = self.tree.layout, self.tree.budget.total
+        states = f", and {layout.state_bytes} bytes for each state" if self._with_states else ""
         error = MemoryBudgetError(
             f"its {len(sequence.tokens)} tokens, and room for the next, need more keys and values than the memory "
-            f"budget has left: {total / 1e6:,.3g} MB are {total // token_bytes} tokens at {token_bytes} bytes, pinned "
-            "prefixes included; raise `memory` or shorten the prompt",
+            f"budget has left: {total / 1e6:,.3g} MB are {layout.tokens_in(total)} tokens at {layout.bytes_per_token} "
+            f"bytes{states}, pinned prefixes included; raise `memory` or shorten the prompt",
             request_id=sequence.request.request_id,
         )
         self.release(sequence)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.engine.memory import KVLayout, MemoryBudget
+from gossamer.engine.states import State
 
 SMALLEST = 64
 
@@ -29,11 +30,15 @@ def capacity_for(length: int) -> int:
 
 @dataclass(eq=False)
 class Slot:
-    """One sequence's place: row ``index`` of ``bucket``; ``length`` tokens of it are filled."""
+    """One sequence's place: row ``index`` of ``bucket``; ``length`` tokens of it are filled.
+
+    ``state`` is what recurrent layers keep of the whole text up to there, ``None`` at its beginning.
+    """
 
     bucket: Bucket
     index: int
     length: int = 0
+    state: State | None = None
 
 
 class Bucket:
@@ -54,7 +59,7 @@ class Bucket:
 
     @property
     def slot_bytes(self) -> int:
-        return self.capacity * self.layout.bytes_per_token
+        return self.layout.size(self.capacity)
 
     def take(self) -> Slot | None:
         """A free slot, or ``None`` if the budget has no room for one."""
@@ -166,4 +171,4 @@ def _copy(source: Slot, target: Slot) -> None:
     for own, other in ((source.bucket.keys, target.bucket.keys), (source.bucket.values, target.bucket.values)):
         for mine, theirs in zip(own, other, strict=True):
             theirs[target.index, :, : source.length].copy_(mine[source.index, :, : source.length])
-    target.length = source.length
+    target.length, target.state = source.length, source.state

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.memory import KVLayout, MemoryBudget
+from gossamer.engine.states import State
 from gossamer.errors import ConfigurationError
 
 _serial = itertools.count()
@@ -51,6 +52,8 @@ class Node:
         owner: which sequence computed it, by its order, for the statistics of tokens saved.
         uses: requests that began with it and ended well.
         salt: of a root, whose prompts are below it; ``None`` for all other nodes.
+        states: what recurrent layers keep of a text behind so many of its tokens; see :mod:`gossamer.engine.states`.
+        room: how many states the budget has been asked for.
         chains: the places of its tokens, for drafts; whoever reads them sees whether they are still right.
         addresses, means: of the tensors, as a runner notes them; :meth:`hold`, which alone replaces tensors, forgets
             them.
@@ -68,9 +71,11 @@ class Node:
         "parent",
         "pins",
         "refs",
+        "room",
         "salt",
         "serial",
         "start",
+        "states",
         "tokens",
         "uses",
         "values",
@@ -90,6 +95,8 @@ class Node:
         self.owner: object = None
         self.salt: TreeSalt = None
         self.chains: Any = None
+        self.states: dict[int, State] = {}
+        self.room = 0
         self.serial = next(_serial)
 
     def hold(self, keys: list[Tensor] | None, values: list[Tensor] | None) -> None:
@@ -108,6 +115,18 @@ class Node:
     @property
     def complete(self) -> bool:
         return self.computed == len(self.tokens)
+
+    @property
+    def last_state(self) -> int:
+        """Behind how many of its computed tokens the last state is known; 0 if behind none."""
+        return max((place for place in self.states if place <= self.computed), default=0)
+
+    def state_before(self, offset: int) -> State | None:
+        """The state in front of its token ``offset``, which must be known; ``None`` where a text begins."""
+        if offset:
+            return self.states[offset]
+        above = self.parent
+        return None if above is None or above.parent is None else above.states[len(above)]
 
     def path(self) -> list[Node]:
         """The nodes from below the root down to this one."""
@@ -143,7 +162,10 @@ class PrefixTree:
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(node) for node in self if node.keys is not None) * self.layout.bytes_per_token
+        return sum(self._size(node) for node in self if node.keys is not None)
+
+    def _size(self, node: Node) -> int:
+        return len(node) * self.layout.bytes_per_token + node.room * self.layout.state_bytes
 
     def match(self, tokens: Sequence[int], salt: TreeSalt = None) -> int:
         """How many leading ``tokens`` are in the tree, computed."""
@@ -211,6 +233,10 @@ class PrefixTree:
                             own[layer] = tensor.copy_(own[layer][:, tokens])
             upper.hold(*above)
             node.hold(*below)
+        upper.states = {place: state for place, state in node.states.items() if place <= at}
+        node.states = {place - at: state for place, state in node.states.items() if place > at}
+        upper.room = min(node.room, len(upper.states))
+        node.room -= upper.room
         self.version += 1
         return upper
 
@@ -236,17 +262,57 @@ class PrefixTree:
             node.hold(node.keys, node.values)
             node.tokens, node.start, node.parent = upper.tokens + node.tokens, upper.start, upper.parent
             node.computed, node.uses = len(node.tokens), max(node.uses, upper.uses)
+            node.states = upper.states | {len(upper) + place: state for place, state in node.states.items()}
+            node.room += upper.room
             upper.parent.children[node.tokens[0]] = node
             self.version += 1
 
     def allocate(self, node: Node) -> bool:
         """Give ``node`` storage. False if the budget has no room even after eviction."""
         if node.keys is not None:
-            return True
-        if not self.budget.reserve(len(node) * self.layout.bytes_per_token):
+            return not self.layout.state_bytes or node.room > 0 or self.make_room_for_state(node)
+        if not self.budget.reserve(self.layout.size(len(node))):
             return False
         node.hold(*self.layout.allocate(length=len(node)))
+        node.room = 1 if self.layout.state_bytes else 0
         return True
+
+    def make_room_for_state(self, node: Node) -> bool:
+        """See that ``node`` can hold a state more. False if the budget has no room even after eviction."""
+        if node.room > len(node.states):
+            return True
+        if not self.budget.reserve(self.layout.state_bytes):
+            return False
+        node.room += 1
+        return True
+
+    def keep_state(self, node: Node, place: int, state: State, *, apart: int) -> None:
+        """The state of a text behind ``place`` tokens of ``node``, which are computed.
+
+        That behind its last token is what its children go on from. One on the way there gives way to the next, unless
+        it is the first for ``apart`` tokens and there is memory for it: then a prompt that parts from the node later
+        need not go through all of it again.
+        """
+        before = max((each for each in node.states if each < place), default=None)
+        if before is not None and not self._may_stay(node, before, apart):
+            del node.states[before]
+        if place not in node.states and not self.make_room_for_state(node) and node.states.pop(before, None) is None:
+            return
+        node.states[place] = state.apart()
+
+    def _may_stay(self, node: Node, place: int, apart: int) -> bool:
+        earlier = [each for each in node.states if each < place]
+        far = place - max(earlier, default=0) >= apart
+        free = self.budget.free >= self.layout.state_bytes or node.room > len(node.states)
+        return far and free
+
+    def drop_states(self, node: Node) -> int:
+        """Forget what stands on the way to the end of ``node``. Returns bytes freed."""
+        node.states = {place: state for place, state in node.states.items() if place == len(node)}
+        freed = (node.room - len(node.states)) * self.layout.state_bytes
+        node.room = len(node.states)
+        self.budget.release(freed)
+        return freed
 
     def lock(self, node: Node) -> None:
         """A sequence uses ``node`` and everything above it."""
@@ -312,6 +378,10 @@ class PrefixTree:
     def evict(self, wanted: int) -> int:
         """Free at least ``wanted`` bytes of what nobody uses, least recently used leaves first. Returns bytes freed."""
         freed = 0
+        if self.layout.state_bytes:
+            for node in sorted((n for n in self if n.refs == 0 and n.pins == 0), key=lambda n: n.last_used):
+                if freed < wanted:
+                    freed += self.drop_states(node)
         leaves = [(node.last_used, node.serial, node) for node in self if self._evictable(node)]
         heapq.heapify(leaves)
         while leaves and freed < wanted:
@@ -325,8 +395,7 @@ class PrefixTree:
     @property
     def evictable_bytes(self) -> int:
         """Bytes that eviction could free: nodes below which nothing is used or pinned."""
-        tokens = sum(len(n) for n in self if n.refs == 0 and n.pins == 0 and n.keys is not None)
-        return tokens * self.layout.bytes_per_token
+        return sum(self._size(n) for n in self if n.refs == 0 and n.pins == 0 and n.keys is not None)
 
     def _evictable(self, node: Node) -> bool:
         return node.parent is not None and not node.children and node.refs == 0 and node.pins == 0
@@ -337,7 +406,7 @@ class PrefixTree:
         del node.parent.children[node.tokens[0]]
         size = 0
         if node.keys is not None:
-            size = len(node) * self.layout.bytes_per_token
+            size = self._size(node)
             self.budget.release(size)
             self.evicted_tokens += node.computed
         root = node.parent
@@ -345,6 +414,7 @@ class PrefixTree:
             del self.roots[root.salt]
         node.parent = None
         node.hold(None, None)
+        node.states, node.room = {}, 0
         return size
 
     def _truncate(self, node: Node) -> None:

@@ -38,6 +38,9 @@ SUPPORTED_MODEL_TYPES = (
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 _CAUSAL_IN_ANY_CASE = ("gpt_neox", "gpt_neox_japanese")  # their configs have `is_decoder`, their attention ignores it
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+# Their states are where transformers' caches keep those of such layers; "hybrid" layers attend as well.
+_RECURRENT_LAYERS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+LAYERS_WITHOUT_MEMORY = ("moe", "mlp")
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -67,14 +70,18 @@ def check_supported(config: PreTrainedConfig) -> None:
     encoder = getattr(text, "is_decoder", None) is False and text.model_type not in _CAUSAL_IN_ANY_CASE
     if encoder or getattr(text, "use_bidirectional_attention", None):
         raise _refusal(config, "its attention is not causal")
-    if getattr(model_class, "_is_stateful", False):
-        raise _refusal(
-            config, "it keeps a recurrent state (state-space or linear attention) instead of keys and values"
-        )
-    foreign = sorted({layer for layer in getattr(text, "layer_types", None) or () if layer not in _ATTENTION_LAYERS})
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(model_class, "_is_stateful", False) and not kinds & set(_RECURRENT_LAYERS):
+        raise _refusal(config, "it keeps a recurrent state in a cache of its own")
+    foreign = sorted(kinds - {*_ATTENTION_LAYERS, *_RECURRENT_LAYERS, *LAYERS_WITHOUT_MEMORY})
     if foreign:
-        raise _refusal(config, f"its layers of type {', '.join(foreign)} are neither full nor sliding attention")
-    if not model_class._supports_attention_backend:
+        raise _refusal(
+            config, f"its layers of type {', '.join(foreign)} are neither full or sliding attention nor recurrent"
+        )
+    replaceable = model_class._supports_attention_backend or (
+        kinds & set(_RECURRENT_LAYERS) and model_class._can_set_attn_implementation()
+    )
+    if not replaceable and not kinds <= {"linear_attention", "conv"}:
         raise _refusal(config, "its class in transformers does not let the attention function be replaced")
     fixed = has_fixed_factors(getattr(text, "rope_parameters", None) or {})
     for rope_type in rope_types(text):

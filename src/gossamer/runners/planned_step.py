@@ -32,13 +32,19 @@ class Step(Protocol):
 
 @dataclass
 class PlannedStep:
-    """Attention by a :class:`StepPlan`: writes the new keys, attends to every part, merges."""
+    """Attention by a :class:`StepPlan`: writes the new keys, attends to every part, merges.
+
+    Keys and values of a layer stand where it comes among the calls: a module that several layers share has no index.
+    """
 
     plan: StepPlan
+    _calls: int = 0
     _out: Tensor | None = None
     _lse: Tensor | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+        layer = self._calls
+        self._calls += 1
         self._write(layer, key[0], value[0])
         out, lse = self._buffers(query, value.shape[-1])
         scale, window, softcap = settings.scale, settings.window, settings.softcap

@@ -6,6 +6,7 @@ that nothing depends on a model passing keyword arguments through, and two engin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,16 +18,20 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from gossamer.engine.memory import KVLayout, LayerShape
-from gossamer.engine.plan import StepPlan
+from gossamer.engine.plan import StateRun, StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
+from gossamer.engine.tree import Node
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
+from gossamer.models.support import LAYERS_WITHOUT_MEMORY
 from gossamer.nn import Int8Linear, Int8TiedHead
 from gossamer.nn.stored_linear import shapes_only
 from gossamer.runners.adapters import AddedByAdapters
 from gossamer.runners.planned_step import AttentionSettings, PlannedStep, Step
+from gossamer.runners.recurrent import RecurrentLayers
 from gossamer.runners.timing import attention_seconds
 
+WITHOUT_POSITIONS = 1 << 20  # tokens of a text, where nothing of a model limits them
 IMPLEMENTATION = "gossamer"  # the value of attn_implementation
 
 # Arguments that some models pass to every attention function and that change nothing here.
@@ -81,17 +86,19 @@ AttentionInterface.register(IMPLEMENTATION, _hook)
 
 @dataclass
 class ShapeProbe:
-    """Records what each layer stores and asks for, and answers zeros."""
+    """Records what each call stores and asks for, and answers zeros. A module that several layers share has no index."""
 
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-    settings: dict[int, AttentionSettings] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
+    shapes: list[LayerShape] = field(default_factory=list)
+    settings: list[AttentionSettings] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-        if layer in self.shapes:
+        if layer >= 0 and layer in self.layers:
             raise UnsupportedModelError(f"layer index {layer} attends twice; this engine stores one cache per layer")
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.settings[layer] = settings
+        self.layers.append(layer)
+        self.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3]))
+        self.settings.append(settings)
         self.dtype = key.dtype
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
@@ -109,13 +116,15 @@ class TransformersRunner:
         """
         self.model = model
         config = model.config.get_text_config()
-        missing = [n for n in ("num_attention_heads", "max_position_embeddings") if getattr(config, n, None) is None]
-        if missing:
-            raise UnsupportedModelError(f"the configuration of {type(model).__name__} does not say {missing[0]}")
-        self.num_heads: int = config.num_attention_heads
-        self.max_model_len: int = config.max_position_embeddings
+        self._recurrent = RecurrentLayers(model)
+        self._arguments = _accepted(model, "position_ids", "logits_to_keep")
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.layout = self._probe()
+        missing = [n for n in ("num_attention_heads", "max_position_embeddings") if getattr(config, n, None) is None]
+        if missing and self.layout.layers:
+            raise UnsupportedModelError(f"the configuration of {type(model).__name__} does not say {missing[0]}")
+        self.num_heads: int = config.num_attention_heads if self.layout.layers else 0
+        self.max_model_len: int = getattr(config, "max_position_embeddings", None) or WITHOUT_POSITIONS
         self.adapters = tuple(adapter.name for adapter in adapters)
         self.shared_outliers = _shared_outliers(model)
         self._added = AddedByAdapters(model, adapters)
@@ -124,26 +133,30 @@ class TransformersRunner:
         """One token through the model tells what each layer stores: no reading of model-specific configurations."""
         probe = ShapeProbe()
         token = torch.zeros(1, dtype=torch.long, device=self.model.device)
-        with torch.inference_mode(), shapes_only(), running(probe):
+        run = StateRun(slice(0, 1), Node([0], None), 0)
+        with torch.inference_mode(), shapes_only(), running(probe), self._recurrent.running([run]):
             self._call(token, token, token)
-        layers = sorted(probe.shapes)
-        expected = self.model.config.get_text_config().num_hidden_layers
-        if layers != list(range(expected)):
+        layers = [layer for layer in probe.layers if layer >= 0]
+        config = self.model.config.get_text_config()
+        expected, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ()
+        without = [place for place, kind in enumerate(kinds) if kind in LAYERS_WITHOUT_MEMORY]
+        if sorted({*layers, *self._recurrent.places, *without}) != list(range(expected)):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has {expected} layers, but {len(layers)} of them call the attention "
-                "interface; layers of other kinds (state space, linear attention, shared caches) are not supported"
+                "interface; layers of other kinds (shared caches, states of their own) are not supported"
             )
         self._check_windows(probe)
-        self.attention = [probe.settings[layer] for layer in layers]
-        return KVLayout(tuple(probe.shapes[layer] for layer in layers), probe.dtype, self.model.device)
+        self.attention = probe.settings
+        states = 0 if run.after is None else sum(tensor.nbytes for tensor in run.after.batch)
+        return KVLayout(tuple(probe.shapes), probe.dtype, self.model.device, states)
 
     def _check_windows(self, probe: ShapeProbe) -> None:
         """Some models put a sliding window into the mask only; without a mask it would be lost."""
         config = self.model.config.get_text_config()
         configured = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(probe.settings)
-        windows = [probe.settings[layer].window for layer in sorted(probe.settings)]
-        lost = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and windows[i] is None]
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        windows = {layer: settings.window for layer, settings in zip(probe.layers, probe.settings, strict=True)}
+        lost = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and windows.get(i, 0) is None]
         if configured is not None and lost:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has a sliding window of {configured} tokens in layer {lost[0]}, but does "
@@ -151,17 +164,15 @@ class TransformersRunner:
             )
 
     def _call(self, tokens: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
-        logits: Tensor = self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=logit_rows,
-        ).logits
-        return logits[0]
+        arguments = {"position_ids": positions[None], "logits_to_keep": logit_rows}
+        given = {name: arguments[name] for name in self._arguments}
+        logits: Tensor = self.model(input_ids=tokens[None], use_cache=False, **given).logits[0]
+        return logits if "logits_to_keep" in given else logits[logit_rows]
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Logits:
-        with running(self.step_of(plan)), self._added.to(plan.adapters):
+        step = running(self.step_of(plan))
+        with step, self._recurrent.running(plan.state_runs), self._added.to(plan.adapters):
             # A step that only fills the cache needs no logits, but the head cannot be asked for none by every model.
             rows = plan.logit_rows if len(plan.logit_rows) else plan.logit_rows.new_zeros(1)
             logits = self._call(plan.tokens, plan.positions, rows)
@@ -177,6 +188,12 @@ class TransformersRunner:
     @torch.inference_mode()
     def attention_seconds(self, *, readers: int, own: int, common: int) -> float:
         return attention_seconds(self.layout, self.num_heads, readers=readers, own=own, common=common)
+
+
+def _accepted(model: PreTrainedModel, *names: str) -> list[str]:
+    """Those of some arguments that a model takes."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return [name for name in names if name in parameters]
 
 
 def _shared_outliers(model: torch.nn.Module) -> str:

@@ -1,0 +1,38 @@
+"""What recurrent layers keep of a text: a state of the same size however long the text is.
+
+A state is what such a layer knows of all tokens before the next one: the last inputs of a short convolution, the matrix
+of a linear attention, the state of a state space model. Keys and values of a prefix can be cut where one likes; a state
+stands behind one token only. So a node of the tree has, beside keys and values, states behind some of its tokens, the
+last one among them, and a sequence has one in its slot. A state never changes: each step makes new ones, and whoever
+holds one may share it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class State:
+    """A row of tensors that several sequences' states stand in, (sequences, ...) each.
+
+    >>> import torch
+    >>> state = State([torch.arange(6.0).view(3, 2)], 1)
+    >>> state.tensors(), state.apart().batch[0].shape
+    ([tensor([2., 3.])], torch.Size([1, 2]))
+    """
+
+    __slots__ = ("batch", "index")
+
+    def __init__(self, batch: list[Tensor], index: int) -> None:
+        self.batch = batch
+        self.index = index
+
+    def tensors(self) -> list[Tensor]:
+        """Its own row of each tensor."""
+        return [tensor[self.index] for tensor in self.batch]
+
+    def apart(self) -> State:
+        """The same in memory of its own, which it keeps from nobody."""
+        if all(len(tensor) == 1 for tensor in self.batch):
+            return self
+        return State([tensor[self.index : self.index + 1].clone() for tensor in self.batch], 0)
