@@ -237,6 +237,12 @@ class EngineOptions:
     )
     max_num_seqs: int = option(256, "Sequences computed at a time.", min=1)
     max_num_batched_tokens: int = option(2048, "Tokens computed in one forward pass.", min=1)
+    state_interval: int | None = option(
+        None,
+        "Tokens after which the state of recurrent layers is kept on the way through a long prefix, so that a prompt "
+        "that parts from it there can go on; by default as many as have keys and values of a state's size.",
+        min=1,
+    )
     seed: int = option(0, "Where the random streams of requests without a seed come from.")
     speculation: Speculation = option(
         "auto",
@@ -274,6 +280,8 @@ class EngineOptions:
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
                 raise ConfigurationError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.state_interval is not None and not (is_integer(self.state_interval) and self.state_interval > 0):
+            raise ConfigurationError(f"state_interval must be an integer of at least 1, got {self.state_interval!r}")
         if not is_integer(self.seed):
             raise ConfigurationError(f"seed must be an integer, got {self.seed!r}")
         if self.prefix_dir is not None and not (isinstance(self.prefix_dir, str | Path) and str(self.prefix_dir)):
@@ -374,6 +382,7 @@ class OptionArguments(TypedDict, total=False):
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
+    state_interval: int | None
     seed: int
     speculation: Speculation
     speculative_config: str | Mapping[str, Any] | None

@@ -45,6 +45,7 @@ from gossamer.options import EngineOptions, is_integer
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
 
 NOT_FINITE = "the model's logits are not finite"
+STATE_NOT_FINITE = "the state of the model's recurrent layers is not finite"
 SCORED_LOGIT_BYTES = 256 << 20  # fp32 logits of the tokens that are scored in one step
 
 
@@ -112,6 +113,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_scored_tokens=max(SCORED_LOGIT_BYTES // (4 * runner.vocab_size), 16),
+            state_interval=options.state_interval,
         )
         self.stats = EngineStats()
         self.scheduler.on_start = self.stats.count_prompt
@@ -288,8 +290,9 @@ class Engine:
         logits = output.values
         done = time.perf_counter()
         chosen = self._draw(rows, output)
-        self._commit(works, plan)
+        unsound = self._commit(works, plan)
         failed = [self._fail(sequence.request, error) for sequence, error in self.emission.accept(rows, chosen)]
+        failed += [self._fail(request, RequestError(STATE_NOT_FINITE)) for request in unsound]
         self._ended += [output for output in failed if output is not None]
         self._ended += self._branch(rows, logits) + self._score(rows, logits)
         self._ended += self._collect(works)
@@ -336,21 +339,25 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
-    def _commit(self, works: list[Work], plan: StepPlan) -> None:
+    def _commit(self, works: list[Work], plan: StepPlan) -> list[Request]:
+        """What was computed counts from now on. Returns requests whose states are not finite, of which nothing does."""
+        states = {run.target: run.after for run in plan.state_runs}
+        unsound = []
         for work in works:
-            if isinstance(work.target, Slot):
-                work.target.length += work.count
+            target, state = work.target, states.get(work.target)
+            if isinstance(target, Slot):
+                target.length += work.count
+                target.state = state
+            elif state is not None and not state.finite:
+                unsound.append(work.sequence.request)
             else:
-                work.target.computed = max(work.target.computed, work.offset + work.count)
+                place = work.offset + work.count
+                target.computed = max(target.computed, place)
+                if state is not None:
+                    self.tree.keep_state(target, place, state, apart=self.scheduler.state_interval)
         for run in plan.state_runs:
-            if run.after is None:
-                continue
-            if isinstance(run.target, Slot):
-                run.target.state = run.after
-            else:
-                place = run.offset + run.rows.stop - run.rows.start
-                self.tree.keep_state(run.target, place, run.after, apart=self.scheduler.state_interval)
             run.after = None
+        return list(dict.fromkeys(unsound))
 
     def _draw(self, rows: PlannedRows, output: Logits) -> Sampled:
         """A token for every row in which one is chosen. Changes nothing."""

@@ -13,6 +13,7 @@ from gossamer.engine.large_pages import zeros
 
 GROUP_BYTES = 16 << 20  # what moves is copied group by group, so that no second cache is needed
 _SCALE_BYTES = 4
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 256, 2048  # tokens between states that are kept
 NO_LIMIT = 1 << 40  # tokens, of a model that keeps nothing for each
 
 
@@ -48,6 +49,14 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         return self._elements(self.layers) * self.dtype.itemsize
+
+    @property
+    def state_interval(self) -> int:
+        """Tokens whose keys and values take what a state takes, or a few more: states kept so far apart at most double
+        the memory of a prefix."""
+        if not self.bytes_per_token:
+            return LONGEST_INTERVAL
+        return min(max(-(-self.state_bytes // self.bytes_per_token), SHORTEST_INTERVAL), LONGEST_INTERVAL)
 
     def size(self, tokens: int) -> int:
         """Bytes of so many tokens of one text, with a state."""

@@ -12,6 +12,8 @@ def keep_output(sequence: Sequence, tree: PrefixTree) -> None:
     assert slot is not None
     tokens = sequence.tokens[: sequence.num_computed]
     matched = max(tree.match(tokens, sequence.request.tree_salt), sequence.private_start)
+    if slot.state is not None and not slot.state.finite:
+        return
     if matched == len(tokens) or tree.layout.size(len(tokens) - matched) > tree.budget.free:
         return
     node = tree.insert(tokens, sequence.request.tree_salt)

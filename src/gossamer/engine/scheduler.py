@@ -25,7 +25,6 @@ from gossamer.errors import MemoryBudgetError
 # their own would only be copied there. The price: a twin that arrives while they are in flight computes them again.
 PRIVATE_TAIL = 64
 T = TypeVar("T")
-STATE_INTERVAL = 512
 SLOT_RESERVE = 64  # room for tokens to be generated that a new slot has, so that it is not outgrown at once
 
 
@@ -62,8 +61,8 @@ class Scheduler:
         max_num_seqs: sequences that hold memory at the same time.
         max_num_batched_tokens: tokens per step.
         max_scored_tokens: tokens per step whose logits are all wanted (they cost memory by the vocabulary).
-        state_interval: tokens after which a state is kept on the way through a long prefix, for models that have
-            states.
+        state_interval: tokens after which a state is kept on the way through a long prefix; by default as the layout
+            says.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_scored_tokens: int,
-        state_interval: int = STATE_INTERVAL,
+        state_interval: int | None = None,
     ) -> None:
         self.tree = tree
         self.slots = slots
@@ -83,7 +82,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_scored_tokens = max_scored_tokens
-        self.state_interval = state_interval
+        self.state_interval = state_interval or tree.layout.state_interval
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.failed: list[tuple[Sequence, MemoryBudgetError]] = []

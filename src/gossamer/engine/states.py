@@ -31,6 +31,11 @@ class State:
         """Its own row of each tensor."""
         return [tensor[self.index] for tensor in self.batch]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors())
+
     def apart(self) -> State:
         """The same in memory of its own, which it keeps from nobody."""
         if all(len(tensor) == 1 for tensor in self.batch):

@@ -307,10 +307,11 @@ class PrefixTree:
         return far and free
 
     def drop_states(self, node: Node) -> int:
-        """Forget what stands on the way to the end of ``node``. Returns bytes freed."""
-        node.states = {place: state for place, state in node.states.items() if place == len(node)}
-        freed = (node.room - len(node.states)) * self.layout.state_bytes
-        node.room = len(node.states)
+        """Forget all states but the last, which is at the end of ``node``, or on the way there. Returns bytes freed."""
+        last = max(node.states, default=0)
+        node.states = {place: state for place, state in node.states.items() if place == last}
+        freed = max(node.room - 1, 0) * self.layout.state_bytes
+        node.room = min(node.room, 1)
         self.budget.release(freed)
         return freed
 
@@ -379,7 +380,7 @@ class PrefixTree:
         """Free at least ``wanted`` bytes of what nobody uses, least recently used leaves first. Returns bytes freed."""
         freed = 0
         if self.layout.state_bytes:
-            for node in sorted((n for n in self if n.refs == 0 and n.pins == 0), key=lambda n: n.last_used):
+            for node in sorted(self, key=lambda node: node.last_used):
                 if freed < wanted:
                     freed += self.drop_states(node)
         leaves = [(node.last_used, node.serial, node) for node in self if self._evictable(node)]
@@ -395,7 +396,11 @@ class PrefixTree:
     @property
     def evictable_bytes(self) -> int:
         """Bytes that eviction could free: nodes below which nothing is used or pinned."""
-        return sum(self._size(n) for n in self if n.refs == 0 and n.pins == 0 and n.keys is not None)
+        states = self.layout.state_bytes
+        return sum(
+            self._size(n) if n.refs == 0 and n.pins == 0 and n.keys is not None else max(n.room - 1, 0) * states
+            for n in self
+        )
 
     def _evictable(self, node: Node) -> bool:
         return node.parent is not None and not node.children and node.refs == 0 and node.pins == 0

@@ -127,6 +127,8 @@ class TransformersRunner:
         self.max_model_len: int = getattr(config, "max_position_embeddings", None) or WITHOUT_POSITIONS
         self.adapters = tuple(adapter.name for adapter in adapters)
         self.shared_outliers = _shared_outliers(model)
+        if adapters and self._recurrent.places:
+            raise UnsupportedModelError(f"{type(model).__name__} has recurrent layers, for which there are no adapters")
         self._added = AddedByAdapters(model, adapters)
 
     def _probe(self) -> KVLayout:
