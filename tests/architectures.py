@@ -81,8 +81,20 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "num_hidden_layers": 3,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}
-_MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_expand": 2, "mamba_chunk_size": 16}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+}
+_MAMBA2 = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 
 # The same, with layers that keep a state
 RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -93,27 +105,52 @@ RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Lfm2ForCausalLM",
         {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
     ),
-    "lfm3": ("Lfm3Config", "Lfm3ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
+    "lfm3": (
+        "Lfm3Config",
+        "Lfm3ForCausalLM",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    ),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         "GraniteMoeHybridForCausalLM",
-        _MAMBA2 | {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3, "num_local_experts": 4,
-                   "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+        _MAMBA2
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+        },
     ),
     "bamba": ("BambaConfig", "BambaForCausalLM", _MAMBA2 | {"attn_layer_indices": [1], "num_hidden_layers": 3}),
     "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", _MAMBA2 | {"mamba_d_ssm": 96, "head_dim": 16}),
     "nemotron_h": (
         "NemotronHConfig",
         "NemotronHForCausalLM",
-        {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4, "head_dim": 16, "ssm_state_size": 8, "mamba_num_heads": 6,
-         "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16},
+        {
+            "hybrid_override_pattern": "M*-M",
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "ssm_state_size": 8,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "chunk_size": 16,
+        },
     ),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _LINEAR | {"linear_num_value_heads": 2}),
     "jamba": (
         "JambaConfig",
         "JambaForCausalLM",
-        {"attn_layer_period": 3, "attn_layer_offset": 1, "num_hidden_layers": 3, "num_experts": 2, "mamba_d_state": 8,
-         "mamba_dt_rank": 8, "use_mamba_kernels": False},
+        {
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "num_hidden_layers": 3,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "use_mamba_kernels": False,
+        },
     ),
     "mamba2": (
         "Mamba2Config",
@@ -123,8 +160,16 @@ RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zamba2": (
         "Zamba2Config",
         "Zamba2ForCausalLM",
-        {"layers_block_type": ["mamba", "hybrid", "mamba"], "num_hidden_layers": 3, "mamba_d_state": 8, "n_mamba_heads": 6,
-         "mamba_headdim": 16, "mamba_ngroups": 2, "chunk_size": 16, "num_mem_blocks": 1},
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "num_hidden_layers": 3,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 6,
+            "mamba_headdim": 16,
+            "mamba_ngroups": 2,
+            "chunk_size": 16,
+            "num_mem_blocks": 1,
+        },
     ),
 }
 

@@ -64,7 +64,7 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
         assert answers(engine, prompts, 8) == expected
         warm = engine.stats.computed_tokens - cold
         check_memory(engine)
-        # in a second round, what a sequence left behind is cut where its prompt ends: from there the last state is sought
+        # what a sequence left behind is cut where its prompt ends; from there the last state is sought
         assert warm == cold if sharing == "off" else warm < cold / 2
 
 

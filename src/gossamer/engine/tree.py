@@ -296,7 +296,11 @@ class PrefixTree:
         before = max((each for each in node.states if each < place), default=None)
         if before is not None and not self._may_stay(node, before, apart):
             del node.states[before]
-        if place not in node.states and not self.make_room_for_state(node) and node.states.pop(before, None) is None:
+        if (
+            place not in node.states
+            and not self.make_room_for_state(node)
+            and (before is None or node.states.pop(before, None) is None)
+        ):
             return
         node.states[place] = state.apart()
 

@@ -134,7 +134,9 @@ class _Batch:
 def _stacked(states: list[State]) -> list[Tensor]:
     """The states' tensors, (states, ...), to be changed."""
     batch = states[0].batch
-    if all(state.batch is batch and state.index == i for i, state in enumerate(states)) and len(batch[0]) == len(states):
+    if all(state.batch is batch and state.index == i for i, state in enumerate(states)) and len(batch[0]) == len(
+        states
+    ):
         return [tensor.clone() for tensor in batch]
     return [torch.stack(rows) for rows in zip(*(state.tensors() for state in states), strict=True)]
 
@@ -219,7 +221,10 @@ def _cache_argument(module: nn.Module) -> str | None:
     if not isinstance(getattr(module, "layer_idx", None), int):
         return None
     function = inspect.unwrap(type(module).forward)
-    if "update_conv_state" not in function.__code__.co_names and "update_recurrent_state" not in function.__code__.co_names:
+    if (
+        "update_conv_state" not in function.__code__.co_names
+        and "update_recurrent_state" not in function.__code__.co_names
+    ):
         return None
     names = inspect.signature(function).parameters
     return next((name for name in _CACHE_ARGUMENTS if name in names), None)
