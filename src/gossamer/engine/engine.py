@@ -92,7 +92,7 @@ class Engine:
         self.store: PrefixStore | None = None
         if options.prefix_dir is not None and runner.layout.state_bytes:
             raise ConfigurationError(
-                "prefix_dir cannot be used: the model has recurrent layers, and only keys and values are written to disk"
+                "prefix_dir cannot be used: the model has recurrent layers, whose states are not written to disk"
             )
         if options.prefix_dir is not None:
             self.store = PrefixStore(
@@ -225,8 +225,8 @@ class Engine:
         if self.runner.layout.state_bytes:
             if options.speculative_config is not None:
                 raise ConfigurationError(
-                    "speculative_config cannot be used: the model has recurrent layers, whose state cannot go back over "
-                    "a draft that was wrong"
+                    "speculative_config cannot be used: the model has recurrent layers, whose state cannot take a wrong "
+                    "draft back"
                 )
             return None
         if cost is None:

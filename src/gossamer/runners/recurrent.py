@@ -53,7 +53,7 @@ class RecurrentLayers:
             if (name := _cache_argument(module)) is not None:
                 if module.layer_idx not in self._states:
                     raise UnsupportedModelError(
-                        f"layer {module.layer_idx} of {type(model).__name__} keeps a state that its cache has no place for"
+                        f"layer {module.layer_idx} of {type(model).__name__} keeps a state without a place in its cache"
                     )
                 found.add(module.layer_idx)
                 layer = _Layer(module, name, self._states[module.layer_idx])

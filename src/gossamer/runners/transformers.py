@@ -86,7 +86,7 @@ AttentionInterface.register(IMPLEMENTATION, _hook)
 
 @dataclass
 class ShapeProbe:
-    """Records what each call stores and asks for, and answers zeros. A module that several layers share has no index."""
+    """Records what each call stores and asks for, and answers zeros. A module that layers share has no index."""
 
     layers: list[int] = field(default_factory=list)
     shapes: list[LayerShape] = field(default_factory=list)
