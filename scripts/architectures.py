@@ -1,7 +1,7 @@
 """Which causal language models of transformers run here, and how: every one of them is built small and compared.
 
-Each gets random weights, answers prompts that share prefixes in each sharing mode, cold and warm, and is compared token by
-token with transformers' `generate`. The result is docs/reference/models.md, or --check says where it differs from that.
+Each gets random weights, answers prompts that share prefixes in each sharing mode, cold and warm, and is compared token
+by token with transformers' `generate`. The result is docs/reference/models.md, or --check says where it differs from it.
 
     python scripts/architectures.py                     # all, some ten minutes; writes the page
     python scripts/architectures.py --only llama,lfm2   # prints what comes of these
@@ -33,13 +33,14 @@ _LAYERS = 4
 _SMALL: dict[str, Any] = (
     dict.fromkeys(("vocab_size", "n_vocab"), 199)
     | dict.fromkeys(("hidden_size", "d_model", "n_embd", "model_dim", "dim"), 48)
-    | dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "expert_ffn_hidden_size"), 64)
+    | dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size"), 64)
+    | dict.fromkeys(("expert_ffn_hidden_size", "num_experts_per_layer"), 4)
     | dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS)
     | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4)
     | dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), 2)
     | dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim"), 16)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"), 512)
-    | dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer"), 4)
+    | dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4)
     | dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"), 2)
     | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 24)
     | dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_mem_blocks"), 1)

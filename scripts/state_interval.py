@@ -1,8 +1,7 @@
 """What keeping states on the way through a prefix costs in memory, and saves in tokens that are gone through again.
 
-Prompts come one after the other; three of four part from an earlier one at a random place. A tiny hybrid model computes them: tokens
-and bytes are counted, not timed. The bytes of a state and of keys and values are those of the tiny model, whose state is as large as
-the keys and values of --state-tokens tokens of it, by its number of heads.
+Prompts come one after the other; three of four part from an earlier one at a random place. A tiny hybrid model computes
+them: tokens and bytes are counted, not timed.
 
     python scripts/state_interval.py
 """

@@ -225,8 +225,8 @@ class Engine:
         if self.runner.layout.state_bytes:
             if options.speculative_config is not None:
                 raise ConfigurationError(
-                    "speculative_config cannot be used: the model has recurrent layers, whose state cannot take a wrong "
-                    "draft back"
+                    "speculative_config cannot be used: the model has recurrent layers, and a wrong draft cannot be "
+                    "taken back out of a state"
                 )
             return None
         if cost is None:
