@@ -286,10 +286,10 @@ NB_MODULE(_native, m) {
       .def("buffer", &Program::buffer)
       .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })
       .def("embed", &Program::embed)
-      .def("prepare", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int64_t order, int to,
+      .def("prepare", [](Program& self, int source, int64_t gain, float number, int64_t k, int64_t order, int to,
                          const std::string& outliers, bool relative, float threshold, int64_t columns, bool last) {
         const bool whole = outliers == "batch";
-        self.prepare(source, at<const float>(gain), epsilon, k, at<const int64_t>(order), to,
+        self.prepare(source, at<const float>(gain), number, k, at<const int64_t>(order), to,
                      decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
       })
       .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,
@@ -301,8 +301,9 @@ NB_MODULE(_native, m) {
         self.add_normed(source, at<const float>(gain), epsilon, k, to);
       })
       .def("rotate_and_store", [](Program& self, int source, int64_t layer, int table, int64_t rotated, int64_t query_gain,
-                                  int64_t key_gain, float epsilon, float scale) {
-        self.rotate_and_store(source, layer, table, rotated, at<const float>(query_gain), at<const float>(key_gain), epsilon, scale);
+                                  int64_t key_gain, bool whole, bool after, float epsilon, float scale) {
+        self.rotate_and_store(source, layer, table, rotated, at<const float>(query_gain), at<const float>(key_gain), whole, after,
+                              epsilon, scale);
       })
       .def("attend", &Program::attend)
       .def("argmax", &Program::argmax)

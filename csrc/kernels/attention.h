@@ -519,7 +519,8 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
     write_one(i, x[i] * cosine[i] - x[half + i] * sine[i]);
     write_one(half + i, x[half + i] * cosine[i] + x[i] * sine[i]);
   }
-  for (i = rotated; i < dim; ++i) write_one(i, x[i]);
+  for (i = rotated; i + W <= dim; i += W) write(i, load(x + i));
+  for (; i < dim; ++i) write_one(i, x[i]);
 }
 
 }  // namespace GOSSAMER_NS

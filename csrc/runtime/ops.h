@@ -31,7 +31,7 @@ inline const float* or_null(const std::vector<float>& values) { return values.em
 struct Prepare final : Op {
   int source;
   std::vector<float> gain;
-  float epsilon;
+  float epsilon, factor;        // the one with a gain, the other without
   int64_t k;
   std::vector<int64_t> order;   // of the entries; empty: as they are
   int to;
@@ -42,10 +42,10 @@ struct Prepare final : Op {
   Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
   bool marks = false;
 
-  Prepare(int source, std::vector<float> gain, float epsilon, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
+  Prepare(int source, std::vector<float> gain, float number, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
           bool last, int64_t window)
       : Op(source == ATTENTION ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
-        epsilon(epsilon), k(k), order(std::move(order)), to(to), rule(rule), last(last), window(window) {
+        epsilon(number), factor(number), k(k), order(std::move(order)), to(to), rule(rule), last(last), window(window) {
     if (!this->order.empty() && !this->gain.empty()) {
       const std::vector<float> own = this->gain;
       for (int64_t i = 0; i < k; ++i) this->gain[i] = own[this->order[i]];
@@ -66,7 +66,7 @@ struct Prepare final : Op {
         const int64_t from = last ? step.logit_row[r] : r;
         const float* row = read(program, from, thread);
         const float inverse =
-            gain.empty() ? 1.0f : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
+            gain.empty() ? factor : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
         if (!order.empty()) {
           for (int64_t i = 0; i < k; ++i) thread.scratch[i] = row[order[i]];
           row = thread.scratch;
@@ -237,12 +237,10 @@ struct RotateAndStore final : Op {
   int64_t layer;
   int table;
   int64_t rotated;
-  std::vector<float> query_gain, key_gain;
-  float epsilon, scale;
-  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, std::vector<float> query_gain,
-                 std::vector<float> key_gain, float epsilon, float scale)
-      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), query_gain(std::move(query_gain)),
-        key_gain(std::move(key_gain)), epsilon(epsilon), scale(scale) {}
+  HeadNorms norms;
+  float scale;
+  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, HeadNorms norms, float scale)
+      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), norms(std::move(norms)), scale(scale) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
@@ -257,33 +255,45 @@ struct RotateAndStore final : Op {
         const float* cosine = cosines + step.positions[r] * (rotated / 2);
         const float* sine = sines + step.positions[r] * (rotated / 2);
         uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * bytes_of(query);
+        const float inverse_queries = inverse_of_all(kernels, x, norms.queries, s.heads * s.dim);
+        const float inverse_keys = inverse_of_all(kernels, x + s.heads * s.dim, norms.keys, s.kv_heads * s.dim);
         for (int64_t h = 0; h < s.heads; ++h, x += s.dim)
-          kernels.rotate(normed(kernels, x, query_gain, s.dim, thread), cosine, sine, s.dim, rotated, scale,
-                         q + h * s.dim * bytes_of(query), query);
+          turn(kernels, x, norms.queries, h, inverse_queries, cosine, sine, s.dim, scale, q + h * s.dim * bytes_of(query), query, thread);
         const int64_t* target = step.target + step.place[2 * r] * fields;
         uint8_t* keys = reinterpret_cast<uint8_t*>(target[layer]) + step.place[2 * r + 1] * width;
         uint8_t* values = reinterpret_cast<uint8_t*>(target[s.layers + layer]) + step.place[2 * r + 1] * width;
         const int64_t to_next = target[2 * s.layers] * width;
         for (int64_t h = 0; h < s.kv_heads; ++h) {
-          const float *key = normed(kernels, x + h * s.dim, key_gain, s.dim, thread), *value = x + (s.kv_heads + h) * s.dim;
+          const float *key = x + h * s.dim, *value = x + (s.kv_heads + h) * s.dim;
           if (s.kv == Type::int8) {
-            kernels.rotate(key, cosine, sine, s.dim, rotated, 1.0f, thread.merged, Type::f32);
+            turn(kernels, key, norms.keys, h, inverse_keys, cosine, sine, s.dim, 1.0f, thread.merged, Type::f32, thread);
             kernels.quantize(thread.merged, s.dim, keys + h * to_next);
             kernels.quantize(value, s.dim, values + h * to_next);
           } else {
-            kernels.rotate(key, cosine, sine, s.dim, rotated, 1.0f, keys + h * to_next, s.kv);
+            turn(kernels, key, norms.keys, h, inverse_keys, cosine, sine, s.dim, 1.0f, keys + h * to_next, s.kv, thread);
             kernels.convert(value, s.dim, values + h * to_next, s.kv);
           }
         }
       }
     });
   }
-  const float* normed(const Kernels& kernels, const float* x, const std::vector<float>& gain, int64_t dim,
-                      Thread& thread) const {
-    if (gain.empty()) return x;
-    const float inverse = 1.0f / std::sqrt(kernels.square_sum(x, dim) / static_cast<float>(dim) + epsilon);
-    kernels.scale_row(x, inverse, gain.data(), dim, thread.row, false);
-    return thread.row;
+
+  float inverse_of_all(const Kernels& kernels, const float* x, const std::vector<float>& gain, int64_t size) const {
+    if (gain.empty() || !norms.whole) return 1.0f;
+    return 1.0f / std::sqrt(kernels.square_sum(x, size) / static_cast<float>(size) + norms.epsilon);
+  }
+
+  // Head h, normalized and rotated, in the order of the model; scaled; stored as `type`.
+  void turn(const Kernels& kernels, const float* x, const std::vector<float>& gain, int64_t h, float inverse,
+            const float* cosine, const float* sine, int64_t dim, float factor, void* out, Type type, Thread& thread) const {
+    if (gain.empty()) return kernels.rotate(x, cosine, sine, dim, rotated, factor, out, type);
+    if (norms.after) {
+      kernels.rotate(x, cosine, sine, dim, rotated, 1.0f, thread.row, Type::f32);
+      x = thread.row;
+    }
+    if (!norms.whole) inverse = 1.0f / std::sqrt(kernels.square_sum(x, dim) / static_cast<float>(dim) + norms.epsilon);
+    kernels.scale_row(x, inverse, gain.data() + (norms.whole ? h * dim : 0), dim, thread.row, false);
+    kernels.rotate(thread.row, cosine, sine, dim, norms.after ? 0 : rotated, factor, out, type);
   }
 };
 

@@ -41,10 +41,10 @@ void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
   weights_.push_back(std::move(table));
 }
 
-void Program::prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
+void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                       bool whole_columns, bool last) {
   const auto add = [&] {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), epsilon, k, copy(order, k), to, rule, last, last_window_));
+    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, last, last_window_));
     return static_cast<Prepare*>(ops_.back().get());
   };
   Prepare* first = add();
@@ -78,9 +78,10 @@ void Program::add_normed(int source, const float* gain, float epsilon, int64_t k
 }
 
 void Program::rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                               const float* key_gain, float epsilon, float scale) {
-  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, table, rotated, copy(query_gain, shape.dim),
-                                                  copy(key_gain, shape.dim), epsilon, scale));
+                               const float* key_gain, bool whole, bool after, float epsilon, float scale) {
+  const int64_t queries = shape.dim * (whole ? shape.heads : 1), keys = shape.dim * (whole ? shape.kv_heads : 1);
+  HeadNorms norms{copy(query_gain, queries), copy(key_gain, keys), whole, after, epsilon};
+  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, table, rotated, std::move(norms), scale));
 }
 
 void Program::attend(int64_t layer, int64_t window) {

@@ -62,6 +62,14 @@ struct Shape {
   bool invariant;  // a row's results are the same, to the bit, whatever other rows and items the step has; see plan.cpp
 };
 
+// RMSNorms of queries and keys; no gains: none.
+struct HeadNorms {
+  std::vector<float> queries, keys;  // (D) for every head, or (heads D)
+  bool whole;                        // all heads together, not each by itself
+  bool after;                        // they are rotated, not before
+  float epsilon;
+};
+
 constexpr int ATTENTION = -1, READY = -2;  // as the source of rows; see Program::prepare
 
 class Program;
@@ -83,9 +91,10 @@ class Program {
   int prepared(Type type, int64_t k);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
-  // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm; it is copied), their entries in this order (K;
-  // copied too) unless it is null. Only the rows that need logits with `last`.
-  void prepare(int source, const float* gain, float epsilon, int64_t k, const int64_t* order, int to, Decomposition rule,
+  // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm with the epsilon `number`; it is copied),
+  // otherwise times `number`; their entries in this order (K; copied too) unless it is null. Only the rows that need
+  // logits with `last`.
+  void prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                bool whole_columns, bool last);
   // `addend`: a buffer that low_rank() fills, or -1.
   void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last, int addend);
@@ -95,7 +104,7 @@ class Program {
   void low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between, int to);
   void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
   void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                        const float* key_gain, float epsilon, float scale);
+                        const float* key_gain, bool whole, bool after, float epsilon, float scale);
   void attend(int64_t layer, int64_t window);
   void argmax(int64_t vocabulary);
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import core
 from gossamer.models.lora import Adapter, LowRank
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import PackedAdapters, PackedLinear
 
+_MERGED = ".gate_up_proj"
 _GROUP = 16  # of a gated weight: so many outputs of the gate stand beside as many of the other layer
 
 
@@ -35,11 +37,14 @@ class AdaptedPacker:
         self._pack = pack
         self._names = {module: name for name, module in network.named_modules()}
         self._adapters = adapters
+        for adapter in adapters:
+            if merged := [name for name in adapter.layers if name.endswith(_MERGED)]:
+                raise UnsupportedModelError(f"an adapter adds to {merged[0]}, which holds two layers in one")
 
     def __call__(self, layers: Sequence[Any], *, gated: bool = False) -> PackedLinear:
         """See :func:`~gossamer.native.weights.pack_linear`."""
         outputs, inputs = [layer.out_features for layer in layers], layers[0].in_features
-        names = [self._names[layer] for layer in layers]
+        names = [self._names.get(layer, "") for layer in layers]
         found = [[adapter.layers.get(name) for name in names] for adapter in self._adapters]
         weight = self._pack(layers, gated=gated)
         if not any(each is not None for parts in found for each in parts):

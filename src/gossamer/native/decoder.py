@@ -1,6 +1,7 @@
 """The decoders that run natively, as one definition over :class:`~gossamer.native.recorder.Recorder`.
 
 The architectures of :mod:`gossamer.native.architectures` are the same blocks: what one of them lacks is ``None``.
+:func:`pack_decoder` finds the parts in a model of transformers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from torch import Tensor
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
-from gossamer.native.architectures import NATIVE_ARCHITECTURES
+from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
-from gossamer.native.weights import PackedLinear, check_linear, decomposition_of, pack_embedding, refer_to
+from gossamer.native.weights import (
+    PackedLinear,
+    check_linear,
+    decomposition_of,
+    pack_embedding,
+    refer_to,
+    some_outputs,
+)
 from gossamer.nn import StoredEmbedding
 
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -29,16 +37,17 @@ Norm = tuple[Tensor, float]  # gain and epsilon
 class Layer:
     """A block: attention, then a gated MLP; ``after`` norms are applied to what a half computes, before it is added."""
 
-    before_attention: Norm
+    before_attention: Norm | None
     qkv: PackedLinear
     query_norm: Norm | None
     key_norm: Norm | None
+    rotated_first: bool
     scale: float
     window: int | None
-    table: int
+    table: int | None
     output: PackedLinear
     after_attention: Norm | None
-    before_mlp: Norm
+    before_mlp: Norm | None
     gate_up: PackedLinear
     gate: str
     down: PackedLinear
@@ -51,6 +60,7 @@ class Decoder:
 
     embedding: PackedLinear
     embedding_factor: float
+    half_factor: float  # of what a half of a layer computes, before it is added
     layers: list[Layer]
     norm: Norm
     head: PackedLinear
@@ -67,25 +77,26 @@ def record(p: Recorder, model: Decoder) -> None:
     """The forward pass of a decoder."""
     x = p.embed(model.embedding, model.embedding_factor, into="residual")
     for index, layer in enumerate(model.layers):
-        h = p.rms_norm(x, *layer.before_attention)
+        h = x if layer.before_attention is None else p.rms_norm(x, *layer.before_attention)
         qkv = p.linear(h, layer.qkv, into="qkv")
         attended = p.attention(
             qkv,
             index,
-            table=layer.table,
+            table=None if layer.table is None else (layer.table, 2 * len(model.tables[layer.table][0])),
             scale=layer.scale,
             window=layer.window,
             query_norm=layer.query_norm,
             key_norm=layer.key_norm,
+            rotated_first=layer.rotated_first,
         )
         if layer.after_attention is None:
-            p.linear_add(attended, layer.output, x)
+            p.linear_add(p.scaled(attended, model.half_factor), layer.output, x)
         else:
             p.add_rms_norm(p.linear(attended, layer.output, into="half"), *layer.after_attention, x)
-        h = p.rms_norm(x, *layer.before_mlp)
+        h = x if layer.before_mlp is None else p.rms_norm(x, *layer.before_mlp)
         inner = p.linear(h, layer.gate_up, into="inner", gate=layer.gate)
         if layer.after_mlp is None:
-            p.linear_add(inner, layer.down, x)
+            p.linear_add(p.scaled(inner, model.half_factor), layer.down, x)
         else:
             p.add_rms_norm(p.linear(inner, layer.down, into="half"), *layer.after_mlp, x)
     p.logits(p.rms_norm(x, *model.norm), model.head)
@@ -122,16 +133,19 @@ def pack_decoder(
         UnsupportedModelError: a layer is of a kind that the kernels do not know.
     """
     config = network.config.get_text_config()
+    architecture = NATIVE_ARCHITECTURES[config.model_type]
     body = network.model
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(body.layers)
     tables, table_of = _tables(body.rotary_emb, kinds)
     gate = _GATES[getattr(config, "hidden_activation", None) or config.hidden_act]
+    half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0][0])
     for block in body.layers:  # before any of them loses its tensors
-        _check_layer(block)
+        _check_layer(block, architecture, rotated, half_factor)
     layers = []
     packer = AdaptedPacker(pack, network, adapters)
     for index, block in enumerate(body.layers):
-        layers.append(_pack_layer(block, packer, *attention[index], table_of[kinds[index]], gate))
+        table = table_of[kinds[index]] if _rotates(block.self_attn, config) else None
+        layers.append(_pack_layer(block, architecture, packer, rotated, *attention[index], table, gate))
         block.to("meta")
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
@@ -140,47 +154,93 @@ def pack_decoder(
     else:
         embedding = pack_embedding(body.embed_tokens, pack.isa, pack.float_type)
     factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
+    factor *= float(getattr(config, "embedding_multiplier", 1.0))
     if not tied or head.bias is not None:
         packed_head = pack([head])
     else:
         packed_head = replace(embedding, decomposition=decomposition_of(head))
     norm = _norm(body.norm)
     assert norm is not None
+    norm = norm[0] / float(getattr(config, "logits_scaling", 1.0)), norm[1]
     network.to("meta")
-    return Decoder(embedding, factor, layers, norm, packed_head, tables)
+    return Decoder(embedding, factor, half_factor, layers, norm, packed_head, tables)
 
 
-def _check_layer(block: Any) -> None:
+def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> None:
     attention, mlp = block.self_attn, block.mlp
-    check_linear([attention.q_proj, attention.k_proj, attention.v_proj])
+    check_linear(_qkv(attention, architecture, rotated))
     check_linear([attention.o_proj])
-    check_linear([mlp.gate_proj, mlp.up_proj])
+    check_linear(_gate_up(mlp))
     check_linear([mlp.down_proj])
-    _norm(block.input_layernorm)
+    if half_factor != 1 and (attention.o_proj.bias is not None or mlp.down_proj.bias is not None):
+        raise UnsupportedModelError("what its layers compute is scaled, biases included")
+    for name in (architecture.before_attention, architecture.before_mlp):
+        if name:
+            _norm(getattr(block, name))
 
 
-def _pack_layer(block: Any, pack: AdaptedPacker, scale: float, window: int | None, table: int, gate: str) -> Layer:
+def _pack_layer(
+    block: Any,
+    architecture: Architecture,
+    pack: AdaptedPacker,
+    rotated: int,
+    scale: float,
+    window: int | None,
+    table: int | None,
+    gate: str,
+) -> Layer:
     attention, mlp = block.self_attn, block.mlp
-    gemma = hasattr(block, "pre_feedforward_layernorm")
-    before_attention = _norm(block.input_layernorm)
-    before_mlp = _norm(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm)
-    assert before_attention is not None and before_mlp is not None
+
+    def norm(name: str) -> Norm | None:
+        return _norm(getattr(block, name)) if name else None
+
     return Layer(
-        before_attention=before_attention,
-        qkv=pack([attention.q_proj, attention.k_proj, attention.v_proj]),
-        query_norm=_norm(getattr(attention, "q_norm", None)),
-        key_norm=_norm(getattr(attention, "k_norm", None)),
+        before_attention=norm(architecture.before_attention),
+        qkv=pack(_qkv(attention, architecture, rotated)),
+        query_norm=_norm(getattr(attention, architecture.query_norm, None)),
+        key_norm=_norm(getattr(attention, architecture.key_norm, None)),
+        rotated_first=architecture.rotated_first,
         scale=scale,
         window=window,
         table=table,
         output=pack([attention.o_proj]),
-        after_attention=_norm(block.post_attention_layernorm) if gemma else None,
-        before_mlp=before_mlp,
-        gate_up=pack([mlp.gate_proj, mlp.up_proj], gated=True),
+        after_attention=norm(architecture.after_attention),
+        before_mlp=norm(architecture.before_mlp),
+        gate_up=pack(_gate_up(mlp), gated=True),
         gate=gate,
         down=pack([mlp.down_proj]),
-        after_mlp=_norm(block.post_feedforward_layernorm) if gemma else None,
+        after_mlp=norm(architecture.after_mlp),
     )
+
+
+def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
+    """The layers of queries, keys and values, with the pairs among ``rotated`` entries of a head in two halves."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    if architecture.neighbours:
+        dim = attention.head_dim
+        order = torch.cat([torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)])
+        query, key = (
+            some_outputs(each, (torch.arange(0, each.out_features, dim)[:, None] + order).flatten())
+            for each in (query, key)
+        )
+    return [query, key, value]
+
+
+def _gate_up(mlp: Any) -> list[Any]:
+    """The gate and the other factor."""
+    if not hasattr(mlp, "gate_up_proj"):
+        return [mlp.gate_proj, mlp.up_proj]
+    half = mlp.gate_up_proj.out_features // 2
+    return [some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half)]
+
+
+def _rotates(attention: Any, config: Any) -> bool:
+    """Whether a layer rotates its queries and keys; some layers of some models do not."""
+    if config.model_type == "exaone4":
+        return attention.sliding_window is None or bool(attention.is_sliding)
+    return bool(getattr(attention, "use_rope", True))
 
 
 def _norm(module: Any) -> Norm | None:

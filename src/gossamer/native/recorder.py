@@ -22,13 +22,15 @@ LOGITS = 0  # the buffer that the caller provides
 class Recorded:
     """Rows of a buffer, (tokens, width) fp32, perhaps to be normalized when they are read.
 
-    ``gain`` (width) fp32 and ``epsilon`` make it ``x / sqrt(mean(x^2) + epsilon) * gain`` (RMSNorm, arXiv 1910.07467).
+    ``gain`` (width) fp32 and ``epsilon`` make it ``x / sqrt(mean(x^2) + epsilon) * gain`` (RMSNorm, arXiv 1910.07467);
+    without a gain it is ``x * factor``.
     """
 
     buffer: int
     width: int
     gain: Tensor | None = None
     epsilon: float = 0.0
+    factor: float = 1.0
 
 
 # As a buffer, see csrc/runtime/program.h:
@@ -85,6 +87,10 @@ class Recorder:
         """RMSNorm of x. It costs nothing here: whoever reads the result computes it."""
         return Recorded(x.buffer, x.width, gain.detach().float().contiguous(), epsilon)
 
+    def scaled(self, x: Recorded, factor: float) -> Recorded:
+        """x times ``factor``, which whoever reads it computes."""
+        return x if factor == 1 else Recorded(x.buffer, x.width, factor=factor)
+
     def linear(self, x: Recorded, weight: PackedLinear, *, into: str, gate: str = "") -> Recorded:
         """``x W^T + b``; for a gated weight ``gate(x G^T) * (x U^T)``."""
         out = self._buffer(into, weight.outputs)
@@ -105,27 +111,33 @@ class Recorder:
         qkv: Recorded,
         layer: int,
         *,
-        table: int,
+        table: tuple[int, int] | None,
         scale: float,
         window: int | None,
         query_norm: tuple[Tensor, float] | None = None,
         key_norm: tuple[Tensor, float] | None = None,
+        rotated_first: bool = False,
     ) -> Recorded:
         """Rotate queries and keys, store keys and values, attend to what the step's plan says.
 
         Args:
             qkv: queries, keys and values of the token, one after the other.
             layer: whose keys and values.
-            table: index of the rotary table.
+            table: index of the rotary table, and how many entries of a head it rotates; ``None``: none are rotated.
             scale: of the scores.
             window: a token sees so many keys at most, its own included.
-            query_norm, key_norm: RMSNorm of every head's queries and keys before they are rotated.
+            query_norm, key_norm: RMSNorm of queries and keys, of every head (D) or of all together (heads D).
+            rotated_first: they are rotated before that, not after it.
         """
+        index, rotated = table or (0, 0)
         gains = [None if norm is None else norm[0].detach().float().contiguous() for norm in (query_norm, key_norm)]
         addresses = [0 if gain is None else gain.data_ptr() for gain in gains]
         epsilon = next((norm[1] for norm in (query_norm, key_norm) if norm is not None), 0.0)
         to_base_2 = scale * 1.4426950408889634  # the kernels' exponentials have base 2
-        self.native.rotate_and_store(qkv.buffer, layer, table, self.dim, *addresses, epsilon, to_base_2)
+        whole = gains[0] is not None and len(gains[0]) != self.dim
+        self.native.rotate_and_store(
+            qkv.buffer, layer, index, rotated, *addresses, whole, rotated_first, epsilon, to_base_2
+        )
         self.native.attend(layer, window or 0)
         return Recorded(ATTENTION, self.heads * self.dim)
 
@@ -165,8 +177,8 @@ class Recorder:
     def _prepare(
         self, x: Recorded, ready: int, order: int, rule: tuple[str, bool, float, int], last: bool = False
     ) -> None:
-        gain = 0 if x.gain is None else x.gain.data_ptr()
-        self.native.prepare(x.buffer, gain, x.epsilon, x.width, order, ready, *rule, last)
+        gain, number = (0, x.factor) if x.gain is None else (x.gain.data_ptr(), x.epsilon)
+        self.native.prepare(x.buffer, gain, number, x.width, order, ready, *rule, last)
 
     def _low_rank(self, rows: int, adapters: PackedAdapters) -> int:
         """The buffer with what adapters add to the product of these rows."""

@@ -223,6 +223,33 @@ def pack_linear(
     return PackedLinear(handle, type_, outputs // parts if gated else outputs, inputs, decomposition, mask)
 
 
+def some_outputs(layer: Any, rows: Tensor) -> Any:
+    """A layer with these outputs (n) of another one, in this order.
+
+    Raises:
+        UnsupportedModelError: it is no layer that can be packed.
+    """
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[rows], requires_grad=False)
+    if isinstance(layer, StoredLinear):
+        stored = layer.stored
+        matrix = StoredMatrix(stored.type, stored.shape[1], stored.rows()[rows.numpy()], input_order=stored.input_order)
+        return StoredLinear(matrix, bias)
+    if isinstance(layer, Int8Linear):
+        part = Int8Linear(
+            layer.in_features, len(rows), bias=False, decomposition=layer.decomposition, device="meta"
+        )
+        part.weight, part.scale, part.bias = layer.weight[rows], layer.scale[rows], bias
+        part.outlier_columns = layer.outlier_columns
+        part.outlier_weight = None if layer.outlier_weight is None else layer.outlier_weight[rows]
+        return part
+    if type(layer) is not nn.Linear:
+        raise UnsupportedModelError(f"a layer is a {type(layer).__name__}, not a linear layer")
+    made = nn.Linear(layer.in_features, len(rows), bias=False, device="meta")
+    made.weight = nn.Parameter(layer.weight.detach()[rows], requires_grad=False)
+    made.bias = bias
+    return made
+
+
 def pack_embedding(embedding: Any, isa: str, float_type: str) -> PackedLinear:
     """Pack a table of embeddings (V, D), to look rows up in, and to multiply with if it is tied to the output layer."""
     if isinstance(embedding, StoredEmbedding):
