@@ -57,8 +57,37 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 48, "init_std": 0.3}),
+    "phi3_partial": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
-    "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.3, "logits_scaling": 1.5}),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", {"sliding_window": 11, "num_hidden_layers": 4}),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "attention_multiplier": 0.3,
+            "logits_scaling": 1.5,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {"head_dim": 16, "attention_bias": True}),
+    "exaone4": (
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 11,
+            "sliding_window_pattern": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 16}),
+    "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 16}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
     "gpt_oss": (
         "GptOssConfig",

@@ -68,7 +68,10 @@ def answers(engine: Engine, prompts: list[list[int]], count: int, **params: Any)
     return [done[str(number)] for number in range(len(prompts))]
 
 
-NATIVE = ("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma3")
+NATIVE = (
+    *("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma3", "phi3", "phi3_partial", "olmo2", "olmo3"),
+    *("granite", "smollm3", "glm4", "exaone4", "seed_oss", "hunyuan"),
+)
 
 
 def make(runner: str, model: Any) -> Runner:

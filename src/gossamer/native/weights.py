@@ -235,9 +235,7 @@ def some_outputs(layer: Any, rows: Tensor) -> Any:
         matrix = StoredMatrix(stored.type, stored.shape[1], stored.rows()[rows.numpy()], input_order=stored.input_order)
         return StoredLinear(matrix, bias)
     if isinstance(layer, Int8Linear):
-        part = Int8Linear(
-            layer.in_features, len(rows), bias=False, decomposition=layer.decomposition, device="meta"
-        )
+        part = Int8Linear(layer.in_features, len(rows), bias=False, decomposition=layer.decomposition, device="meta")
         part.weight, part.scale, part.bias = layer.weight[rows], layer.scale[rows], bias
         part.outlier_columns = layer.outlier_columns
         part.outlier_weight = None if layer.outlier_weight is None else layer.outlier_weight[rows]
