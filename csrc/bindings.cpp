@@ -284,19 +284,27 @@ NB_MODULE(_native, m) {
         new (self) Program(kernels_of(isa), Shape{layers, heads, kv_heads, dim, type_of(kv), invariant}, max_rows);
       })
       .def("buffer", &Program::buffer)
-      .def("prepared", [](Program& self, const std::string& type, int64_t k) { return self.prepared(type_of(type), k); })
+      .def("prepared", [](Program& self, const std::string& type, int64_t k, int64_t times) {
+        return self.prepared(type_of(type), k, times);
+      })
       .def("embed", &Program::embed)
       .def("prepare", [](Program& self, int source, int64_t gain, float number, int64_t k, int64_t order, int to,
-                         const std::string& outliers, bool relative, float threshold, int64_t columns, bool last) {
+                         const std::string& outliers, bool relative, float threshold, int64_t columns, int which) {
         const bool whole = outliers == "batch";
         self.prepare(source, at<const float>(gain), number, k, at<const int64_t>(order), to,
-                     decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, last);
+                     decomposition(whole ? "token" : outliers, relative, threshold, columns), whole, static_cast<Rows>(which));
       })
       .def("linear", [](Program& self, std::shared_ptr<Weight> weight, int prepared, int to, bool add, const std::string& gate,
                         bool last, int addend) {
         self.linear(std::move(weight), prepared, to, add, activation_of(gate), last, addend);
       })
       .def("low_rank", &Program::low_rank)
+      .def("route", &Program::route)
+      .def("experts", [](Program& self, std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, const std::string& gate) {
+        self.experts(std::move(weights), prepared, to, activation_of(gate));
+      })
+      .def("combine", &Program::combine)
+      .def("add_gated", &Program::add_gated)
       .def("add_normed", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to) {
         self.add_normed(source, at<const float>(gain), epsilon, k, to);
       })

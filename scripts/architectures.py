@@ -1,7 +1,7 @@
 """Which causal language models of transformers run here, and how: every one of them is built small and compared.
 
 Each gets random weights, answers prompts that share prefixes in each sharing mode, cold and warm, and is compared token
-by token with transformers' `generate`. The result is docs/reference/models.md, or --check says where it differs from it.
+by token with transformers' `generate`. The result is docs/reference/models.md; --check says where it differs.
 
     python scripts/architectures.py                     # all, some ten minutes; writes the page
     python scripts/architectures.py --only llama,lfm2   # prints what comes of these
@@ -199,11 +199,12 @@ def page(results: list[Result]) -> str:
         "",
         "<!-- written by scripts/architectures.py -->",
         "",
-        f"Every causal language model of transformers {transformers.__version__}, built small with random weights, and",
-        "compared with transformers' `generate`: greedy tokens in fp32, of prompts that share prefixes, in chunks, cold and warm,",
-        f"in each sharing mode. {counts['native']} run in the native kernels, {counts['transformers']} in PyTorch through",
-        f"transformers, {counts['refused']} are refused, with the reason; the others could not be built small by one recipe, which",
-        "says nothing about the real ones: what loads is run, and what cannot be run exactly is refused when it is loaded.",
+        f"Every causal language model of transformers {transformers.__version__}, built small with random weights,",
+        "and compared with transformers' `generate`: greedy tokens in fp32, of prompts that share prefixes, in chunks,",
+        f"cold and warm, in each sharing mode. {counts['native']} run in the native kernels, {counts['transformers']} in",
+        f"PyTorch through transformers, {counts['refused']} are refused, with the reason. The others could not be",
+        "built small by one recipe, which says nothing about the real ones: what loads is run, and what cannot be run",
+        "exactly is refused when it is loaded.",
         "",
         "`python scripts/architectures.py` writes this page; `make test-slow` compares it with what is found.",
         "",

@@ -24,6 +24,13 @@ _SMALL = {
     "attn_implementation": "eager",
 }
 
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+}
+
 # name -> (config class, model class, what differs from _SMALL)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
@@ -86,6 +93,14 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", _EXPERTS | {"decoder_sparse_step": 1}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _EXPERTS | {"head_dim": 16, "mlp_only_layers": [0]}),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    ),
     "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 16}),
     "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 16}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
@@ -109,12 +124,6 @@ _LINEAR = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "num_hidden_layers": 3,
-}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 16,
 }
 _MAMBA2 = {
     "mamba_n_heads": 6,

@@ -71,6 +71,7 @@ def answers(engine: Engine, prompts: list[list[int]], count: int, **params: Any)
 NATIVE = (
     *("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma3", "phi3", "phi3_partial", "olmo2", "olmo3"),
     *("granite", "smollm3", "glm4", "exaone4", "seed_oss", "hunyuan"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"),
 )
 
 

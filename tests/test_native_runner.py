@@ -86,7 +86,7 @@ def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(monke
 def test_unsupported_models_go_to_transformers_with_the_reason() -> None:
     made, note = make_runner(network("gpt2"), RunnerOptions("auto"), max_rows=64)
     assert isinstance(made, TransformersRunner) and "gpt2 is not among llama" in note
-    assert why_not_native(network("mixtral"))
+    assert why_not_native(network("gemma2"))
 
 
 @needs_native

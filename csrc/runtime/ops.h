@@ -1,6 +1,7 @@
 // The ops that a program is made of.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -37,15 +38,15 @@ struct Prepare final : Op {
   int to;
   Decomposition rule;
   std::vector<uint8_t> columns;
-  bool last;
+  Rows which;
   int64_t window;               // of the attention whose results are merged
   Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
   bool marks = false;
 
   Prepare(int source, std::vector<float> gain, float number, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
-          bool last, int64_t window)
+          Rows which, int64_t window)
       : Op(source == ATTENTION ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
-        epsilon(number), factor(number), k(k), order(std::move(order)), to(to), rule(rule), last(last), window(window) {
+        epsilon(number), factor(number), k(k), order(std::move(order)), to(to), rule(rule), which(which), window(window) {
     if (!this->order.empty() && !this->gain.empty()) {
       const std::vector<float> own = this->gain;
       for (int64_t i = 0; i < k; ++i) this->gain[i] = own[this->order[i]];
@@ -59,11 +60,16 @@ struct Prepare final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Kernels& kernels = program.kernels;
     const Prepared& x = program.rows[to].view;
-    const int64_t count = last ? step.logit_rows : step.rows;
+    const bool sorted = which == Rows::gathered || which == Rows::chosen;
+    const int64_t count = sorted                   ? static_cast<int64_t>(program.routing.token.size())
+                          : which == Rows::wanted ? step.logit_rows
+                                                   : step.rows;
     phase.run(count, grain_of(count, thread.count), [&](int64_t first, int64_t end) {
       const Decomposition now = marker ? columns_of_all(program.threads(), marker->phase, thread, k) : rule;
       for (int64_t r = first; r < end; ++r) {
-        const int64_t from = last ? step.logit_row[r] : r;
+        const int64_t from = which == Rows::wanted     ? step.logit_row[r]
+                             : which == Rows::gathered ? program.routing.token[r]
+                                                       : r;
         const float* row = read(program, from, thread);
         const float inverse =
             gain.empty() ? factor : 1.0f / std::sqrt(kernels.square_sum(row, k) / static_cast<float>(k) + epsilon);
@@ -145,6 +151,128 @@ struct Linear final : Op {
       call.addend_stride = program.buffers[addend].width;
     }
     multiply_pieces(program.kernels, call, count, phase, thread);
+  }
+};
+
+// See Program::route. One thread does it: it takes less time than to divide it.
+struct Route final : Op {
+  int source;
+  int64_t experts, chosen;
+  bool renormalize;
+  Route(int source, int64_t experts, int64_t chosen, bool renormalize)
+      : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize) {}
+
+  void run(Program& program, const StepInput& step, Thread&) override {
+    phase.run(1, 1, [&](int64_t, int64_t) { choose(program, step.rows); });
+  }
+
+  void choose(Program& program, int64_t rows) const {
+    Routing& r = program.routing;
+    std::vector<int64_t> best(rows * chosen), count(experts + 1);
+    r.share.resize(rows * chosen);
+    for (int64_t t = 0; t < rows; ++t) choose_for(program.buffers[source].row(t), best.data() + t * chosen, r.share.data() + t * chosen);
+    for (const int64_t e : best) ++count[e + 1];
+    r.expert.clear();
+    r.first.clear();
+    for (int64_t e = 0; e < experts; ++e) {
+      if (count[e + 1]) {
+        r.expert.push_back(e);
+        r.first.push_back(count[e]);
+      }
+      count[e + 1] += count[e];
+    }
+    r.first.push_back(rows * chosen);
+    r.token.resize(rows * chosen);
+    r.place.resize(rows * chosen);
+    for (int64_t i = 0; i < rows * chosen; ++i) {
+      r.place[i] = count[best[i]]++;
+      r.token[r.place[i]] = i / chosen;
+    }
+  }
+
+  // The experts of a row, ascending, and their shares. Logits that are not numbers give shares that are none either.
+  void choose_for(const float* logits, int64_t* best, float* share) const {
+    float largest = logits[0], sum = 0, taken = 0;
+    for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
+    for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - largest);
+    for (int64_t j = 0; j < chosen; ++j) {
+      int64_t found = -1;
+      for (int64_t e = 0; e < experts; ++e)
+        if (std::find(best, best + j, e) == best + j && (found < 0 || logits[e] > logits[found])) found = e;
+      best[j] = found;
+    }
+    std::sort(best, best + chosen);
+    for (int64_t j = 0; j < chosen; ++j) taken += share[j] = std::exp(logits[best[j]] - largest) / sum;
+    if (renormalize)
+      for (int64_t j = 0; j < chosen; ++j) share[j] /= taken;
+  }
+};
+
+// See Program::experts.
+struct Experts final : Op {
+  std::vector<PackedWeight*> weights;
+  int from, to;
+  Activation gate;
+  Experts(std::vector<PackedWeight*> weights, int from, int to, Activation gate)
+      : Op("experts"), weights(std::move(weights)), from(from), to(to), gate(gate) {}
+
+  void run(Program& program, const StepInput&, Thread& thread) override {
+    const Routing& routing = program.routing;
+    const Program::Buffer& out = program.buffers[to];
+    const int64_t hit = static_cast<int64_t>(routing.expert.size()), panels = weights[0]->panels;
+    const int64_t grain = grain_of(hit * panels, thread.count), size = std::min(grain, panels), pieces = (panels + size - 1) / size;
+    LinearCall call{};
+    call.x = &program.rows[from].view;
+    call.y = out.memory.as<float>();
+    call.y_stride = call.y_columns = out.width;
+    call.gate = gate;
+    call.scratch = thread.scratch;
+    call.index = thread.index_of;
+    call.used = thread.used;
+    call.entries = thread.entries;
+    phase.run(hit * pieces, 1, [&](int64_t piece, int64_t) {
+      const int64_t i = piece / pieces;
+      call.weight = weights[routing.expert[i]];
+      call.first_panel = piece % pieces * size;
+      call.last_panel = std::min(call.first_panel + size, panels);
+      multiply_rows(program.kernels, call, routing.first[i], routing.first[i + 1]);
+    });
+  }
+};
+
+struct Combine final : Op {
+  int source;
+  int64_t width;
+  float factor;
+  int to;
+  Combine(int source, int64_t width, float factor, int to) : Op("combine"), source(source), width(width), factor(factor), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const Routing& routing = program.routing;
+    const int64_t chosen = static_cast<int64_t>(routing.place.size()) / std::max<int64_t>(step.rows, 1);
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t i = first * chosen; i < last * chosen; ++i)
+        program.kernels.scale_row(program.buffers[source].row(routing.place[i]), factor * routing.share[i], nullptr, width,
+                                  program.buffers[to].row(i / chosen), true);
+    });
+  }
+};
+
+struct AddGated final : Op {
+  int source, gate;
+  int64_t width;
+  float factor;
+  int to;
+  AddGated(int source, int gate, int64_t width, float factor, int to)
+      : Op("combine"), source(source), gate(gate), width(width), factor(factor), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const float share = factor / (1.0f + std::exp(-program.buffers[gate].row(r)[0]));
+        program.kernels.scale_row(program.buffers[source].row(r), share, nullptr, width, program.buffers[to].row(r), true);
+      }
+    });
   }
 };
 

@@ -23,15 +23,15 @@ Program::Program(const Kernels& kernels, Shape shape, int64_t max_rows) : kernel
   buffers.push_back({0, Memory()});
 }
 
-int Program::buffer(int64_t width) {
+int Program::buffer(int64_t width, int64_t times) {
   width = round_up(width, PANEL);
-  buffers.push_back({width, Memory(max_rows * width * sizeof(float))});
+  buffers.push_back({width, Memory(times * max_rows * width * sizeof(float))});
   return static_cast<int>(buffers.size()) - 1;
 }
 
-int Program::prepared(Type type, int64_t k) {
+int Program::prepared(Type type, int64_t k, int64_t times) {
   largest_k_ = std::max(largest_k_, k);
-  rows.emplace_back(type, k, max_rows);
+  rows.emplace_back(type, k, times * max_rows);
   return static_cast<int>(rows.size()) - 1;
 }
 
@@ -42,9 +42,9 @@ void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
 }
 
 void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
-                      bool whole_columns, bool last) {
+                      bool whole_columns, Rows which) {
   const auto add = [&] {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, last, last_window_));
+    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_));
     return static_cast<Prepare*>(ops_.back().get());
   };
   Prepare* first = add();
@@ -57,6 +57,27 @@ void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool 
   if (to == 0) buffers[0].width = weight->packed().n;
   ops_.push_back(std::make_unique<Linear>(weight->packed(), prepared, to, add, gate, last, addend));
   weights_.push_back(std::move(weight));
+}
+
+void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize) {
+  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize));
+}
+
+void Program::experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate) {
+  std::vector<PackedWeight*> packed;
+  for (auto& each : weights) {
+    packed.push_back(&each->packed());
+    weights_.push_back(std::move(each));
+  }
+  ops_.push_back(std::make_unique<Experts>(std::move(packed), prepared, to, gate));
+}
+
+void Program::combine(int source, int64_t width, float factor, int to) {
+  ops_.push_back(std::make_unique<Combine>(source, width, factor, to));
+}
+
+void Program::add_gated(int source, int gate, int64_t width, float factor, int to) {
+  ops_.push_back(std::make_unique<AddGated>(source, gate, width, factor, to));
 }
 
 void Program::low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between,

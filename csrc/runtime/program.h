@@ -70,6 +70,18 @@ struct HeadNorms {
   float epsilon;
 };
 
+// Which rows an op takes: all, those that need logits, those of a step sorted by the experts that were chosen for them (a
+// token as often as it has experts), or, of a buffer with such rows, all.
+enum class Rows : int { all, wanted, gathered, chosen };
+
+// What a router has chosen: rows sorted by expert.
+struct Routing {
+  std::vector<int64_t> token;        // (T chosen): of each sorted row
+  std::vector<int64_t> place;        // (T, chosen): among the sorted rows, in the order of the experts
+  std::vector<float> share;          // (T, chosen)
+  std::vector<int64_t> expert, first;  // those with rows, and where theirs begin; one more at the end
+};
+
 constexpr int ATTENTION = -1, READY = -2;  // as the source of rows; see Program::prepare
 
 class Program;
@@ -87,20 +99,28 @@ class Program {
   Program(const Kernels& kernels, Shape shape, int64_t max_rows);
 
   // Recording. Buffers are (max_rows, width) of fp32; 0 is the logits.
-  int buffer(int64_t width);
-  int prepared(Type type, int64_t k);
+  int buffer(int64_t width, int64_t times);  // (times max_rows, width)
+  int prepared(Type type, int64_t k, int64_t times);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
   // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm with the epsilon `number`; it is copied),
-  // otherwise times `number`; their entries in this order (K; copied too) unless it is null. Only the rows that need
-  // logits with `last`.
+  // otherwise times `number`; their entries in this order (K; copied too) unless it is null.
   void prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
-               bool whole_columns, bool last);
+               bool whole_columns, Rows which);
   // `addend`: a buffer that low_rank() fills, or -1.
   void linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last, int addend);
   // What adapters add to a product: x down^T up^T for the rows of each, and 0 for others; down (r, K), up (N, r). `x` and
   // `between` are rows made ready in fp32, the latter (rows, at least r rounded up to 32). An adapter that leaves the
   // product as it is has null.
+  // Chooses experts for every row by a buffer of logits: the `chosen` largest of `experts`. Their shares are the softmax
+  // over all of them, or with `renormalize` over the chosen.
+  void route(int source, int64_t experts, int64_t chosen, bool renormalize);
+  // The product of each sorted row with the weight of its expert; `prepared` and `to` hold such rows.
+  void experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate);
+  // Adds to each row of `to` (width) its experts' rows of `source`, each times its share and `factor`.
+  void combine(int source, int64_t width, float factor, int to);
+  // Adds to each row of `to` (width) that of `source` times the sigmoid of the first entry of `gate`, and `factor`.
+  void add_gated(int source, int gate, int64_t width, float factor, int to);
   void low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between, int to);
   void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
   void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
@@ -147,6 +167,7 @@ class Program {
   const int64_t max_rows;
   std::vector<Buffer> buffers;
   std::vector<PreparedRows> rows;
+  Routing routing;        // of the last router
   Memory queries;         // (max_rows, heads, D) of the type of the keys
   Memory partial_out;     // (partials, heads, D)
   Memory partial_state;   // (partials, heads, 2)

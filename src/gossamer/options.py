@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, get_args, get_type_hints
 
 from gossamer.errors import ConfigurationError
+from gossamer.native.architectures import native_names
 from gossamer.sizes import parse_bytes
 
 Criterion = Literal["absolute", "relative"]
@@ -156,7 +157,7 @@ class RunnerOptions:
 
     runner: RunnerChoice = option(
         "auto",
-        "What computes the model: native (kernels of our own; Llama, Mistral, Qwen2, Qwen3 and Gemma 3 on a CPU), "
+        f"What computes the model: native (kernels of our own, on a CPU; {native_names()}), "
         "transformers (any supported model) or auto (the first where it can).",
     )
     kv_dtype: KVDtype = option(

@@ -89,7 +89,7 @@ class Native(Contestant):
         narrow = pack_linear([_linear(torch.ones(1, width))], isa, "float32")
         same = pack_linear([_linear(torch.eye(width))], isa, "float32")  # the last layer's result, as logits
         for layer in range(layers):
-            attended = recorder.attention(qkv, layer, table=0, scale=problem.scale, window=None)
+            attended = recorder.attention(qkv, layer, table=(0, dim), scale=problem.scale, window=None)
             if layer + 1 < layers:
                 recorder.linear(attended, narrow, into="narrow")
         recorder.logits(attended, same)

@@ -35,6 +35,7 @@ class AdaptedPacker:
 
     def __init__(self, pack: SparsePacker, network: nn.Module, adapters: Sequence[Adapter]) -> None:
         self._pack = pack
+        self.isa = pack.isa
         self._names = {module: name for name, module in network.named_modules()}
         self._adapters = adapters
         for adapter in adapters:

@@ -18,6 +18,8 @@ class Architecture:
         name: as people write it.
         before_attention, after_attention, before_mlp, after_mlp: the norms of a layer; empty where there is none.
         query_norm, key_norm: those of the attention, if it has them: of each head, or of all heads together.
+        mlp: of a layer; its experts, if it has them, are in ``experts``.
+        router: of experts.
         rotated_first: queries and keys are rotated before they are normalized.
         neighbours: rotated pairs are entries next to each other, not those of two halves.
     """
@@ -29,6 +31,8 @@ class Architecture:
     after_mlp: str = ""
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    mlp: str = "mlp"
+    router: str = "gate"
     rotated_first: bool = False
     neighbours: bool = False
 
@@ -62,13 +66,18 @@ NATIVE_ARCHITECTURES = {  # by model type
     "hunyuan_v1_dense": Architecture(
         "Hunyuan", query_norm="query_layernorm", key_norm="key_layernorm", rotated_first=True
     ),
+    "mixtral": Architecture("Mixtral"),
+    "qwen2_moe": Architecture("Qwen2-MoE"),
+    "qwen3_moe": Architecture("Qwen3-MoE"),
+    "olmoe": Architecture("OLMoE"),
+    "granitemoe": Architecture("Granite MoE", mlp="block_sparse_moe", router="router"),
 }
 
 
 def native_names() -> str:
     """Their names, as a sentence lists them.
 
-    >>> native_names().startswith("Llama, Mistral, Qwen2") and native_names().endswith(" and Hunyuan")
+    >>> native_names().startswith("Llama, Mistral, Qwen2") and native_names().endswith(" and Granite MoE")
     True
     """
     *names, last = (each.name for each in NATIVE_ARCHITECTURES.values())

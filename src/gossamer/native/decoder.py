@@ -17,13 +17,15 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
-from gossamer.native.recorder import Recorder
+from gossamer.native.recorder import ExpertLayers, Recorded, Recorder
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import (
     PackedLinear,
     check_linear,
     decomposition_of,
+    linear_of,
     pack_embedding,
+    pack_linear,
     refer_to,
     some_outputs,
 )
@@ -34,8 +36,28 @@ Norm = tuple[Tensor, float]  # gain and epsilon
 
 
 @dataclass
+class Mlp:
+    """``down(gate(x G^T) * (x U^T))``."""
+
+    gate_up: PackedLinear
+    gate: str
+    down: PackedLinear
+
+
+@dataclass
+class Experts:
+    """Some of many MLPs for each row, as a router chooses them, and perhaps one for all, times a gate of its own."""
+
+    router: PackedLinear
+    layers: ExpertLayers
+    gate: str
+    shared: Mlp | None
+    shared_gate: PackedLinear | None
+
+
+@dataclass
 class Layer:
-    """A block: attention, then a gated MLP; ``after`` norms are applied to what a half computes, before it is added."""
+    """A block: attention, then MLP or experts; ``after`` norms apply to what a half computes, before it is added."""
 
     before_attention: Norm | None
     qkv: PackedLinear
@@ -48,9 +70,7 @@ class Layer:
     output: PackedLinear
     after_attention: Norm | None
     before_mlp: Norm | None
-    gate_up: PackedLinear
-    gate: str
-    down: PackedLinear
+    mlp: Mlp | Experts
     after_mlp: Norm | None
 
 
@@ -69,7 +89,11 @@ class Decoder:
     def weights(self) -> Iterator[PackedLinear]:
         """Those of all layers, and of the output layer."""
         for layer in self.layers:
-            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+            yield from (layer.qkv, layer.output)
+            if isinstance(layer.mlp, Experts):
+                yield from (*layer.mlp.layers.gate_up, *layer.mlp.layers.down)
+            if (mlp := layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp) is not None:
+                yield from (mlp.gate_up, mlp.down)
         yield self.head
 
 
@@ -94,12 +118,26 @@ def record(p: Recorder, model: Decoder) -> None:
         else:
             p.add_rms_norm(p.linear(attended, layer.output, into="half"), *layer.after_attention, x)
         h = x if layer.before_mlp is None else p.rms_norm(x, *layer.before_mlp)
-        inner = p.linear(h, layer.gate_up, into="inner", gate=layer.gate)
+        if isinstance(layer.mlp, Experts):
+            record_experts(p, h, layer.mlp, model.half_factor, x)
+            continue
+        inner = p.linear(h, layer.mlp.gate_up, into="inner", gate=layer.mlp.gate)
         if layer.after_mlp is None:
-            p.linear_add(p.scaled(inner, model.half_factor), layer.down, x)
+            p.linear_add(p.scaled(inner, model.half_factor), layer.mlp.down, x)
         else:
-            p.add_rms_norm(p.linear(inner, layer.down, into="half"), *layer.after_mlp, x)
+            p.add_rms_norm(p.linear(inner, layer.mlp.down, into="half"), *layer.after_mlp, x)
     p.logits(p.rms_norm(x, *model.norm), model.head)
+
+
+def record_experts(p: Recorder, h: Recorded, experts: Experts, factor: float, total: Recorded) -> None:
+    """Add what experts compute of h to ``total``, which h is read from: nothing is added before all have read it."""
+    shared = None
+    if experts.shared is not None and experts.shared_gate is not None:
+        inner = p.linear(h, experts.shared.gate_up, into="shared inner", gate=experts.shared.gate)
+        shared = p.linear(inner, experts.shared.down, into="half"), p.linear(h, experts.shared_gate, into="shared gate")
+    p.experts(h, experts.router, experts.layers, gate=experts.gate, factor=factor, total=total)
+    if shared is not None:
+        p.add_gated(*shared, factor, total)
 
 
 def unsupported(config: Any) -> str:
@@ -112,6 +150,8 @@ def unsupported(config: Any) -> str:
         return f"its activation is {gate}"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
         return "it caps its scores or logits"
+    if getattr(config, "clip_qkv", None):
+        return "it clips its queries, keys and values"
     return ""
 
 
@@ -167,12 +207,18 @@ def pack_decoder(
 
 
 def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> None:
-    attention, mlp = block.self_attn, block.mlp
+    attention, mlp = block.self_attn, getattr(block, architecture.mlp)
     check_linear(_qkv(attention, architecture, rotated))
     check_linear([attention.o_proj])
-    check_linear(_gate_up(mlp))
-    check_linear([mlp.down_proj])
-    if half_factor != 1 and (attention.o_proj.bias is not None or mlp.down_proj.bias is not None):
+    added = [attention.o_proj]
+    if hasattr(mlp, "experts"):
+        _check_experts(mlp, architecture)
+        mlp = getattr(mlp, "shared_expert", None)
+    if mlp is not None:
+        check_linear(_gate_up(mlp))
+        check_linear([mlp.down_proj])
+        added.append(mlp.down_proj)
+    if half_factor != 1 and any(layer.bias is not None for layer in added):
         raise UnsupportedModelError("what its layers compute is scaled, biases included")
     for name in (architecture.before_attention, architecture.before_mlp):
         if name:
@@ -189,7 +235,7 @@ def _pack_layer(
     table: int | None,
     gate: str,
 ) -> Layer:
-    attention, mlp = block.self_attn, block.mlp
+    attention, mlp = block.self_attn, getattr(block, architecture.mlp)
 
     def norm(name: str) -> Norm | None:
         return _norm(getattr(block, name)) if name else None
@@ -206,10 +252,49 @@ def _pack_layer(
         output=pack([attention.o_proj]),
         after_attention=norm(architecture.after_attention),
         before_mlp=norm(architecture.before_mlp),
-        gate_up=pack(_gate_up(mlp), gated=True),
-        gate=gate,
-        down=pack([mlp.down_proj]),
+        mlp=_pack_experts(mlp, architecture, pack, gate) if hasattr(mlp, "experts") else _pack_mlp(mlp, pack, gate),
         after_mlp=norm(architecture.after_mlp),
+    )
+
+
+def _pack_mlp(mlp: Any, pack: AdaptedPacker, gate: str) -> Mlp:
+    return Mlp(pack(_gate_up(mlp), gated=True), gate, pack([mlp.down_proj]))
+
+
+def _check_experts(mlp: Any, architecture: Architecture) -> None:
+    """Raises for routers and experts that are computed in another way than :class:`Experts` says."""
+    router: Any = getattr(mlp, architecture.router, None)
+    experts = mlp.experts
+    known = {"gate", "router", "experts", "shared_expert", "shared_expert_gate"}
+    others = [name for name, _ in mlp.named_children() if name not in known]
+    if others or not isinstance(getattr(router, "top_k", None), int):
+        raise UnsupportedModelError(f"a {type(mlp).__name__} chooses its experts in a way that the kernels do not know")
+    names = {name for name, _ in (*experts.named_parameters(), *router.named_parameters(), *experts.named_buffers())}
+    if names != {"gate_up_proj", "down_proj", "weight"}:
+        raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
+    count, double, width = experts.gate_up_proj.shape
+    shapes = experts.down_proj.shape == (count, width, double // 2) and router.weight.shape == (count, width)
+    if not shapes or not 0 < router.top_k <= count:
+        raise UnsupportedModelError(
+            f"{count} experts of {tuple(experts.gate_up_proj.shape[1:])} and {tuple(experts.down_proj.shape)} weights, "
+            f"and a router of {tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
+        )
+
+
+def _pack_experts(mlp: Any, architecture: Architecture, pack: AdaptedPacker, gate: str) -> Experts:
+    router, experts = getattr(mlp, architecture.router), mlp.experts
+    half = experts.gate_up_proj.shape[1] // 2
+    gate_up, down = [], []
+    for both, last in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
+        gate_up.append(pack([linear_of(both[:half]), linear_of(both[half:])], gated=True))
+        down.append(pack([linear_of(last)]))
+    shared, shared_gate = getattr(mlp, "shared_expert", None), getattr(mlp, "shared_expert_gate", None)
+    return Experts(
+        router=pack_linear([linear_of(router.weight.detach())], pack.isa, "float32"),
+        layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), gate_up, down),
+        gate=gate,
+        shared=None if shared is None else _pack_mlp(shared, pack, gate),
+        shared_gate=None if shared_gate is None else pack_linear([shared_gate], pack.isa, "float32"),
     )
 
 

@@ -33,10 +33,28 @@ class Recorded:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class ExpertLayers:
+    """The weights of experts, all of one shape.
+
+    Attributes:
+        chosen: how many are chosen for a row.
+        renormalize: whether the shares of the chosen ones sum up to 1; otherwise those of all do.
+        gate_up, down: of each expert.
+    """
+
+    chosen: int
+    renormalize: bool
+    gate_up: list[PackedLinear]
+    down: list[PackedLinear]
+
+
 # As a buffer, see csrc/runtime/program.h:
 ATTENTION = -1  # the merged result of the last attention
 READY = -2  # minus the number of rows that are made ready in fp32: these
 _PANEL = 32  # columns of a packed panel
+# As Rows there: which rows of a step an op takes.
+ALL, WANTED, GATHERED, CHOSEN = range(4)
 
 
 class Recorder:
@@ -70,11 +88,11 @@ class Recorder:
         self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows, invariant)
         self.heads, self.dim = heads, dim
         self._buffers: dict[str, Recorded] = {}
-        self._prepared: dict[tuple[str, int, str], int] = {}
+        self._prepared: dict[tuple[str, int, int, str], int] = {}
 
-    def _buffer(self, name: str, width: int) -> Recorded:
+    def _buffer(self, name: str, width: int, times: int = 1) -> Recorded:
         if name not in self._buffers:
-            self._buffers[name] = Recorded(self.native.buffer(width), width)
+            self._buffers[name] = Recorded(self.native.buffer(width, times), width)
         return self._buffers[name]
 
     def embed(self, table: PackedLinear, factor: float = 1.0, *, into: str) -> Recorded:
@@ -105,6 +123,36 @@ class Recorder:
         """``total += rms_norm(x)``."""
         gain = gain.detach().float().contiguous()
         self.native.add_normed(x.buffer, gain.data_ptr(), epsilon, x.width, total.buffer)
+
+    def experts(
+        self, x: Recorded, router: PackedLinear, experts: ExpertLayers, *, gate: str, factor: float, total: Recorded
+    ) -> None:
+        """``total += factor sum_e s_e down_e(gate(x G_e^T) * (x U_e^T))`` over the experts that the router chooses.
+
+        Args:
+            x: what router and experts read.
+            router: the experts' logits.
+            experts: how many are chosen for a row, and their weights.
+            gate: the activation.
+            factor: of the sum.
+            total: is added to.
+        """
+        up, down, times = experts.gate_up[0], experts.down[0], experts.chosen
+        logits = self.linear(x, router, into="router")
+        self.native.route(logits.buffer, len(experts.gate_up), times, experts.renormalize)
+        ready = self._ready(up.type, x.width, times=times)
+        self._prepare(x, ready, 0, up.outlier_rule(), GATHERED)
+        inner = self._buffer("of experts", up.outputs, times)
+        self.native.experts([each.handle for each in experts.gate_up], ready, inner.buffer, gate)
+        ready = self._ready(down.type, inner.width, times=times)
+        self._prepare(inner, ready, 0, down.outlier_rule(), CHOSEN)
+        out = self._buffer("from experts", down.outputs, times)
+        self.native.experts([each.handle for each in experts.down], ready, out.buffer, "")
+        self.native.combine(out.buffer, out.width, factor, total.buffer)
+
+    def add_gated(self, x: Recorded, gate: Recorded, factor: float, total: Recorded) -> None:
+        """``total += factor sigmoid(gate) x``, for a gate of one entry."""
+        self.native.add_gated(x.buffer, gate.buffer, x.width, factor, total.buffer)
 
     def attention(
         self,
@@ -164,21 +212,21 @@ class Recorder:
         order = 0 if weight.input_order is None else weight.input_order.data_ptr()
         ready = self._ready(weight.type, x.width)
         if x.buffer != READY - ready:
-            self._prepare(x, ready, order, weight.outlier_rule(), last)
+            self._prepare(x, ready, order, weight.outlier_rule(), WANTED if last else ALL)
         self.native.linear(weight.handle, ready, to, add, gate, last, addend)
 
-    def _ready(self, type_: str, width: int, of: str = "inputs") -> int:
+    def _ready(self, type_: str, width: int, of: str = "inputs", times: int = 1) -> int:
         """The number of rows made ready in this type."""
-        key = (type_, width, of)
+        key = (type_, width, times, of)
         if key not in self._prepared:
-            self._prepared[key] = self.native.prepared(type_, width)
+            self._prepared[key] = self.native.prepared(type_, width, times)
         return self._prepared[key]
 
     def _prepare(
-        self, x: Recorded, ready: int, order: int, rule: tuple[str, bool, float, int], last: bool = False
+        self, x: Recorded, ready: int, order: int, rule: tuple[str, bool, float, int], which: int = ALL
     ) -> None:
         gain, number = (0, x.factor) if x.gain is None else (x.gain.data_ptr(), x.epsilon)
-        self.native.prepare(x.buffer, gain, number, x.width, order, ready, *rule, last)
+        self.native.prepare(x.buffer, gain, number, x.width, order, ready, *rule, which)
 
     def _low_rank(self, rows: int, adapters: PackedAdapters) -> int:
         """The buffer with what adapters add to the product of these rows."""

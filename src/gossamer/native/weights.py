@@ -242,9 +242,15 @@ def some_outputs(layer: Any, rows: Tensor) -> Any:
         return part
     if type(layer) is not nn.Linear:
         raise UnsupportedModelError(f"a layer is a {type(layer).__name__}, not a linear layer")
-    made = nn.Linear(layer.in_features, len(rows), bias=False, device="meta")
-    made.weight = nn.Parameter(layer.weight.detach()[rows], requires_grad=False)
-    made.bias = bias
+    made = linear_of(layer.weight.detach()[rows])
+    made.register_parameter("bias", bias)
+    return made
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    """A layer without bias of a weight (N, K), which it refers to."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
     return made
 
 

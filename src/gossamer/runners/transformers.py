@@ -137,7 +137,10 @@ class TransformersRunner:
         token = torch.zeros(1, dtype=torch.long, device=self.model.device)
         run = StateRun(slice(0, 1), Node([0], None), 0)
         with torch.inference_mode(), shapes_only(), running(probe), self._recurrent.running([run]):
-            self._call(token, token, token)
+            try:
+                self._call(token, token, token)
+            except (RuntimeError, ValueError, IndexError) as error:  # such as a number of experts that is not there
+                raise UnsupportedModelError(f"{type(self.model).__name__} does not compute a token: {error}") from error
         layers = [layer for layer in probe.layers if layer >= 0]
         config = self.model.config.get_text_config()
         expected, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ()

@@ -1,0 +1,118 @@
+"""What the native runner finds in models of transformers: outputs taken apart, and experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from architectures import make_model
+from gossamer.errors import UnsupportedModelError
+from gossamer.kernels.library import core
+from gossamer.native.weights import some_outputs
+from gossamer.nn import Int8Linear, StoredLinear
+from gossamer.options import RunnerOptions
+from gossamer.runners.choose import make_runner
+from gossamer.runners.native import NativeRunner
+from gossamer.runners.transformers import IMPLEMENTATION
+from test_block_kernels import stored
+
+needs_native = pytest.mark.skipif(core() is None, reason="without the native kernels")
+
+
+def layers() -> list[Any]:
+    plain = nn.Linear(64, 10)
+    outliers = Int8Linear.from_linear(plain, outlier_columns=torch.tensor([3, 40]))
+    blocks = StoredLinear(stored("Q4_0", 10, 64), nn.Parameter(torch.randn(10)))
+    return [plain, nn.Linear(64, 10, bias=False), outliers, blocks]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_some_outputs_are_those_of_the_layer(index: int) -> None:
+    layer, x = layers()[index], torch.randn(5, 64)
+    rows = torch.tensor([7, 0, 3])
+    assert torch.allclose(some_outputs(layer, rows)(x), layer(x)[:, rows], atol=1e-6)
+
+
+def test_outputs_of_what_is_no_linear_layer_are_refused() -> None:
+    layer = nn.Conv1d(1, 1, 1)
+    layer.out_features = 1  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match="Conv1d"):
+        some_outputs(layer, torch.tensor([0]))
+
+
+def replaced(model: Any) -> Any:
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+@needs_native
+@pytest.mark.parametrize("damage", ["router", "down", "choice", "more"])
+def test_experts_that_do_not_fit_are_told_with_the_reason(damage: str) -> None:
+    model = make_model("qwen3_moe")
+    mlp = model.model.layers[1].mlp
+    if damage == "router":
+        mlp.gate.weight = nn.Parameter(torch.randn(5, 48))
+    elif damage == "down":
+        mlp.experts.down_proj = nn.Parameter(torch.randn(4, 48, 23))
+    elif damage == "choice":
+        mlp.gate.top_k = 9
+    else:
+        mlp.experts.scale = nn.Parameter(torch.ones(4))
+    with pytest.raises(UnsupportedModelError, match=r"fit together|weights that|does not compute a token"):
+        NativeRunner(replaced(copy.deepcopy(model)), max_rows=8)
+    if damage in ("down", "choice"):  # nothing can run it
+        with pytest.raises(UnsupportedModelError, match="does not compute a token"):
+            make_runner(replaced(model), RunnerOptions("auto"), max_rows=8)
+        return
+    made, note = make_runner(replaced(model), RunnerOptions("auto"), max_rows=8)
+    assert made.name == "transformers" and ("fit together" in note or "weights that" in note)
+
+
+@needs_native
+def test_experts_do_not_depend_on_what_else_is_in_the_step() -> None:
+    """Logits of one text, alone and among others, to the bit."""
+    from gossamer.engine.engine import Engine
+    from gossamer.options import EngineOptions
+    from gossamer.sampling_params import SamplingParams
+    from test_exactness import NumberTokenizer
+
+    runner = NativeRunner(
+        replaced(make_model("qwen2_moe")), RunnerOptions("native", batch_invariant=True), max_rows=512
+    )
+    found = []
+    for others in (0, 5):
+        engine = Engine(runner, NumberTokenizer(), EngineOptions())
+        params = SamplingParams(temperature=0, max_tokens=6, logprobs=5, ignore_eos=True)
+        for i in range(others + 1):
+            prompt = [9, *range(20, 20 + 7 * i)] if i else [*range(3, 40)]
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+        done = {}
+        while engine.has_unfinished_requests():
+            done |= {output.request_id: output for output in engine.step()}
+        output = done["0"].outputs[0]  # type: ignore[union-attr]
+        found.append([{token: each.logprob for token, each in step.items()} for step in output.logprobs or []])
+    assert found[0] == found[1]
+
+
+@needs_native
+def test_a_router_without_numbers_fails_its_request_alone() -> None:
+    from gossamer.engine.engine import Engine
+    from gossamer.options import EngineOptions
+    from gossamer.sampling_params import SamplingParams
+    from test_exactness import NumberTokenizer
+
+    model = make_model("mixtral")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[77] = torch.nan
+    engine = Engine(NativeRunner(replaced(model), max_rows=64), NumberTokenizer(), EngineOptions())
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    engine.add_request("broken", {"prompt_token_ids": [5, 77, 6]}, params)
+    engine.add_request("sound", {"prompt_token_ids": [8, 9, 6]}, params)
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {output.request_id: output for output in engine.step()}
+    assert done["broken"].error is not None and done["sound"].error is None
