@@ -12,6 +12,7 @@ from torch import nn
 from architectures import make_model
 from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import core
+from gossamer.native.decoder import Experts
 from gossamer.native.weights import some_outputs
 from gossamer.nn import Int8Linear, StoredLinear
 from gossamer.options import RunnerOptions
@@ -96,6 +97,36 @@ def test_experts_do_not_depend_on_what_else_is_in_the_step() -> None:
         output = done["0"].outputs[0]  # type: ignore[union-attr]
         found.append([{token: each.logprob for token, each in step.items()} for step in output.logprobs or []])
     assert found[0] == found[1]
+
+
+@needs_native
+@pytest.mark.parametrize("outliers", ["token", "static", None])
+def test_int8_experts_are_near_those_in_floating_point(outliers: Any) -> None:
+    """Packed experts of an int8 model are int8 too, each with a scale for every output."""
+    from gossamer.models.quantize import quantize
+
+    model = make_model("qwen2_moe", hidden_size=96, initializer_range=0.05)
+    plain = NativeRunner(replaced(copy.deepcopy(model)), max_rows=64)
+    quantize(model, outliers=outliers, skip=("lm_head",))
+    int8 = NativeRunner(replaced(model), max_rows=64)
+    experts = int8.decoder.layers[0].mlp
+    assert isinstance(experts, Experts) and {each.type for each in experts.layers.gate_up} == {"int8"}
+    found = [logits_of(runner, list(range(5, 40))) for runner in (plain, int8)]
+    error = (found[0] - found[1]).norm() / found[0].norm()
+    assert 0 < error < 0.05
+
+
+def logits_of(runner: Any, prompt: list[int]) -> torch.Tensor:
+    """Log-probabilities of a prompt's tokens."""
+    from gossamer.engine.engine import Engine
+    from test_exactness import NumberTokenizer
+
+    engine = Engine(runner, NumberTokenizer())
+    engine.add_score("0", {"prompt_token_ids": prompt})
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            scores = output.token_logprobs  # type: ignore[union-attr]
+    return torch.tensor(scores[1:])
 
 
 @needs_native

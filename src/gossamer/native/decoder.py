@@ -29,7 +29,8 @@ from gossamer.native.weights import (
     refer_to,
     some_outputs,
 )
-from gossamer.nn import StoredEmbedding
+from gossamer.nn import Int8Linear, StoredEmbedding
+from gossamer.nn.int8_linear import Decomposition
 
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 Norm = tuple[Tensor, float]  # gain and epsilon
@@ -178,6 +179,7 @@ def pack_decoder(
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(body.layers)
     tables, table_of = _tables(body.rotary_emb, kinds)
     gate = _GATES[getattr(config, "hidden_activation", None) or config.hidden_act]
+    int8 = _decomposition_of_experts(network)
     half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0][0])
     for block in body.layers:  # before any of them loses its tensors
         _check_layer(block, architecture, rotated, half_factor)
@@ -185,7 +187,7 @@ def pack_decoder(
     packer = AdaptedPacker(pack, network, adapters)
     for index, block in enumerate(body.layers):
         table = table_of[kinds[index]] if _rotates(block.self_attn, config) else None
-        layers.append(_pack_layer(block, architecture, packer, rotated, *attention[index], table, gate))
+        layers.append(_pack_layer(block, architecture, packer, rotated, *attention[index], table, gate, int8))
         block.to("meta")
     head = network.lm_head
     tied = head.weight is body.embed_tokens.weight
@@ -234,6 +236,7 @@ def _pack_layer(
     window: int | None,
     table: int | None,
     gate: str,
+    int8: Decomposition | None,
 ) -> Layer:
     attention, mlp = block.self_attn, getattr(block, architecture.mlp)
 
@@ -252,7 +255,9 @@ def _pack_layer(
         output=pack([attention.o_proj]),
         after_attention=norm(architecture.after_attention),
         before_mlp=norm(architecture.before_mlp),
-        mlp=_pack_experts(mlp, architecture, pack, gate) if hasattr(mlp, "experts") else _pack_mlp(mlp, pack, gate),
+        mlp=_pack_mlp(mlp, pack, gate)
+        if not hasattr(mlp, "experts")
+        else _pack_experts(mlp, architecture, pack, gate, int8),
         after_mlp=norm(architecture.after_mlp),
     )
 
@@ -281,13 +286,30 @@ def _check_experts(mlp: Any, architecture: Architecture) -> None:
         )
 
 
-def _pack_experts(mlp: Any, architecture: Architecture, pack: AdaptedPacker, gate: str) -> Experts:
+def _decomposition_of_experts(network: Any) -> Decomposition | None:
+    """With what experts become int8 as they are packed: that of the model's int8 layers, ``None`` if it has none.
+
+    Their weights are one tensor in transformers, which loading leaves in floating point.
+    """
+    rule = next((layer.decomposition for layer in network.modules() if isinstance(layer, Int8Linear)), None)
+    if rule is None or rule.outliers == "token":
+        return rule
+    return replace(rule, outliers=None if rule.outliers is None else "token")
+
+
+def _pack_experts(
+    mlp: Any, architecture: Architecture, pack: AdaptedPacker, gate: str, int8: Decomposition | None
+) -> Experts:
     router, experts = getattr(mlp, architecture.router), mlp.experts
     half = experts.gate_up_proj.shape[1] // 2
+
+    def layer(weight: Tensor) -> Any:
+        return linear_of(weight) if int8 is None else Int8Linear.from_linear(linear_of(weight), decomposition=int8)
+
     gate_up, down = [], []
     for both, last in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
-        gate_up.append(pack([linear_of(both[:half]), linear_of(both[half:])], gated=True))
-        down.append(pack([linear_of(last)]))
+        gate_up.append(pack([layer(both[:half]), layer(both[half:])], gated=True))
+        down.append(pack([layer(last)]))
     shared, shared_gate = getattr(mlp, "shared_expert", None), getattr(mlp, "shared_expert_gate", None)
     return Experts(
         router=pack_linear([linear_of(router.weight.detach())], pack.isa, "float32"),
