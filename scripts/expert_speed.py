@@ -1,7 +1,7 @@
 """Decoding with experts: native kernels beside transformers in bf16, steps in turn, on a model of random weights.
 
-The shape is that of a Qwen3-MoE of 3 billion weights, of which 0.6 billion are used for a token. Random weights choose experts as
-evenly as can be, which reads the most of them.
+The shape is that of a Qwen3-MoE of 3 billion weights, of which 0.6 billion are used for a token. Random weights choose
+experts as evenly as can be, which reads the most of them.
 
     python scripts/expert_speed.py --batch 1,16 --prefix 1024
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
 import time
 from typing import Any
@@ -37,7 +36,8 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="our weights in int8; otherwise in bf16")
     given = parser.parse_args()
     config = transformers.Qwen3MoeConfig(
-        vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=640, num_hidden_layers=given.layers,
+        vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=640,
+        num_hidden_layers=given.layers,
         num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=given.experts, num_experts_per_tok=8,
         norm_topk_prob=True, max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
@@ -51,7 +51,7 @@ def main() -> None:
     rotary.__init__(config)  # its frequencies are no parameters
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{describe()['cpu']}, {torch.get_num_threads()} threads, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}"
+    print(f"{describe()['cpu']}, {torch.get_num_threads()} threads")
     )
     print(f"{weights / 1e9:.2f}e9 weights, {given.experts} experts, 8 chosen")
     ours: Any = copy.deepcopy(model)
@@ -86,7 +86,8 @@ def main() -> None:
                 if step:
                     times["transformers"].append(time.perf_counter() - start)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-        profile = ", ".join(
+        kinds = runner.profile().items()
+        profile = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in kinds if seconds > 5e-4)
             f"{kind} {seconds * 1e3:.1f}" for kind, seconds in runner.profile().items() if seconds > 5e-4
         )
         print(
