@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model run test test-slow test-browser test-peers test-clients sanitize emulate emulate-arm lint format docs clean FORCE
+.PHONY: help setup model run test test-slow test-browser test-gpu test-peers test-clients sanitize emulate emulate-arm lint format docs clean FORCE
 .PHONY: bench bench-peers bench-linear bench-embed table-1
 
 help: ## List the targets
@@ -41,6 +41,9 @@ test-slow: setup model ## Run the tests that take minutes
 
 test-browser: setup ## Run only the tests of the page at /, in chromium
 	$(IN_VENV) -m pytest -m browser $(PYTEST_ARGS)
+
+test-gpu: setup ## Run only the tests that need a GPU
+	$(IN_VENV) -m pytest -m gpu $(PYTEST_ARGS)
 
 test-peers: model $(PEERS)/.installed ## Check that other projects read what we write
 	$(PEERS)/bin/python -m pytest -m peers $(PYTEST_ARGS)

@@ -88,8 +88,6 @@ def main() -> None:
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         kinds = runner.profile().items()
         profile = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in kinds if seconds > 5e-4)
-            f"{kind} {seconds * 1e3:.1f}" for kind, seconds in runner.profile().items() if seconds > 5e-4
-        )
         print(
             f"batch {batch}, prefix {given.prefix}: ours {batch / medians['ours']:.1f} tok/s, transformers bf16 "
             f"{batch / medians['transformers']:.1f} tok/s, {medians['transformers'] / medians['ours']:.2f}x; ms: {profile}"
