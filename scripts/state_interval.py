@@ -43,19 +43,16 @@ def main() -> None:
         for i, prompt in enumerate(prompts)
     )
     runner = TransformersRunner(model)
-    layout = runner.layout
-    print(f"a state is as large as keys and values of {layout.state_bytes / layout.bytes_per_token:.0f} tokens")
-    print("| tokens between states | gone through again, of those computed | states' memory, of keys' and values' |")
+    print("| tokens between states | gone through again, of those computed | states kept per 1,000 tokens |")
     print("|---|---|---|")
     for interval in map(int, given.intervals.split(",")):
         engine = Engine(runner, NumberTokenizer(), EngineOptions(state_interval=interval))
         for prompt in prompts:
             answers(engine, [prompt], 1)
         again = engine.stats.computed_tokens - needed
-        states = sum(len(node.states) for node in engine.tree) * layout.state_bytes
-        kv = sum(len(node) for node in engine.tree) * layout.bytes_per_token
+        states, tokens = sum(len(node.states) for node in engine.tree), sum(len(node) for node in engine.tree)
         name = f"{interval:,}" if interval < 100000 else "none on the way"
-        print(f"| {name} | {again / engine.stats.computed_tokens:.1%} | {states / kv:.0%} |", flush=True)
+        print(f"| {name} | {again / engine.stats.computed_tokens:.1%} | {1000 * states / tokens:.1f} |", flush=True)
 
 
 def _common(a: list[int], b: list[int]) -> int:
