@@ -50,9 +50,7 @@ def main() -> None:
     rotary = model.model.rotary_emb
     rotary.__init__(config)  # its frequencies are no parameters
     weights = sum(parameter.numel() for parameter in model.parameters())
-    print(
-    print(f"{describe()['cpu']}, {torch.get_num_threads()} threads")
-    )
+    print(print(f"{describe()['cpu']}, {torch.get_num_threads()} threads"))
     print(f"{weights / 1e9:.2f}e9 weights, {given.experts} experts, 8 chosen")
     ours: Any = copy.deepcopy(model)
     if given.int8:
@@ -90,7 +88,8 @@ def main() -> None:
         profile = ", ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in kinds if seconds > 5e-4)
         print(
             f"batch {batch}, prefix {given.prefix}: ours {batch / medians['ours']:.1f} tok/s, transformers bf16 "
-            f"{batch / medians['transformers']:.1f} tok/s, {medians['transformers'] / medians['ours']:.2f}x; ms: {profile}"
+            f"{batch / medians['transformers']:.1f} tok/s, {medians['transformers'] / medians['ours']:.2f}x; "
+            f"ms: {profile}"
         )
 
 

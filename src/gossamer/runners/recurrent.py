@@ -134,9 +134,8 @@ class _Batch:
 def _stacked(states: list[State]) -> list[Tensor]:
     """The states' tensors, (states, ...), to be changed."""
     batch = states[0].batch
-    if all(state.batch is batch and state.index == i for i, state in enumerate(states)) and len(batch[0]) == len(
-        states
-    ):
+    whole = len(batch[0]) == len(states)
+    if whole and all(state.batch is batch and state.index == i for i, state in enumerate(states)):
         return [tensor.clone() for tensor in batch]
     return [torch.stack(rows) for rows in zip(*(state.tensors() for state in states), strict=True)]
 
@@ -147,16 +146,14 @@ class _Layer:
     def __init__(self, module: Any, cache_name: str, states: int) -> None:
         self._forward = type(module).forward.__get__(module)
         self._cache_name, self._place = cache_name, module.layer_idx
-        self._continues: bool | None = None  # whether several tokens at once go on from a state; known once it is tried
+        self._continues: bool | None = None  # see _goes_on(); known once it is tried
         self._states = states
 
     def by_text(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """``forward``, (1, T, H) -> (1, T, H), for the rows of each text."""
-        if arguments:
-            raise UnsupportedModelError(f"the recurrent layer {self._place} has arguments without names")
+        if arguments or keywords.get("attention_mask") is not None:
+            raise UnsupportedModelError(f"the recurrent layer {self._place} has a mask, or arguments without names")
         given = {name: value for name, value in keywords.items() if name not in _DESCRIBED_BY_ROWS}
-        if self._continues is None:
-            self._continues = self._try(hidden_states, given)
         out: Tensor | None = None
         for batch in _step.get().all:
             rows = hidden_states[0, batch.rows].view(len(batch.runs), batch.length, -1)
@@ -167,7 +164,7 @@ class _Layer:
         return out
 
     def _call(self, rows: Tensor, cache: Cache, given: dict[str, Any]) -> Tensor:
-        if rows.shape[1] > 1 and not self._continues and cache.has_previous_state(self._place):
+        if rows.shape[1] > 1 and cache.has_previous_state(self._place) and not self._goes_on(rows, given):
             return torch.cat([self._run(token, cache, given) for token in rows.split(1, dim=1)], dim=1)
         return self._run(rows, cache, given)
 
@@ -177,8 +174,13 @@ class _Layer:
             raise UnsupportedModelError(f"the recurrent layer {self._place} returns more than its values")
         return result
 
-    def _try(self, like: Tensor, given: dict[str, Any]) -> bool:
+    def _goes_on(self, like: Tensor, given: dict[str, Any]) -> bool:
         """Whether several tokens at once go on from a state; some layers of transformers begin anew with them."""
+        if self._continues is None:
+            self._continues = self._try(like, given)
+        return self._continues
+
+    def _try(self, like: Tensor, given: dict[str, Any]) -> bool:
         texts = torch.randn(1, _TRIED, like.shape[-1], generator=torch.Generator().manual_seed(0)).to(like)
         first, last = texts.split([_TRIED // 2, _TRIED - _TRIED // 2], dim=1)
 
