@@ -1,4 +1,4 @@
-"""On a GPU: the runner of transformers, the operators, the int8 reference. `make test-gpu`; skipped where there is none."""
+"""On a GPU: the runner of transformers, the operators, the int8 reference. `make test-gpu`; skipped elsewhere."""
 
 from __future__ import annotations
 

@@ -117,10 +117,7 @@ class TestSupport:
             ("bart", "encoder-decoder"),
             ("bert", "not causal"),
             ("vit", "no causal language model"),
-            ("mamba", "recurrent state"),
             ("rwkv", "recurrent state"),
-            ("recurrent_gemma", "recurrent state"),
-            ("minimax", "layers of type linear_attention"),
             ("gptj", "GPTJForCausalLM: its class in transformers does not let the attention"),
             ("bloom", "does not let the attention"),
         ],
@@ -147,9 +144,14 @@ class TestSupport:
             with pytest.raises(UnsupportedModelError, match=f"RoPE type '{rope_type}'"):
                 check_supported(config)
 
-    def test_convolution_layers_are_refused(self):
-        config = CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2)
-        with pytest.raises(UnsupportedModelError, match="layers of type conv"):
+    @pytest.mark.parametrize("model_type", ["mamba", "lfm2", "qwen3_5_text", "nemotron_h"])
+    def test_recurrent_layers_are_accepted(self, model_type):
+        check_supported(CONFIG_MAPPING[model_type]())
+
+    def test_layers_that_attend_in_another_way_are_refused(self):
+        config = CONFIG_MAPPING["qwen3"](num_hidden_layers=2)
+        config.layer_types = ["chunked_attention", "full_attention"]
+        with pytest.raises(UnsupportedModelError, match="layers of type chunked_attention"):
             check_supported(config)
 
     def test_bidirectional_gemma_is_refused(self):

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, get_args, get_type_hints
 
 from gossamer.errors import ConfigurationError
-from gossamer.native.architectures import native_names
 from gossamer.sizes import parse_bytes
 
 Criterion = Literal["absolute", "relative"]
@@ -157,7 +156,9 @@ class RunnerOptions:
 
     runner: RunnerChoice = option(
         "auto",
-        f"What computes the model: native (kernels of our own, on a CPU; {native_names()}), "
+        "What computes the model: native (kernels of our own, on a CPU; Llama, Mistral, Qwen2, Qwen3, Gemma "
+        "3, Phi-3, OLMo 2, OLMo 3, Granite, SmolLM3, GLM-4, EXAONE 4, Seed-OSS, Hunyuan, Mixtral, Qwen2-MoE, "
+        "Qwen3-MoE, OLMoE and Granite MoE), "
         "transformers (any supported model) or auto (the first where it can).",
     )
     kv_dtype: KVDtype = option(

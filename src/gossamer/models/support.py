@@ -81,7 +81,8 @@ def check_supported(config: PreTrainedConfig) -> None:
     replaceable = model_class._supports_attention_backend or (
         kinds & set(_RECURRENT_LAYERS) and model_class._can_set_attn_implementation()
     )
-    if not replaceable and not kinds <= {"linear_attention", "conv"}:
+    attends = not kinds or not kinds <= {"linear_attention", "conv", *LAYERS_WITHOUT_MEMORY}
+    if attends and not replaceable:
         raise _refusal(config, "its class in transformers does not let the attention function be replaced")
     fixed = has_fixed_factors(getattr(text, "rope_parameters", None) or {})
     for rope_type in rope_types(text):

@@ -3,9 +3,9 @@
 Each gets random weights, answers prompts that share prefixes in each sharing mode, cold and warm, and is compared token
 by token with transformers' `generate`. The result is docs/reference/models.md; --check says where it differs.
 
-    python scripts/architectures.py                     # all, some ten minutes; writes the page
-    python scripts/architectures.py --only llama,lfm2   # prints what comes of these
-    python scripts/architectures.py --check             # compares all with the page, and writes nothing
+    python scripts/model_types.py                     # all, some ten minutes; writes the page
+    python scripts/model_types.py --only llama,lfm2   # prints what comes of these
+    python scripts/model_types.py --check             # compares all with the page, and writes nothing
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def page(results: list[Result]) -> str:
     text = [
         "# Models",
         "",
-        "<!-- written by scripts/architectures.py -->",
+        "<!-- written by scripts/model_types.py -->",
         "",
         f"Every causal language model of transformers {transformers.__version__}, built small with random weights,",
         "and compared with transformers' `generate`: greedy tokens in fp32, of prompts that share prefixes, in chunks,",
@@ -207,7 +207,7 @@ def page(results: list[Result]) -> str:
         "built small by one recipe, which says nothing about the real ones: what loads is run, and what cannot be run",
         "exactly is refused when it is loaded.",
         "",
-        "`python scripts/architectures.py` writes this page; `make test-slow` compares it with what is found.",
+        "`python scripts/model_types.py` writes this page; `make test-slow` compares it with what is found.",
         "",
         "| model type | runs in | states | note |",
         "|---|---|---|---|",
