@@ -4,7 +4,7 @@ Each gets random weights, answers prompts that share prefixes in each sharing mo
 by token with transformers' `generate`. The result is docs/reference/models.md; --check says where it differs.
 
     python scripts/model_types.py                     # all, some ten minutes; writes the page
-    python scripts/model_types.py --only llama,lfm2   # prints what comes of these
+    python scripts/model_types.py --only llama,lfm2   # writes the lines of these
     python scripts/model_types.py --check             # compares all with the page, and writes nothing
 """
 
@@ -89,10 +89,10 @@ def build(kind: str) -> Any:
     from architectures import ARCHITECTURES, RECURRENT, make_model
 
     name = causal_types()[kind]
-    for known, (_, model_class, _) in (ARCHITECTURES | RECURRENT).items():
-        if model_class == name:
-            return make_model(known)
     config_class = transformers.CONFIG_MAPPING[kind]
+    for known, (known_config, model_class, _) in (ARCHITECTURES | RECURRENT).items():
+        if (known_config, model_class) == (config_class.__name__, name):
+            return make_model(known)
     fields = vars(config_class())
     given = {key: value for key, value in _SMALL.items() if key in fields or key in config_class.attribute_map}
     config = config_class(**given)
@@ -219,10 +219,16 @@ def page(results: list[Result]) -> str:
     return "\n".join(text) + "\n"
 
 
+def on_page() -> dict[str, Result]:
+    """What the page says, by type."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \| (yes)? *\| (.*?) *\|$", PAGE.read_text(), re.MULTILINE)
+    unescaped = {kind: note.replace("\\|", "|").replace("&lt;", "<") for kind, _, _, note in rows}
+    return {kind: Result(kind, "", outcome, unescaped[kind], bool(states)) for kind, outcome, states, _ in rows}
+
+
 def written() -> dict[str, str]:
     """The outcomes on the page, by type."""
-    rows = re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", PAGE.read_text(), re.MULTILINE)
-    return dict(rows)
+    return {kind: result.outcome for kind, result in on_page().items()}
 
 
 def main() -> int:
@@ -252,8 +258,8 @@ def main() -> int:
         for each in changed:
             print(f"{each.type}: {before.get(each.type)} on the page, {each.outcome} now {each.note}")
         return 1 if changed or any(each.outcome == "differs" for each in results) else 0
-    if not given.only:
-        PAGE.write_text(page(results))
+    known = on_page() if given.only else {}
+    PAGE.write_text(page(list((known | {each.type: each for each in results}).values())))
     return 1 if any(each.outcome == "differs" for each in results) else 0
 
 

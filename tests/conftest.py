@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  torch.compile imports it, which fails once something has imported distutils
 
 if TYPE_CHECKING:
     import openai
