@@ -54,7 +54,6 @@ PRODUCTS = {
         "tileINS_7Bf16Dot": 8,
         "tile_products": 2,
         "strip_products": 70,
-        "strip_tiles": 8,
     },
 }
 

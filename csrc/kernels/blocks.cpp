@@ -7,7 +7,6 @@
 // few rows take its codes from the packed words; for many these are written out as bytes first, once for all rows.
 #include "block_codes.h"
 #include "linear.h"
-#include "tiles.h"
 #include "formats/blocks.h"
 
 namespace GOSSAMER_NS {
@@ -207,90 +206,6 @@ GOSSAMER_NOINLINE void strip_products(const uint8_t* lines, const uint8_t* halve
     });
 }
 
-#if defined(GOSSAMER_TILES)
-// The products of up to 16 rows with an unpacked strip, as strip_products() gives them, to the bit. Tiles add up the
-// integers of four sub-blocks at a time.
-template <class T>
-GOSSAMER_NOINLINE void strip_tiles(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, int count,
-                                   const uint8_t* ahead, float* sums) {
-  constexpr int SCALES = T::OFFSET < 0 ? 2 : 1, AT_ONCE = 4;
-  TileShapes shapes;
-  repeat<AT_ONCE>([&](auto i) GOSSAMER_LAMBDA { shapes.set(decltype(i)::value, count, 64); });
-  for (int tile = 4; tile < 6; ++tile) {
-    shapes.set(tile, count, T::SUB);
-    shapes.set(tile + 2, T::SUB / 4, 64);
-  }
-  use_tiles(shapes);
-  for (int r = 0; r < count; ++r) store(sums + r * PANEL, zero());
-  const float* scale = reinterpret_cast<const float*>(halves);
-  const int8_t* a = rows.codes;
-  const RowBlock* block = rows.blocks;
-  using Products = int32_t[AT_ONCE][TILE_SIZE][W];
-  alignas(64) Products both[2];
-  // one sub-block, the AT-th of some
-  const auto multiply = [&](auto at) GOSSAMER_LAMBDA {
-    constexpr int AT = decltype(at)::value, ROWS = 4 + AT % 2, WEIGHTS = 6 + AT % 2;
-    __builtin_prefetch(ahead, 0, 2);
-    if constexpr (T::SUB == 32) __builtin_prefetch(ahead + 64, 0, 2);
-    ahead += 4 * T::SUB;
-    zero_tile<AT>();
-    load_tile<WEIGHTS>(lines, LINE);
-    load_tile<ROWS>(a, rows.stride);
-    multiply_tiles<AT, ROWS, WEIGHTS, T::SIGNED>();
-    lines += T::SUB * W;
-    a += T::SUB;
-  };
-  const auto keep = [&](auto at, Products& products) GOSSAMER_LAMBDA { store_tile<decltype(at)::value>(products[decltype(at)::value], 4 * W); };
-  const auto add_up = [&](auto subs, const Products& products, int first, int last) GOSSAMER_LAMBDA {
-    constexpr int SUBS = decltype(subs)::value;
-    F scales[SUBS][SCALES];
-    repeat<SUBS * SCALES>([&](auto i) GOSSAMER_LAMBDA {
-      constexpr int AT = decltype(i)::value;
-      scales[AT / SCALES][AT % SCALES] = load(scale + AT * W);
-    });
-    const RowBlock* of_row = block + first * rows.count;
-    for (int r = first; r < last; ++r, of_row += rows.count) {
-      F y = load(sums + r * PANEL);
-      repeat<SUBS>([&](auto i) GOSSAMER_LAMBDA {
-        constexpr int AT = decltype(i)::value, HALF = AT % 2;
-        const RowBlock& at = of_row[AT * T::SUB / 32];
-        I sum = load_int(products[AT][r]);
-        if constexpr (T::OFFSET > 0)
-          sum = sub_int(sum, shift_right<-T::OFFSET>(broadcast(T::SUB == 32 ? &at.sum : at.half_sum + HALF)));
-        y = fma(to_float(sum), mul(scales[AT][0], set1(at.scale)), y);
-        if constexpr (T::OFFSET < 0) y = fma(scales[AT][1], set1(T::SUB == 32 ? at.scaled_sum : at.scaled_half_sum[HALF]), y);
-      });
-      store(sums + r * PANEL, y);
-    }
-  };
-  const auto advance = [&](auto subs) GOSSAMER_LAMBDA {
-    block += decltype(subs)::value * T::SUB / 32;
-    scale += decltype(subs)::value * SCALES * W;
-  };
-  constexpr Count<AT_ONCE> SOME;
-  constexpr int BLOCKS = AT_ONCE * T::SUB / 32;
-  const int64_t whole = blocks / BLOCKS;
-  // The next products are computed while vectors add up these: instructions take turns, as a processor does not look far
-  // enough ahead to find the ones behind the others.
-  if (whole) repeat<AT_ONCE>([&](auto i) GOSSAMER_LAMBDA { multiply(i), keep(i, both[0]); });
-  for (int64_t g = 0; g + 1 < whole; ++g) {
-    repeat<AT_ONCE>([&](auto i) GOSSAMER_LAMBDA {
-      constexpr int AT = decltype(i)::value;
-      multiply(i);
-      add_up(SOME, both[g % 2], count * AT / AT_ONCE, count * (AT + 1) / AT_ONCE);
-      keep(i, both[(g + 1) % 2]);
-    });
-    advance(SOME);
-  }
-  if (whole) add_up(SOME, both[(whole - 1) % 2], 0, count), advance(SOME);
-  for (int64_t b = whole * BLOCKS; b < blocks; ++b) {
-    constexpr Count<32 / T::SUB> REST;
-    repeat<32 / T::SUB>([&](auto i) GOSSAMER_LAMBDA { multiply(i), keep(i, both[0]); });
-    add_up(REST, both[0], 0, count), advance(REST);
-  }
-}
-#endif
-
 // Writes a strip out: its codes as bytes, in the order of the weights, and the scales of all sub-blocks.
 template <class T>
 GOSSAMER_NOINLINE void unpack_strip(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales) {
@@ -322,8 +237,6 @@ struct StripKernels {
   using Products = void (*)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, float* scratch,
                             const uint8_t* ahead, float* sums);
   Products packed[3], unpacked[4];  // of 1, 2, 4 and 8 rows
-  void (*tiles)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, BlockRows rows, int count, const uint8_t* ahead,
-                float* sums);  // of up to 16 rows, unpacked; null where there are no tiles
   void (*unpack)(const uint8_t* lines, const uint8_t* halves, int64_t blocks, uint8_t* codes, float* scales);
   int sub_block_scales;             // per 32 weights: with minima
 };
@@ -333,14 +246,10 @@ constexpr StripKernels strip_kernels() {
   using U = Unpacked<T>;
   StripKernels all{{strip_products<T, 1>, strip_products<T, 2>, nullptr},
                    {strip_products<U, 1>, strip_products<U, 2>, strip_products<U, 4>, nullptr},
-                   nullptr,
                    unpack_strip<T>,
                    32 / T::SUB * (T::OFFSET < 0 ? 2 : 1)};
   if constexpr (PACKED_ROWS == 4) all.packed[2] = strip_products<T, 4>;
   if constexpr (TILE == 8) all.unpacked[3] = strip_products<U, 8>;
-#if defined(GOSSAMER_TILES)
-  all.tiles = strip_tiles<U>;
-#endif
   return all;
 }
 
@@ -448,18 +357,13 @@ void look_up_blocks(const PackedWeight& w, int64_t n, float factor, float* out) 
   }
 }
 
-static BlockRows rows_from(const Prepared& x, int64_t m) {
-  return {static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
-}
-
 void multiply_blocks(const LinearCall& c) {
   constexpr int STRIPS = PANEL / W;
   const PackedWeight& w = *c.weight;
   const Prepared& x = *c.x;
   const int64_t rows = c.last_row - c.first_row;
-  const bool unpacked = rows > w.few_rows, in_tiles = unpacked && rows >= LEAST_TILED_BLOCKS;
-  const int64_t tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
-  alignas(64) float sums[TILE_SIZE * PANEL];
+  const bool unpacked = rows > w.few_rows;
+  alignas(64) float sums[TILE * PANEL];
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
     const StripKernels* kernels[STRIPS];
     const uint8_t *lines[STRIPS], *halves[STRIPS];
@@ -482,19 +386,10 @@ void multiply_blocks(const LinearCall& c) {
     // memory brings the next panel while rows are multiplied with this one
     const bool last = panel + 1 == c.last_panel;
     const uint8_t *next = w.panel(panel + !last), *end = last ? next : w.panel(panel + 2);
-    for (int64_t t = 0; in_tiles && t < tiles; ++t) {
-      const int64_t m = c.first_row + rows * t / tiles, count = c.first_row + rows * (t + 1) / tiles - m;
-      for (int s = 0; s < STRIPS; ++s) {
-        kernels[s]->tiles(lines[s], halves[s], blocks[s], rows_from(x, m), static_cast<int>(count), next < end ? next : lines[s],
-                          sums + s * W);
-        if (next < end) next += 128 * blocks[s];
-      }
-      finish<Sums>(c, panel, m, m + count, sums);
-    }
-    for (int64_t m = in_tiles ? c.last_row : c.first_row; m < c.last_row;) {
+    for (int64_t m = c.first_row; m < c.last_row;) {
       int size = !unpacked && PACKED_ROWS == 2 ? 1 : unpacked && TILE == 8 ? 3 : 2;
       while (m + (1 << size) > c.last_row) --size;
-      const BlockRows some = rows_from(x, m);
+      const BlockRows some{static_cast<const int8_t*>(x.data) + m * x.stride, x.blocks + m * (x.k / 32), x.stride, x.k / 32};
       for (int s = 0; s < STRIPS; s += unpacked ? SIDE_BY_SIDE : 1) {
         const auto products = unpacked ? kernels[s]->unpacked[size] : kernels[s]->packed[size];
         products(lines[s], halves[s], blocks[s], some, c.scratch, next < end ? next : lines[s], sums + s * W);
@@ -504,7 +399,6 @@ void multiply_blocks(const LinearCall& c) {
       m += 1 << size;
     }
   }
-  if (in_tiles) release_tiles();
 }
 
 void look_up_rows(const PackedWeight& w, int64_t n, float factor, float* out) {

@@ -14,14 +14,14 @@ constexpr int TILE_SIZE = 16;  // rows of a tile at most, and sums in a row
 #if !defined(GOSSAMER_TILES)
 
 // There are none.
-constexpr int64_t LEAST_TILED = INT64_MAX, LEAST_TILED_BLOCKS = INT64_MAX, MOST_TILED = 0;
+constexpr int64_t LEAST_TILED = INT64_MAX, MOST_TILED = 0;
 inline void release_tiles() {}
 inline void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, int32_t*) {}
 
 #else
 
 // From so many rows on they are faster than vectors, and so many are multiplied with a panel at a time.
-constexpr int64_t LEAST_TILED = 5, LEAST_TILED_BLOCKS = 12, MOST_TILED = 2 * TILE_SIZE;
+constexpr int64_t LEAST_TILED = 5, MOST_TILED = 2 * TILE_SIZE;
 
 // The shapes of all tiles; a row of a tile of sums is 64 bytes.
 struct alignas(64) TileShapes {
@@ -49,10 +49,6 @@ inline void use_tiles(const TileShapes& shapes) {
 }
 inline void release_tiles() { emulated_tiles.shapes = {}; }
 template <int TILE>
-void zero_tile() {
-  std::memset(emulated_tiles.tile[TILE], 0, sizeof emulated_tiles.tile[TILE]);
-}
-template <int TILE>
 void load_tile(const void* from, int64_t stride) {
   const EmulatedTiles& e = emulated_tiles;
   for (int r = 0; r < e.shapes.rows[TILE]; ++r)
@@ -64,7 +60,7 @@ void store_tile(void* to, int64_t stride) {
   for (int r = 0; r < e.shapes.rows[TILE]; ++r)
     std::memcpy(static_cast<uint8_t*>(to) + r * stride, e.tile[TILE][r], e.shapes.row_bytes[TILE]);
 }
-template <int SUMS, int ACTIVATIONS, int WEIGHTS, bool SIGNED>
+template <int SUMS, int ACTIVATIONS, int WEIGHTS>
 void multiply_tiles() {
   EmulatedTiles& e = emulated_tiles;
   for (int m = 0; m < e.shapes.rows[SUMS]; ++m)
@@ -73,7 +69,7 @@ void multiply_tiles() {
       std::memcpy(&sum, e.tile[SUMS][m] + 4 * n, 4);
       for (int k = 0; k < e.shapes.row_bytes[ACTIVATIONS]; ++k) {
         const uint8_t weight = e.tile[WEIGHTS][k / 4][4 * n + k % 4];
-        sum += static_cast<int8_t>(e.tile[ACTIVATIONS][m][k]) * (SIGNED ? static_cast<int8_t>(weight) : weight);
+        sum += static_cast<int8_t>(e.tile[ACTIVATIONS][m][k]) * weight;
       }
       std::memcpy(e.tile[SUMS][m] + 4 * n, &sum, 4);
     }
@@ -85,10 +81,6 @@ void multiply_tiles() {
 GOSSAMER_INLINE void use_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 GOSSAMER_INLINE void release_tiles() { asm volatile("tilerelease"); }
 template <int TILE>
-GOSSAMER_INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
-}
-template <int TILE>
 GOSSAMER_INLINE void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
@@ -96,14 +88,10 @@ template <int TILE>
 GOSSAMER_INLINE void store_tile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
-// Activations are signed.
-template <int SUMS, int ACTIVATIONS, int WEIGHTS, bool SIGNED>
+// Activations are signed, weights are not.
+template <int SUMS, int ACTIVATIONS, int WEIGHTS>
 GOSSAMER_INLINE void multiply_tiles() {
-  if constexpr (SIGNED) {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
-  } else {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
-  }
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
 }
 
 #endif
@@ -140,12 +128,12 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
     load_tile<6>(weights, STEP_BYTES);
     load_tile<7>(weights + 64, STEP_BYTES);
     load_tile<4>(a + 4 * k, a_bytes);
-    multiply_tiles<0, 4, 6, false>();
-    multiply_tiles<1, 4, 7, false>();
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 4, 7>();
     if constexpr (TWO) {
       load_tile<5>(a + TILE_SIZE * a_bytes + 4 * k, a_bytes);
-      multiply_tiles<2, 5, 6, false>();
-      multiply_tiles<3, 5, 7, false>();
+      multiply_tiles<2, 5, 6>();
+      multiply_tiles<3, 5, 7>();
     }
   }
   store_tile<0>(sums, 4 * PANEL);
