@@ -147,7 +147,10 @@ def _in_blocks(path: Path, options: ModelOptions) -> tuple[Path | GGUFModel, str
     if options.int8:
         return None
     config = load_config(path)
-    return (path, unsupported(config.get_text_config())) if int4_format(config) else None
+    text = config.get_text_config()
+    experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
+    note = unsupported(text) or ("experts are computed with in floating point" if experts else "")
+    return (path, note) if int4_format(config) else None
 
 
 def _may_be_native(options: ModelOptions, runner: RunnerOptions) -> bool:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -54,9 +55,9 @@ class PrefixDirectory:
         return io.FileIO(self.path / name)
 
     def touch(self, name: str) -> None:
-        """Note that a file is used."""
+        """Note that a file is used, by a clock finer than a file system's, whose ticks uses may share."""
         with suppress(OSError):  # it is gone, or another user's: then it is as old as it is
-            os.utime(self.path / name)
+            os.utime(self.path / name, ns=(now := time.time_ns(), now))
 
     def create(self, name: str, size: int, write: Callable[[io.FileIO], None]) -> list[str]:
         """Write a file, whole or not at all. Returns the names of those that were removed for it.
@@ -78,6 +79,7 @@ class PrefixDirectory:
                 with suppress(OSError):
                     os.unlink(unfinished)
                 raise
+        self.touch(name)
         return removed
 
     def _make_room(self, size: int) -> list[str]:
