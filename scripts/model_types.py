@@ -139,7 +139,7 @@ def judge(kind: str) -> Result:
         runner: Any = TransformersRunner(model)
     except GossamerError as error:
         return Result(kind, name, "refused", _reason(error))
-    except Exception as error:
+    except Exception as error:  # of the model's own code, which meets packed rows for the first time
         return Result(kind, name, "refused", f"it cannot be called as this engine calls models: {_line(error)}")
     states = runner.layout.state_bytes > 0
     outcome = "transformers"

@@ -84,16 +84,21 @@ def make(runner: str, model: Any) -> Runner:
     return NativeRunner(copy.deepcopy(model), max_rows=2048)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]], str]]:
-    """A model with its attention replaced, prompts over all trees, what transformers answers, and the model's name."""
-    model = make_model(request.param)
-    generator = random.Random(request.param)
+def compared(name: str) -> tuple[Any, list[list[int]], list[list[int]]]:
+    """A model with its attention replaced, prompts over all trees, and what transformers answers."""
+    model = make_model(name)
+    generator = random.Random(name)
     prompts = [prompt for tree in TREES for prompt in prompts_of(tree, generator)]
     generate = reference(model)
     expected = [generate(prompt, 8) for prompt in prompts]
     model.set_attn_implementation(IMPLEMENTATION)
-    yield model, prompts, expected, request.param
+    return model, prompts, expected
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]], str]]:
+    """A model with its attention replaced, prompts over all trees, what transformers answers, and the model's name."""
+    yield *compared(request.param), request.param
 
 
 @pytest.mark.parametrize("sharing", SHARING_MODES)

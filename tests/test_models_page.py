@@ -12,7 +12,7 @@ from gossamer.native.architectures import NATIVE_ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import model_types as script  # noqa: E402
+import model_types as script  # noqa: E402  found on the path that was set above
 
 SAMPLE = ["llama", "qwen3_moe", "lfm2", "bloom"]  # one of each outcome
 

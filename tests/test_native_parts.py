@@ -40,7 +40,7 @@ def test_some_outputs_are_those_of_the_layer(index: int) -> None:
 
 def test_outputs_of_what_is_no_linear_layer_are_refused() -> None:
     layer = nn.Conv1d(1, 1, 1)
-    layer.out_features = 1  # type: ignore[assignment]
+    layer.out_features = 1  # type: ignore[assignment]  a convolution has no such field
     with pytest.raises(UnsupportedModelError, match="Conv1d"):
         some_outputs(layer, torch.tensor([0]))
 
@@ -94,7 +94,7 @@ def test_experts_do_not_depend_on_what_else_is_in_the_step() -> None:
         done = {}
         while engine.has_unfinished_requests():
             done |= {output.request_id: output for output in engine.step()}
-        output = done["0"].outputs[0]  # type: ignore[union-attr]
+        output = done["0"].outputs[0]  # type: ignore[union-attr]  it generates
         found.append([{token: each.logprob for token, each in step.items()} for step in output.logprobs or []])
     assert found[0] == found[1]
 
@@ -125,7 +125,7 @@ def logits_of(runner: Any, prompt: list[int]) -> torch.Tensor:
     engine.add_score("0", {"prompt_token_ids": prompt})
     while engine.has_unfinished_requests():
         for output in engine.step():
-            scores = output.token_logprobs  # type: ignore[union-attr]
+            scores = output.token_logprobs  # type: ignore[union-attr]  it scores
     return torch.tensor(scores[1:])
 
 

@@ -19,7 +19,7 @@ from gossamer.models.support import check_supported
 from gossamer.options import SHARING_MODES, EngineOptions
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
-from test_exactness import TREES, NumberTokenizer, _random_tree, answers, prompts_of
+from test_exactness import NumberTokenizer, _random_tree, answers, compared, prompts_of
 
 Generate = Callable[[list[int], int], list[int]]
 
@@ -43,13 +43,7 @@ def check_memory(engine: Engine) -> None:
 
 @pytest.fixture(scope="module", params=RECURRENT)
 def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]], list[list[int]]]]:
-    model = make_model(request.param)
-    generator = random.Random(request.param)
-    prompts = [prompt for tree in TREES for prompt in prompts_of(tree, generator)]
-    generate = reference(model)
-    expected = [generate(prompt, 8) for prompt in prompts]
-    model.set_attn_implementation(IMPLEMENTATION)
-    yield model, prompts, expected
+    yield compared(request.param)
 
 
 @pytest.mark.parametrize("sharing", SHARING_MODES)
