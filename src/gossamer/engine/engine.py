@@ -244,6 +244,7 @@ class Engine:
             SpeculativeConfig.of(options.speculative_config),
             lambda: measure_steps(self.runner, most),
             self.tree,
+            words=self.factory.tokens,
             row_seconds_per_key=cost.per_pair * len(self.runner.layout.layers),
             most_rows=most,
             most_chosen=self.scheduler.max_scored_tokens,

@@ -20,6 +20,7 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BLANKS = "Ġ▁"  # as byte-level BPE and SentencePiece spell the one before a word
 EACH_BYTE = "gossamer-each-byte"
 
 
@@ -40,6 +41,8 @@ class TokenBytes:
 
     Attributes:
         errors: how bytes that are no characters are decoded, as Python's codecs name it.
+        unspaced: of a token that is a word behind a blank, the one of the word alone; of others, the token itself.
+        is_word: whether a token has a letter or a digit.
 
     >>> from tokenizers import Tokenizer, decoders, models
     >>> tokenizer = Tokenizer(models.BPE({"▁Hi": 0, "<0xC3>": 1, "<0xA9>": 2}, [], byte_fallback=True))
@@ -57,11 +60,14 @@ class TokenBytes:
         self._byte_tokens = "ByteFallback" in parts
         self._special = _special_ids(tokenizer, backend)
         self._spelling = getattr(backend, "id_to_token", None)
+        self._id_of = getattr(backend, "token_to_id", None)
         self._decoder = backend if self._spelling is not None else tokenizer
         # Replaced as the tokenizer itself would: a whole sequence that was cut short is one U+FFFD, or each byte is.
         self.errors = EACH_BYTE if self._byte_tokens else "replace"
         self._bytes_of = lru_cache(None)(self._spelled_bytes)
         self._difference = lru_cache(1 << 16)(self._ask)
+        self.unspaced = lru_cache(1 << 16)(self._find_unspaced)
+        self.is_word = lru_cache(1 << 16)(lambda token: any(each.isalnum() for each in self.spelling(token)))
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenBytes:
@@ -96,6 +102,13 @@ class TokenBytes:
                 return spelling.encode()
         match = _BYTE_TOKEN.fullmatch(spelling) if self._byte_tokens else None
         return None if match is None else bytes.fromhex(match[1])
+
+    def _find_unspaced(self, token: int) -> int:
+        spelling = self._spelling(token) if self._spelling is not None else None
+        if self._id_of is None or spelling is None or len(spelling) < 2 or spelling[0] not in _BLANKS:
+            return token
+        found: int | None = self._id_of(spelling[1:])
+        return token if found is None else found
 
     def _ask(self, previous: int | None, token: int) -> bytes:
         """How the text of ``token`` and the one before is longer than that of the one before."""

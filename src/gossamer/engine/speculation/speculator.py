@@ -23,6 +23,7 @@ from gossamer.engine.slots import Slot
 from gossamer.engine.speculation.choice import Candidate, choose, least_chance
 from gossamer.engine.speculation.config import SpeculativeConfig
 from gossamer.engine.speculation.matches import LEAST, LONGEST, Chains
+from gossamer.engine.speculation.rewrites import Rewrites, Words
 from gossamer.engine.speculation.stats import SpeculationStats
 from gossamer.engine.speculation.step_time import StepTime
 from gossamer.engine.speculation.survival import Source
@@ -36,6 +37,7 @@ _SURE = 32  # tokens of a match that ends the search for others
 _COUNTED = 256  # steps after which the bytes of the indices are counted again
 _SHARE = 0.01  # of the time, that is spent on looking up
 _SHARE_MEMORY = 0.05
+_RECENT = 256  # tokens of an answer that are searched for a single one
 _SUBSTITUTED = 8  # tokens of a match behind which one token may have been replaced
 
 
@@ -47,6 +49,7 @@ class Speculator:
         measure: what rows cost; called when there is a draft for the first time.
         row_seconds_per_key: what attention to one key costs a row, over all layers.
         tree: whose nodes are indexed, once for all their readers.
+        words: what tokens are, for :mod:`~gossamer.engine.speculation.rewrites`.
         most_rows: of a step.
         most_chosen: rows of a step whose logits are wanted.
 
@@ -61,13 +64,14 @@ class Speculator:
         measure: Callable[[], StepTime],
         tree: PrefixTree,
         *,
+        words: Words,
         row_seconds_per_key: float,
         most_rows: int,
         most_chosen: int,
     ) -> None:
         self.config = config
         self.time: StepTime | None = None
-        self._measure = measure
+        self._measure, self._words = measure, words
         self.stats = SpeculationStats()
         self.enabled = True
         self._tree = tree
@@ -153,11 +157,13 @@ class Speculator:
         """A sequence is about to get its first token, or its first since it may be drafted for."""
         request = sequence.request
         tenant = self._tenants.of(request.tree_salt)
-        position = sequence.position = Position(Chains(sequence.private_start), tenant, self._begun)
+        answer = len(sequence.tokens) - len(sequence.output_ids)
+        rewrites = Rewrites(self._words, tenant.rewrites)
+        position = sequence.position = Position(Chains(sequence.private_start), tenant, self._begun, answer, rewrites)
         self._begun += 1
         if request.prediction:
             position.prediction = Text(request.prediction)
-            position.next = Continuation(Source.PREDICTION, position.prediction.tokens, 0, 0)
+            position.next = position.continuation(Source.PREDICTION, position.prediction.tokens, 0, 0)
         self._live.setdefault(request.tree_salt, []).append(sequence)
         if position.next is None:
             position.next = self._look_up(sequence, position, sequence.tokens[-LONGEST:])
@@ -186,7 +192,7 @@ class Speculator:
                 before = time.perf_counter()
                 position.next = self._look_up(sequence, position, tail)
                 self._look_up_seconds += _SHARE_MEMORY * (time.perf_counter() - before - self._look_up_seconds)
-            position.next = position.next or _substitution(missed)
+            position.next = position.next or _substitution(position, missed)
         constraint, proposed = sequence.constraint, position.next
         drafted = proposed.take(MOST_DRAFTED) if proposed is not None and constraint is not None else []
         self.stats.lookup_seconds += time.perf_counter() - start
@@ -199,27 +205,12 @@ class Speculator:
         if constraint is not None and constraint.forced:
             for ahead, (drafted, token) in enumerate(zip(constraint.drafted, emitted, strict=False)):
                 survival.learn(Source.GRAMMAR, ahead, drafted == token)
-        found = position.next
-        if found is None:
-            return None
-        known = len(found.text)
+        missed = None
         for token in emitted:
-            if found.place < known:
-                expected = found.text[found.place]
-            elif found.text is sequence.tokens:  # it repeats what has just come
-                expected = emitted[found.place - known]
-            else:
-                position.next = None
-                return None
-            chance = survival.chance(found.source, found.length)
-            survival.learn(found.source, found.length, expected == token)
-            position.deviation.learn(chance, expected == token)
-            if expected != token:
-                position.next = None
-                return found
-            found.place += 1
-            found.length += 1
-        return None
+            if position.next is not None:
+                missed = _compare(position, position.next, sequence, emitted, token)
+            position.come_back(token)
+        return missed
 
     def verified(self, sequence: Sequence, source: Source, drafted: int, accepted: int) -> None:
         """So many tokens of a draft were right."""
@@ -249,7 +240,7 @@ class Speculator:
             tokens = position.prediction.tokens
             match = position.prediction.chains.find(tokens, tail, near=position.expected)
             if match is not None and match.place < len(tokens):
-                return Continuation(Source.PREDICTION, tokens, match.place, match.length)
+                return position.continuation(Source.PREDICTION, tokens, *match)
         least = max(self.config.prompt_lookup_min, LEAST)
         survival, best, worth = position.tenant.survival, None, 0.0
         for source, text, chains in self._texts(sequence, position):
@@ -258,10 +249,10 @@ class Speculator:
                 continue
             chance = survival.chance(source, match.length)
             if chance > worth:
-                best, worth = Continuation(source, text, *match), chance
+                best, worth = position.continuation(source, text, *match), chance
             if match.length >= _SURE:
                 break
-        return best
+        return best or (_again(sequence, position, tail[-1]) if least <= LEAST else None)
 
     def _texts(self, sequence: Sequence, position: Position) -> Iterator[tuple[Source, Many[int], Chains]]:
         tokens, sources = sequence.tokens, self.config.sources
@@ -302,7 +293,9 @@ class Speculator:
         """Bytes of everything that drafts are looked up in."""
         nodes = sum(node.chains.nbytes for node in self._tree if node.chains is not None)
         live = [each.position for sequences in self._live.values() for each in sequences if each.position is not None]
-        own = sum(each.own.nbytes + (each.prediction.nbytes if each.prediction else 0) for each in live)
+        own = sum(
+            each.own.nbytes + each.rewrites.nbytes + (each.prediction.nbytes if each.prediction else 0) for each in live
+        )
         return nodes + own + self._tenants.nbytes
 
 
@@ -325,10 +318,41 @@ def _chains_of(node: Node, tokens: Many[int]) -> Chains:
     return chains
 
 
-def _substitution(missed: Continuation | None) -> Continuation | None:
+def _compare(
+    position: Position, found: Continuation, sequence: Sequence, emitted: Many[int], token: int
+) -> Continuation | None:
+    """Compare the next token with ``found``, and learn from it; returns what was left if it is another."""
+    known, survival = len(found.text), position.tenant.survival
+    expected = found.pop()
+    if expected is None and found.text is sequence.tokens:  # it repeats what has just come
+        expected = emitted[found.place - known]
+        found.place += 1
+    if expected is None:
+        position.next = None
+        return None
+    chance = survival.chance(found.source, found.length)
+    survival.learn(found.source, found.length, expected == token)
+    position.deviation.learn(chance, expected == token)
+    if expected == token:
+        found.right()
+        return None
+    position.next = position.leave(found, token)
+    return found if position.next is None else None
+
+
+def _again(sequence: Sequence, position: Position, token: int) -> Continuation | None:
+    """What came behind ``token`` when the answer had it last."""
+    tokens = sequence.tokens
+    for place in range(len(tokens) - 1, max(position.answer, len(tokens) - _RECENT), -1):
+        if tokens[place - 1] == token:
+            return position.continuation(Source.OWN, tokens, place, 1)
+    return None
+
+
+def _substitution(position: Position, missed: Continuation | None) -> Continuation | None:
     """Behind a long match that one token left, that token may have taken the place of another."""
     if missed is None or missed.place + 1 >= len(missed.text):
         return None
     if missed.length < _SUBSTITUTED and missed.source is not Source.PREDICTION:
         return None
-    return Continuation(missed.source, missed.text, missed.place + 1, 0)
+    return position.continuation(missed.source, missed.text, missed.place + 1, 0)
