@@ -123,6 +123,7 @@ struct LinearCall {
   int32_t* index;          // of the thread: (K), all -1, and left so
   int32_t* used;           // of the thread: (K)
   uint8_t* entries;        // of the thread: a panel's, for a sparse weight
+  bool invariant;          // rows come out the same, to the bit, however many there are
 };
 
 // Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.

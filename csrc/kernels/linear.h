@@ -2,6 +2,7 @@
 //
 // A format is a struct in formats/ with
 //   Dot                    how entries are multiplied (simd.h)
+//   TILED                  whether entries are what the tiles of tiles.h multiply
 //   CODED                  whether entries are codes, with a scale per output, outliers and a store
 //   AHEAD                  how many tiles fetch the next panel meanwhile, each a line per step
 //   entries(call, panel)   the panel as tiles read it
@@ -121,13 +122,21 @@ GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, in
     }
 }
 
+// Sums of integers are exact. Those of numbers in tiles differ in their last bits from those of vectors, and what lies
+// behind the end of a row may be no number.
+template <class Format>
+bool multiplies_in_tiles(const LinearCall& c) {
+  if constexpr (!Format::TILED) return false;
+  return Format::CODED || (!c.invariant && c.weight->steps % TILE_SIZE == 0);
+}
+
 template <class Format>
 GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
   using Dot = typename Format::Dot;
   const PackedWeight& w = *c.weight;
   const int64_t used = Format::CODED ? list_outliers(c) : 0;
   const int64_t rows = c.last_row - c.first_row;
-  const bool in_tiles = Format::CODED && rows >= LEAST_TILED;
+  const bool in_tiles = rows >= LEAST_TILED && multiplies_in_tiles<Format>(c);
   const int64_t most = in_tiles ? MOST_TILED : TILE, tiles = (rows + most - 1) / most;
   const int64_t a_bytes = c.x->stride * bytes_of(c.x->type);
   const uint8_t* a = static_cast<const uint8_t*>(c.x->data);
@@ -140,11 +149,11 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
       continue;
     }
     const uint8_t* data = Format::entries(c, panel);
-    const uint8_t* next = (tiles > 1 || in_tiles) && panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
+    const uint8_t* next = panel + 1 < c.last_panel ? w.panel(panel + 1) : nullptr;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
       if (in_tiles) {
-        if constexpr (Format::CODED)
+        if constexpr (Format::TILED)
           tile_products(data, a + m0 * a_bytes, a_bytes, w.steps, static_cast<int>(m1 - m0), t == 0 ? next : nullptr, sums);
       } else {
         const uint8_t* ahead = next && t < Format::AHEAD ? next + t * w.steps * 64 : nullptr;

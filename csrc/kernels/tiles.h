@@ -2,8 +2,10 @@
 // Software Developer's Manual, volume 1, chapter 18).
 //
 // A product adds up, for row m of a tile of activations and column n of a tile of weights, products of bytes in 32 bit,
-// exact. A tile of weights holds four bytes of each of 16 columns per row: what lies in a packed panel.
+// exact, or of bf16 in fp32. A tile of weights holds four bytes of each of 16 columns per row: what lies in a packed panel.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -16,12 +18,13 @@ constexpr int TILE_SIZE = 16;  // rows of a tile at most, and sums in a row
 // There are none.
 constexpr int64_t LEAST_TILED = INT64_MAX, MOST_TILED = 0;
 inline void release_tiles() {}
-inline void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, int32_t*) {}
+template <class Number>
+void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, Number*) {}
 
 #else
 
 // From so many rows on they are faster than vectors, and so many are multiplied with a panel at a time.
-constexpr int64_t LEAST_TILED = 5, MOST_TILED = 2 * TILE_SIZE;
+constexpr int64_t LEAST_TILED = 1, MOST_TILED = 2 * TILE_SIZE;
 
 // The shapes of all tiles; a row of a tile of sums is 64 bytes.
 struct alignas(64) TileShapes {
@@ -60,17 +63,30 @@ void store_tile(void* to, int64_t stride) {
   for (int r = 0; r < e.shapes.rows[TILE]; ++r)
     std::memcpy(static_cast<uint8_t*>(to) + r * stride, e.tile[TILE][r], e.shapes.row_bytes[TILE]);
 }
-template <int SUMS, int ACTIVATIONS, int WEIGHTS>
+// Activations, signed, times weights, unsigned.
+inline void add_products(int32_t& sum, const uint8_t* a, const uint8_t (*weights)[64], int bytes) {
+  for (int k = 0; k < bytes; ++k) sum += static_cast<int8_t>(a[k]) * weights[k / 4][k % 4];
+}
+// Even entries are added up apart from odd ones.
+inline void add_products(float& sum, const uint8_t* a, const uint8_t (*weights)[64], int bytes) {
+  float part[2] = {};
+  for (int k = 0; k < bytes / 2; ++k) {
+    uint16_t x, w;
+    std::memcpy(&x, a + 2 * k, 2);
+    std::memcpy(&w, weights[k / 2] + k % 2 * 2, 2);
+    part[k % 2] = std::fma(bf16_value(x), bf16_value(w), part[k % 2]);
+  }
+  sum += part[0] + part[1];
+}
+template <class Number, int SUMS, int ACTIVATIONS, int WEIGHTS>
 void multiply_tiles() {
   EmulatedTiles& e = emulated_tiles;
   for (int m = 0; m < e.shapes.rows[SUMS]; ++m)
     for (int n = 0; n < e.shapes.row_bytes[SUMS] / 4; ++n) {
-      int32_t sum;
+      Number sum;
       std::memcpy(&sum, e.tile[SUMS][m] + 4 * n, 4);
-      for (int k = 0; k < e.shapes.row_bytes[ACTIVATIONS]; ++k) {
-        const uint8_t weight = e.tile[WEIGHTS][k / 4][4 * n + k % 4];
-        sum += static_cast<int8_t>(e.tile[ACTIVATIONS][m][k]) * weight;
-      }
+      const auto column = reinterpret_cast<const uint8_t(*)[64]>(e.tile[WEIGHTS][0] + 4 * n);
+      add_products(sum, e.tile[ACTIVATIONS][m], column, e.shapes.row_bytes[ACTIVATIONS]);
       std::memcpy(e.tile[SUMS][m] + 4 * n, &sum, 4);
     }
 }
@@ -88,10 +104,13 @@ template <int TILE>
 GOSSAMER_INLINE void store_tile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
 }
-// Activations are signed, weights are not.
-template <int SUMS, int ACTIVATIONS, int WEIGHTS>
+// Numbers of 32 bits: activations that are signed bytes, times weights that are not; floating point is bf16.
+template <class Number, int SUMS, int ACTIVATIONS, int WEIGHTS>
 GOSSAMER_INLINE void multiply_tiles() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
+  if constexpr (std::is_same_v<Number, float>)
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
+  else
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(ACTIVATIONS), "i"(WEIGHTS));
 }
 
 #endif
@@ -103,9 +122,9 @@ GOSSAMER_NOINLINE inline const uint8_t* padded(const uint8_t* panel, int64_t ste
   return out;
 }
 
-template <bool TWO>
+template <bool TWO, class Number>
 GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows,
-                                          const uint8_t* ahead, int32_t* sums) {
+                                          const uint8_t* ahead, Number* sums) {
   using gossamer::PANEL, gossamer::STEP_BYTES;
   const int first = TWO ? TILE_SIZE : rows;
   TileShapes shapes;
@@ -128,12 +147,12 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
     load_tile<6>(weights, STEP_BYTES);
     load_tile<7>(weights + 64, STEP_BYTES);
     load_tile<4>(a + 4 * k, a_bytes);
-    multiply_tiles<0, 4, 6>();
-    multiply_tiles<1, 4, 7>();
+    multiply_tiles<Number, 0, 4, 6>();
+    multiply_tiles<Number, 1, 4, 7>();
     if constexpr (TWO) {
       load_tile<5>(a + TILE_SIZE * a_bytes + 4 * k, a_bytes);
-      multiply_tiles<2, 5, 6>();
-      multiply_tiles<3, 5, 7>();
+      multiply_tiles<Number, 2, 5, 6>();
+      multiply_tiles<Number, 3, 5, 7>();
     }
   }
   store_tile<0>(sums, 4 * PANEL);
@@ -144,11 +163,13 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
   }
 }
 
-// The products of up to 32 rows of activations, signed bytes, with the 32 columns of a panel of unsigned bytes, into
-// sums (rows, 32). `steps` are of four entries. `ahead`, unless null, is memory to fetch meanwhile, as much as the panel.
-inline void tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows,
-                          const uint8_t* ahead, int32_t* sums) {
-  const auto products = rows > TILE_SIZE ? some_tile_products<true> : some_tile_products<false>;
+// The products of up to 32 rows of activations with the 32 columns of a panel, into sums (rows, 32): of signed bytes with
+// unsigned ones, or of bf16, where there must be a multiple of 16 steps. `steps` are of four bytes. `ahead`, unless null, is
+// memory to fetch meanwhile, as much as the panel.
+template <class Number>
+void tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows, const uint8_t* ahead,
+                   Number* sums) {
+  const auto products = rows > TILE_SIZE ? some_tile_products<true, Number> : some_tile_products<false, Number>;
   products(panel, a, a_bytes, steps, rows, ahead, sums);
 }
 

@@ -23,12 +23,12 @@ namespace portable { extern const gossamer::Kernels kernels; }
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Whether tiles of bytes are there, and Linux lets this process use them: it wants to be asked first, once, for all threads
+// Whether tiles of bytes and of bf16 are there, and Linux lets this process use them: it wants to be asked first, once, for all threads
 // (https://docs.kernel.org/arch/x86/xstate.html).
 static bool tiles_here() {
   unsigned a, b, c, d;
-  constexpr unsigned AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_TILE | AMX_INT8)) return false;
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (AMX_BF16 | AMX_TILE | AMX_INT8)) return false;
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }

@@ -28,7 +28,7 @@ template <Type OF, class Product, class Number>
 struct FloatingFormat {
   using Dot = Product;
   static constexpr Type TYPE = OF;
-  static constexpr bool CODED = false;
+  static constexpr bool CODED = false, TILED = OF == Type::bf16;
   static constexpr uint8_t PADDING = 0;
   static constexpr int AHEAD = 2;
 

@@ -10,7 +10,7 @@ using namespace gossamer;
 struct Int8Format {
   using Dot = Int8Dot;
   static constexpr Type TYPE = Type::int8;
-  static constexpr bool CODED = true;
+  static constexpr bool CODED = true, TILED = true;
   static constexpr uint8_t PADDING = 128;
   static constexpr int AHEAD = 2, FLIP = 0;
 

@@ -142,7 +142,7 @@ inline void inflate(Sparse place, int64_t steps, uint8_t* out) {
 struct SparseFormat {
   using Dot = SparseDot;
   static constexpr Type TYPE = Type::int8;
-  static constexpr bool CODED = true;
+  static constexpr bool CODED = true, TILED = true;
   static constexpr uint8_t PADDING = 0;  // of the mask
   static constexpr int AHEAD = 1, FLIP = EXPANDED ^ 128;
 

@@ -75,7 +75,7 @@ class Continuation:
             found = self.rewrites.at(self.text, self.place)
         if found is not None:
             self.rewrite, self.origin = found, self.place
-            self.place += found.skipped
+            self.place = min(self.place + found.skipped, known)
             self.written, self.gone = list(found.written), []
             if found.unspaced is not None and self.place < known:
                 self.written.append(found.unspaced(self.text[self.place]))
