@@ -53,7 +53,7 @@ class Unchanged:
 
 def answers(words: Any, prompts: list[list[int]], said: list[list[int]], most: int = 16) -> list[float]:
     """Tokens per step of answers, one after the other, if every draft is verified."""
-    limits = {"row_seconds_per_key": 0.0, "most_rows": 1, "most_chosen": 1}
+    limits = {"vocab_size": 1 << 20, "row_seconds_per_key": 0.0, "most_rows": 1, "most_chosen": 1}
     speculator = Speculator(SpeculativeConfig(), lambda: None, SimpleNamespace(), words=words, **limits)  # type: ignore[arg-type, return-value]
     rates = []
     for prompt, answer in zip(prompts, said, strict=True):

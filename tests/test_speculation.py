@@ -46,7 +46,14 @@ class Drafting(Speculator):
 
     def __init__(self, engine: Engine, drafter: Drafter) -> None:
         super().__init__(
-            SpeculativeConfig(), lambda: FREE, engine.tree, row_seconds_per_key=0.0, most_rows=2048, most_chosen=2048
+            SpeculativeConfig(),
+            lambda: FREE,
+            engine.tree,
+            words=engine.factory.tokens,
+            vocab_size=VOCAB,
+            row_seconds_per_key=0.0,
+            most_rows=2048,
+            most_chosen=2048,
         )
         self._drafter = drafter
 

@@ -245,6 +245,7 @@ class Engine:
             lambda: measure_steps(self.runner, most),
             self.tree,
             words=self.factory.tokens,
+            vocab_size=self.runner.vocab_size,
             row_seconds_per_key=cost.per_pair * len(self.runner.layout.layers),
             most_rows=most,
             most_chosen=self.scheduler.max_scored_tokens,

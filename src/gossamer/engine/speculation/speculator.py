@@ -47,6 +47,7 @@ class Speculator:
     Args:
         config: what may be drafted.
         measure: what rows cost; called when there is a draft for the first time.
+        vocab_size: of the model; a tokenizer may have more tokens.
         row_seconds_per_key: what attention to one key costs a row, over all layers.
         tree: whose nodes are indexed, once for all their readers.
         words: what tokens are, for :mod:`~gossamer.engine.speculation.rewrites`.
@@ -65,13 +66,14 @@ class Speculator:
         tree: PrefixTree,
         *,
         words: Words,
+        vocab_size: int,
         row_seconds_per_key: float,
         most_rows: int,
         most_chosen: int,
     ) -> None:
         self.config = config
         self.time: StepTime | None = None
-        self._measure, self._words = measure, words
+        self._measure, self._words, self._vocab_size = measure, words, vocab_size
         self.stats = SpeculationStats()
         self.enabled = True
         self._tree = tree
@@ -148,7 +150,9 @@ class Speculator:
         for ahead, token in enumerate(tokens):
             share = survival.chance(source, length + ahead)
             chance *= share if forced else deviation.apply(share)
-            if chance < least or token in state.stop_token_ids:  # nothing comes behind one that ends the text
+            if (
+                chance < least or token >= self._vocab_size or token in state.stop_token_ids
+            ):  # nothing comes behind these
                 break
             chances.append(chance)
         return (source, tokens, chances) if chances else None
