@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "rows.h"
+#include "tiles.h"
 #include "transpose.h"
 
 namespace GOSSAMER_NS {
@@ -132,6 +133,20 @@ GOSSAMER_NOINLINE inline void add_faded(float* out, float fade, const float* sum
   for (int i = 0; i < PANEL; i += W) store(out + i, fma(load(out + i), set1(fade), load(sums + i)));
 }
 
+// --- products --------------------------------------------------------------------------------------------------------
+
+// The products of `height` rows, `stride` entries apart, with a panel, into sums. `ahead`, unless null, is memory to fetch
+// meanwhile: so many bytes per step, which without tiles are 64.
+template <class Dot, bool TILED, class Entry>
+GOSSAMER_INLINE void panel_products(const uint8_t* panel, const Entry* rows, int64_t stride, int64_t steps, int height,
+                                    const uint8_t* ahead, int64_t ahead_bytes, float* sums, int64_t sums_stride) {
+  const uint8_t* a = reinterpret_cast<const uint8_t*>(rows);
+  if (TILED) return tile_products(panel, a, stride * sizeof(Entry), steps, height, ahead, ahead_bytes, sums, sums_stride);
+  for (int pass = 0; pass < PASSES; ++pass)
+    tile_of<Dot>(height, panel + pass * W * 4, a, stride * sizeof(Entry), steps, pass == 0 ? ahead : nullptr, sums + pass * W,
+                 sums_stride);
+}
+
 // --- a task ----------------------------------------------------------------------------------------------------------
 
 // The scratch of a task, divided.
@@ -142,8 +157,8 @@ struct AttentionScratch {
   float* out;           // (rows, wide)
   uint8_t* keys;        // of a block, packed
   uint8_t* values;
-  float* scores;        // (8, block)
-  Entry* shares;        // (8, block): 2^(score - peak)
+  float* scores;        // (ATTENTION_HEIGHT, block)
+  Entry* shares;        // (ATTENTION_HEIGHT, block): 2^(score - peak)
   int64_t *begin, *end; // (rows) the keys that a row sees
   float *peak, *total;  // (rows)
   Entry* plain;         // (block, dim): int8 keys or values
@@ -161,8 +176,8 @@ struct AttentionScratch {
     out = reinterpret_cast<float*>(take(ATTENTION_ROWS * wide * 4));
     keys = take(block * wide * 4);
     values = take(block * wide * 4);
-    scores = reinterpret_cast<float*>(take(8 * block * 4));
-    shares = reinterpret_cast<Entry*>(take(8 * block * 4));
+    scores = reinterpret_cast<float*>(take(ATTENTION_HEIGHT * block * 4));
+    shares = reinterpret_cast<Entry*>(take(ATTENTION_HEIGHT * block * 4));
     begin = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
     end = reinterpret_cast<int64_t*>(take(ATTENTION_ROWS * 8));
     peak = reinterpret_cast<float*>(take(ATTENTION_ROWS * 4));
@@ -260,13 +275,11 @@ struct AttentionScratch {
 
   // Products of `of` (height, steps) with a panel of values, added to columns [d, d + 32) of the output of rows
   // [r0, r0 + height), which is multiplied with `fade` (height) first, unless that is null.
-  template <class Dot>
+  template <class Dot, bool TILED = false>
   void add_values(int64_t r0, int height, const float* fade, int64_t d, const uint8_t* panel, const Entry* of, int64_t steps,
-                  const uint8_t* ahead) const {
-    alignas(64) float sums[TILE * PANEL];
-    for (int pass = 0; pass < PASSES; ++pass)
-      tile_of<Dot>(height, panel + pass * W * 4, reinterpret_cast<const uint8_t*>(of), block * sizeof(Entry), steps,
-                   pass == 0 ? ahead : nullptr, sums + pass * W, PANEL);
+                  const uint8_t* ahead, int64_t ahead_bytes = 64) const {
+    alignas(64) float sums[(TILED ? MOST_TILED : TILE) * PANEL];
+    panel_products<Dot, TILED>(panel, of, block, steps, height, ahead, ahead_bytes, sums, PANEL);
     for (int r = 0; r < height; ++r) add_faded(out + (r0 + r) * wide + d, fade ? fade[r] : 1, sums + r * PANEL);
   }
 
@@ -281,14 +294,18 @@ struct AttentionScratch {
   }
 };
 
-template <class Dot, class Entry>
+// TILED: in tiles (tiles.h), for entries in bf16 and a multiple of 32 dimensions.
+template <class Dot, class Entry, bool TILED>
 inline void attend_rows(const AttentionTask& task) {
   AttentionScratch<Entry> w(task);
   const int64_t steps = w.dim / Dot::step, row_bytes = w.dim * sizeof(Entry), stored = kv_bytes(task.type, w.dim);
-  // a tile fetches half as many bytes as a packed block of keys has
-  const int64_t parts = row_bytes < 2 * stored ? 2 : 1;
+  // A packed block has 128 bytes per step. Without tiles 64 are fetched at a time, which may be half of what is stored.
+  const bool narrow = row_bytes >= 2 * stored;
+  const int64_t parts = TILED || narrow ? 1 : 2, line = TILED && !narrow ? STEP_BYTES : 64;
   const uint8_t *keys = static_cast<const uint8_t*>(task.keys), *values = static_cast<const uint8_t*>(task.values);
-  const int64_t tiles = (w.rows + TILE - 1) / TILE;
+  constexpr int MOST = TILED ? MOST_TILED : TILE;
+  const int64_t tiles = (w.rows + MOST - 1) / MOST;
+  int shaped = 0;
   for (int64_t key = w.first / 32 * 32; key < w.last; key += w.block) {
     const int64_t count = w.last - key < w.block ? w.last - key : w.block, padded = (count + 31) / 32 * 32;
     const Entry* k = w.entries(task, keys + key * stored, count);
@@ -301,26 +318,27 @@ inline void attend_rows(const AttentionTask& task) {
       const int height = static_cast<int>(r1 - r0);
       bool masked = padded != count;
       if (!w.sees(r0, r1, key, count, masked)) continue;
+      if (TILED && shaped != height) shape_tiles(height);
+      shaped = height;
       // the first tiles fetch the next block meanwhile: a part each of its keys, and then of its values
       const int64_t next = (key + w.block + t * w.block / parts) * stored;
       const bool fetch = t < parts && key + w.block < w.last;
       const uint8_t *soon_keys = fetch ? keys + next : nullptr, *soon_values = fetch ? values + next : nullptr;
       for (int64_t p = 0; p < padded; p += PANEL)
-        for (int pass = 0; pass < PASSES; ++pass)
-          tile_of<Dot>(height, w.keys + p / PANEL * steps * STEP_BYTES + pass * W * 4,
-                       reinterpret_cast<const uint8_t*>(w.q + r0 * w.dim), row_bytes, steps,
-                       soon_keys && pass == 0 ? soon_keys + p / PANEL * steps * 64 : nullptr,
-                       w.scores + p + pass * W, w.block);
-      float fade[8];
+        panel_products<Dot, TILED>(w.keys + p / PANEL * steps * STEP_BYTES, w.q + r0 * w.dim, w.dim, steps, height,
+                                   soon_keys ? soon_keys + p / PANEL * steps * line : nullptr, line, w.scores + p, w.block);
+      float fade[MOST];
       for (int r = 0; r < height; ++r)
         fade[r] = w.soften(r0 + r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
+      const int64_t value_steps = padded / Dot::step;
       for (int64_t d = 0; d < w.wide; d += PANEL) {
-        const uint8_t* ahead = soon_values ? soon_values + d / PANEL * (padded / Dot::step) * 64 : nullptr;
-        w.template add_values<Dot>(r0, height, fade, d, w.values + d / PANEL * (padded / Dot::step) * STEP_BYTES, w.shares,
-                                   padded / Dot::step, ahead);
+        const uint8_t* ahead = soon_values ? soon_values + d / PANEL * value_steps * line : nullptr;
+        w.template add_values<Dot, TILED>(r0, height, fade, d, w.values + d / PANEL * value_steps * STEP_BYTES, w.shares,
+                                          value_steps, ahead, line);
       }
     }
   }
+  if (TILED && shaped) release_tiles();
   w.finish(task);
 }
 
@@ -470,9 +488,13 @@ inline void attend(const AttentionTask& task) {
 #if defined(__AVX512BF16__)
   if (!task.invariant && (task.type == Type::int8 ? attend_if_few<true>(task) : task.type == Type::bf16 && attend_if_few<false>(task)))
     return;
-  if (task.type != Type::f32) return attend_rows<Bf16Dot, uint16_t>(task);
+  if (task.type != Type::f32) {
+    if constexpr (HAS_TILES)
+      if (task.dim % PANEL == 0) return attend_rows<Bf16Dot, uint16_t, true>(task);
+    return attend_rows<Bf16Dot, uint16_t, false>(task);
+  }
 #endif
-  attend_rows<FloatDot, float>(task);
+  attend_rows<FloatDot, float, false>(task);
 }
 
 // --- around it -------------------------------------------------------------------------------------------------------

@@ -123,7 +123,6 @@ struct LinearCall {
   int32_t* index;          // of the thread: (K), all -1, and left so
   int32_t* used;           // of the thread: (K)
   uint8_t* entries;        // of the thread: a panel's, for a sparse weight
-  bool invariant;          // rows come out the same, to the bit, however many there are
 };
 
 // Attention of some rows to consecutive keys of one head. Rows are (token, query head of the group) pairs.
@@ -171,12 +170,13 @@ constexpr int64_t BLOCK_KEYS = 32, MEANS_REPORT = 7;
 
 constexpr int64_t INVARIANT_KEYS = 128;
 constexpr int ATTENTION_ROWS = 96;   // most rows of a task, heads of the group counted
+constexpr int ATTENTION_HEIGHT = 32; // most of these that are multiplied at a time
 constexpr int64_t attention_keys(int64_t dim) { return dim <= 128 ? 256 : 128; }  // keys of a block
 constexpr int64_t attention_scratch(int64_t dim) {
   const int64_t keys = attention_keys(dim), wide = (dim + 31) / 32 * 32;
   // queries, output, keys, values, scores and probabilities of a tile, running maximum, sum and ends of each row
   // and keys or values of a block in the type in which they are multiplied
-  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * 8 * keys) + 24 * ATTENTION_ROWS + 4 * keys * dim;
+  return 4 * (2 * ATTENTION_ROWS * wide + 2 * keys * wide + 2 * ATTENTION_HEIGHT * keys) + 24 * ATTENTION_ROWS + 4 * keys * dim;
 }
 constexpr int64_t means_scratch(int64_t dim, int64_t blocks) {
   const int64_t padded = (blocks + 31) / 32 * 32;

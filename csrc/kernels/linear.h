@@ -122,25 +122,19 @@ GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, in
     }
 }
 
-// Sums of integers are exact. Those of numbers in tiles differ in their last bits from those of vectors, and what lies
-// behind the end of a row may be no number.
-template <class Format>
-bool multiplies_in_tiles(const LinearCall& c) {
-  if constexpr (!Format::TILED) return false;
-  return Format::CODED || (!c.invariant && c.weight->steps % TILE_SIZE == 0);
-}
-
 template <class Format>
 GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
   using Dot = typename Format::Dot;
   const PackedWeight& w = *c.weight;
   const int64_t used = Format::CODED ? list_outliers(c) : 0;
   const int64_t rows = c.last_row - c.first_row;
-  const bool in_tiles = rows >= LEAST_TILED && multiplies_in_tiles<Format>(c);
+  // behind the end of a row there may be anything, which is no number perhaps, but is a code
+  const bool in_tiles = HAS_TILES && Format::TILED && (Format::CODED || w.steps % TILE_SIZE == 0);
   const int64_t most = in_tiles ? MOST_TILED : TILE, tiles = (rows + most - 1) / most;
   const int64_t a_bytes = c.x->stride * bytes_of(c.x->type);
   const uint8_t* a = static_cast<const uint8_t*>(c.x->data);
   alignas(64) typename Dot::Number sums[(MOST_TILED > TILE ? MOST_TILED : TILE) * PANEL];
+  int64_t shaped = 0;
   for (int64_t panel = c.first_panel; panel < c.last_panel; ++panel) {
     if (Format::few(c, panel, sums)) {
       if constexpr (Format::CODED)
@@ -153,8 +147,11 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m0 = c.first_row + rows * t / tiles, m1 = c.first_row + rows * (t + 1) / tiles;
       if (in_tiles) {
+        const int height = static_cast<int>(m1 - m0);
+        if (shaped != height) shape_tiles(height);
+        shaped = height;
         if constexpr (Format::TILED)
-          tile_products(data, a + m0 * a_bytes, a_bytes, w.steps, static_cast<int>(m1 - m0), t == 0 ? next : nullptr, sums);
+          tile_products(data, a + m0 * a_bytes, a_bytes, w.steps, height, t == 0 ? next : nullptr, STEP_BYTES, sums, PANEL);
       } else {
         const uint8_t* ahead = next && t < Format::AHEAD ? next + t * w.steps * 64 : nullptr;
         for (int pass = 0; pass < PASSES; ++pass)
@@ -167,7 +164,7 @@ GOSSAMER_NOINLINE void multiply(const LinearCall& c) {
       finish<Format>(c, panel, m0, m1, sums);
     }
   }
-  if (in_tiles) release_tiles();
+  if (shaped) release_tiles();
   for (int64_t u = 0; u < used; ++u) c.index[c.used[u]] = -1;
 }
 

@@ -16,15 +16,17 @@ constexpr int TILE_SIZE = 16;  // rows of a tile at most, and sums in a row
 #if !defined(GOSSAMER_TILES)
 
 // There are none.
-constexpr int64_t LEAST_TILED = INT64_MAX, MOST_TILED = 0;
+constexpr bool HAS_TILES = false;
+constexpr int MOST_TILED = 1;  // as arrays need one
 inline void release_tiles() {}
+inline void shape_tiles(int) {}
 template <class Number>
-void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, Number*) {}
+void tile_products(const uint8_t*, const uint8_t*, int64_t, int64_t, int, const uint8_t*, int64_t, Number*, int64_t) {}
 
 #else
 
-// From so many rows on they are faster than vectors, and so many are multiplied with a panel at a time.
-constexpr int64_t LEAST_TILED = 1, MOST_TILED = 2 * TILE_SIZE;
+constexpr bool HAS_TILES = true;
+constexpr int MOST_TILED = 2 * TILE_SIZE;  // rows that are multiplied with a panel at a time
 
 // The shapes of all tiles; a row of a tile of sums is 64 bytes.
 struct alignas(64) TileShapes {
@@ -51,6 +53,10 @@ inline void use_tiles(const TileShapes& shapes) {
   std::memset(emulated_tiles.tile, 0, sizeof emulated_tiles.tile);
 }
 inline void release_tiles() { emulated_tiles.shapes = {}; }
+template <int TILE>
+void clear_tile() {
+  std::memset(emulated_tiles.tile[TILE], 0, sizeof emulated_tiles.tile[TILE]);
+}
 template <int TILE>
 void load_tile(const void* from, int64_t stride) {
   const EmulatedTiles& e = emulated_tiles;
@@ -97,6 +103,10 @@ void multiply_tiles() {
 GOSSAMER_INLINE void use_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 GOSSAMER_INLINE void release_tiles() { asm volatile("tilerelease"); }
 template <int TILE>
+GOSSAMER_INLINE void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+template <int TILE>
 GOSSAMER_INLINE void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
@@ -122,28 +132,35 @@ GOSSAMER_NOINLINE inline const uint8_t* padded(const uint8_t* panel, int64_t ste
   return out;
 }
 
-template <bool TWO, class Number>
-GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows,
-                                          const uint8_t* ahead, Number* sums) {
-  using gossamer::PANEL, gossamer::STEP_BYTES;
-  const int first = TWO ? TILE_SIZE : rows;
+// For products of up to 32 rows: tiles 0 to 3 hold sums, of which 2 and 3 those of rows from 16 on, 4 and 5 activations, and
+// 6 and 7 weights.
+GOSSAMER_NOINLINE inline void shape_tiles(int rows) {
+  const int first = rows < TILE_SIZE ? rows : TILE_SIZE, second = rows > TILE_SIZE ? rows - TILE_SIZE : 1;
   TileShapes shapes;
   repeat<2>([&](auto i) GOSSAMER_LAMBDA {
     constexpr int AT = decltype(i)::value;
     shapes.set(AT, first, 64);
-    if (TWO) shapes.set(2 + AT, rows - TILE_SIZE, 64);
-    if (TWO || AT == 0) shapes.set(4 + AT, AT ? rows - TILE_SIZE : first, 64);
+    shapes.set(2 + AT, second, 64);
+    shapes.set(4 + AT, AT ? second : first, 64);
     shapes.set(6 + AT, TILE_SIZE, 64);
   });
-  use_tiles(shapes);  // which also makes them zero
+  use_tiles(shapes);
+}
+
+template <bool TWO, class Number>
+GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps,
+                                          const uint8_t* ahead, int64_t ahead_bytes, Number* sums, int64_t stride) {
+  using gossamer::PANEL, gossamer::STEP_BYTES;
+  clear_tile<0>();
+  clear_tile<1>();
+  if (TWO) clear_tile<2>();
+  if (TWO) clear_tile<3>();
   alignas(64) uint8_t rest[TILE_SIZE * STEP_BYTES];
   for (int64_t k = 0; k < steps; k += TILE_SIZE) {
     const uint8_t* weights = panel + k * STEP_BYTES;
     if (k + TILE_SIZE > steps) weights = padded(weights, steps - k, rest);
     if (ahead)
-      repeat<2 * TILE_SIZE>([&](auto line) GOSSAMER_LAMBDA {
-        __builtin_prefetch(ahead + k * STEP_BYTES + 64 * decltype(line)::value, 0, 2);
-      });
+      for (int64_t byte = 0; byte < TILE_SIZE * ahead_bytes; byte += 64) __builtin_prefetch(ahead + k * ahead_bytes + byte, 0, 2);
     load_tile<6>(weights, STEP_BYTES);
     load_tile<7>(weights + 64, STEP_BYTES);
     load_tile<4>(a + 4 * k, a_bytes);
@@ -155,22 +172,22 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
       multiply_tiles<Number, 3, 5, 7>();
     }
   }
-  store_tile<0>(sums, 4 * PANEL);
-  store_tile<1>(sums + 16, 4 * PANEL);
+  store_tile<0>(sums, 4 * stride);
+  store_tile<1>(sums + 16, 4 * stride);
   if constexpr (TWO) {
-    store_tile<2>(sums + TILE_SIZE * PANEL, 4 * PANEL);
-    store_tile<3>(sums + TILE_SIZE * PANEL + 16, 4 * PANEL);
+    store_tile<2>(sums + TILE_SIZE * stride, 4 * stride);
+    store_tile<3>(sums + TILE_SIZE * stride + 16, 4 * stride);
   }
 }
 
-// The products of up to 32 rows of activations with the 32 columns of a panel, into sums (rows, 32): of signed bytes with
-// unsigned ones, or of bf16, where there must be a multiple of 16 steps. `steps` are of four bytes. `ahead`, unless null, is
-// memory to fetch meanwhile, as much as the panel.
+// The products of `rows` rows of activations with the 32 columns of a panel, into sums (rows, 32) with `stride` numbers
+// between rows: of signed bytes with unsigned ones, or of bf16, where there must be a multiple of 16 steps. `steps` are of
+// four bytes. `ahead`, unless null, is memory to fetch meanwhile, so many bytes per step. Tiles have been shaped for the rows.
 template <class Number>
 void tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows, const uint8_t* ahead,
-                   Number* sums) {
+                   int64_t ahead_bytes, Number* sums, int64_t stride) {
   const auto products = rows > TILE_SIZE ? some_tile_products<true, Number> : some_tile_products<false, Number>;
-  products(panel, a, a_bytes, steps, rows, ahead, sums);
+  products(panel, a, a_bytes, steps, ahead, ahead_bytes, sums, stride);
 }
 
 #endif

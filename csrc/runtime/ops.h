@@ -139,7 +139,6 @@ struct Linear final : Op {
     const int64_t count = last ? step.logit_rows : step.rows;
     const Program::Buffer& out = program.buffers[to];
     LinearCall call{};
-    call.invariant = program.shape.invariant;
     call.weight = &weight;
     call.x = &program.rows[from].view;
     call.y = to == 0 ? step.logits : out.memory.as<float>();
@@ -223,7 +222,6 @@ struct Experts final : Op {
     const int64_t hit = static_cast<int64_t>(routing.expert.size()), panels = weights[0]->panels;
     const int64_t grain = grain_of(hit * panels, thread.count), size = std::min(grain, panels), pieces = (panels + size - 1) / size;
     LinearCall call{};
-    call.invariant = program.shape.invariant;
     call.x = &program.rows[from].view;
     call.y = out.memory.as<float>();
     call.y_stride = call.y_columns = out.width;
@@ -301,7 +299,6 @@ struct LowRankDown final : Op {
         const int64_t rows = of.last - of.first, part = piece % parts;
         const Prepared& out = program.rows[to].view;
         LinearCall call{};
-        call.invariant = program.shape.invariant;
         call.weight = factor;
         call.x = &program.rows[from].view;
         call.y = static_cast<float*>(out.data);
@@ -328,7 +325,6 @@ struct LowRankUp final : Op {
       const int64_t first = piece % parts * grain, last = std::min(first + grain, panels);
       if (PackedWeight* factor = of.of(factors)) {
         LinearCall call{};
-        call.invariant = program.shape.invariant;
         call.weight = factor;
         call.x = &program.rows[from].view;
         call.y = out.row(0);
