@@ -50,9 +50,9 @@ PRODUCTS = {
         "strip_products": 70,
     },
     "avx512_amx": {
-        "tileINS_7Int8Dot": 16,
+        "tileINS_7Int8Dot": 8,  # of sparse weights: the others are multiplied in tiles
         "tileINS_7Bf16Dot": 8,
-        "tile_products": 2,
+        "tile_products": 4,
         "strip_products": 70,
     },
 }
