@@ -41,6 +41,10 @@ Activation activation_of(const std::string& name) {
   if (name.empty()) return Activation::none;
   if (name == "silu") return Activation::silu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu_squared") return Activation::relu_squared;
+  if (name == "clamped") return Activation::clamped;
   throw std::invalid_argument("unknown activation " + name);
 }
 
@@ -288,6 +292,11 @@ NB_MODULE(_native, m) {
         return self.prepared(type_of(type), k, times);
       })
       .def("embed", &Program::embed)
+      .def("embed_positions", &Program::embed_positions)
+      .def("layer_norm", [](Program& self, int source, int64_t gain, int64_t bias, float epsilon, int64_t k, int to) {
+        self.layer_norm(source, at<const float>(gain), at<const float>(bias), epsilon, k, to);
+      })
+      .def("activate", [](Program& self, int buffer, int64_t k, const std::string& by) { self.activate(buffer, k, activation_of(by)); })
       .def("prepare", [](Program& self, int source, int64_t gain, float number, int64_t k, int64_t order, int to,
                          const std::string& outliers, bool relative, float threshold, int64_t columns, int which) {
         const bool whole = outliers == "batch";
@@ -299,7 +308,9 @@ NB_MODULE(_native, m) {
         self.linear(std::move(weight), prepared, to, add, activation_of(gate), last, addend);
       })
       .def("low_rank", &Program::low_rank)
-      .def("route", &Program::route)
+      .def("route", [](Program& self, int source, int64_t experts, int64_t chosen, bool renormalize, int64_t preference) {
+        self.route(source, experts, chosen, renormalize, at<const float>(preference));
+      })
       .def("experts", [](Program& self, std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, const std::string& gate) {
         self.experts(std::move(weights), prepared, to, activation_of(gate));
       })
@@ -309,11 +320,14 @@ NB_MODULE(_native, m) {
         self.add_normed(source, at<const float>(gain), epsilon, k, to);
       })
       .def("rotate_and_store", [](Program& self, int source, int64_t layer, int table, int64_t rotated, int64_t query_gain,
-                                  int64_t key_gain, bool whole, bool after, float epsilon, float scale) {
+                                  int64_t key_gain, bool whole, bool after, float epsilon, float scale, int query_table) {
         self.rotate_and_store(source, layer, table, rotated, at<const float>(query_gain), at<const float>(key_gain), whole, after,
-                              epsilon, scale);
+                              epsilon, scale, query_table);
       })
-      .def("attend", &Program::attend)
+      .def("attend", [](Program& self, int64_t layer, int64_t window, float cap, int64_t sinks) {
+        self.attend(layer, window, cap, at<const float>(sinks));
+      })
+      .def("cap_logits", &Program::cap_logits)
       .def("argmax", &Program::argmax)
       .def("step", &Program::step, nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Program::profile)

@@ -104,6 +104,66 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 16}),
     "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 16}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
+    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", {"head_dim": 12, "sliding_window": 11, "logit_scale": 0.4}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", {}),
+    "ministral": ("MinistralConfig", "MinistralForCausalLM", {"head_dim": 16, "sliding_window": 13}),
+    "ministral3": (
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "llama_4_scaling_beta": 0.3,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "phi": (
+        "PhiConfig",
+        "PhiForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 13}),
+    "stablelm": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {
+            "use_qkv_bias": True,
+            "hidden_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "stablelm_parallel": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {
+            "use_parallel_residual": True,
+            "hidden_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {"use_parallel_residual": False, "hidden_act": "gelu", "hidden_size": 64},
+    ),
+    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", {"head_dim": 16}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 24,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",

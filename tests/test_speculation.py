@@ -67,7 +67,7 @@ class Drafting(Speculator):
                 work.draft = draft[: ends[0]] if ends else draft
 
 
-@pytest.fixture(scope="module", params=[*NATIVE, "gpt_oss"])
+@pytest.fixture(scope="module", params=NATIVE)
 def model(request: pytest.FixtureRequest) -> Any:
     made = make_model(request.param, initializer_range=0.3)
     made.set_attn_implementation(IMPLEMENTATION)

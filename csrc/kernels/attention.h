@@ -4,6 +4,7 @@
 // come multiplied with log2(e), and the state of a row is (max, sum of 2^(score - max)).
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 #include "rows.h"
 #include "tiles.h"
@@ -153,6 +154,7 @@ GOSSAMER_INLINE void panel_products(const uint8_t* panel, const Entry* rows, int
 template <class Entry>
 struct AttentionScratch {
   int64_t dim, wide, rows, block;
+  float most;           // see AttentionTask::cap
   Entry* q;             // (rows, dim)
   float* out;           // (rows, wide)
   uint8_t* keys;        // of a block, packed
@@ -165,7 +167,7 @@ struct AttentionScratch {
   int64_t first, last;  // the keys that any row sees
 
   explicit AttentionScratch(const AttentionTask& task)
-      : dim(task.dim), wide((task.dim + 31) / 32 * 32), rows(task.rows * task.group), block(attention_keys(task.dim)) {
+      : dim(task.dim), wide((task.dim + 31) / 32 * 32), rows(task.rows * task.group), block(attention_keys(task.dim)), most(task.cap) {
     uint8_t* scratch = task.scratch;
     const auto take = [&](int64_t bytes) {
       uint8_t* p = scratch;
@@ -244,6 +246,7 @@ struct AttentionScratch {
   GOSSAMER_INLINE float soften(int64_t row, float* s, Entry* share, int64_t key, int64_t padded, bool masked) {
     const F nothing = set1(-__builtin_inff());
     F highest = nothing;
+    if (most > 0) cap(s, padded, most);
     if (masked) {
       const F low = set1(static_cast<float>(begin[row] - key)), high = set1(static_cast<float>(end[row] - key));
       for (int64_t i = 0; i < padded; i += W) {

@@ -104,7 +104,7 @@ struct Decomposition {
   const uint8_t* columns;  // (K) for Extent::columns: 1 where the column leaves
 };
 
-enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2 };
+enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, relu = 4, relu_squared = 5, clamped = 6 };
 
 // y (T, N): y = x W^T + b + addend; added to what is there with `add`; for a gated weight, whose panels hold 16 columns
 // of the gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other.
@@ -149,6 +149,7 @@ struct AttentionTask {
   bool invariant;          // rows come out the same, to the bit, however many there are; at most INVARIANT_KEYS keys
   const void* next_keys;   // of the task that this thread does next, which a task of a few rows fetches meanwhile, as
   const void* next_values; // many of them as it has itself; or null
+  float cap;               // scores become cap tanh(score / cap), in base 2; 0: they stay
 };
 
 // Means that stand for keys of one head that a row need not attend to; see attention_within.h.
@@ -268,6 +269,10 @@ struct Kernels {
   void (*merge)(const float* const* parts, const float* const* states, int64_t count, int64_t dim, float* out);
   // (out (D), state) = what a row gets from the keys of both states; `state` as in AttentionTask.
   void (*join)(float* out, float* state, const float* other, const float* other_state, int64_t dim);
+  // out (k) = (x - mean) / sqrt(variance + epsilon) * gain + bias; the bias may be null.
+  void (*layer_norm)(const float* x, const float* gain, const float* bias, float epsilon, int64_t k, float* out);
+  void (*activate)(float* x, int64_t k, Activation by);  // in place
+  void (*cap)(float* x, int64_t k, float most);          // x = most tanh(x / most)
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.
   int64_t (*argmax)(const float* x, int64_t n);

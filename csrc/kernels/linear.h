@@ -13,21 +13,13 @@
 // entries of one step.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 #include "tiles.h"
 
 namespace GOSSAMER_NS {
 
 using namespace gossamer;
-
-GOSSAMER_INLINE F sigmoid(F x) { return div(set1(1.0f), add(set1(1.0f), exp2(min(mul(x, set1(-1.44269504f)), set1(126.0f))))); }
-
-GOSSAMER_INLINE F activate(F x, Activation gate) {
-  if (gate == Activation::silu) return mul(x, sigmoid(x));
-  // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
-  const F u = mul(x, fma(mul(x, x), set1(0.044715f * 2 * 0.7978845608f), set1(2 * 0.7978845608f)));
-  return mul(x, sigmoid(u));
-}
 
 // Weights of the `used` columns of a panel, as numbers: (used, 32). `entries` are the panel's, or null where they are not
 // at hand.
@@ -117,7 +109,7 @@ GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, in
         put(c, m, panel * PANEL + low, y0);
         put(c, m, panel * PANEL + high, y1);
       } else {
-        put(c, m, panel * 16 + low, mul(activate(y0, c.gate), y1));
+        put(c, m, panel * 16 + low, gated(y0, y1, c.gate));
       }
     }
 }

@@ -33,6 +33,23 @@ inline void scale_row(const float* x, float factor, const float* gain, int64_t k
   }
 }
 
+inline void layer_norm(const float* x, const float* gain, const float* bias, float epsilon, int64_t k, float* out) {
+  F sums = zero();
+  int64_t i = 0;
+  for (; i + W <= k; i += W) sums = add(sums, load(x + i));
+  float sum = reduce_add(sums);
+  for (; i < k; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(k);
+  for (i = 0; i + W <= k; i += W) store(out + i, sub(load(x + i), set1(mean)));
+  for (; i < k; ++i) out[i] = x[i] - mean;
+  const float inverse = 1.0f / __builtin_sqrtf(square_sum(out, k) / static_cast<float>(k) + epsilon);
+  for (i = 0; i + W <= k; i += W) {
+    const F v = mul(mul(load(out + i), set1(inverse)), load(gain + i));
+    store(out + i, bias ? add(v, load(bias + i)) : v);
+  }
+  for (; i < k; ++i) out[i] = out[i] * inverse * gain[i] + (bias ? bias[i] : 0);
+}
+
 inline void convert(const float* x, int64_t n, void* out, Type type) {
   if (type == Type::f32) {
     std::memcpy(out, x, n * sizeof(float));

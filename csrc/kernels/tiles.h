@@ -159,8 +159,11 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
   for (int64_t k = 0; k < steps; k += TILE_SIZE) {
     const uint8_t* weights = panel + k * STEP_BYTES;
     if (k + TILE_SIZE > steps) weights = padded(weights, steps - k, rest);
-    if (ahead)
-      for (int64_t byte = 0; byte < TILE_SIZE * ahead_bytes; byte += 64) __builtin_prefetch(ahead + k * ahead_bytes + byte, 0, 2);
+    const uint8_t* soon = ahead + k * ahead_bytes;
+    const auto fetch = [&](auto line) GOSSAMER_LAMBDA { __builtin_prefetch(soon + 64 * decltype(line)::value, 0, 2); };
+    if (ahead) repeat<TILE_SIZE>(fetch);
+    soon += 64 * TILE_SIZE;
+    if (ahead && ahead_bytes == STEP_BYTES) repeat<TILE_SIZE>(fetch);
     load_tile<6>(weights, STEP_BYTES);
     load_tile<7>(weights + 64, STEP_BYTES);
     load_tile<4>(a + 4 * k, a_bytes);
@@ -182,7 +185,7 @@ GOSSAMER_NOINLINE void some_tile_products(const uint8_t* panel, const uint8_t* a
 
 // The products of `rows` rows of activations with the 32 columns of a panel, into sums (rows, 32) with `stride` numbers
 // between rows: of signed bytes with unsigned ones, or of bf16, where there must be a multiple of 16 steps. `steps` are of
-// four bytes. `ahead`, unless null, is memory to fetch meanwhile, so many bytes per step. Tiles have been shaped for the rows.
+// four bytes. `ahead`, unless null, is memory to fetch meanwhile, 64 or 128 bytes per step. Tiles have been shaped for the rows.
 template <class Number>
 void tile_products(const uint8_t* panel, const uint8_t* a, int64_t a_bytes, int64_t steps, int rows, const uint8_t* ahead,
                    int64_t ahead_bytes, Number* sums, int64_t stride) {

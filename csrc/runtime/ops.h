@@ -27,6 +27,52 @@ struct Embed final : Op {
   }
 };
 
+// Adds what a table has for each row's position.
+struct EmbedPositions final : Op {
+  PackedWeight& table;
+  int to;
+  EmbedPositions(PackedWeight& table, int to) : Op("embedding"), table(table), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        program.kernels.of(table.format).look_up(table, step.positions[r], 1.0f, thread.row);
+        program.kernels.scale_row(thread.row, 1.0f, nullptr, table.k, program.buffers[to].row(r), true);
+      }
+    });
+  }
+};
+
+struct LayerNorm final : Op {
+  int source;
+  std::vector<float> gain, bias;
+  float epsilon;
+  int to;
+  LayerNorm(int source, std::vector<float> gain, std::vector<float> bias, float epsilon, int to)
+      : Op("norm"), source(source), gain(std::move(gain)), bias(std::move(bias)), epsilon(epsilon), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        program.kernels.layer_norm(program.buffers[source].row(r), gain.data(), bias.empty() ? nullptr : bias.data(), epsilon,
+                                   static_cast<int64_t>(gain.size()), program.buffers[to].row(r));
+    });
+  }
+};
+
+struct Activate final : Op {
+  int buffer;
+  int64_t k;
+  Activation by;
+  Activate(int buffer, int64_t k, Activation by) : Op("activation"), buffer(buffer), k(k), by(by) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) program.kernels.activate(program.buffers[buffer].row(r), k, by);
+    });
+  }
+};
+
 inline const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 struct Prepare final : Op {
@@ -40,6 +86,7 @@ struct Prepare final : Op {
   std::vector<uint8_t> columns;
   Rows which;
   int64_t window;               // of the attention whose results are merged
+  std::vector<float> sinks, nothing;  // of attention: the states (heads, 2) of the sinks and what they add, zeros (D)
   Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
   bool marks = false;
 
@@ -55,6 +102,11 @@ struct Prepare final : Op {
       columns.assign(rule.columns, rule.columns + k);
       this->rule.columns = columns.data();
     }
+  }
+
+  void take_sinks(const std::vector<float>& scores, int64_t dim) {
+    for (const float score : scores) sinks.insert(sinks.end(), {score, 1.0f});
+    if (!scores.empty()) nothing.assign(dim, 0.0f);
   }
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
@@ -94,15 +146,19 @@ struct Prepare final : Op {
     const Program::Tasks& tasks = program.tasks(window);
     const Shape& shape = program.shape;
     const int64_t begin = tasks.part_of_row[row], count = tasks.part_of_row[row + 1] - begin;
-    thread.outs.resize(count);
-    thread.states.resize(count);
+    thread.outs.resize(count + 1);
+    thread.states.resize(count + 1);
     for (int64_t h = 0; h < shape.heads; ++h) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t place = tasks.parts[begin + i] * shape.heads + h;
         thread.outs[i] = program.partial_out.as<float>() + place * shape.dim;
         thread.states[i] = program.partial_state.as<float>() + place * 2;
       }
-      const int64_t joined = shape.invariant ? join_ranges(program, tasks, begin, count, thread) : count;
+      int64_t joined = shape.invariant ? join_ranges(program, tasks, begin, count, thread) : count;
+      if (!sinks.empty()) {
+        thread.outs[joined] = const_cast<float*>(nothing.data());
+        thread.states[joined++] = const_cast<float*>(sinks.data() + 2 * h);
+      }
       program.kernels.merge(thread.outs.data(), thread.states.data(), joined, shape.dim, thread.merged + h * shape.dim);
     }
     return thread.merged;
@@ -159,8 +215,9 @@ struct Route final : Op {
   int source;
   int64_t experts, chosen;
   bool renormalize;
-  Route(int source, int64_t experts, int64_t chosen, bool renormalize)
-      : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize) {}
+  std::vector<float> preference;
+  Route(int source, int64_t experts, int64_t chosen, bool renormalize, std::vector<float> preference)
+      : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize), preference(std::move(preference)) {}
 
   void run(Program& program, const StepInput& step, Thread&) override {
     phase.run(1, 1, [&](int64_t, int64_t) { choose(program, step.rows); });
@@ -195,10 +252,13 @@ struct Route final : Op {
     float largest = logits[0], sum = 0, taken = 0;
     for (int64_t e = 1; e < experts; ++e) largest = std::max(largest, logits[e]);
     for (int64_t e = 0; e < experts; ++e) sum += std::exp(logits[e] - largest);
+    const auto rank = [&](int64_t e) {
+      return preference.empty() ? logits[e] : std::exp(logits[e] - largest) / sum + preference[e];
+    };
     for (int64_t j = 0; j < chosen; ++j) {
       int64_t found = -1;
       for (int64_t e = 0; e < experts; ++e)
-        if (std::find(best, best + j, e) == best + j && (found < 0 || logits[e] > logits[found])) found = e;
+        if (std::find(best, best + j, e) == best + j && (found < 0 || rank(e) > rank(found))) found = e;
       best[j] = found;
     }
     std::sort(best, best + chosen);
@@ -367,26 +427,30 @@ struct RotateAndStore final : Op {
   int64_t rotated;
   HeadNorms norms;
   float scale;
-  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, HeadNorms norms, float scale)
-      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), norms(std::move(norms)), scale(scale) {}
+  int query_table;
+  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, HeadNorms norms, float scale, int query_table)
+      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), norms(std::move(norms)), scale(scale),
+        query_table(query_table) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
     const Kernels& kernels = program.kernels;
     const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1;
     const Type query = query_type(s.kv);
-    const float* cosines = reinterpret_cast<const float*>(step.tables[2 * table]);
-    const float* sines = reinterpret_cast<const float*>(step.tables[2 * table + 1]);
+    const auto row_of = [&](int which, int64_t r) {
+      return reinterpret_cast<const float*>(step.tables[which]) + step.positions[r] * (rotated / 2);
+    };
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const float* x = program.buffers[source].row(r);
-        const float* cosine = cosines + step.positions[r] * (rotated / 2);
-        const float* sine = sines + step.positions[r] * (rotated / 2);
+        const float *cosine = row_of(2 * table, r), *sine = row_of(2 * table + 1, r);
+        const float *query_cosine = row_of(2 * query_table, r), *query_sine = row_of(2 * query_table + 1, r);
         uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * bytes_of(query);
         const float inverse_queries = inverse_of_all(kernels, x, norms.queries, s.heads * s.dim);
         const float inverse_keys = inverse_of_all(kernels, x + s.heads * s.dim, norms.keys, s.kv_heads * s.dim);
         for (int64_t h = 0; h < s.heads; ++h, x += s.dim)
-          turn(kernels, x, norms.queries, h, inverse_queries, cosine, sine, s.dim, scale, q + h * s.dim * bytes_of(query), query, thread);
+          turn(kernels, x, norms.queries, h, inverse_queries, query_cosine, query_sine, s.dim, scale, q + h * s.dim * bytes_of(query),
+               query, thread);
         const int64_t* target = step.target + step.place[2 * r] * fields;
         uint8_t* keys = reinterpret_cast<uint8_t*>(target[layer]) + step.place[2 * r + 1] * width;
         uint8_t* values = reinterpret_cast<uint8_t*>(target[s.layers + layer]) + step.place[2 * r + 1] * width;
@@ -428,7 +492,8 @@ struct RotateAndStore final : Op {
 struct Attend final : Op {
   static constexpr int64_t SHORT = 16384;  // bytes of keys that are fetched while the task before is computed
   int64_t layer, window;
-  Attend(int64_t layer, int64_t window) : Op("attention"), layer(layer), window(window) {}
+  float cap;
+  Attend(int64_t layer, int64_t window, float cap) : Op("attention"), layer(layer), window(window), cap(cap) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
@@ -442,6 +507,7 @@ struct Attend final : Op {
     task.position = step.positions;
     task.group = group;
     task.window = window;
+    task.cap = cap;
     task.out_stride = s.heads * s.dim;
     task.state_stride = s.heads * 2;
     task.scratch = thread.attention;
@@ -476,7 +542,7 @@ struct Attend final : Op {
           attend_invariantly(program, thread, task);
           continue;
         }
-        if (step.has_means(t.item, window)) {
+        if (cap == 0 && step.has_means(t.item, window)) {
           const Summary& summary = step.summary[step.within[t.item]];
           const int64_t at = layer * s.kv_heads + t.head, blocks = summary.blocks;
           const auto head = [&](int64_t from, int64_t count) { return reinterpret_cast<const uint8_t*>(from) + at * count * row_bytes; };
@@ -538,6 +604,17 @@ struct Attend final : Op {
       task.state = thread.block_state;
       task.state_stride = 2 * task.group;
     }
+  }
+};
+
+struct CapLogits final : Op {
+  int64_t vocabulary;
+  float most;
+  CapLogits(int64_t vocabulary, float most) : Op("head"), vocabulary(vocabulary), most(most) {}
+
+  void run(Program& program, const StepInput& step, Thread&) override {
+    phase.run(step.logit_rows, 1,
+              [&](int64_t r, int64_t) { program.kernels.cap(step.logits + r * vocabulary, vocabulary, most); });
   }
 };
 

@@ -41,11 +41,25 @@ void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
   weights_.push_back(std::move(table));
 }
 
+void Program::embed_positions(std::shared_ptr<Weight> table, int to) {
+  positions_ = table->packed().n;
+  ops_.push_back(std::make_unique<EmbedPositions>(table->packed(), to));
+  weights_.push_back(std::move(table));
+}
+
+void Program::layer_norm(int source, const float* gain, const float* bias, float epsilon, int64_t k, int to) {
+  ops_.push_back(std::make_unique<LayerNorm>(source, copy(gain, k), copy(bias, k), epsilon, to));
+}
+
+void Program::activate(int buffer, int64_t k, Activation by) { ops_.push_back(std::make_unique<Activate>(buffer, k, by)); }
+
 void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                       bool whole_columns, Rows which) {
   const auto add = [&] {
     ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_));
-    return static_cast<Prepare*>(ops_.back().get());
+    Prepare* made = static_cast<Prepare*>(ops_.back().get());
+    if (source == ATTENTION) made->take_sinks(last_sinks_, shape.dim);
+    return made;
   };
   Prepare* first = add();
   if (!whole_columns) return;
@@ -59,8 +73,8 @@ void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool 
   weights_.push_back(std::move(weight));
 }
 
-void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize) {
-  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize));
+void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, const float* preference) {
+  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize, copy(preference, experts)));
 }
 
 void Program::experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate) {
@@ -99,17 +113,20 @@ void Program::add_normed(int source, const float* gain, float epsilon, int64_t k
 }
 
 void Program::rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                               const float* key_gain, bool whole, bool after, float epsilon, float scale) {
+                               const float* key_gain, bool whole, bool after, float epsilon, float scale, int query_table) {
   const int64_t queries = shape.dim * (whole ? shape.heads : 1), keys = shape.dim * (whole ? shape.kv_heads : 1);
   HeadNorms norms{copy(query_gain, queries), copy(key_gain, keys), whole, after, epsilon};
-  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, table, rotated, std::move(norms), scale));
+  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, table, rotated, std::move(norms), scale, query_table));
 }
 
-void Program::attend(int64_t layer, int64_t window) {
-  ops_.push_back(std::make_unique<Attend>(layer, window));
+void Program::attend(int64_t layer, int64_t window, float cap, const float* sinks) {
+  ops_.push_back(std::make_unique<Attend>(layer, window, cap));
   last_window_ = window;
+  last_sinks_ = copy(sinks, shape.heads);
   tasks_[window];
 }
+
+void Program::cap_logits(int64_t vocabulary, float most) { ops_.push_back(std::make_unique<CapLogits>(vocabulary, most)); }
 
 void Program::argmax(int64_t vocabulary) { ops_.push_back(std::make_unique<Argmax>(vocabulary)); }
 
@@ -122,6 +139,8 @@ void Program::step(const StepInput& input, int threads) {
   if (input.rows > max_rows) throw std::invalid_argument("a step has more rows than the program was made for");
   for (int64_t r = 0; r < input.rows; ++r)
     if (input.tokens[r] < 0 || input.tokens[r] >= vocabulary_) throw std::invalid_argument("a token id is outside of the vocabulary");
+  for (int64_t r = 0; r < input.rows; ++r)
+    if (input.positions[r] < 0 || input.positions[r] >= positions_) throw std::invalid_argument("a position has no embedding");
   while (static_cast<int>(threads_.size()) < threads) {
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
     if (shape.invariant) threads_.back().hold_blocks(shape.kv, shape.dim);

@@ -102,6 +102,9 @@ class Program {
   int buffer(int64_t width, int64_t times);  // (times max_rows, width)
   int prepared(Type type, int64_t k, int64_t times);
   void embed(std::shared_ptr<Weight> table, float factor, int to);
+  void embed_positions(std::shared_ptr<Weight> table, int to);
+  void layer_norm(int source, const float* gain, const float* bias, float epsilon, int64_t k, int to);
+  void activate(int buffer, int64_t k, Activation by);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
   // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm with the epsilon `number`; it is copied),
   // otherwise times `number`; their entries in this order (K; copied too) unless it is null.
@@ -114,7 +117,8 @@ class Program {
   // product as it is has null.
   // Chooses experts for every row by a buffer of logits: the `chosen` largest of `experts`. Their shares are the softmax
   // over all of them, or with `renormalize` over the chosen.
-  void route(int source, int64_t experts, int64_t chosen, bool renormalize);
+  // `preference` (experts), unless null, is added to the softmax over all where they are chosen, and not to their shares.
+  void route(int source, int64_t experts, int64_t chosen, bool renormalize, const float* preference);
   // The product of each sorted row with the weight of its expert; `prepared` and `to` hold such rows.
   void experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate);
   // Adds to each row of `to` (width) its experts' rows of `source`, each times its share and `factor`.
@@ -124,8 +128,10 @@ class Program {
   void low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between, int to);
   void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
   void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                        const float* key_gain, bool whole, bool after, float epsilon, float scale);
-  void attend(int64_t layer, int64_t window);
+                        const float* key_gain, bool whole, bool after, float epsilon, float scale, int query_table);
+  // `sinks` (heads), unless null: scores, in base 2, of a key for each head whose value is 0, and which all rows see.
+  void attend(int64_t layer, int64_t window, float cap, const float* sinks);
+  void cap_logits(int64_t vocabulary, float most);
   void argmax(int64_t vocabulary);
 
   void step(const StepInput& input, int threads);
@@ -187,7 +193,8 @@ class Program {
   std::vector<Thread> threads_;
   std::vector<Memory> means_;     // of each thread
   std::vector<double> reports_;   // of each task with means, layer by layer
-  int64_t largest_k_ = 0, last_window_ = 0, vocabulary_ = 0;
+  int64_t largest_k_ = 0, last_window_ = 0, vocabulary_ = 0, positions_ = INT64_MAX;
+  std::vector<float> last_sinks_;
   std::vector<Clock::time_point> times_;  // of the last step: its start, then the end of each op
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
 };

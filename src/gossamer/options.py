@@ -156,9 +156,8 @@ class RunnerOptions:
 
     runner: RunnerChoice = option(
         "auto",
-        "What computes the model: native (kernels of our own, on a CPU; Llama, Mistral, Qwen2, Qwen3, Gemma "
-        "3, Phi-3, OLMo 2, OLMo 3, Granite, SmolLM3, GLM-4, EXAONE 4, Seed-OSS, Hunyuan, Mixtral, Qwen2-MoE, "
-        "Qwen3-MoE, OLMoE and Granite MoE), "
+        "What computes the model: native (kernels of our own, on a CPU; most models of "
+        "the Llama, Qwen, Gemma, Phi, OLMo, Granite, GLM, Cohere, Mistral, GPT and Mixtral families), "
         "transformers (any supported model) or auto (the first where it can).",
     )
     kv_dtype: KVDtype = option(

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gossamer.engine.large_pages import zeros
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.library import instruction_set
-from gossamer.native.recorder import Recorder, rotary_tables, step_input
+from gossamer.native.recorder import Recorder, Rotary, step_input
 from gossamer.native.weights import pack_embedding, pack_linear
 from gossamer.ops.attention import attend_prefix
 
@@ -97,7 +97,7 @@ class Native(Contestant):
 
         own = torch.zeros(2, kv_heads, batch, dim, dtype=torch.bfloat16)
         own_addresses = [own[0].data_ptr()] * layers + [own[1].data_ptr()] * layers
-        rotary = rotary_tables(torch.zeros(dim // 2), 1.0, length + 1)
+        rotary = Rotary(torch.zeros(dim // 2), 1.0).tables(length + 1)
         addresses = [t.data_ptr() for t in (*problem.keys, *problem.values)]
         tokens = np.arange(batch)
         # all rows stand right behind the prefix, and attend to it alone; see StepInput in csrc/runtime/program.h

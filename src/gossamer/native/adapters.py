@@ -20,7 +20,6 @@ from gossamer.models.lora import Adapter, LowRank
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import PackedAdapters, PackedLinear
 
-_MERGED = ".gate_up_proj"
 _GROUP = 16  # of a gated weight: so many outputs of the gate stand beside as many of the other layer
 
 
@@ -38,9 +37,17 @@ class AdaptedPacker:
         self.isa = pack.isa
         self._names = {module: name for name, module in network.named_modules()}
         self._adapters = adapters
-        for adapter in adapters:
-            if merged := [name for name in adapter.layers if name.endswith(_MERGED)]:
-                raise UnsupportedModelError(f"an adapter adds to {merged[0]}, which holds two layers in one")
+
+    def check(self, layers: Sequence[Any]) -> None:
+        """Whether all that adapters add to is among these layers, which will be packed.
+
+        Raises:
+            UnsupportedModelError: one adds to another layer, or to one that is taken apart or put in another order.
+        """
+        names = {self._names.get(layer) for layer in layers}
+        for adapter in self._adapters:
+            if others := sorted(set(adapter.layers) - names):
+                raise UnsupportedModelError(f"an adapter adds to {others[0]}, which is not packed as it is")
 
     def __call__(self, layers: Sequence[Any], *, gated: bool = False) -> PackedLinear:
         """See :func:`~gossamer.native.weights.pack_linear`."""

@@ -1,4 +1,4 @@
-"""The architectures that native kernels run: the one list, which help texts and the documentation quote.
+"""The architectures that native kernels run.
 
 All of them are the blocks of :mod:`gossamer.native.decoder`. What differs from one to the next, beside what their
 modules say themselves, is said here: an architecture of known blocks is added as a line of
@@ -16,15 +16,31 @@ class Architecture:
 
     Attributes:
         name: as people write it.
+        body, layers, embedding, positions, final_norm: of the model; positions are empty where none are embedded.
+        attention: of a layer.
+        qkv: of the attention: three layers, or one that has their outputs.
+        output: of the attention.
         before_attention, after_attention, before_mlp, after_mlp: the norms of a layer; empty where there is none.
         query_norm, key_norm: those of the attention, if it has them: of each head, or of all heads together.
         mlp: of a layer; its experts, if it has them, are in ``experts``.
+        up, down: of an MLP without a gate; empty where there is one.
         router: of experts.
+        parallel: MLPs read what attention reads, and not what it adds to: always, or where this entry of the
+            configuration says so.
         rotated_first: queries and keys are rotated before they are normalized.
         neighbours: rotated pairs are entries next to each other, not those of two halves.
+        by_head: of one layer for queries, keys and values, each head has its three parts one after the other.
     """
 
     name: str
+    body: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    positions: str = ""
+    final_norm: str = "norm"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
     before_attention: str = "input_layernorm"
     after_attention: str = ""
     before_mlp: str = "post_attention_layernorm"
@@ -32,9 +48,13 @@ class Architecture:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     mlp: str = "mlp"
+    up: str = ""
+    down: str = ""
     router: str = "gate"
+    parallel: bool | str = False
     rotated_first: bool = False
     neighbours: bool = False
+    by_head: bool = False
 
 
 def _after(name: str) -> Architecture:
@@ -42,18 +62,36 @@ def _after(name: str) -> Architecture:
     return Architecture(name, "", "post_attention_layernorm", "", "post_feedforward_layernorm")
 
 
+_GEMMA = {
+    "after_attention": "post_attention_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+}
+_COHERE = {"before_mlp": "input_layernorm", "parallel": True, "neighbours": True}
+
 NATIVE_ARCHITECTURES = {  # by model type
     "llama": Architecture("Llama"),
     "mistral": Architecture("Mistral"),
     "qwen2": Architecture("Qwen2"),
     "qwen3": Architecture("Qwen3"),
-    "gemma3_text": Architecture(
-        "Gemma 3",
-        after_attention="post_attention_layernorm",
-        before_mlp="pre_feedforward_layernorm",
-        after_mlp="post_feedforward_layernorm",
+    "gemma": Architecture("Gemma"),
+    "gemma2": Architecture("Gemma 2", **_GEMMA),
+    "gemma3_text": Architecture("Gemma 3", **_GEMMA),
+    "ministral": Architecture("Ministral"),
+    "ministral3": Architecture("Ministral 3"),
+    "phi3": Architecture("Phi-3", qkv=("qkv_proj",)),
+    "phi": Architecture(
+        "Phi",
+        final_norm="final_layernorm",
+        output="dense",
+        before_mlp="input_layernorm",
+        up="fc1",
+        down="fc2",
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+        parallel=True,
     ),
-    "phi3": Architecture("Phi-3"),
+    "olmo": Architecture("OLMo"),
     "olmo2": _after("OLMo 2"),
     "olmo3": _after("OLMo 3"),
     "granite": Architecture("Granite"),
@@ -66,19 +104,46 @@ NATIVE_ARCHITECTURES = {  # by model type
     "hunyuan_v1_dense": Architecture(
         "Hunyuan", query_norm="query_layernorm", key_norm="key_layernorm", rotated_first=True
     ),
+    "cohere": Architecture("Cohere", **_COHERE),
+    "cohere2": Architecture("Cohere 2", **_COHERE),
+    "starcoder2": Architecture("StarCoder 2", up="c_fc", down="c_proj"),
+    "stablelm": Architecture(
+        "StableLM", query_norm="q_layernorm", key_norm="k_layernorm", parallel="use_parallel_residual"
+    ),
+    "gpt_neox": Architecture(
+        "GPT-NeoX",
+        body="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        attention="attention",
+        qkv=("query_key_value",),
+        output="dense",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        parallel="use_parallel_residual",
+        by_head=True,
+    ),
+    "gpt2": Architecture(
+        "GPT-2",
+        body="transformer",
+        layers="h",
+        embedding="wte",
+        positions="wpe",
+        final_norm="ln_f",
+        attention="attn",
+        qkv=("c_attn",),
+        output="c_proj",
+        before_attention="ln_1",
+        before_mlp="ln_2",
+        up="c_fc",
+        down="c_proj",
+    ),
     "mixtral": Architecture("Mixtral"),
     "qwen2_moe": Architecture("Qwen2-MoE"),
     "qwen3_moe": Architecture("Qwen3-MoE"),
     "olmoe": Architecture("OLMoE"),
+    "ernie4_5": Architecture("ERNIE 4.5", neighbours=True),
+    "ernie4_5_moe": Architecture("ERNIE 4.5 MoE", neighbours=True),
+    "gpt_oss": Architecture("gpt-oss", router="router"),
     "granitemoe": Architecture("Granite MoE", mlp="block_sparse_moe", router="router"),
 }
-
-
-def native_names() -> str:
-    """Their names, as a sentence lists them.
-
-    >>> native_names().startswith("Llama, Mistral, Qwen2") and native_names().endswith(" and Granite MoE")
-    True
-    """
-    *names, last = (each.name for each in NATIVE_ARCHITECTURES.values())
-    return f"{', '.join(names)} and {last}"

@@ -17,7 +17,7 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
-from gossamer.native.recorder import ExpertLayers, Recorded, Recorder
+from gossamer.native.recorder import ExpertLayers, Norm, Recorded, Recorder, Rotary
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import (
     PackedLinear,
@@ -26,23 +26,33 @@ from gossamer.native.weights import (
     linear_of,
     pack_embedding,
     pack_linear,
+    plain_linear,
     refer_to,
     some_outputs,
 )
 from gossamer.nn import Int8Linear, StoredEmbedding
 from gossamer.nn.int8_linear import Decomposition
 
-_GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-Norm = tuple[Tensor, float]  # gain and epsilon
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+_OTHER_ROUTERS = ("PhimoeTopKRouter",)  # with shares of another kind
 
 
 @dataclass
 class Mlp:
-    """``down(gate(x G^T) * (x U^T))``."""
+    """``down(gate(x G^T) * (x U^T))``; without a gate ``down(activation(x U^T))``."""
 
-    gate_up: PackedLinear
-    gate: str
+    up: PackedLinear  # of both factors, if there is a gate
+    activation: str
     down: PackedLinear
+    gated: bool
 
 
 @dataclass
@@ -68,7 +78,9 @@ class Layer:
     scale: float
     window: int | None
     table: int | None
+    sinks: Tensor | None
     output: PackedLinear
+    parallel: bool  # the MLP reads what attention does not add to yet
     after_attention: Norm | None
     before_mlp: Norm | None
     mlp: Mlp | Experts
@@ -77,15 +89,19 @@ class Layer:
 
 @dataclass
 class Decoder:
-    """A model, packed. ``tables`` are (inverse frequencies, scaling) of the rotary embeddings."""
+    """A model, packed."""
 
     embedding: PackedLinear
     embedding_factor: float
+    positions: PackedLinear | None
     half_factor: float  # of what a half of a layer computes, before it is added
     layers: list[Layer]
     norm: Norm
     head: PackedLinear
-    tables: list[tuple[Tensor, float]]
+    tables: list[Rotary]
+    query_table: int | None  # that of queries, if it is not that of keys
+    score_cap: float
+    logit_cap: float
 
     def weights(self) -> Iterator[PackedLinear]:
         """Those of all layers, and of the output layer."""
@@ -94,51 +110,75 @@ class Decoder:
             if isinstance(layer.mlp, Experts):
                 yield from (*layer.mlp.layers.gate_up, *layer.mlp.layers.down)
             if (mlp := layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp) is not None:
-                yield from (mlp.gate_up, mlp.down)
+                yield from (mlp.up, mlp.down)
         yield self.head
 
 
 def record(p: Recorder, model: Decoder) -> None:
     """The forward pass of a decoder."""
     x = p.embed(model.embedding, model.embedding_factor, into="residual")
+    if model.positions is not None:
+        p.embed_positions(model.positions, x)
     for index, layer in enumerate(model.layers):
-        h = x if layer.before_attention is None else p.rms_norm(x, *layer.before_attention)
+        h = x if layer.before_attention is None else p.norm(x, layer.before_attention)
         qkv = p.linear(h, layer.qkv, into="qkv")
         attended = p.attention(
             qkv,
             index,
-            table=None if layer.table is None else (layer.table, 2 * len(model.tables[layer.table][0])),
+            table=None if layer.table is None else (layer.table, 2 * len(model.tables[layer.table].frequencies)),
             scale=layer.scale,
             window=layer.window,
             query_norm=layer.query_norm,
             key_norm=layer.key_norm,
             rotated_first=layer.rotated_first,
+            query_table=model.query_table,
+            cap=model.score_cap,
+            sinks=layer.sinks,
         )
+        inner = record_inner(p, x, layer) if layer.parallel else None
         if layer.after_attention is None:
             p.linear_add(p.scaled(attended, model.half_factor), layer.output, x)
         else:
-            p.add_rms_norm(p.linear(attended, layer.output, into="half"), *layer.after_attention, x)
-        h = x if layer.before_mlp is None else p.rms_norm(x, *layer.before_mlp)
+            p.add_rms_norm(p.linear(attended, layer.output, into="half"), layer.after_attention, x)
         if isinstance(layer.mlp, Experts):
+            h = x if layer.before_mlp is None else p.norm(x, layer.before_mlp)
             record_experts(p, h, layer.mlp, model.half_factor, x)
             continue
-        inner = p.linear(h, layer.mlp.gate_up, into="inner", gate=layer.mlp.gate)
+        inner = inner or record_inner(p, x, layer)
         if layer.after_mlp is None:
             p.linear_add(p.scaled(inner, model.half_factor), layer.mlp.down, x)
         else:
-            p.add_rms_norm(p.linear(inner, layer.mlp.down, into="half"), *layer.after_mlp, x)
-    p.logits(p.rms_norm(x, *model.norm), model.head)
+            p.add_rms_norm(p.linear(inner, layer.mlp.down, into="half"), layer.after_mlp, x)
+    p.logits(p.norm(x, model.norm), model.head, model.logit_cap)
+
+
+def record_inner(p: Recorder, x: Recorded, layer: Layer) -> Recorded:
+    """What the second half of an MLP reads."""
+    assert isinstance(layer.mlp, Mlp)
+    h = x if layer.before_mlp is None else p.norm(x, layer.before_mlp)
+    return _inner(p, h, layer.mlp, "inner")
+
+
+def _inner(p: Recorder, h: Recorded, mlp: Mlp, into: str) -> Recorded:
+    if mlp.gated:
+        return p.linear(h, mlp.up, into=into, gate=mlp.activation)
+    return p.activate(p.linear(h, mlp.up, into=into), mlp.activation)
 
 
 def record_experts(p: Recorder, h: Recorded, experts: Experts, factor: float, total: Recorded) -> None:
     """Add what experts compute of h to ``total``, which h is read from: nothing is added before all have read it."""
-    shared = None
-    if experts.shared is not None and experts.shared_gate is not None:
-        inner = p.linear(h, experts.shared.gate_up, into="shared inner", gate=experts.shared.gate)
-        shared = p.linear(inner, experts.shared.down, into="half"), p.linear(h, experts.shared_gate, into="shared gate")
+    inner = gate = None
+    if experts.shared is not None:
+        inner = _inner(p, h, experts.shared, "shared inner")
+    if experts.shared_gate is not None:
+        gate = p.linear(h, experts.shared_gate, into="shared gate")
     p.experts(h, experts.router, experts.layers, gate=experts.gate, factor=factor, total=total)
-    if shared is not None:
-        p.add_gated(*shared, factor, total)
+    if experts.shared is None or inner is None:
+        return
+    if gate is None:
+        p.linear_add(p.scaled(inner, factor), experts.shared.down, total)
+    else:
+        p.add_gated(p.linear(inner, experts.shared.down, into="half"), gate, factor, total)
 
 
 def unsupported(config: Any) -> str:
@@ -146,14 +186,16 @@ def unsupported(config: Any) -> str:
     kind = config.model_type
     if kind not in NATIVE_ARCHITECTURES:
         return f"{kind} is not among {', '.join(NATIVE_ARCHITECTURES)}"
-    gate = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if gate not in _GATES:
-        return f"its activation is {gate}"
-    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "final_logit_softcapping", None):
-        return "it caps its scores or logits"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"its activation is {_activation(config)}"
     if getattr(config, "clip_qkv", None):
         return "it clips its queries, keys and values"
     return ""
+
+
+def _activation(config: Any) -> Any:
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
 
 
 def pack_decoder(
@@ -175,115 +217,209 @@ def pack_decoder(
     """
     config = network.config.get_text_config()
     architecture = NATIVE_ARCHITECTURES[config.model_type]
-    body = network.model
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(body.layers)
-    tables, table_of = _tables(body.rotary_emb, kinds)
-    gate = _GATES[getattr(config, "hidden_activation", None) or config.hidden_act]
-    int8 = _decomposition_of_experts(network)
-    half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0][0])
-    for block in body.layers:  # before any of them loses its tensors
-        _check_layer(block, architecture, rotated, half_factor)
+    body = getattr(network, architecture.body)
+    blocks, table_of_tokens = getattr(body, architecture.layers), getattr(body, architecture.embedding)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
+    tables, table_of = _tables(getattr(body, "rotary_emb", None), kinds)
+    query_table = None
+    if (growth := _query_growth(config)) is not None:  # of queries; keys stay as they are
+        if architecture.neighbours or getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
+            raise UnsupportedModelError("its queries grow with their position, entries that are not rotated included")
+        tables, query_table = [*tables, replace(tables[0], growth=growth)], len(tables)
+    half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0].frequencies)
+    packed = [layer for block in blocks for layer in _check_layer(block, architecture, rotated, half_factor)]
+    adapted = AdaptedPacker(pack, network, adapters)
+    adapted.check(packed)  # all this before any layer loses its tensors
     layers = []
-    packer = AdaptedPacker(pack, network, adapters)
-    for index, block in enumerate(body.layers):
-        table = table_of[kinds[index]] if _rotates(block.self_attn, config) else None
-        layers.append(_pack_layer(block, architecture, packer, rotated, *attention[index], table, gate, int8))
+    packer = _LayerPacker(architecture, config, adapted, rotated, network)
+    for index, block in enumerate(blocks):
+        table = table_of[kinds[index]] if rotated and _rotates(getattr(block, architecture.attention), config) else None
+        layers.append(packer.pack(block, *attention[index], table))
         block.to("meta")
     head = network.lm_head
-    tied = head.weight is body.embed_tokens.weight
-    if isinstance(body.embed_tokens, StoredEmbedding) and not tied:
-        embedding = refer_to(body.embed_tokens.stored, pack.isa)
+    tied = head.weight is table_of_tokens.weight
+    if isinstance(table_of_tokens, StoredEmbedding) and not tied:
+        embedding = refer_to(table_of_tokens.stored, pack.isa)
     else:
-        embedding = pack_embedding(body.embed_tokens, pack.isa, pack.float_type)
-    factor = float(getattr(body.embed_tokens, "multiplier", getattr(body.embed_tokens, "scalar_embed_scale", 1.0)))
+        embedding = pack_embedding(table_of_tokens, pack.isa, pack.float_type)
+    positions = None
+    if architecture.positions:
+        positions = pack_embedding(getattr(body, architecture.positions), pack.isa, pack.float_type)
+    factor = float(getattr(table_of_tokens, "multiplier", getattr(table_of_tokens, "scalar_embed_scale", 1.0)))
     factor *= float(getattr(config, "embedding_multiplier", 1.0))
     if not tied or head.bias is not None:
         packed_head = pack([head])
     else:
         packed_head = replace(embedding, decomposition=decomposition_of(head))
-    norm = _norm(body.norm)
+    norm = _norm(getattr(body, architecture.final_norm))
     assert norm is not None
-    norm = norm[0] / float(getattr(config, "logits_scaling", 1.0)), norm[1]
+    scaling = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", 1.0))
+    if scaling != 1 and head.bias is not None:
+        raise UnsupportedModelError("its logits are scaled, a bias included")
+    norm = replace(norm, gain=norm.gain * scaling, bias=None if norm.bias is None else norm.bias * scaling)
     network.to("meta")
-    return Decoder(embedding, factor, half_factor, layers, norm, packed_head, tables)
+    return Decoder(
+        embedding,
+        factor,
+        positions,
+        half_factor,
+        layers,
+        norm,
+        packed_head,
+        tables,
+        query_table,
+        score_cap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
 
 
-def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> None:
-    attention, mlp = block.self_attn, getattr(block, architecture.mlp)
-    check_linear(_qkv(attention, architecture, rotated))
-    check_linear([attention.o_proj])
-    added = [attention.o_proj]
+def _query_growth(config: Any) -> tuple[float, float] | None:
+    """By what queries grow with their position, see :class:`~gossamer.native.recorder.Rotary`."""
+    rope = getattr(config, "rope_parameters", None)
+    if config.model_type != "ministral3" or not rope or not rope.get("llama_4_scaling_beta"):
+        return None
+    return float(rope["llama_4_scaling_beta"]), float(rope["original_max_position_embeddings"])
+
+
+def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> list[Any]:
+    """The linear layers of a layer, if all that it has can be packed."""
+    attention, mlp = getattr(block, architecture.attention), getattr(block, architecture.mlp)
+    layers = _qkv(attention, architecture, rotated)
+    check_linear(layers)
+    output = plain_linear(getattr(attention, architecture.output))
+    check_linear([output])
+    added = [output]
     if hasattr(mlp, "experts"):
         _check_experts(mlp, architecture)
-        mlp = getattr(mlp, "shared_expert", None)
+        mlp = _shared_of(mlp)
     if mlp is not None:
-        check_linear(_gate_up(mlp))
-        check_linear([mlp.down_proj])
-        added.append(mlp.down_proj)
+        *both, down = _mlp_layers(mlp, architecture)
+        check_linear(both)
+        check_linear([down])
+        layers += both
+        added.append(down)
     if half_factor != 1 and any(layer.bias is not None for layer in added):
         raise UnsupportedModelError("what its layers compute is scaled, biases included")
     for name in (architecture.before_attention, architecture.before_mlp):
         if name:
-            _norm(getattr(block, name))
+            _norm(getattr(block, name, None))
+    within = [getattr(attention, name, None) for name in (architecture.query_norm, architecture.key_norm)]
+    after = [getattr(block, name) for name in (architecture.after_attention, architecture.after_mlp) if name]
+    if any((norm := _norm(module)) is not None and norm.centered for module in within + after):
+        raise UnsupportedModelError("a LayerNorm of queries, keys or what a layer adds is not known to the kernels")
+    return layers + added
 
 
-def _pack_layer(
-    block: Any,
-    architecture: Architecture,
-    pack: AdaptedPacker,
-    rotated: int,
-    scale: float,
-    window: int | None,
-    table: int | None,
-    gate: str,
-    int8: Decomposition | None,
-) -> Layer:
-    attention, mlp = block.self_attn, getattr(block, architecture.mlp)
+class _LayerPacker:
+    """Packs the layers of one model."""
 
-    def norm(name: str) -> Norm | None:
-        return _norm(getattr(block, name)) if name else None
+    def __init__(
+        self, architecture: Architecture, config: Any, pack: AdaptedPacker, rotated: int, network: Any
+    ) -> None:
+        self._architecture, self._pack, self._rotated = architecture, pack, rotated
+        self._activation = _ACTIVATIONS[_activation(config)]
+        self._int8 = _decomposition_of_experts(network)
+        parallel = architecture.parallel
+        self._parallel = bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
 
-    return Layer(
-        before_attention=norm(architecture.before_attention),
-        qkv=pack(_qkv(attention, architecture, rotated)),
-        query_norm=_norm(getattr(attention, architecture.query_norm, None)),
-        key_norm=_norm(getattr(attention, architecture.key_norm, None)),
-        rotated_first=architecture.rotated_first,
-        scale=scale,
-        window=window,
-        table=table,
-        output=pack([attention.o_proj]),
-        after_attention=norm(architecture.after_attention),
-        before_mlp=norm(architecture.before_mlp),
-        mlp=_pack_mlp(mlp, pack, gate)
-        if not hasattr(mlp, "experts")
-        else _pack_experts(mlp, architecture, pack, gate, int8),
-        after_mlp=norm(architecture.after_mlp),
-    )
+    def pack(self, block: Any, scale: float, window: int | None, table: int | None) -> Layer:
+        """One layer, with the scale and the window of its attention and the table of its rotation."""
+        architecture = self._architecture
+        attention, mlp = getattr(block, architecture.attention), getattr(block, architecture.mlp)
+        before_attention = _norm_of(block, architecture.before_attention)
+        before_mlp = architecture.before_mlp
+        if self._parallel and getattr(block, before_mlp, None) is None:
+            before_mlp = architecture.before_attention  # both halves read the same
+        return Layer(
+            before_attention=before_attention,
+            qkv=self._pack(_qkv(attention, architecture, self._rotated)),
+            query_norm=_norm_of(attention, architecture.query_norm),
+            key_norm=_norm_of(attention, architecture.key_norm),
+            rotated_first=architecture.rotated_first,
+            scale=scale,
+            window=window,
+            table=table,
+            sinks=attention.sinks.detach().float() if hasattr(attention, "sinks") else None,
+            output=self._pack([plain_linear(getattr(attention, architecture.output))]),
+            parallel=self._parallel,
+            after_attention=_norm_of(block, architecture.after_attention),
+            before_mlp=_norm_of(block, before_mlp),
+            mlp=self._experts(mlp) if hasattr(mlp, "experts") else self._mlp(mlp),
+            after_mlp=_norm_of(block, architecture.after_mlp),
+        )
+
+    def _mlp(self, mlp: Any) -> Mlp:
+        *up, down = _mlp_layers(mlp, self._architecture)
+        gated = len(up) == 2
+        return Mlp(self._pack(up, gated=gated), self._activation, self._pack([down]), gated)
+
+    def _experts(self, mlp: Any) -> Experts:
+        router, experts, isa = getattr(mlp, self._architecture.router), mlp.experts, self._pack.isa
+
+        def ready(layer: Any) -> Any:
+            return layer if self._int8 is None else Int8Linear.from_linear(layer, decomposition=self._int8)
+
+        gate_up, down = [], []
+        for gate, up, last in _layers_of_experts(experts):
+            gate_up.append(self._pack([ready(gate), ready(up)], gated=True))
+            down.append(self._pack([ready(last)]))
+        shared, shared_gate = _shared_of(mlp), getattr(mlp, "shared_expert_gate", None)
+        statics = getattr(router, "moe_statics", None)
+        preference = None if statics is None else statics.e_score_correction_bias.detach().float().flatten().clone()
+        router_bias = getattr(router, "bias", None)
+        router_layer = linear_of(router.weight.detach(), None if router_bias is None else router_bias.detach())
+        return Experts(
+            router=pack_linear([router_layer], isa, "float32"),
+            layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), preference, gate_up, down),
+            gate="clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation,
+            shared=None if shared is None else self._mlp(shared),
+            shared_gate=None if shared_gate is None else pack_linear([shared_gate], isa, "float32"),
+        )
 
 
-def _pack_mlp(mlp: Any, pack: AdaptedPacker, gate: str) -> Mlp:
-    return Mlp(pack(_gate_up(mlp), gated=True), gate, pack([mlp.down_proj]))
+def _shared_of(mlp: Any) -> Any:
+    """The MLP beside experts that is for all tokens, if there is one."""
+    return getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
 
 
 def _check_experts(mlp: Any, architecture: Architecture) -> None:
     """Raises for routers and experts that are computed in another way than :class:`Experts` says."""
     router: Any = getattr(mlp, architecture.router, None)
     experts = mlp.experts
-    known = {"gate", "router", "experts", "shared_expert", "shared_expert_gate"}
+    known = {"gate", "router", "experts", "shared_expert", "shared_experts", "shared_expert_gate"}
     others = [name for name, _ in mlp.named_children() if name not in known]
-    if others or not isinstance(getattr(router, "top_k", None), int):
+    if others or not isinstance(getattr(router, "top_k", None), int) or type(router).__name__ in _OTHER_ROUTERS:
         raise UnsupportedModelError(f"a {type(mlp).__name__} chooses its experts in a way that the kernels do not know")
     names = {name for name, _ in (*experts.named_parameters(), *router.named_parameters(), *experts.named_buffers())}
-    if names != {"gate_up_proj", "down_proj", "weight"}:
+    biased = "gate_up_proj_bias" in names
+    allowed = {"gate_up_proj", "down_proj", "weight", "moe_statics.e_score_correction_bias"}
+    if not names <= allowed | ({"gate_up_proj_bias", "down_proj_bias", "bias"} if biased else set()):
         raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
-    count, double, width = experts.gate_up_proj.shape
-    shapes = experts.down_proj.shape == (count, width, double // 2) and router.weight.shape == (count, width)
+    if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
+        raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
+    both, last = experts.gate_up_proj.shape, experts.down_proj.shape
+    if biased:  # stored the other way round
+        both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
+    count, double, width = both
+    shapes = tuple(last) == (count, width, double // 2) and router.weight.shape == (count, width)
     if not shapes or not 0 < router.top_k <= count:
         raise UnsupportedModelError(
             f"{count} experts of {tuple(experts.gate_up_proj.shape[1:])} and {tuple(experts.down_proj.shape)} weights, "
             f"and a router of {tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
         )
+
+
+def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """The gate, the other factor and what follows, of each expert."""
+    both, last = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    for index in range(len(both)):
+        if hasattr(experts, "gate_up_proj_bias"):  # as in gpt-oss: (inputs, outputs), gate and factor in turns
+            bias = experts.gate_up_proj_bias.detach()[index]
+            factors = [linear_of(both[index].t()[part::2], bias[part::2]) for part in (0, 1)]
+            yield *factors, linear_of(last[index].t(), experts.down_proj_bias.detach()[index])
+        else:
+            half = both.shape[1] // 2
+            yield linear_of(both[index, :half]), linear_of(both[index, half:]), linear_of(last[index])
 
 
 def _decomposition_of_experts(network: Any) -> Decomposition | None:
@@ -297,34 +433,16 @@ def _decomposition_of_experts(network: Any) -> Decomposition | None:
     return replace(rule, outliers=None if rule.outliers is None else "token")
 
 
-def _pack_experts(
-    mlp: Any, architecture: Architecture, pack: AdaptedPacker, gate: str, int8: Decomposition | None
-) -> Experts:
-    router, experts = getattr(mlp, architecture.router), mlp.experts
-    half = experts.gate_up_proj.shape[1] // 2
-
-    def layer(weight: Tensor) -> Any:
-        return linear_of(weight) if int8 is None else Int8Linear.from_linear(linear_of(weight), decomposition=int8)
-
-    gate_up, down = [], []
-    for both, last in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
-        gate_up.append(pack([layer(both[:half]), layer(both[half:])], gated=True))
-        down.append(pack([layer(last)]))
-    shared, shared_gate = getattr(mlp, "shared_expert", None), getattr(mlp, "shared_expert_gate", None)
-    return Experts(
-        router=pack_linear([linear_of(router.weight.detach())], pack.isa, "float32"),
-        layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), gate_up, down),
-        gate=gate,
-        shared=None if shared is None else _pack_mlp(shared, pack, gate),
-        shared_gate=None if shared_gate is None else pack_linear([shared_gate], pack.isa, "float32"),
-    )
-
-
 def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
     """The layers of queries, keys and values, with the pairs among ``rotated`` entries of a head in two halves."""
-    if hasattr(attention, "qkv_proj"):
-        return [attention.qkv_proj]
-    query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+    layers = [plain_linear(getattr(attention, name)) for name in architecture.qkv]
+    if len(layers) == 1:
+        if not architecture.by_head:
+            return layers
+        dim = attention.head_size
+        order = torch.arange(layers[0].out_features).view(-1, 3, dim).transpose(0, 1)
+        return [some_outputs(layers[0], order.flatten())]
+    query, key, value = layers
     if architecture.neighbours:
         dim = attention.head_dim
         order = torch.cat([torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)])
@@ -335,43 +453,63 @@ def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
     return [query, key, value]
 
 
-def _gate_up(mlp: Any) -> list[Any]:
-    """The gate and the other factor."""
+def _mlp_layers(mlp: Any, architecture: Architecture) -> list[Any]:
+    """The gate, if there is one, the other factor, and what follows."""
+    if architecture.up:
+        return [plain_linear(getattr(mlp, name)) for name in (architecture.up, architecture.down)]
     if not hasattr(mlp, "gate_up_proj"):
-        return [mlp.gate_proj, mlp.up_proj]
+        return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     half = mlp.gate_up_proj.out_features // 2
-    return [some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half)]
+    gate, up = (some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half))
+    return [gate, up, mlp.down_proj]
 
 
 def _rotates(attention: Any, config: Any) -> bool:
     """Whether a layer rotates its queries and keys; some layers of some models do not."""
     if config.model_type == "exaone4":
         return attention.sliding_window is None or bool(attention.is_sliding)
+    if config.model_type == "cohere2":
+        return attention.sliding_window is not None
     return bool(getattr(attention, "use_rope", True))
 
 
+def _norm_of(module: Any, name: str) -> Norm | None:
+    return _norm(getattr(module, name, None)) if name else None
+
+
 def _norm(module: Any) -> Norm | None:
-    """Gain and epsilon of an RMSNorm."""
+    """What a module does, if there is one.
+
+    Raises:
+        UnsupportedModelError: it is neither RMSNorm nor LayerNorm.
+    """
     if module is None:
         return None
-    gain: Tensor = module.weight.detach().float().clone()
     name = type(module).__name__
-    if name == "Gemma3RMSNorm":
-        return gain + 1.0, float(module.eps)
+    if name == "OlmoLayerNorm":
+        return Norm(torch.ones(module.normalized_shape), 1e-5, centered=True)
+    gain: Tensor = module.weight.detach().float().clone().contiguous()
+    if name in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"):
+        return Norm(gain + 1.0, float(module.eps))
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return gain, float(module.variance_epsilon)
+        return Norm(gain, float(module.variance_epsilon))
+    if gain.dim() == 1 and name == "LayerNorm":
+        bias = None if module.bias is None else module.bias.detach().float().clone().contiguous()
+        return Norm(gain, float(module.eps), centered=True, bias=bias)
+    if gain.dim() == 1 and name in ("CohereLayerNorm", "Cohere2LayerNorm"):
+        return Norm(gain, float(module.variance_epsilon), centered=True)
     raise UnsupportedModelError(f"a {name} is not a norm that the native kernels know")
 
 
-def _tables(rotary: Any, kinds: list[str]) -> tuple[list[tuple[Tensor, float]], dict[str, int]]:
-    """The rotary tables, and which of them a kind of layer uses."""
+def _tables(rotary: Any, kinds: list[str]) -> tuple[list[Rotary], dict[str, int]]:
+    """The rotary tables, and which of them a kind of layer uses; one without entries if there is no rotation."""
+    if rotary is None:
+        return [Rotary(torch.empty(0), 1.0)], dict.fromkeys(kinds, 0)
     if hasattr(rotary, "inv_freq"):
-        return [(rotary.inv_freq.detach().clone(), float(rotary.attention_scaling))], dict.fromkeys(kinds, 0)
+        return [Rotary(rotary.inv_freq.detach().clone(), float(rotary.attention_scaling))], dict.fromkeys(kinds, 0)
     names = sorted(set(kinds))
-    tables = [
-        (getattr(rotary, f"{name}_inv_freq").detach().clone(), float(getattr(rotary, f"{name}_attention_scaling")))
-        for name in names
-    ]
-    if any(not isinstance(frequencies, torch.Tensor) for frequencies, _ in tables):
+    found = [[getattr(rotary, f"{name}_{part}") for part in ("inv_freq", "attention_scaling")] for name in names]
+    tables = [Rotary(frequencies.detach().clone(), float(scaling)) for frequencies, scaling in found]
+    if any(not isinstance(table.frequencies, torch.Tensor) for table in tables):
         raise UnsupportedModelError("its rotary embedding is of a kind that the native kernels do not know")
     return tables, {name: index for index, name in enumerate(names)}

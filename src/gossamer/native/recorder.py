@@ -15,6 +15,7 @@ from torch import Tensor
 from gossamer.kernels.library import core
 from gossamer.native.weights import PackedAdapters, PackedLinear
 
+_TO_BASE_2 = 1.4426950408889634  # the kernels' exponentials have base 2
 LOGITS = 0  # the buffer that the caller provides
 
 
@@ -33,6 +34,23 @@ class Recorded:
     factor: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """``x / sqrt(mean(x^2) + epsilon) * gain`` (RMSNorm), or LayerNorm (arXiv 1607.06450) if it is ``centered``.
+
+    Attributes:
+        gain: (width) fp32, contiguous.
+        epsilon: is added to the mean square, or to the variance.
+        centered: the mean is taken off first.
+        bias: (width) fp32, contiguous; is added to what is centered.
+    """
+
+    gain: Tensor
+    epsilon: float
+    centered: bool = False
+    bias: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class ExpertLayers:
     """The weights of experts, all of one shape.
@@ -40,11 +58,13 @@ class ExpertLayers:
     Attributes:
         chosen: how many are chosen for a row.
         renormalize: whether the shares of the chosen ones sum up to 1; otherwise those of all do.
+        preference: (experts) fp32, is added to the shares of all where some are chosen.
         gate_up, down: of each expert.
     """
 
     chosen: int
     renormalize: bool
+    preference: Tensor | None
     gate_up: list[PackedLinear]
     down: list[PackedLinear]
 
@@ -101,9 +121,23 @@ class Recorder:
         self.native.embed(table.handle, factor, out.buffer)
         return out
 
-    def rms_norm(self, x: Recorded, gain: Tensor, epsilon: float) -> Recorded:
-        """RMSNorm of x. It costs nothing here: whoever reads the result computes it."""
-        return Recorded(x.buffer, x.width, gain.detach().float().contiguous(), epsilon)
+    def embed_positions(self, table: PackedLinear, total: Recorded) -> None:
+        """``total += `` the rows of the table of the tokens' positions."""
+        self.native.embed_positions(table.handle, total.buffer)
+
+    def norm(self, x: Recorded, norm: Norm) -> Recorded:
+        """x, normalized. RMSNorm costs nothing here: whoever reads the result computes it."""
+        if not norm.centered:
+            return Recorded(x.buffer, x.width, norm.gain, norm.epsilon)
+        out = self._buffer(f"normed {x.width}", x.width)
+        bias = 0 if norm.bias is None else norm.bias.data_ptr()
+        self.native.layer_norm(x.buffer, norm.gain.data_ptr(), bias, norm.epsilon, x.width, out.buffer)
+        return out
+
+    def activate(self, x: Recorded, by: str) -> Recorded:
+        """An activation of x, in its place."""
+        self.native.activate(x.buffer, x.width, by)
+        return x
 
     def scaled(self, x: Recorded, factor: float) -> Recorded:
         """x times ``factor``, which whoever reads it computes."""
@@ -119,10 +153,9 @@ class Recorder:
         """``total += x W^T + b``."""
         self._linear(x, weight, total.buffer, add=True)
 
-    def add_rms_norm(self, x: Recorded, gain: Tensor, epsilon: float, total: Recorded) -> None:
+    def add_rms_norm(self, x: Recorded, norm: Norm, total: Recorded) -> None:
         """``total += rms_norm(x)``."""
-        gain = gain.detach().float().contiguous()
-        self.native.add_normed(x.buffer, gain.data_ptr(), epsilon, x.width, total.buffer)
+        self.native.add_normed(x.buffer, norm.gain.data_ptr(), norm.epsilon, x.width, total.buffer)
 
     def experts(
         self, x: Recorded, router: PackedLinear, experts: ExpertLayers, *, gate: str, factor: float, total: Recorded
@@ -139,7 +172,8 @@ class Recorder:
         """
         up, down, times = experts.gate_up[0], experts.down[0], experts.chosen
         logits = self.linear(x, router, into="router")
-        self.native.route(logits.buffer, len(experts.gate_up), times, experts.renormalize)
+        preference = 0 if experts.preference is None else experts.preference.data_ptr()
+        self.native.route(logits.buffer, len(experts.gate_up), times, experts.renormalize, preference)
         ready = self._ready(up.type, x.width, times=times)
         self._prepare(x, ready, 0, up.outlier_rule(), GATHERED)
         inner = self._buffer("of experts", up.outputs, times)
@@ -162,9 +196,12 @@ class Recorder:
         table: tuple[int, int] | None,
         scale: float,
         window: int | None,
-        query_norm: tuple[Tensor, float] | None = None,
-        key_norm: tuple[Tensor, float] | None = None,
+        query_norm: Norm | None = None,
+        key_norm: Norm | None = None,
         rotated_first: bool = False,
+        query_table: int | None = None,
+        cap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Recorded:
         """Rotate queries and keys, store keys and values, attend to what the step's plan says.
 
@@ -176,28 +213,40 @@ class Recorder:
             window: a token sees so many keys at most, its own included.
             query_norm, key_norm: RMSNorm of queries and keys, of every head (D) or of all together (heads D).
             rotated_first: they are rotated before that, not after it.
+            query_table: index of the table of queries, if they have one of their own.
+            cap: scores become ``cap tanh(score / cap)``; 0: they stay.
+            sinks: (heads) fp32 scores of a key whose value is 0, and which all tokens see.
         """
         index, rotated = table or (0, 0)
-        gains = [None if norm is None else norm[0].detach().float().contiguous() for norm in (query_norm, key_norm)]
-        addresses = [0 if gain is None else gain.data_ptr() for gain in gains]
-        epsilon = next((norm[1] for norm in (query_norm, key_norm) if norm is not None), 0.0)
-        to_base_2 = scale * 1.4426950408889634  # the kernels' exponentials have base 2
-        whole = gains[0] is not None and len(gains[0]) != self.dim
+        norms = [norm for norm in (query_norm, key_norm) if norm is not None]
+        addresses = [0 if norm is None else norm.gain.data_ptr() for norm in (query_norm, key_norm)]
+        epsilon = norms[0].epsilon if norms else 0.0
+        whole = bool(norms) and len(norms[0].gain) != self.dim
+        queries = index if query_table is None else query_table
         self.native.rotate_and_store(
-            qkv.buffer, layer, index, rotated, *addresses, whole, rotated_first, epsilon, to_base_2
+            qkv.buffer, layer, index, rotated, *addresses, whole, rotated_first, epsilon, scale * _TO_BASE_2, queries
         )
-        self.native.attend(layer, window or 0)
+        sinks = None if sinks is None else (sinks * _TO_BASE_2).contiguous()
+        self.native.attend(layer, window or 0, cap * _TO_BASE_2, 0 if sinks is None else sinks.data_ptr())
         return Recorded(ATTENTION, self.heads * self.dim)
 
     def attention_alone(self, layer: int) -> None:
         """Attention of queries that are 0, and the merging of its partial results: to be timed."""
-        self.native.attend(layer, 0)
+        self.native.attend(layer, 0, 0.0, 0)
         width = self.heads * self.dim
         self._prepare(Recorded(ATTENTION, width), self._ready("float32", width), 0, ("none", False, 0.0, 0))
 
-    def logits(self, x: Recorded, head: PackedLinear) -> None:
-        """The output layer, for the rows whose logits are needed; and the largest of each."""
+    def logits(self, x: Recorded, head: PackedLinear, cap: float = 0.0) -> None:
+        """The output layer, for the rows whose logits are needed; and the largest of each.
+
+        Args:
+            x: what the output layer reads.
+            head: the output layer.
+            cap: logits become ``cap tanh(logit / cap)``; 0: they stay.
+        """
         self._linear(x, head, LOGITS, add=False, last=True)
+        if cap:
+            self.native.cap_logits(head.outputs, cap)
         self.native.argmax(head.outputs)
 
     def _linear(
@@ -236,10 +285,29 @@ class Recorder:
         return out
 
 
-def rotary_tables(inverse_frequencies: Tensor, scaling: float, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (length, D / 2) fp32 each, of ``position * inverse_frequency``, times ``scaling``."""
-    angles = torch.arange(length).float()[:, None] * inverse_frequencies.float()
-    return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding (arXiv 2104.09864).
+
+    Attributes:
+        frequencies: (D / 2) inverse frequencies.
+        scaling: of what is rotated.
+        growth: (beta, length): it is scaled by ``1 + beta log(1 + floor(position / length))`` too.
+    """
+
+    frequencies: Tensor
+    scaling: float
+    growth: tuple[float, float] | None = None
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (length, D / 2) fp32 each, of ``position * frequency``, scaled."""
+        positions = torch.arange(length).float()[:, None]
+        scaling = torch.full_like(positions, self.scaling)
+        if self.growth is not None:
+            beta, often = self.growth
+            scaling *= 1 + beta * torch.log(1 + torch.floor(positions / often))
+        angles = positions * self.frequencies.float()
+        return (angles.cos() * scaling).contiguous(), (angles.sin() * scaling).contiguous()
 
 
 def step_input(**fields: int) -> Any:

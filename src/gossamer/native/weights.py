@@ -247,10 +247,19 @@ def some_outputs(layer: Any, rows: Tensor) -> Any:
     return made
 
 
-def linear_of(weight: Tensor) -> nn.Linear:
-    """A layer without bias of a weight (N, K), which it refers to."""
+def plain_linear(layer: Any) -> Any:
+    """``layer`` itself, or if it is a ``Conv1D`` of transformers, whose weight is (K, N), the linear layer it is."""
+    if type(layer).__name__ != "Conv1D":
+        return layer
+    return linear_of(layer.weight.detach().t(), layer.bias.detach())
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer of a weight (N, K) and a bias (N), which it refers to."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     return made
 
 

@@ -18,7 +18,7 @@ from gossamer.models.lora import Adapter
 from gossamer.native.attention_timing import attention_seconds
 from gossamer.native.decoder import pack_decoder, record, unsupported
 from gossamer.native.few_rows import choose_few_rows
-from gossamer.native.recorder import Recorder, rotary_tables
+from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.nn import Int8Linear, StoredLinear
 from gossamer.options import RunnerOptions
@@ -122,6 +122,8 @@ class NativeRunner:
         )
         record(recorder, self.decoder)
         self._program = recorder.native
+        if not options.exact and self.decoder.score_cap:
+            raise ConfigurationError("prefix_eps cannot be used: the model caps its scores, which no bound holds for")
         self.tolerance = None if options.exact else PrefixTolerance(options.prefix_eps)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0
@@ -199,7 +201,7 @@ class NativeRunner:
         """Address of the addresses of the rotary tables, which are long enough for ``length`` positions."""
         if length > self._table_length:
             self._table_length = max(_FIRST_POSITIONS, 1 << (length - 1).bit_length())
-            self._tables = [rotary_tables(*table, self._table_length) for table in self.decoder.tables]
+            self._tables = [table.tables(self._table_length) for table in self.decoder.tables]
             addresses = [[cosine.data_ptr(), sine.data_ptr()] for cosine, sine in self._tables]
             self._table_addresses = np.array(addresses, np.int64)
             self._table_address = self._table_addresses.ctypes.data

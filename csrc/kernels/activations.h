@@ -1,0 +1,68 @@
+// Functions of single numbers: the gates and activations of MLPs, and caps.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace GOSSAMER_NS {
+
+using gossamer::Activation;
+
+GOSSAMER_INLINE F sigmoid(F x) { return div(set1(1.0f), add(set1(1.0f), exp2(min(mul(x, set1(-1.44269504f)), set1(126.0f))))); }
+
+// (1 + erf(x / sqrt(2))) / 2, within 1e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
+GOSSAMER_INLINE F normal_distribution(F x) {
+  const F size = mul(abs(x), set1(0.7071067812f)), t = div(set1(1.0f), fma(size, set1(0.3275911f), set1(1.0f)));
+  F sum = fma(t, set1(1.061405429f), set1(-1.453152027f));
+  sum = fma(sum, t, set1(1.421413741f));
+  sum = fma(sum, t, set1(-0.284496736f));
+  sum = mul(fma(sum, t, set1(0.254829592f)), t);
+  const F tail = mul(mul(sum, set1(0.5f)), exp2(max(mul(mul(size, size), set1(-1.44269504f)), set1(-126.0f))));
+  return select_greater(zero(), x, tail, sub(set1(1.0f), tail));
+}
+
+GOSSAMER_INLINE F activate(F x, Activation by) {
+  switch (by) {
+    case Activation::silu: return mul(x, sigmoid(x));
+    case Activation::gelu: return mul(x, normal_distribution(x));
+    case Activation::relu: return max(x, zero());
+    case Activation::relu_squared: return mul(max(x, zero()), max(x, zero()));
+    default: break;
+  }
+  // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
+  const F u = mul(x, fma(mul(x, x), set1(0.044715f * 2 * 0.7978845608f), set1(2 * 0.7978845608f)));
+  return mul(x, sigmoid(u));
+}
+
+// activation(gate) * other. Clamped, as in gpt-oss (https://github.com/openai/gpt-oss): min(g, 7) sigmoid(1.702 g) (u + 1) with
+// u in [-7, 7].
+GOSSAMER_INLINE F gated(F gate, F other, Activation by) {
+  if (by != Activation::clamped) return mul(activate(gate, by), other);
+  const F limit = set1(7.0f), g = min(gate, limit), u = max(min(other, limit), set1(-7.0f));
+  return mul(mul(g, sigmoid(mul(g, set1(1.702f)))), add(u, set1(1.0f)));
+}
+
+// most tanh(x / most) = most (2 sigmoid(2 x / most) - 1)
+GOSSAMER_INLINE F capped(F x, float most) { return mul(fma(sigmoid(mul(x, set1(2 / most))), set1(2.0f), set1(-1.0f)), set1(most)); }
+
+// x (k) = function(x), of vectors.
+template <class Function>
+GOSSAMER_INLINE void apply(float* x, int64_t k, Function function) {
+  int64_t i = 0;
+  for (; i + W <= k; i += W) store(x + i, function(load(x + i)));
+  if (i == k) return;
+  float rest[W] = {};
+  std::memcpy(rest, x + i, (k - i) * sizeof(float));
+  store(rest, function(load(rest)));
+  std::memcpy(x + i, rest, (k - i) * sizeof(float));
+}
+
+inline void activate_row(float* x, int64_t k, Activation by) {
+  apply(x, k, [&](F v) GOSSAMER_LAMBDA { return activate(v, by); });
+}
+
+inline void cap(float* x, int64_t k, float most) {
+  apply(x, k, [&](F v) GOSSAMER_LAMBDA { return capped(v, most); });
+}
+
+}  // namespace GOSSAMER_NS
