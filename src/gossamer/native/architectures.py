@@ -59,15 +59,27 @@ class Architecture:
 
 def _after(name: str) -> Architecture:
     """What halves compute is normalized before it is added, and not what they read."""
-    return Architecture(name, "", "post_attention_layernorm", "", "post_feedforward_layernorm")
+    return Architecture(
+        name,
+        before_attention="",
+        after_attention="post_attention_layernorm",
+        before_mlp="",
+        after_mlp="post_feedforward_layernorm",
+    )
 
 
-_GEMMA = {
-    "after_attention": "post_attention_layernorm",
-    "before_mlp": "pre_feedforward_layernorm",
-    "after_mlp": "post_feedforward_layernorm",
-}
-_COHERE = {"before_mlp": "input_layernorm", "parallel": True, "neighbours": True}
+def _gemma(name: str) -> Architecture:
+    return Architecture(
+        name,
+        after_attention="post_attention_layernorm",
+        before_mlp="pre_feedforward_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    )
+
+
+def _cohere(name: str) -> Architecture:
+    return Architecture(name, before_mlp="input_layernorm", parallel=True, neighbours=True)
+
 
 NATIVE_ARCHITECTURES = {  # by model type
     "llama": Architecture("Llama"),
@@ -75,8 +87,8 @@ NATIVE_ARCHITECTURES = {  # by model type
     "qwen2": Architecture("Qwen2"),
     "qwen3": Architecture("Qwen3"),
     "gemma": Architecture("Gemma"),
-    "gemma2": Architecture("Gemma 2", **_GEMMA),
-    "gemma3_text": Architecture("Gemma 3", **_GEMMA),
+    "gemma2": _gemma("Gemma 2"),
+    "gemma3_text": _gemma("Gemma 3"),
     "ministral": Architecture("Ministral"),
     "ministral3": Architecture("Ministral 3"),
     "phi3": Architecture("Phi-3", qkv=("qkv_proj",)),
@@ -104,8 +116,8 @@ NATIVE_ARCHITECTURES = {  # by model type
     "hunyuan_v1_dense": Architecture(
         "Hunyuan", query_norm="query_layernorm", key_norm="key_layernorm", rotated_first=True
     ),
-    "cohere": Architecture("Cohere", **_COHERE),
-    "cohere2": Architecture("Cohere 2", **_COHERE),
+    "cohere": _cohere("Cohere"),
+    "cohere2": _cohere("Cohere 2"),
     "starcoder2": Architecture("StarCoder 2", up="c_fc", down="c_proj"),
     "stablelm": Architecture(
         "StableLM", query_norm="q_layernorm", key_norm="k_layernorm", parallel="use_parallel_residual"

@@ -415,8 +415,8 @@ def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
     for index in range(len(both)):
         if hasattr(experts, "gate_up_proj_bias"):  # as in gpt-oss: (inputs, outputs), gate and factor in turns
             bias = experts.gate_up_proj_bias.detach()[index]
-            factors = [linear_of(both[index].t()[part::2], bias[part::2]) for part in (0, 1)]
-            yield *factors, linear_of(last[index].t(), experts.down_proj_bias.detach()[index])
+            gate, up = (linear_of(both[index].t()[part::2], bias[part::2]) for part in (0, 1))
+            yield gate, up, linear_of(last[index].t(), experts.down_proj_bias.detach()[index])
         else:
             half = both.shape[1] // 2
             yield linear_of(both[index, :half]), linear_of(both[index, half:]), linear_of(last[index])
