@@ -20,7 +20,7 @@ from gossamer.models.quantize import quantize
 from gossamer.nn.int8_head import quantize_head
 from gossamer.options import EngineOptions, RunnerOptions
 from gossamer.runners.choose import make_runner
-from gossamer.runners.native import NativeRunner, why_not_native
+from gossamer.runners.native import NativeRunner
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import SamplingParams
 from test_exactness import NumberTokenizer, answers
@@ -86,7 +86,6 @@ def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(monke
 def test_unsupported_models_go_to_transformers_with_the_reason() -> None:
     made, note = make_runner(network("opt"), RunnerOptions("auto"), max_rows=64)
     assert isinstance(made, TransformersRunner) and "opt is not among llama" in note
-    assert why_not_native(network("gemma2"))
 
 
 @needs_native

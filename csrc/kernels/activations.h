@@ -21,17 +21,25 @@ GOSSAMER_INLINE F normal_distribution(F x) {
   return select_greater(zero(), x, tail, sub(set1(1.0f), tail));
 }
 
-GOSSAMER_INLINE F activate(F x, Activation by) {
-  switch (by) {
-    case Activation::silu: return mul(x, sigmoid(x));
-    case Activation::gelu: return mul(x, normal_distribution(x));
-    case Activation::relu: return max(x, zero());
-    case Activation::relu_squared: return mul(max(x, zero()), max(x, zero()));
-    default: break;
-  }
+template <Activation BY>
+GOSSAMER_INLINE F activated(F x) {
+  if constexpr (BY == Activation::silu) return mul(x, sigmoid(x));
+  if constexpr (BY == Activation::gelu) return mul(x, normal_distribution(x));
+  if constexpr (BY == Activation::relu) return max(x, zero());
+  if constexpr (BY == Activation::relu_squared) return mul(max(x, zero()), max(x, zero()));
   // x (1 + tanh(u)) / 2 = x sigmoid(2 u)
   const F u = mul(x, fma(mul(x, x), set1(0.044715f * 2 * 0.7978845608f), set1(2 * 0.7978845608f)));
   return mul(x, sigmoid(u));
+}
+
+GOSSAMER_INLINE F activate(F x, Activation by) {
+  switch (by) {
+    case Activation::silu: return activated<Activation::silu>(x);
+    case Activation::gelu: return activated<Activation::gelu>(x);
+    case Activation::relu: return activated<Activation::relu>(x);
+    case Activation::relu_squared: return activated<Activation::relu_squared>(x);
+    default: return activated<Activation::gelu_tanh>(x);
+  }
 }
 
 // activation(gate) * other. Clamped, as in gpt-oss (https://github.com/openai/gpt-oss): min(g, 7) sigmoid(1.702 g) (u + 1) with
@@ -57,8 +65,19 @@ GOSSAMER_INLINE void apply(float* x, int64_t k, Function function) {
   std::memcpy(x + i, rest, (k - i) * sizeof(float));
 }
 
+template <Activation BY>
+GOSSAMER_NOINLINE void activate_all(float* x, int64_t k) {
+  apply(x, k, [](F v) GOSSAMER_LAMBDA { return activated<BY>(v); });
+}
+
 inline void activate_row(float* x, int64_t k, Activation by) {
-  apply(x, k, [&](F v) GOSSAMER_LAMBDA { return activate(v, by); });
+  switch (by) {
+    case Activation::silu: return activate_all<Activation::silu>(x, k);
+    case Activation::gelu: return activate_all<Activation::gelu>(x, k);
+    case Activation::relu: return activate_all<Activation::relu>(x, k);
+    case Activation::relu_squared: return activate_all<Activation::relu_squared>(x, k);
+    default: return activate_all<Activation::gelu_tanh>(x, k);
+  }
 }
 
 inline void cap(float* x, int64_t k, float most) {
