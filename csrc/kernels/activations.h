@@ -51,7 +51,7 @@ GOSSAMER_INLINE F gated(F gate, F other, Activation by) {
 }
 
 // most tanh(x / most) = most (2 sigmoid(2 x / most) - 1)
-GOSSAMER_INLINE F capped(F x, float most) { return mul(fma(sigmoid(mul(x, set1(2 / most))), set1(2.0f), set1(-1.0f)), set1(most)); }
+GOSSAMER_INLINE F capped(F x, F most, F twice_inverse) { return mul(fma(sigmoid(mul(x, twice_inverse)), set1(2.0f), set1(-1.0f)), most); }
 
 // x (k) = function(x), of vectors.
 template <class Function>
@@ -80,8 +80,9 @@ inline void activate_row(float* x, int64_t k, Activation by) {
   }
 }
 
-inline void cap(float* x, int64_t k, float most) {
-  apply(x, k, [&](F v) GOSSAMER_LAMBDA { return capped(v, most); });
+GOSSAMER_NOINLINE inline void cap(float* x, int64_t k, float most) {
+  const F all = set1(most), twice_inverse = set1(2 / most);
+  apply(x, k, [=](F v) GOSSAMER_LAMBDA { return capped(v, all, twice_inverse); });
 }
 
 }  // namespace GOSSAMER_NS
