@@ -267,6 +267,7 @@ NB_MODULE(_native, m) {
       .def_rw("summaries", &StepInput::summaries)
       .def_rw("check", &StepInput::check)
       .def_rw("runs", &StepInput::runs)
+      .def_rw("state_runs", &StepInput::state_runs)
       .def("attend_exactly", &StepInput::attend_exactly);
   address<&StepInput::tokens>(step, "tokens");
   address<&StepInput::positions>(step, "positions");
@@ -277,6 +278,7 @@ NB_MODULE(_native, m) {
   address<&StepInput::logit_row>(step, "logit_row");
   address<&StepInput::tables>(step, "tables");
   address<&StepInput::run>(step, "run");
+  address<&StepInput::state_run>(step, "state_run");
   address<&StepInput::logits>(step, "logits");
   address<&StepInput::best>(step, "best");
   address<&StepInput::within>(step, "within");
@@ -327,6 +329,19 @@ NB_MODULE(_native, m) {
       .def("attend", [](Program& self, int64_t layer, int64_t window, float cap, int64_t sinks) {
         self.attend(layer, window, cap, at<const float>(sinks));
       })
+      .def("convolve", [](Program& self, int source, int64_t channels, int64_t taps, int64_t factor, int64_t gate, int64_t weight,
+                          int64_t bias, bool silu, int64_t state, int to) {
+        self.convolve(source, channels, taps, factor, gate, at<const float>(weight), at<const float>(bias), silu, state, to);
+      })
+      .def("delta_rule", [](Program& self, int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
+                            int64_t rate, int64_t bias, int64_t state, int to) {
+        self.delta_rule(source, rates, key_heads, value_heads, dk, dv, at<const float>(rate), at<const float>(bias), state, to);
+      })
+      .def("norm_gated", [](Program& self, int buffer, int gates, int64_t first, int64_t heads, int64_t gain, float epsilon,
+                            int64_t dim) {
+        self.norm_gated(buffer, gates, first, heads, at<const float>(gain), epsilon, dim);
+      })
+      .def("gate_ready", &Program::gate_ready)
       .def("cap_logits", &Program::cap_logits)
       .def("argmax", &Program::argmax)
       .def("step", &Program::step, nb::call_guard<nb::gil_scoped_release>())

@@ -20,8 +20,8 @@ from assembly import innermost_loops
 ROOT = Path(__file__).parent.parent
 COMPILERS = [each for each in ("g++", "clang++") if shutil.which(each)]
 
-# A draw from a distribution and the scale of a row read the last lanes of a vector through memory, and a cap reads one of
-# its constants there: there is no product in these.
+# A draw from a distribution and the scale of a row read the last lanes of a vector through memory, and a cap reads one
+# of its constants there: there is no product in these.
 NO_PRODUCTS = ("sample", "quantize", "3capEPflf")
 
 # Functions whose innermost loops are products, and how many of each must be found: what finds nothing proves nothing.

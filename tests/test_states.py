@@ -16,16 +16,17 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.states import State
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.models.support import check_supported
+from gossamer.native.decoder import unsupported
 from gossamer.options import SHARING_MODES, EngineOptions
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
-from test_exactness import NumberTokenizer, _random_tree, answers, compared, prompts_of
+from test_exactness import NumberTokenizer, _random_tree, answers, compared, make, prompts_of
 
 Generate = Callable[[list[int], int], list[int]]
 
 
-def engine_of(model: Any, **options: Any) -> Engine:
-    return Engine(TransformersRunner(model), NumberTokenizer(), EngineOptions(**options))
+def engine_of(model: Any, runner: str = "transformers", **options: Any) -> Engine:
+    return Engine(make(runner, model), NumberTokenizer(), EngineOptions(**options))
 
 
 def check_memory(engine: Engine) -> None:
@@ -47,12 +48,15 @@ def case(request: pytest.FixtureRequest) -> Iterator[tuple[Any, list[list[int]],
 
 
 @pytest.mark.parametrize("sharing", SHARING_MODES)
-def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
+@pytest.mark.parametrize("runner", ["transformers", "native"])
+def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) -> None:
     """Cold and warm, whole and in chunks, all at once and a few at a time."""
     model, prompts, expected = case
     check_supported(model.config)
+    if runner == "native" and unsupported(model.config.get_text_config()):
+        pytest.skip("not among the native architectures")
     for chunk, sequences in ((2048, 256), (37, 5)):
-        engine = engine_of(model, sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences)
+        engine = engine_of(model, runner, sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences)
         assert answers(engine, prompts, 8) == expected
         cold = engine.stats.computed_tokens
         assert answers(engine, prompts, 8) == expected
@@ -62,23 +66,31 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any) -> None:
         assert warm == cold if sharing == "off" else warm < cold / 2
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "jamba", "lfm2", "mamba2"])
-def model_and_reference(request: pytest.FixtureRequest) -> tuple[Any, Generate]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(("transformers", name) for name in ("qwen3_5", "jamba", "lfm2", "mamba2")),
+        *(("native", name) for name in ("qwen3_5", "lfm2")),
+    ],
+)
+def model_and_reference(request: pytest.FixtureRequest) -> tuple[Any, str, Generate]:
     """One with a matrix, one whose layers go on token by token, one with convolutions alone, one without attention."""
-    model = make_model(request.param)
+    runner, name = request.param
+    model = make_model(name)
     model.set_attn_implementation(IMPLEMENTATION)
-    return model, reference(make_model(request.param))
+    return model, runner, reference(make_model(name))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_random_trees(model_and_reference: tuple[Any, Generate], data: st.DataObject) -> None:
+def test_random_trees(model_and_reference: tuple[Any, str, Generate], data: st.DataObject) -> None:
     """Prompts come in waves: later ones cut what earlier ones have left, wherever states are kept."""
-    model, generate = model_and_reference
+    model, runner, generate = model_and_reference
     prompts = _random_tree(data.draw)
     expected = {tuple(p): generate(p, 3) for p in prompts}
     engine = engine_of(
         model,
+        runner,
         sharing=data.draw(st.sampled_from(SHARING_MODES)),
         max_num_batched_tokens=data.draw(st.integers(1, 64)),
         max_num_seqs=data.draw(st.integers(1, 12)),
@@ -90,15 +102,15 @@ def test_random_trees(model_and_reference: tuple[Any, Generate], data: st.DataOb
         check_memory(engine)
 
 
-def test_little_memory_changes_nothing_but_the_time(model_and_reference: tuple[Any, Generate]) -> None:
+def test_little_memory_changes_nothing_but_the_time(model_and_reference: tuple[Any, str, Generate]) -> None:
     """Sequences are preempted and computed again, cached prefixes and states evicted: the tokens stay."""
-    model, generate = model_and_reference
+    model, runner, generate = model_and_reference
     prompts = prompts_of([[60], [20, 30], [9, 1, 70, 12, 33, 40]], random.Random(5))
     expected = [generate(p, 90) for p in prompts]
-    layout = TransformersRunner(model).layout
+    layout = make(runner, model).layout
     for sharing in SHARING_MODES:
         memory = 500 * layout.bytes_per_token + 5 * layout.state_bytes
-        engine = engine_of(model, sharing=sharing, memory=memory, state_interval=16)
+        engine = engine_of(model, runner, sharing=sharing, memory=memory, state_interval=16)
         for _ in range(2):
             assert answers(engine, prompts, 90) == expected
             check_memory(engine)

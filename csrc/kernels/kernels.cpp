@@ -14,6 +14,7 @@
 #include "gradients.h"
 #include "linear.h"
 #include "sample.h"
+#include "states.h"
 
 namespace GOSSAMER_NS {
 
@@ -37,6 +38,9 @@ const gossamer::Kernels kernels = {
     .join = join,
     .layer_norm = layer_norm,
     .activate = activate_row,
+    .convolve = convolve,
+    .delta_rule = delta_rule,
+    .gate_by = gate_by,
     .cap = cap,
     .scale_row = scale_row,
     .argmax = argmax,

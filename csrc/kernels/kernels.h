@@ -184,6 +184,40 @@ constexpr int64_t means_scratch(int64_t dim, int64_t blocks) {
   return 4 * (ATTENTION_ROWS + 2) * padded + ATTENTION_ROWS * padded + 4 * ATTENTION_ROWS * (dim + 2);
 }
 
+// A causal convolution of each channel with `taps` weights, over the rows of one text. Of channels [first, last):
+//   y = silu?(bias + sum_t weight_t z_t) gate?, z = x factor?, over the last `taps` rows, this one included.
+struct ConvolutionCall {
+  int64_t rows, channels, taps, first, last;  // taps: at most MOST_TAPS
+  const float *x, *factor, *gate;             // (rows, channels), `x_stride` between rows; factor and gate may be null
+  int64_t x_stride;
+  const float *weight, *bias;                 // (taps, channels), the oldest row's first; (channels) or null
+  bool silu;
+  const float* before;                        // (taps - 1, channels): z before the first row; null: zeros
+  float* after;                               // the same behind the last one
+  float* y;                                   // `y_stride` between rows
+  int64_t y_stride;
+};
+constexpr int64_t MOST_TAPS = 8;
+
+// One head of the gated delta rule, over the rows of one text:
+//   S = decay S + k (beta (v - (decay S)^T k))^T,  y = S^T q,  with k / |k| and q / (|q| sqrt(dk)).
+struct DeltaCall {
+  int64_t rows, dk, dv;
+  const float *q, *k, *v;      // `x_stride` between rows
+  int64_t x_stride;
+  const float *decay, *beta;   // `rate_stride` between rows
+  int64_t rate_stride;
+  const float* before;         // S (dk, dv) before the first row; null: zeros
+  float* after;                // behind the last one
+  float* y;                    // (rows, dv), `y_stride` between rows
+  int64_t y_stride;
+  float* scratch;              // of the thread: delta_scratch(dk, dv) floats
+};
+constexpr int64_t delta_scratch(int64_t dk, int64_t dv) {
+  const int64_t wide = (dv + 31) / 32 * 32;
+  return dk * wide + 2 * dk + 2 * wide;
+}
+
 // One token of a row of logits, drawn at random.
 struct SampleCall {
   const float* logits;
@@ -272,6 +306,9 @@ struct Kernels {
   // out (k) = (x - mean) / sqrt(variance + epsilon) * gain + bias; the bias may be null.
   void (*layer_norm)(const float* x, const float* gain, const float* bias, float epsilon, int64_t k, float* out);
   void (*activate)(float* x, int64_t k, Activation by);  // in place
+  void (*convolve)(const ConvolutionCall& call);
+  void (*delta_rule)(const DeltaCall& call);
+  void (*gate_by)(float* x, const float* gate, int64_t k, bool silu);  // x *= silu(gate) or sigmoid(gate)
   void (*cap)(float* x, int64_t k, float most);          // x = most tanh(x / most)
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);
   // Index of the largest of n; the first of them; -1 if there is a NaN or nothing above -inf.

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "ops.h"
+#include "state_ops.h"
 
 namespace gossamer {
 
@@ -127,6 +127,27 @@ void Program::attend(int64_t layer, int64_t window, float cap, const float* sink
 }
 
 void Program::cap_logits(int64_t vocabulary, float most) { ops_.push_back(std::make_unique<CapLogits>(vocabulary, most)); }
+
+void Program::convolve(int source, int64_t channels, int64_t taps, int64_t factor, int64_t gate, const float* weight,
+                       const float* bias, bool silu, int64_t state, int to) {
+  if (taps < 1 || taps > MOST_TAPS) throw std::invalid_argument("a convolution has too many taps");
+  ops_.push_back(std::make_unique<Convolve>(source, channels, taps, factor, gate, copy(weight, taps * channels),
+                                            copy(bias, channels), silu, state, to));
+}
+
+void Program::delta_rule(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
+                         const float* rate, const float* bias, int64_t state, int to) {
+  ops_.push_back(std::make_unique<DeltaRule>(source, rates, key_heads, value_heads, dk, dv, copy(rate, value_heads),
+                                             copy(bias, value_heads), state, to));
+}
+
+void Program::norm_gated(int buffer, int gates, int64_t first, int64_t heads, const float* gain, float epsilon, int64_t dim) {
+  ops_.push_back(std::make_unique<NormGated>(buffer, gates, first, heads, copy(gain, dim), epsilon));
+}
+
+void Program::gate_ready(int ready, int gates, int64_t first) {
+  ops_.push_back(std::make_unique<GateReady>(ready, gates, first));
+}
 
 void Program::argmax(int64_t vocabulary) { ops_.push_back(std::make_unique<Argmax>(vocabulary)); }
 

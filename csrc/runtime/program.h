@@ -41,6 +41,9 @@ struct StepInput {
   int64_t* best = nullptr;              // (logit_rows), or null: the index of the largest logit
   int64_t runs = 0;                     // 0: no row has an adapter
   const int64_t* run = nullptr;         // (runs, 3): an adapter or -1, its first row, and the row behind; together all rows
+  int64_t state_runs = 0;               // 0: no layer is recurrent
+  const int64_t* state_run = nullptr;   // (state_runs, 4): its first row, the row behind, and addresses of the states before
+                                        // (0: the text begins) and after; together all rows
   // Attention within a tolerance; see kernels/attention_within.h.
   const int64_t* within = nullptr;      // (items): which means stand for keys of the item, or -1; null: all is exact
   int64_t summaries = 0;                // of how many sources there are means
@@ -133,6 +136,13 @@ class Program {
   void attend(int64_t layer, int64_t window, float cap, const float* sinks);
   void cap_logits(int64_t vocabulary, float most);
   void argmax(int64_t vocabulary);
+  // Recurrent layers, see state_ops.h; `state`: where a layer's part of a text's state begins. Weights are copied.
+  void convolve(int source, int64_t channels, int64_t taps, int64_t factor, int64_t gate, const float* weight, const float* bias,
+                bool silu, int64_t state, int to);
+  void delta_rule(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, const float* rate,
+                  const float* bias, int64_t state, int to);
+  void norm_gated(int buffer, int gates, int64_t first, int64_t heads, const float* gain, float epsilon, int64_t dim);
+  void gate_ready(int ready, int gates, int64_t first);
 
   void step(const StepInput& input, int threads);
 

@@ -18,12 +18,13 @@ class Architecture:
         name: as people write it.
         body, layers, embedding, positions, final_norm: of the model; positions are empty where none are embedded.
         attention: of a layer.
+        recurrent: of a layer without attention.
         qkv: of the attention: three layers, or one that has their outputs.
         output: of the attention.
         before_attention, after_attention, before_mlp, after_mlp: the norms of a layer; empty where there is none.
         query_norm, key_norm: those of the attention, if it has them: of each head, or of all heads together.
         mlp: of a layer; its experts, if it has them, are in ``experts``.
-        up, down: of an MLP without a gate; empty where there is one.
+        gate, up, down: of an MLP; a gate that is empty is none.
         router: of experts.
         parallel: MLPs read what attention reads, and not what it adds to: always, or where this entry of the
             configuration says so.
@@ -39,6 +40,7 @@ class Architecture:
     positions: str = ""
     final_norm: str = "norm"
     attention: str = "self_attn"
+    recurrent: str = ""
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
     before_attention: str = "input_layernorm"
@@ -48,8 +50,9 @@ class Architecture:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     mlp: str = "mlp"
-    up: str = ""
-    down: str = ""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
     router: str = "gate"
     parallel: bool | str = False
     rotated_first: bool = False
@@ -97,6 +100,7 @@ NATIVE_ARCHITECTURES = {  # by model type
         final_norm="final_layernorm",
         output="dense",
         before_mlp="input_layernorm",
+        gate="",
         up="fc1",
         down="fc2",
         query_norm="q_layernorm",
@@ -118,7 +122,7 @@ NATIVE_ARCHITECTURES = {  # by model type
     ),
     "cohere": _cohere("Cohere"),
     "cohere2": _cohere("Cohere 2"),
-    "starcoder2": Architecture("StarCoder 2", up="c_fc", down="c_proj"),
+    "starcoder2": Architecture("StarCoder 2", gate="", up="c_fc", down="c_proj"),
     "stablelm": Architecture(
         "StableLM", query_norm="q_layernorm", key_norm="k_layernorm", parallel="use_parallel_residual"
     ),
@@ -130,6 +134,7 @@ NATIVE_ARCHITECTURES = {  # by model type
         attention="attention",
         qkv=("query_key_value",),
         output="dense",
+        gate="",
         up="dense_h_to_4h",
         down="dense_4h_to_h",
         parallel="use_parallel_residual",
@@ -147,9 +152,26 @@ NATIVE_ARCHITECTURES = {  # by model type
         output="c_proj",
         before_attention="ln_1",
         before_mlp="ln_2",
+        gate="",
         up="c_fc",
         down="c_proj",
     ),
+    "lfm2": Architecture(
+        "LFM2",
+        recurrent="conv",
+        output="out_proj",
+        query_norm="q_layernorm",
+        key_norm="k_layernorm",
+        final_norm="embedding_norm",
+        before_attention="operator_norm",
+        before_mlp="ffn_norm",
+        mlp="feed_forward",
+        gate="w1",
+        up="w3",
+        down="w2",
+    ),
+    "qwen3_5_text": Architecture("Qwen3.5", recurrent="linear_attn"),
+    "qwen3_next": Architecture("Qwen3-Next", recurrent="linear_attn"),
     "mixtral": Architecture("Mixtral"),
     "qwen2_moe": Architecture("Qwen2-MoE"),
     "qwen3_moe": Architecture("Qwen3-MoE"),

@@ -17,7 +17,17 @@ from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
+from gossamer.native.norms import norm_from, norm_of
 from gossamer.native.recorder import ExpertLayers, Norm, Recorded, Recorder, Rotary
+from gossamer.native.recurrent import (
+    DeltaNet,
+    ShortConvolution,
+    check_recurrent,
+    inputs_of,
+    is_recurrent,
+    mixer_of,
+    pack_recurrent,
+)
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import (
     PackedLinear,
@@ -67,10 +77,9 @@ class Experts:
 
 
 @dataclass
-class Layer:
-    """A block: attention, then MLP or experts; ``after`` norms apply to what a half computes, before it is added."""
+class Attention:
+    """Of one layer; ``gated``: its results times the sigmoid of columns behind queries, keys and values."""
 
-    before_attention: Norm | None
     qkv: PackedLinear
     query_norm: Norm | None
     key_norm: Norm | None
@@ -79,9 +88,18 @@ class Layer:
     window: int | None
     table: int | None
     sinks: Tensor | None
+    gated: bool
     output: PackedLinear
-    parallel: bool  # the MLP reads what attention does not add to yet
-    after_attention: Norm | None
+
+
+@dataclass
+class Layer:
+    """A block: a mixer, then MLP or experts; ``after`` norms apply to what a half computes, before it is added."""
+
+    before_mixer: Norm | None
+    mixer: Attention | ShortConvolution | DeltaNet
+    parallel: bool  # the MLP reads what the mixer does not add to yet
+    after_mixer: Norm | None
     before_mlp: Norm | None
     mlp: Mlp | Experts
     after_mlp: Norm | None
@@ -102,11 +120,13 @@ class Decoder:
     query_table: int | None  # that of queries, if it is not that of keys
     score_cap: float
     logit_cap: float
+    state_size: int  # numbers of a text's state; 0: no layer is recurrent
 
     def weights(self) -> Iterator[PackedLinear]:
         """Those of all layers, and of the output layer."""
         for layer in self.layers:
-            yield from (layer.qkv, layer.output)
+            mixer = layer.mixer
+            yield from (mixer.qkv if isinstance(mixer, Attention) else mixer.inputs, mixer.output)
             if isinstance(layer.mlp, Experts):
                 yield from (*layer.mlp.layers.gate_up, *layer.mlp.layers.down)
             if (mlp := layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp) is not None:
@@ -119,27 +139,19 @@ def record(p: Recorder, model: Decoder) -> None:
     x = p.embed(model.embedding, model.embedding_factor, into="residual")
     if model.positions is not None:
         p.embed_positions(model.positions, x)
-    for index, layer in enumerate(model.layers):
-        h = x if layer.before_attention is None else p.norm(x, layer.before_attention)
-        qkv = p.linear(h, layer.qkv, into="qkv")
-        attended = p.attention(
-            qkv,
-            index,
-            table=None if layer.table is None else (layer.table, 2 * len(model.tables[layer.table].frequencies)),
-            scale=layer.scale,
-            window=layer.window,
-            query_norm=layer.query_norm,
-            key_norm=layer.key_norm,
-            rotated_first=layer.rotated_first,
-            query_table=model.query_table,
-            cap=model.score_cap,
-            sinks=layer.sinks,
-        )
-        inner = record_inner(p, x, layer) if layer.parallel else None
-        if layer.after_attention is None:
-            p.linear_add(p.scaled(attended, model.half_factor), layer.output, x)
+    attentions = 0
+    for layer in model.layers:
+        h = x if layer.before_mixer is None else p.norm(x, layer.before_mixer)
+        if isinstance(layer.mixer, Attention):
+            mixed = record_attention(p, h, layer.mixer, model, attentions)
+            attentions += 1
         else:
-            p.add_rms_norm(p.linear(attended, layer.output, into="half"), layer.after_attention, x)
+            mixed = record_recurrent(p, h, layer.mixer)
+        inner = record_inner(p, x, layer) if layer.parallel else None
+        if layer.after_mixer is None:
+            p.linear_add(p.scaled(mixed, model.half_factor), layer.mixer.output, x)
+        else:
+            p.add_rmsnorm_from(p.linear(mixed, layer.mixer.output, into="half"), layer.after_mixer, x)
         if isinstance(layer.mlp, Experts):
             h = x if layer.before_mlp is None else p.norm(x, layer.before_mlp)
             record_experts(p, h, layer.mlp, model.half_factor, x)
@@ -148,8 +160,40 @@ def record(p: Recorder, model: Decoder) -> None:
         if layer.after_mlp is None:
             p.linear_add(p.scaled(inner, model.half_factor), layer.mlp.down, x)
         else:
-            p.add_rms_norm(p.linear(inner, layer.mlp.down, into="half"), layer.after_mlp, x)
+            p.add_rmsnorm_from(p.linear(inner, layer.mlp.down, into="half"), layer.after_mlp, x)
     p.logits(p.norm(x, model.norm), model.head, model.logit_cap)
+
+
+def record_attention(p: Recorder, h: Recorded, attention: Attention, model: Decoder, number: int) -> Recorded:
+    """What attention, the ``number``-th of the model, makes of h."""
+    qkv = p.linear(h, attention.qkv, into="qkv")
+    table = attention.table
+    attended = p.attention(
+        qkv,
+        number,
+        table=None if table is None else (table, 2 * len(model.tables[table].frequencies)),
+        scale=attention.scale,
+        window=attention.window,
+        query_norm=attention.query_norm,
+        key_norm=attention.key_norm,
+        rotated_first=attention.rotated_first,
+        query_table=model.query_table,
+        cap=model.score_cap,
+        sinks=attention.sinks,
+    )
+    return p.gated(attended, qkv, qkv.width - attended.width) if attention.gated else attended
+
+
+def record_recurrent(p: Recorder, h: Recorded, mixer: ShortConvolution | DeltaNet) -> Recorded:
+    """What a recurrent layer makes of h."""
+    inputs = p.linear(h, mixer.inputs, into="inputs")
+    if isinstance(mixer, ShortConvolution):
+        return p.convolve(inputs, mixer.weight, mixer.bias, gated=True, silu=False, state=mixer.state, into="convolved")
+    rates = p.linear(h, mixer.rates, into="rates")
+    qkv = p.convolve(inputs, mixer.weight, None, gated=False, silu=True, state=mixer.state, into="convolved")
+    state = mixer.state + (mixer.weight.shape[0] - 1) * mixer.weight.shape[1]
+    mixed = p.delta_rule(qkv, rates, mixer.rule, state=state, into="mixed")
+    return p.norm_gated(mixed, inputs, qkv.width, mixer.norm)
 
 
 def record_inner(p: Recorder, x: Recorded, layer: Layer) -> Recorded:
@@ -232,9 +276,13 @@ def pack_decoder(
     adapted.check(packed)  # all this before any layer loses its tensors
     layers = []
     packer = _LayerPacker(architecture, config, adapted, rotated, network)
+    settings = iter(attention)  # of the layers that have attention
     for index, block in enumerate(blocks):
-        table = table_of[kinds[index]] if rotated and _rotates(getattr(block, architecture.attention), config) else None
-        layers.append(packer.pack(block, *attention[index], table))
+        scale, window, table = 1.0, None, None
+        if (module := getattr(block, architecture.attention, None)) is not None:
+            scale, window = next(settings)
+            table = table_of[kinds[index]] if rotated and _rotates(module, config) else None
+        layers.append(packer.pack(block, scale, window, table))
         block.to("meta")
     head = network.lm_head
     tied = head.weight is table_of_tokens.weight
@@ -251,7 +299,7 @@ def pack_decoder(
         packed_head = pack([head])
     else:
         packed_head = replace(embedding, decomposition=decomposition_of(head))
-    norm = _norm(getattr(body, architecture.final_norm))
+    norm = norm_from(getattr(body, architecture.final_norm))
     assert norm is not None
     scaling = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", 1.0))
     if scaling != 1 and head.bias is not None:
@@ -270,6 +318,7 @@ def pack_decoder(
         query_table,
         score_cap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        state_size=packer.state_size,
     )
 
 
@@ -283,10 +332,15 @@ def _query_growth(config: Any) -> tuple[float, float] | None:
 
 def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> list[Any]:
     """The linear layers of a layer, if all that it has can be packed."""
-    attention, mlp = getattr(block, architecture.attention), getattr(block, architecture.mlp)
-    layers = _qkv(attention, architecture, rotated)
-    check_linear(layers)
-    output = plain_linear(getattr(attention, architecture.output))
+    mixer, mlp = mixer_of(block, architecture), getattr(block, architecture.mlp)
+    if is_recurrent(mixer):
+        check_recurrent(mixer)
+        layers = inputs_of(mixer)
+        output = mixer.out_proj
+    else:
+        layers = _qkv(mixer, architecture, rotated)
+        check_linear(layers)
+        output = plain_linear(getattr(mixer, architecture.output))
     check_linear([output])
     added = [output]
     if hasattr(mlp, "experts"):
@@ -302,10 +356,10 @@ def _check_layer(block: Any, architecture: Architecture, rotated: int, half_fact
         raise UnsupportedModelError("what its layers compute is scaled, biases included")
     for name in (architecture.before_attention, architecture.before_mlp):
         if name:
-            _norm(getattr(block, name, None))
-    within = [getattr(attention, name, None) for name in (architecture.query_norm, architecture.key_norm)]
+            norm_from(getattr(block, name, None))
+    within = [getattr(mixer, name, None) for name in (architecture.query_norm, architecture.key_norm)]
     after = [getattr(block, name) for name in (architecture.after_attention, architecture.after_mlp) if name]
-    if any((norm := _norm(module)) is not None and norm.centered for module in within + after):
+    if any((norm := norm_from(module)) is not None and norm.centered for module in within + after):
         raise UnsupportedModelError("a LayerNorm of queries, keys or what a layer adds is not known to the kernels")
     return layers + added
 
@@ -319,33 +373,45 @@ class _LayerPacker:
         self._architecture, self._pack, self._rotated = architecture, pack, rotated
         self._activation = _ACTIVATIONS[_activation(config)]
         self._int8 = _decomposition_of_experts(network)
+        self.state_size = 0
         parallel = architecture.parallel
         self._parallel = bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
 
     def pack(self, block: Any, scale: float, window: int | None, table: int | None) -> Layer:
-        """One layer, with the scale and the window of its attention and the table of its rotation."""
+        """One layer, with the scale and the window of its attention and the table of its rotation, if it has them."""
         architecture = self._architecture
-        attention, mlp = getattr(block, architecture.attention), getattr(block, architecture.mlp)
-        before_attention = _norm_of(block, architecture.before_attention)
-        before_mlp = architecture.before_mlp
+        mlp, before_mlp = getattr(block, architecture.mlp), architecture.before_mlp
         if self._parallel and getattr(block, before_mlp, None) is None:
             before_mlp = architecture.before_attention  # both halves read the same
         return Layer(
-            before_attention=before_attention,
-            qkv=self._pack(_qkv(attention, architecture, self._rotated)),
-            query_norm=_norm_of(attention, architecture.query_norm),
-            key_norm=_norm_of(attention, architecture.key_norm),
+            before_mixer=norm_of(block, architecture.before_attention),
+            mixer=self._mixer(mixer_of(block, architecture), scale, window, table),
+            parallel=self._parallel,
+            after_mixer=norm_of(block, architecture.after_attention),
+            before_mlp=norm_of(block, before_mlp),
+            mlp=self._experts(mlp) if hasattr(mlp, "experts") else self._mlp(mlp),
+            after_mlp=norm_of(block, architecture.after_mlp),
+        )
+
+    def _mixer(
+        self, module: Any, scale: float, window: int | None, table: int | None
+    ) -> Attention | ShortConvolution | DeltaNet:
+        if is_recurrent(module):
+            mixer, size = pack_recurrent(module, self._pack, self.state_size)
+            self.state_size += size
+            return mixer
+        architecture = self._architecture
+        return Attention(
+            qkv=self._pack(_qkv(module, architecture, self._rotated)),
+            query_norm=norm_of(module, architecture.query_norm),
+            key_norm=norm_of(module, architecture.key_norm),
             rotated_first=architecture.rotated_first,
             scale=scale,
             window=window,
             table=table,
-            sinks=attention.sinks.detach().float() if hasattr(attention, "sinks") else None,
-            output=self._pack([plain_linear(getattr(attention, architecture.output))]),
-            parallel=self._parallel,
-            after_attention=_norm_of(block, architecture.after_attention),
-            before_mlp=_norm_of(block, before_mlp),
-            mlp=self._experts(mlp) if hasattr(mlp, "experts") else self._mlp(mlp),
-            after_mlp=_norm_of(block, architecture.after_mlp),
+            sinks=module.sinks.detach().float() if hasattr(module, "sinks") else None,
+            gated=_has_gate(module),
+            output=self._pack([plain_linear(getattr(module, architecture.output))]),
         )
 
     def _mlp(self, mlp: Any) -> Mlp:
@@ -443,6 +509,12 @@ def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
         order = torch.arange(layers[0].out_features).view(-1, 3, dim).transpose(0, 1)
         return [some_outputs(layers[0], order.flatten())]
     query, key, value = layers
+    gates = []
+    if _has_gate(attention):
+        dim = attention.head_dim
+        order = torch.arange(query.out_features).view(-1, 2, dim)
+        query, gate = (some_outputs(query, order[:, part].flatten()) for part in (0, 1))
+        gates = [gate]
     if architecture.neighbours:
         dim = attention.head_dim
         order = torch.cat([torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)])
@@ -450,15 +522,19 @@ def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
             some_outputs(each, (torch.arange(0, each.out_features, dim)[:, None] + order).flatten())
             for each in (query, key)
         )
-    return [query, key, value]
+    return [query, key, value, *gates]
+
+
+def _has_gate(attention: Any) -> bool:
+    """Whether its queries have gates beside them, which its results are multiplied with."""
+    return type(attention).__name__ in ("Qwen3_5Attention", "Qwen3NextAttention")
 
 
 def _mlp_layers(mlp: Any, architecture: Architecture) -> list[Any]:
     """The gate, if there is one, the other factor, and what follows."""
-    if architecture.up:
-        return [plain_linear(getattr(mlp, name)) for name in (architecture.up, architecture.down)]
     if not hasattr(mlp, "gate_up_proj"):
-        return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        names = (architecture.gate, architecture.up, architecture.down)
+        return [plain_linear(getattr(mlp, name)) for name in names if name]
     half = mlp.gate_up_proj.out_features // 2
     gate, up = (some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half))
     return [gate, up, mlp.down_proj]
@@ -471,34 +547,6 @@ def _rotates(attention: Any, config: Any) -> bool:
     if config.model_type == "cohere2":
         return attention.sliding_window is not None
     return bool(getattr(attention, "use_rope", True))
-
-
-def _norm_of(module: Any, name: str) -> Norm | None:
-    return _norm(getattr(module, name, None)) if name else None
-
-
-def _norm(module: Any) -> Norm | None:
-    """What a module does, if there is one.
-
-    Raises:
-        UnsupportedModelError: it is neither RMSNorm nor LayerNorm.
-    """
-    if module is None:
-        return None
-    name = type(module).__name__
-    if name == "OlmoLayerNorm":
-        return Norm(torch.ones(module.normalized_shape), 1e-5, centered=True)
-    gain: Tensor = module.weight.detach().float().clone().contiguous()
-    if name in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"):
-        return Norm(gain + 1.0, float(module.eps))
-    if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return Norm(gain, float(module.variance_epsilon))
-    if gain.dim() == 1 and name == "LayerNorm":
-        bias = None if module.bias is None else module.bias.detach().float().clone().contiguous()
-        return Norm(gain, float(module.eps), centered=True, bias=bias)
-    if gain.dim() == 1 and name in ("CohereLayerNorm", "Cohere2LayerNorm"):
-        return Norm(gain, float(module.variance_epsilon), centered=True)
-    raise UnsupportedModelError(f"a {name} is not a norm that the native kernels know")
 
 
 def _tables(rotary: Any, kinds: list[str]) -> tuple[list[Rotary], dict[str, int]]:

@@ -51,6 +51,18 @@ class Norm:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class DeltaRule:
+    """Heads of a gated delta rule; ``rate`` and ``bias`` (value_heads) fp32, contiguous."""
+
+    key_heads: int
+    value_heads: int
+    dk: int
+    dv: int
+    rate: Tensor
+    bias: Tensor
+
+
 @dataclass(frozen=True)
 class ExpertLayers:
     """The weights of experts, all of one shape.
@@ -229,6 +241,60 @@ class Recorder:
         sinks = None if sinks is None else (sinks * _TO_BASE_2).contiguous()
         self.native.attend(layer, window or 0, cap * _TO_BASE_2, 0 if sinks is None else sinks.data_ptr())
         return Recorded(ATTENTION, self.heads * self.dim)
+
+    def convolve(
+        self, x: Recorded, weight: Tensor, bias: Tensor | None, *, gated: bool, silu: bool, state: int, into: str
+    ) -> Recorded:
+        """A causal convolution of each channel of each text, ``y_r = bias + sum_t w_t z_{r - taps + 1 + t}``.
+
+        Args:
+            x: the channels are its first columns; if it is ``gated``, two columns more for each: of the output, and of
+                the input (z is their product).
+            weight: (taps, channels) fp32.
+            bias: (channels) fp32.
+            gated: as in LFM2: ``gate * conv(factor * x)`` with the columns (factor, gate, x).
+            silu: of the output.
+            state: where its part of a text's state begins.
+            into: the buffer.
+        """
+        taps, channels = weight.shape
+        out = self._buffer(into, channels)
+        factor, gate = (2 * channels, channels) if gated else (-1, -1)
+        address = 0 if bias is None else bias.data_ptr()
+        self.native.convolve(
+            x.buffer, channels, taps, factor, gate, weight.data_ptr(), address, silu, state, out.buffer
+        )
+        return out
+
+    def delta_rule(self, qkv: Recorded, rates: Recorded, rule: DeltaRule, *, state: int, into: str) -> Recorded:
+        """The gated delta rule (arXiv 2412.06464) over the rows of each text: (heads dv) columns."""
+        out = self._buffer(into, rule.value_heads * rule.dv)
+        self.native.delta_rule(
+            qkv.buffer,
+            rates.buffer,
+            rule.key_heads,
+            rule.value_heads,
+            rule.dk,
+            rule.dv,
+            rule.rate.data_ptr(),
+            rule.bias.data_ptr(),
+            state,
+            out.buffer,
+        )
+        return out
+
+    def norm_gated(self, x: Recorded, gates: Recorded, first: int, norm: Norm) -> Recorded:
+        """In place, ``rms_norm(x) silu(gate)`` of every head, with the gates in columns from ``first`` on."""
+        dim = len(norm.gain)
+        self.native.norm_gated(x.buffer, gates.buffer, first, x.width // dim, norm.gain.data_ptr(), norm.epsilon, dim)
+        return x
+
+    def gated(self, x: Recorded, gates: Recorded, first: int) -> Recorded:
+        """``x sigmoid(gate)``, with the gates in columns from ``first`` on."""
+        rows = self._ready("float32", x.width)
+        self._prepare(x, rows, 0, ("none", False, 0.0, 0))
+        self.native.gate_ready(rows, gates.buffer, first)
+        return Recorded(READY - rows, x.width)
 
     def attention_alone(self, layer: int) -> None:
         """Attention of queries that are 0, and the merging of its partial results: to be timed."""
