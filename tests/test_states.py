@@ -154,8 +154,8 @@ def collect(engine: Engine) -> dict[str, Any]:
     return done
 
 
-def test_samples_beams_and_scores_are_those_without_sharing(model_and_reference: tuple[Any, Generate]) -> None:
-    model, _ = model_and_reference
+def test_samples_beams_and_scores_are_those_without_sharing(model_and_reference: tuple[Any, str, Generate]) -> None:
+    model, runner, _ = model_and_reference
     head = random.Random(2).choices(range(VOCAB), k=70)
     results = []
     for options in ({}, {"max_num_batched_tokens": 23, "max_num_seqs": 3}, {"sharing": "off"}):
