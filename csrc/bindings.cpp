@@ -298,6 +298,9 @@ NB_MODULE(_native, m) {
       .def("layer_norm", [](Program& self, int source, int64_t gain, int64_t bias, float epsilon, int64_t k, int to) {
         self.layer_norm(source, at<const float>(gain), at<const float>(bias), epsilon, k, to);
       })
+      .def("glu", [](Program& self, int buffer, int64_t k, const std::string& by, bool sorted) {
+        self.glu(buffer, k, activation_of(by), sorted);
+      })
       .def("activate", [](Program& self, int buffer, int64_t k, const std::string& by) { self.activate(buffer, k, activation_of(by)); })
       .def("prepare", [](Program& self, int source, int64_t gain, float number, int64_t k, int64_t order, int to,
                          const std::string& outliers, bool relative, float threshold, int64_t columns, int which) {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # what multiplies and adds: int8, bf16, fp32, and the pairs of 16-bit products that stand for int8 without VNNI
-DOT = re.compile(r"\s(tdpb[su][su]d|vpdpbusd|vdpbf16ps|vfn?m(add|sub)\d+[ps]s|vpmaddwd|vpmaddubsw|pmaddwd)\s")
+DOT = re.compile(r"\s(tdpb[su][su]d|tdpbf16ps|vpdpbusd|vdpbf16ps|vfn?m(add|sub)\d+[ps]s|vpmaddwd|vpmaddubsw|pmaddwd)\s")
 VECTOR = re.compile(r"%[xyzt]mm\d+")
 LABEL = re.compile(r"^(\.L\w+):")
 JUMP = re.compile(r"^\s+j\w+\s+(\.L\w+)")

@@ -159,7 +159,7 @@ def test_samples_beams_and_scores_are_those_without_sharing(model_and_reference:
     head = random.Random(2).choices(range(VOCAB), k=70)
     results = []
     for options in ({}, {"max_num_batched_tokens": 23, "max_num_seqs": 3}, {"sharing": "off"}):
-        engine = engine_of(model, **options)
+        engine = engine_of(model, runner, **options)
         for i in range(3):
             prompt = {"prompt_token_ids": [*head, 7 + i, *range(20 + i)]}
             params = SamplingParams(n=3, temperature=0.9, top_p=0.8, seed=i, max_tokens=9, ignore_eos=True)

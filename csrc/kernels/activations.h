@@ -32,37 +32,27 @@ GOSSAMER_INLINE F activated(F x) {
   return mul(x, sigmoid(u));
 }
 
-GOSSAMER_INLINE F activate(F x, Activation by) {
-  switch (by) {
-    case Activation::silu: return activated<Activation::silu>(x);
-    case Activation::gelu: return activated<Activation::gelu>(x);
-    case Activation::relu: return activated<Activation::relu>(x);
-    case Activation::relu_squared: return activated<Activation::relu_squared>(x);
-    default: return activated<Activation::gelu_tanh>(x);
-  }
-}
-
-// activation(gate) * other. Clamped, as in gpt-oss (https://github.com/openai/gpt-oss): min(g, 7) sigmoid(1.702 g) (u + 1) with
-// u in [-7, 7].
-GOSSAMER_INLINE F gated(F gate, F other, Activation by) {
-  if (by != Activation::clamped) return mul(activate(gate, by), other);
-  const F limit = set1(7.0f), g = min(gate, limit), u = max(min(other, limit), set1(-7.0f));
-  return mul(mul(g, sigmoid(mul(g, set1(1.702f)))), add(u, set1(1.0f)));
+// The gates that products of gated weights end with.
+GOSSAMER_INLINE F common_gate(F x, Activation by) {
+  return by == Activation::silu ? activated<Activation::silu>(x) : activated<Activation::gelu_tanh>(x);
 }
 
 // most tanh(x / most) = most (2 sigmoid(2 x / most) - 1)
 GOSSAMER_INLINE F capped(F x, F most, F twice_inverse) { return mul(fma(sigmoid(mul(x, twice_inverse)), set1(2.0f), set1(-1.0f)), most); }
 
-// x (k) = function(x), of vectors.
+// x (k) = function(x), of vectors. The last few are padded.
+template <class Function>
+GOSSAMER_NOINLINE void apply_to_rest(float* x, int64_t k, Function function) {
+  float rest[W] = {};
+  std::memcpy(rest, x, k * sizeof(float));
+  store(rest, function(load(rest)));
+  std::memcpy(x, rest, k * sizeof(float));
+}
 template <class Function>
 GOSSAMER_INLINE void apply(float* x, int64_t k, Function function) {
   int64_t i = 0;
   for (; i + W <= k; i += W) store(x + i, function(load(x + i)));
-  if (i == k) return;
-  float rest[W] = {};
-  std::memcpy(rest, x + i, (k - i) * sizeof(float));
-  store(rest, function(load(rest)));
-  std::memcpy(x + i, rest, (k - i) * sizeof(float));
+  if (i < k) apply_to_rest(x + i, k - i, function);
 }
 
 template <Activation BY>
@@ -78,6 +68,33 @@ inline void activate_row(float* x, int64_t k, Activation by) {
     case Activation::relu_squared: return activate_all<Activation::relu_squared>(x, k);
     default: return activate_all<Activation::gelu_tanh>(x, k);
   }
+}
+
+// x (k) = activation(x) * other. Clamped, as in gpt-oss (https://github.com/openai/gpt-oss): min(x, 7) sigmoid(1.702 x)
+// (other + 1), with other in [-7, 7].
+GOSSAMER_NOINLINE inline void clamped_gate(float* x, const float* other, int64_t k) {
+  const F limit = set1(7.0f);
+  for (int64_t i = 0; i + W <= k; i += W) {
+    const F g = min(load(x + i), limit), u = max(min(load(other + i), limit), set1(-7.0f));
+    store(x + i, mul(mul(g, sigmoid(mul(g, set1(1.702f)))), add(u, set1(1.0f))));
+  }
+}
+GOSSAMER_NOINLINE inline void multiply_whole(float* x, const float* other, int64_t k) {
+  for (int64_t i = 0; i + W <= k; i += W) store(x + i, mul(load(x + i), load(other + i)));
+}
+GOSSAMER_NOINLINE inline void gated(float* x, const float* other, int64_t k, Activation by) {
+  const int64_t done = k / W * W;
+  float a[W] = {}, b[W] = {};
+  std::memcpy(a, x + done, (k - done) * sizeof(float));
+  std::memcpy(b, other + done, (k - done) * sizeof(float));
+  const auto one = [by](float* to, const float* from, int64_t n) {
+    if (by == Activation::clamped) return clamped_gate(to, from, n);
+    activate_row(to, n, by);
+    multiply_whole(to, from, n);
+  };
+  one(x, other, done);
+  one(a, b, W);
+  std::memcpy(x + done, a, (k - done) * sizeof(float));
 }
 
 GOSSAMER_NOINLINE inline void cap(float* x, int64_t k, float most) {

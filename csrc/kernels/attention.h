@@ -242,11 +242,16 @@ struct AttentionScratch {
     return seen;
   }
 
+  // Of `height` rows, `stride` apart.
+  void cap_scores(int height, int64_t stride, int64_t padded) const {
+    if (most > 0)
+      for (int r = 0; r < height; ++r) cap(scores + r * stride, padded, most);
+  }
+
   // The softmax of a row's scores (padded), relative to what it has seen so far. Returns by what that fades.
   GOSSAMER_INLINE float soften(int64_t row, float* s, Entry* share, int64_t key, int64_t padded, bool masked) {
     const F nothing = set1(-__builtin_inff());
     F highest = nothing;
-    if (most > 0) cap(s, padded, most);
     if (masked) {
       const F low = set1(static_cast<float>(begin[row] - key)), high = set1(static_cast<float>(end[row] - key));
       for (int64_t i = 0; i < padded; i += W) {
@@ -331,6 +336,7 @@ inline void attend_rows(const AttentionTask& task) {
         panel_products<Dot, TILED>(w.keys + p / PANEL * steps * STEP_BYTES, w.q + r0 * w.dim, w.dim, steps, height,
                                    soon_keys ? soon_keys + p / PANEL * steps * line : nullptr, line, w.scores + p, w.block);
       float fade[MOST];
+      w.cap_scores(height, w.block, padded);
       for (int r = 0; r < height; ++r)
         fade[r] = w.soften(r0 + r, w.scores + r * w.block, w.shares + r * w.block, key, padded, masked);
       const int64_t value_steps = padded / Dot::step;
@@ -450,6 +456,7 @@ inline void attend_few(const AttentionTask& task) {
       }
     }
     float fade[ROWS];
+    w.cap_scores(ROWS, block, padded);
     for (int r = 0; r < ROWS; ++r) fade[r] = w.soften(r, w.scores + r * block, w.shares + r * block, key, padded, masked);
     const uint8_t* v = static_cast<const uint8_t*>(task.values) + key * stored;
     const auto add_values = [&](auto function, int64_t d) {

@@ -38,6 +38,7 @@ const gossamer::Kernels kernels = {
     .join = join,
     .layer_norm = layer_norm,
     .activate = activate_row,
+    .gated = gated,
     .convolve = convolve,
     .delta_rule = delta_rule,
     .gate_by = gate_by,

@@ -107,7 +107,7 @@ struct Decomposition {
 enum class Activation : int { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, relu = 4, relu_squared = 5, clamped = 6 };
 
 // y (T, N): y = x W^T + b + addend; added to what is there with `add`; for a gated weight, whose panels hold 16 columns
-// of the gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other.
+// of the gate and 16 of the other factor, y (T, N / 2) = activation(gate) * other: silu or gelu_tanh.
 struct LinearCall {
   const PackedWeight* weight;
   const Prepared* x;
@@ -306,6 +306,7 @@ struct Kernels {
   // out (k) = (x - mean) / sqrt(variance + epsilon) * gain + bias; the bias may be null.
   void (*layer_norm)(const float* x, const float* gain, const float* bias, float epsilon, int64_t k, float* out);
   void (*activate)(float* x, int64_t k, Activation by);  // in place
+  void (*gated)(float* x, const float* other, int64_t k, Activation by);  // x = activation(x) * other
   void (*convolve)(const ConvolutionCall& call);
   void (*delta_rule)(const DeltaCall& call);
   void (*gate_by)(float* x, const float* gate, int64_t k, bool silu);  // x *= silu(gate) or sigmoid(gate)

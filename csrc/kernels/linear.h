@@ -109,7 +109,7 @@ GOSSAMER_NOINLINE void finish(const LinearCall& c, int64_t panel, int64_t m0, in
         put(c, m, panel * PANEL + low, y0);
         put(c, m, panel * PANEL + high, y1);
       } else {
-        put(c, m, panel * 16 + low, gated(y0, y1, c.gate));
+        put(c, m, panel * 16 + low, mul(common_gate(y0, c.gate), y1));
       }
     }
 }

@@ -105,7 +105,7 @@ GOSSAMER_NOINLINE inline void renew(float* state, const float* key, const float*
 }
 
 inline void delta_rule(const DeltaCall& c) {
-  const int64_t dk = c.dk, dv = c.dv, wide = round_up(dv, PANEL);
+  const int64_t dk = c.dk, dv = c.dv, wide = (dv + 31) / 32 * 32;
   float *state = c.scratch, *key = state + dk * wide, *query = key + dk, *delta = query + dk, *out = delta + wide;
   std::memset(state, 0, dk * wide * sizeof(float));
   std::memset(delta, 0, wide * sizeof(float));
@@ -123,17 +123,25 @@ inline void delta_rule(const DeltaCall& c) {
   for (int64_t i = 0; i < dk; ++i) std::memcpy(c.after + i * dv, state + i * wide, dv * sizeof(float));
 }
 
+template <bool SILU>
+GOSSAMER_NOINLINE void gate_whole(float* x, const float* gate, int64_t k) {
+  for (int64_t i = 0; i + W <= k; i += W) {
+    const F g = load(gate + i), s = sigmoid(g);
+    store(x + i, mul(load(x + i), SILU ? mul(g, s) : s));
+  }
+}
+
 // x (k) *= silu(gate) or sigmoid(gate)
-inline void gate_by(float* x, const float* gate, int64_t k, bool silu) {
-  int64_t i = 0;
-  const auto one = [&](F v, F g) GOSSAMER_LAMBDA { return mul(v, silu ? activated<Activation::silu>(g) : sigmoid(g)); };
-  for (; i + W <= k; i += W) store(x + i, one(load(x + i), load(gate + i)));
-  if (i == k) return;
+GOSSAMER_NOINLINE inline void gate_by(float* x, const float* gate, int64_t k, bool silu) {
+  const auto whole = silu ? gate_whole<true> : gate_whole<false>;
+  whole(x, gate, k);
+  const int64_t done = k / W * W;
+  if (done == k) return;
   float a[W] = {}, b[W] = {};
-  std::memcpy(a, x + i, (k - i) * sizeof(float));
-  std::memcpy(b, gate + i, (k - i) * sizeof(float));
-  store(a, one(load(a), load(b)));
-  std::memcpy(x + i, a, (k - i) * sizeof(float));
+  std::memcpy(a, x + done, (k - done) * sizeof(float));
+  std::memcpy(b, gate + done, (k - done) * sizeof(float));
+  whole(a, b, W);
+  std::memcpy(x + done, a, (k - done) * sizeof(float));
 }
 
 }  // namespace GOSSAMER_NS

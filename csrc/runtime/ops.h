@@ -73,6 +73,25 @@ struct Activate final : Op {
   }
 };
 
+// The first k columns of a buffer, activated, times the next k, in the place of the first; of sorted rows for experts.
+struct Glu final : Op {
+  int buffer;
+  int64_t k;
+  Activation by;
+  bool sorted;
+  Glu(int buffer, int64_t k, Activation by, bool sorted) : Op("activation"), buffer(buffer), k(k), by(by), sorted(sorted) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    const int64_t count = sorted ? static_cast<int64_t>(program.routing.token.size()) : step.rows;
+    phase.run(count, grain_of(count, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        float* x = program.buffers[buffer].row(r);
+        program.kernels.gated(x, x + k, k, by);
+      }
+    });
+  }
+};
+
 inline const float* or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
 struct Prepare final : Op {

@@ -53,6 +53,10 @@ void Program::layer_norm(int source, const float* gain, const float* bias, float
 
 void Program::activate(int buffer, int64_t k, Activation by) { ops_.push_back(std::make_unique<Activate>(buffer, k, by)); }
 
+void Program::glu(int buffer, int64_t k, Activation by, bool sorted) {
+  ops_.push_back(std::make_unique<Glu>(buffer, k, by, sorted));
+}
+
 void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                       bool whole_columns, Rows which) {
   const auto add = [&] {

@@ -108,6 +108,7 @@ class Program {
   void embed_positions(std::shared_ptr<Weight> table, int to);
   void layer_norm(int source, const float* gain, const float* bias, float epsilon, int64_t k, int to);
   void activate(int buffer, int64_t k, Activation by);
+  void glu(int buffer, int64_t k, Activation by, bool sorted);
   // Makes rows ready for a product: of a buffer (`source`), of attention's results (ATTENTION), or of rows made ready in
   // fp32 (READY - their index), normalized if `gain` is not null (RMSNorm with the epsilon `number`; it is copied),
   // otherwise times `number`; their entries in this order (K; copied too) unless it is null.

@@ -24,6 +24,7 @@ class Architecture:
         before_attention, after_attention, before_mlp, after_mlp: the norms of a layer; empty where there is none.
         query_norm, key_norm: those of the attention, if it has them: of each head, or of all heads together.
         mlp: of a layer; its experts, if it has them, are in ``experts``.
+        activation: of an MLP, if the configuration does not say.
         gate, up, down: of an MLP; a gate that is empty is none.
         router: of experts.
         parallel: MLPs read what attention reads, and not what it adds to: always, or where this entry of the
@@ -50,6 +51,7 @@ class Architecture:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     mlp: str = "mlp"
+    activation: str = ""
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -166,6 +168,7 @@ NATIVE_ARCHITECTURES = {  # by model type
         before_attention="operator_norm",
         before_mlp="ffn_norm",
         mlp="feed_forward",
+        activation="silu",
         gate="w1",
         up="w3",
         down="w2",

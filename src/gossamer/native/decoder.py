@@ -18,7 +18,7 @@ from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
 from gossamer.native.norms import norm_from, norm_of
-from gossamer.native.recorder import ExpertLayers, Norm, Recorded, Recorder, Rotary
+from gossamer.native.recorder import COMMON_GATES, ExpertLayers, Norm, Recorded, Recorder, Rotary
 from gossamer.native.recurrent import (
     DeltaNet,
     ShortConvolution,
@@ -151,7 +151,7 @@ def record(p: Recorder, model: Decoder) -> None:
         if layer.after_mixer is None:
             p.linear_add(p.scaled(mixed, model.half_factor), layer.mixer.output, x)
         else:
-            p.add_rmsnorm_from(p.linear(mixed, layer.mixer.output, into="half"), layer.after_mixer, x)
+            p.add_rms_norm(p.linear(mixed, layer.mixer.output, into="half"), layer.after_mixer, x)
         if isinstance(layer.mlp, Experts):
             h = x if layer.before_mlp is None else p.norm(x, layer.before_mlp)
             record_experts(p, h, layer.mlp, model.half_factor, x)
@@ -160,7 +160,7 @@ def record(p: Recorder, model: Decoder) -> None:
         if layer.after_mlp is None:
             p.linear_add(p.scaled(inner, model.half_factor), layer.mlp.down, x)
         else:
-            p.add_rmsnorm_from(p.linear(inner, layer.mlp.down, into="half"), layer.after_mlp, x)
+            p.add_rms_norm(p.linear(inner, layer.mlp.down, into="half"), layer.after_mlp, x)
     p.logits(p.norm(x, model.norm), model.head, model.logit_cap)
 
 
@@ -204,9 +204,11 @@ def record_inner(p: Recorder, x: Recorded, layer: Layer) -> Recorded:
 
 
 def _inner(p: Recorder, h: Recorded, mlp: Mlp, into: str) -> Recorded:
-    if mlp.gated:
+    if not mlp.gated:
+        return p.activate(p.linear(h, mlp.up, into=into), mlp.activation)
+    if mlp.activation in COMMON_GATES:
         return p.linear(h, mlp.up, into=into, gate=mlp.activation)
-    return p.activate(p.linear(h, mlp.up, into=into), mlp.activation)
+    return p.glu(p.linear(h, mlp.up, into=into), mlp.activation)
 
 
 def record_experts(p: Recorder, h: Recorded, experts: Experts, factor: float, total: Recorded) -> None:
@@ -239,7 +241,8 @@ def unsupported(config: Any) -> str:
 
 def _activation(config: Any) -> Any:
     names = ("hidden_activation", "hidden_act", "activation_function")
-    return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    said = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    return said or NATIVE_ARCHITECTURES[config.model_type].activation
 
 
 def pack_decoder(
@@ -417,7 +420,8 @@ class _LayerPacker:
     def _mlp(self, mlp: Any) -> Mlp:
         *up, down = _mlp_layers(mlp, self._architecture)
         gated = len(up) == 2
-        return Mlp(self._pack(up, gated=gated), self._activation, self._pack([down]), gated)
+        in_turns = gated and self._activation in COMMON_GATES
+        return Mlp(self._pack(up, gated=in_turns), self._activation, self._pack([down]), gated)
 
     def _experts(self, mlp: Any) -> Experts:
         router, experts, isa = getattr(mlp, self._architecture.router), mlp.experts, self._pack.isa
@@ -425,9 +429,10 @@ class _LayerPacker:
         def ready(layer: Any) -> Any:
             return layer if self._int8 is None else Int8Linear.from_linear(layer, decomposition=self._int8)
 
+        activation = "clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation
         gate_up, down = [], []
         for gate, up, last in _layers_of_experts(experts):
-            gate_up.append(self._pack([ready(gate), ready(up)], gated=True))
+            gate_up.append(self._pack([ready(gate), ready(up)], gated=activation in COMMON_GATES))
             down.append(self._pack([ready(last)]))
         shared, shared_gate = _shared_of(mlp), getattr(mlp, "shared_expert_gate", None)
         statics = getattr(router, "moe_statics", None)
@@ -437,7 +442,7 @@ class _LayerPacker:
         return Experts(
             router=pack_linear([router_layer], isa, "float32"),
             layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), preference, gate_up, down),
-            gate="clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation,
+            gate=activation,
             shared=None if shared is None else self._mlp(shared),
             shared_gate=None if shared_gate is None else pack_linear([shared_gate], isa, "float32"),
         )

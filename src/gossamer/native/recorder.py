@@ -16,6 +16,7 @@ from gossamer.kernels.library import core
 from gossamer.native.weights import PackedAdapters, PackedLinear
 
 _TO_BASE_2 = 1.4426950408889634  # the kernels' exponentials have base 2
+COMMON_GATES = ("silu", "gelu_tanh")  # which products of weights that are packed in turns end with
 LOGITS = 0  # the buffer that the caller provides
 
 
@@ -146,6 +147,12 @@ class Recorder:
         self.native.layer_norm(x.buffer, norm.gain.data_ptr(), bias, norm.epsilon, x.width, out.buffer)
         return out
 
+    def glu(self, x: Recorded, gate: str, *, sorted_rows: bool = False) -> Recorded:
+        """The first half of x, gated, times the second: in the place of the first."""
+        half = x.width // 2
+        self.native.glu(x.buffer, half, gate, sorted_rows)
+        return Recorded(x.buffer, half)
+
     def activate(self, x: Recorded, by: str) -> Recorded:
         """An activation of x, in its place."""
         self.native.activate(x.buffer, x.width, by)
@@ -189,7 +196,10 @@ class Recorder:
         ready = self._ready(up.type, x.width, times=times)
         self._prepare(x, ready, 0, up.outlier_rule(), GATHERED)
         inner = self._buffer("of experts", up.outputs, times)
-        self.native.experts([each.handle for each in experts.gate_up], ready, inner.buffer, gate)
+        in_product = gate in COMMON_GATES
+        self.native.experts([each.handle for each in experts.gate_up], ready, inner.buffer, gate if in_product else "")
+        if not in_product:
+            inner = self.glu(inner, gate, sorted_rows=True)
         ready = self._ready(down.type, inner.width, times=times)
         self._prepare(inner, ready, 0, down.outlier_rule(), CHOSEN)
         out = self._buffer("from experts", down.outputs, times)
