@@ -90,6 +90,9 @@ def build(kind: str) -> Any:
 
     name = causal_types()[kind]
     config_class = transformers.CONFIG_MAPPING[kind]
+    text_class = getattr(transformers, name).config_class
+    if text_class in getattr(config_class, "sub_configs", {}).values():  # of text and more; the text alone is a model
+        config_class = text_class
     for known, (known_config, model_class, _) in (ARCHITECTURES | RECURRENT).items():
         if (known_config, model_class) == (config_class.__name__, name):
             return make_model(known)

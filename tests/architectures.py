@@ -129,24 +129,6 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 13}),
-    "stablelm": (
-        "StableLmConfig",
-        "StableLmForCausalLM",
-        {
-            "use_qkv_bias": True,
-            "hidden_size": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-        },
-    ),
-    "stablelm_parallel": (
-        "StableLmConfig",
-        "StableLmForCausalLM",
-        {
-            "use_parallel_residual": True,
-            "hidden_size": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-        },
-    ),
     "gpt_neox_serial": (
         "GPTNeoXConfig",
         "GPTNeoXForCausalLM",

@@ -125,9 +125,6 @@ NATIVE_ARCHITECTURES = {  # by model type
     "cohere": _cohere("Cohere"),
     "cohere2": _cohere("Cohere 2"),
     "starcoder2": Architecture("StarCoder 2", gate="", up="c_fc", down="c_proj"),
-    "stablelm": Architecture(
-        "StableLM", query_norm="q_layernorm", key_norm="k_layernorm", parallel="use_parallel_residual"
-    ),
     "gpt_neox": Architecture(
         "GPT-NeoX",
         body="gpt_neox",
