@@ -108,4 +108,4 @@ def test_what_looks_at_the_whole_batch_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="int8_outliers 'batch'"):
         NativeRunner(network("llama", int8=True, outliers="batch"), RunnerOptions(batch_invariant=True), max_rows=8)
     with pytest.raises(UnsupportedModelError, match="batch_invariant"):
-        make_runner(network("gpt2"), RunnerOptions(batch_invariant=True), max_rows=8)
+        make_runner(network("opt"), RunnerOptions(batch_invariant=True), max_rows=8)

@@ -166,7 +166,7 @@ class TestInt8Embedding:
                 Int8Embedding.from_embedding(embedding)
 
 
-WITH_EXPERTS = ("mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+WITH_EXPERTS = ("mixtral", "gpt_oss", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe")
 
 
 class TestQuantize:

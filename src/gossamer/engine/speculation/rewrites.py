@@ -82,7 +82,9 @@ class Rewrites:
         shared: those that other answers learn as well. Of several tokens: what becomes of a single one, as where
             something is renamed, is each answer's own.
 
-    >>> rewrites = Rewrites(lambda token: token, Table())
+    >>> from types import SimpleNamespace
+    >>> words = SimpleNamespace(unspaced=lambda token: token, is_word=lambda token: True)
+    >>> rewrites = Rewrites(words, Table())
     >>> text = [7, 1, 2, 8, 9, 7, 1, 2]  # becomes 7 5 8 9 7 ...
     >>> rewrites.leave(text, 1)
     >>> [rewrites.push(token) for token in (5, 8, 9)]

@@ -1,9 +1,11 @@
-"""Decoding with experts: native kernels beside transformers in bf16, steps in turn, on a model of random weights.
+"""Decoding a model of random weights: native kernels beside transformers in bf16, steps in turn.
 
-The shape is that of a Qwen3-MoE of 3 billion weights, of which 0.6 billion are used for a token. Random weights choose
-experts as evenly as can be, which reads the most of them.
+Shapes: `qwen3_moe`, 3 billion weights in experts, of which 0.6 billion are used for a token (random weights choose
+experts as evenly as can be, which reads the most of them); `qwen3_5`, 0.75 billion weights, three of four layers gated
+delta rules.
 
-    python scripts/expert_speed.py --batch 1,16 --prefix 1024
+    python scripts/random_model_speed.py --shape qwen3_moe --batch 1,16 --prefix 1024 --int8
+    python scripts/random_model_speed.py --shape qwen3_5 --batch 1,16 --prefix 1024 --int8
 """
 
 from __future__ import annotations
@@ -13,6 +15,21 @@ import copy
 import statistics
 import time
 from typing import Any
+
+# name -> configuration, model, and what they are made with
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {
+        "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072, "moe_intermediate_size": 640,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 64,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {
+        "vocab_size": 248320, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -31,27 +48,24 @@ def main() -> None:
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--new", type=int, default=24)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3_moe")
+    parser.add_argument("--layers", type=int, help="fewer, where memory is short")
     parser.add_argument("--int8", action="store_true", help="our weights in int8; otherwise in bf16")
     given = parser.parse_args()
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=32768, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=640,
-        num_hidden_layers=given.layers,
-        num_attention_heads=16, num_key_value_heads=4, head_dim=64, num_experts=given.experts, num_experts_per_tok=8,
-        norm_topk_prob=True, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+    config_class, model_class, fields = SHAPES[given.shape]
+    config = getattr(transformers, config_class)(
+        **fields | ({"num_hidden_layers": given.layers} if given.layers else {})
+    )
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = transformers.Qwen3MoeForCausalLM(config)
+        model = getattr(transformers, model_class)(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
     rotary = model.model.rotary_emb
     rotary.__init__(config)  # its frequencies are no parameters
     weights = sum(parameter.numel() for parameter in model.parameters())
-    print(print(f"{describe()['cpu']}, {torch.get_num_threads()} threads"))
-    print(f"{weights / 1e9:.2f}e9 weights, {given.experts} experts, 8 chosen")
+    print(f"{describe()['cpu']}, {torch.get_num_threads()} threads; {given.shape}, {weights / 1e9:.2f}e9 weights")
     ours: Any = copy.deepcopy(model)
     if given.int8:
         quantize(ours, skip=("lm_head",))
@@ -60,7 +74,7 @@ def main() -> None:
     del ours
     print(f"ours: {runner.isa}, weights of {runner.weight_bytes / 1e9:.2f} GB")
     generator = torch.Generator().manual_seed(1)
-    prefix = torch.randint(0, 32768, (given.prefix,), generator=generator).tolist()
+    prefix = torch.randint(0, config.vocab_size, (given.prefix,), generator=generator).tolist()
     for batch in map(int, given.batch.split(",")):
         engine = Engine(runner, None, EngineOptions(speculation="off", memory="3GB"), eos_token_ids=frozenset())
         params = SamplingParams(temperature=0, max_tokens=given.new + 3, ignore_eos=True, detokenize=False)
@@ -71,9 +85,8 @@ def main() -> None:
         with torch.inference_mode():
             ids = torch.tensor([[*prefix, i, i + 1] for i in range(batch)])
             cache = transformers.DynamicCache(config=config)
-            whole = model(ids[:1, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_repeat_interleave(batch)
-            token = whole.logits[:, -1].argmax(-1, keepdim=True).expand(batch, 1)
+            whole = model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = whole.logits[:, -1].argmax(-1, keepdim=True)
             times: dict[str, list[float]] = {"ours": [], "transformers": []}
             for step in range(given.new):
                 start = time.perf_counter()
