@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 WINDOW = 32  # tokens of the text, and of the answer, in which an answer comes back
@@ -48,11 +48,16 @@ class Rewrite:
 
 @dataclass(slots=True)
 class Departure:
-    """An answer left ``text[place:]``, and has said ``since`` then."""
+    """An answer left ``text[place:]``, and has said ``since`` then.
+
+    Attributes:
+        near: where each token of the text in the window stands, under its own number and without its blank.
+    """
 
     text: Sequence[int]
     place: int
-    since: list[int] = field(default_factory=list)
+    since: list[int]
+    near: dict[int, list[int]]
 
 
 class Table(OrderedDict[Key, Rewrite]):
@@ -105,7 +110,11 @@ class Rewrites:
 
     def leave(self, text: Sequence[int], place: int, since: Sequence[int] = ()) -> None:
         """What came was ``text[:place]`` and ``since``, and what comes next is not in ``text`` then."""
-        self._left = Departure(text, place, list(since))
+        near: dict[int, list[int]] = {}
+        for at in range(place, min(place + WINDOW, len(text) - 1)):
+            for token in {text[at], self._words.unspaced(text[at])}:
+                near.setdefault(token, []).append(at)
+        self._left = Departure(text, place, list(since), near)
 
     def push(self, token: int) -> int | None:
         """A token has come. Returns the place in the text from which the answer follows it again, if it does."""
@@ -119,19 +128,17 @@ class Rewrites:
         if len(since) < _CONFIRMED:
             return None
         first, text, words = since[-2], left.text, self._words
-        ends = words.is_word(first) and not words.is_word(token)
-        for place in range(left.place, min(left.place + WINDOW, len(text) - 1)):
-            if text[place] != first and words.unspaced(text[place]) != first:
-                continue
-            if text[place + 1] == token or (ends and not words.is_word(text[place + 1])):
+        for place in left.near.get(first, ()):
+            same = text[place + 1] == token
+            if same or (words.is_word(first) and not words.is_word(token) and not words.is_word(text[place + 1])):
                 written = since[:-2]
                 if written or place > left.place:
                     unspaced = None if text[place] == first else words.unspaced
                     self._learn(text, left.place, Rewrite(place - left.place, written, unspaced))
-                if text[place + 1] == token:
+                if same:
                     self._left = None
                     return place + 2
-                self._left = Departure(text, place + 1, [token])
+                self.leave(text, place + 1, [token])
                 return None
         return None
 

@@ -35,8 +35,10 @@ _SIBLINGS = 4  # that are looked up in
 _LOOKED_AT = 16  # sequences that may be siblings
 _SURE = 32  # tokens of a match that ends the search for others
 _COUNTED = 256  # steps after which the bytes of the indices are counted again
-_SHARE = 0.01  # of the time, that is spent on looking up
+_SHARE = 0.005  # of the time, that is spent on looking up
 _SHARE_MEMORY = 0.05
+_WORTH = 0.12  # the chance of a guess from a single token, below which none is made
+_TRIED = 16  # steps after which one is made nevertheless
 _RECENT = 256  # tokens of an answer that are searched for a single one
 _SUBSTITUTED = 8  # tokens of a match behind which one token may have been replaced
 
@@ -84,6 +86,7 @@ class Speculator:
         self._steps = self._begun = 0
         self._period = 1  # every so many steps, a sequence without a draft is looked up for
         self._look_up_seconds = 0.0  # that it takes
+        self._least = 0.0  # chance of a token that was considered in the last step
 
     # --- before a step -----------------------------------------------------------------------------------------
 
@@ -107,9 +110,9 @@ class Speculator:
             self.time = self._measure()
         if self.time is None:
             return
-        least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
+        self._least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
         for work in ready:
-            if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, least)) is not None:
+            if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, self._least)) is not None:
                 source, tokens, chances = found
                 drafts.append((work, source, tokens))
                 candidates.append(Candidate(chances, self._per_key * len(work.sequence.tokens)))
@@ -197,9 +200,22 @@ class Speculator:
                 position.next = self._look_up(sequence, position, tail)
                 self._look_up_seconds += _SHARE_MEMORY * (time.perf_counter() - before - self._look_up_seconds)
             position.next = position.next or _substitution(position, missed)
-        constraint, proposed = sequence.constraint, position.next
-        drafted = proposed.take(MOST_DRAFTED) if proposed is not None and constraint is not None else []
+        drafted = [] if sequence.constraint is None else self._worth_a_mask(position)
         self.stats.lookup_seconds += time.perf_counter() - start
+        return drafted
+
+    def _worth_a_mask(self, position: Position) -> list[int]:
+        """What may come next, as far as it was likely enough in the last step: each token costs a mask of the grammar."""
+        found, chance = position.next, 1.0
+        if found is None:
+            return []
+        drafted: list[int] = []
+        for ahead, token in enumerate(found.take(MOST_DRAFTED)):
+            share = position.tenant.survival.chance(found.source, found.length + ahead)
+            chance *= position.deviation.apply(share)
+            if chance < self._least:
+                break
+            drafted.append(token)
         return drafted
 
     @staticmethod
@@ -256,7 +272,10 @@ class Speculator:
                 best, worth = position.continuation(source, text, *match), chance
             if match.length >= _SURE:
                 break
-        return best or (_again(sequence, position, tail[-1]) if least <= LEAST else None)
+        if best is not None or least > LEAST:
+            return best
+        tries = (self._steps + position.number) % _TRIED == 0  # or else nothing would tell if it is worth it again
+        return _again(sequence, position, tail[-1]) if tries or survival.chance(Source.OWN, 1) > _WORTH else None
 
     def _texts(self, sequence: Sequence, position: Position) -> Iterator[tuple[Source, Many[int], Chains]]:
         tokens, sources = sequence.tokens, self.config.sources
