@@ -205,7 +205,7 @@ class Speculator:
         return drafted
 
     def _worth_a_mask(self, position: Position) -> list[int]:
-        """What may come next, as far as it was likely enough in the last step: each token costs a mask of the grammar."""
+        """What may come next, as far as it is likely enough to be verified: each token costs a mask of the grammar."""
         found, chance = position.next, 1.0
         if found is None:
             return []

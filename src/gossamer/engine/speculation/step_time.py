@@ -18,8 +18,8 @@ from gossamer.engine.plan import Chunk, StepPlan
 from gossamer.engine.runner import Runner
 from gossamer.engine.slots import SlotPool
 
-ROWS = (1, 2, 4, 8, 16, 32)
-FEW_ROWS = (1, 4, 16)  # of a step that takes long
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+FEW_ROWS = (1, 4, 16, 64)  # of a step that takes long
 _LONG = 0.02  # seconds
 _ROUNDS = 2
 _MEMORY = 0.9  # of the factor, per step
