@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from gossamer.engine.speculation.config import SpeculativeConfig
 from gossamer.engine.speculation.rewrites import WINDOW, Rewrites, Table
 from gossamer.engine.speculation.speculator import Speculator
+from gossamer.engine.speculation.step_time import StepTime
 from gossamer.engine.speculation.survival import Source
 from gossamer.engine.speculation.texts import Continuation
 from gossamer.engine.token_bytes import TokenBytes
@@ -53,8 +54,9 @@ class Unchanged:
 
 def answers(words: Any, prompts: list[list[int]], said: list[list[int]], most: int = 16) -> list[float]:
     """Tokens per step of answers, one after the other, if every draft is verified."""
-    limits = {"vocab_size": 1 << 20, "row_seconds_per_key": 0.0, "most_rows": 1, "most_chosen": 1}
-    speculator = Speculator(SpeculativeConfig(), lambda: None, SimpleNamespace(), words=words, **limits)  # type: ignore[arg-type, return-value]
+    limits: dict[str, Any] = {"vocab_size": 1 << 20, "row_seconds_per_key": 0.0, "most_rows": 1, "most_chosen": 1}
+    no_tree: Any = SimpleNamespace()
+    speculator = Speculator(SpeculativeConfig(), lambda: StepTime([(1, 1.0)]), no_tree, words=words, **limits)
     rates = []
     for prompt, answer in zip(prompts, said, strict=True):
         request = SimpleNamespace(tree_salt=(None,), prediction=None)

@@ -16,7 +16,7 @@ from gossamer.engine.engine import Engine
 from gossamer.engine.states import State
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.models.support import check_supported
-from gossamer.native.decoder import unsupported
+from gossamer.native.packing import unsupported
 from gossamer.options import SHARING_MODES, EngineOptions
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 from gossamer.sampling_params import BeamSearchParams, SamplingParams
@@ -53,8 +53,9 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
     """Cold and warm, whole and in chunks, all at once and a few at a time."""
     model, prompts, expected = case
     check_supported(model.config)
-    if runner == "native" and unsupported(model.config.get_text_config()):
-        pytest.skip("not among the native architectures")
+    if runner == "native" and (reason := unsupported(model.config.get_text_config())):
+        assert "is not among" in reason
+        return
     for chunk, sequences in ((2048, 256), (37, 5)):
         engine = engine_of(model, runner, sharing=sharing, max_num_batched_tokens=chunk, max_num_seqs=sequences)
         assert answers(engine, prompts, 8) == expected

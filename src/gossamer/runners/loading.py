@@ -24,7 +24,7 @@ from gossamer.models.gguf_weights import GGUFModel, read_gguf, unstorable
 from gossamer.models.load import load_config, load_model
 from gossamer.models.lora import Adapter, load_adapter
 from gossamer.models.resolve import resolve_model
-from gossamer.native.decoder import unsupported
+from gossamer.native.packing import unsupported
 from gossamer.nn import Int8Linear, StoredEmbedding, StoredLinear
 from gossamer.options import ModelOptions, RunnerOptions
 from gossamer.runners.choose import make_runner

@@ -18,8 +18,9 @@ from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.lora import Adapter
 from gossamer.native.attention_timing import attention_seconds
-from gossamer.native.decoder import pack_decoder, record, unsupported
+from gossamer.native.decoder import record
 from gossamer.native.few_rows import choose_few_rows
+from gossamer.native.packing import pack_decoder, unsupported
 from gossamer.native.recorder import Recorder
 from gossamer.native.sparse_timing import SparsePacker
 from gossamer.nn import Int8Linear, StoredLinear

@@ -107,7 +107,9 @@ class Speculator:
         ready = [work for work in works if work.sequence.generate and work.end == len(work.sequence.tokens)]
         sampled = len(ready)
         if self.time is None and any(room(work) > 0 and self._may_draft(work.sequence) for work in ready):
+            before = time.perf_counter()
             self.time = self._measure()
+            start += time.perf_counter() - before  # which is no looking up
         if self.time is None:
             return
         self._least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))

@@ -1,0 +1,391 @@
+"""Packs a model of transformers as a :class:`~gossamer.native.decoder.Decoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gossamer.errors import UnsupportedModelError
+from gossamer.models.lora import Adapter
+from gossamer.native.adapters import AdaptedPacker
+from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
+from gossamer.native.decoder import Attention, Decoder, Experts, Layer, Mlp
+from gossamer.native.norms import norm_from, norm_of
+from gossamer.native.recorder import COMMON_GATES, ExpertLayers, Rotary
+from gossamer.native.recurrent import (
+    DeltaNet,
+    ShortConvolution,
+    check_recurrent,
+    inputs_of,
+    is_recurrent,
+    mixer_of,
+    pack_recurrent,
+)
+from gossamer.native.sparse_timing import SparsePacker
+from gossamer.native.weights import (
+    check_linear,
+    decomposition_of,
+    linear_of,
+    pack_embedding,
+    pack_linear,
+    plain_linear,
+    refer_to,
+    some_outputs,
+)
+from gossamer.nn import Int8Linear, StoredEmbedding
+from gossamer.nn.int8_linear import Decomposition
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu_squared",
+}
+_OTHER_ROUTERS = ("PhimoeTopKRouter",)  # with shares of another kind
+
+
+def unsupported(config: Any) -> str:
+    """Why a model of this configuration cannot run natively; an empty string if it can."""
+    kind = config.model_type
+    if kind not in NATIVE_ARCHITECTURES:
+        return f"{kind} is not among {', '.join(NATIVE_ARCHITECTURES)}"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"its activation is {_activation(config)}"
+    if getattr(config, "clip_qkv", None):
+        return "it clips its queries, keys and values"
+    return ""
+
+
+def _activation(config: Any) -> Any:
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    said = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+    return said or NATIVE_ARCHITECTURES[config.model_type].activation
+
+
+def pack_decoder(
+    network: Any,
+    pack: SparsePacker,
+    attention: list[tuple[float, int | None]],
+    adapters: Sequence[Adapter] = (),
+) -> Decoder:
+    """Pack a model of transformers. Its layers lose their tensors on the way, so that nothing is held twice.
+
+    Args:
+        network: a causal language model whose configuration is supported.
+        pack: packs its linear layers.
+        attention: scale and window of each layer.
+        adapters: that rows of a step may have.
+
+    Raises:
+        UnsupportedModelError: a layer is of a kind that the kernels do not know.
+    """
+    config = network.config.get_text_config()
+    architecture = NATIVE_ARCHITECTURES[config.model_type]
+    body = getattr(network, architecture.body)
+    blocks, table_of_tokens = getattr(body, architecture.layers), getattr(body, architecture.embedding)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
+    tables, table_of = _tables(getattr(body, "rotary_emb", None), kinds)
+    query_table = None
+    if (growth := _query_growth(config)) is not None:  # of queries; keys stay as they are
+        if architecture.neighbours or getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
+            raise UnsupportedModelError("its queries grow with their position, entries that are not rotated included")
+        tables, query_table = [*tables, replace(tables[0], growth=growth)], len(tables)
+    half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0].frequencies)
+    packed = [layer for block in blocks for layer in _check_layer(block, architecture, rotated, half_factor)]
+    adapted = AdaptedPacker(pack, network, adapters)
+    adapted.check(packed)  # all this before any layer loses its tensors
+    layers = []
+    packer = _LayerPacker(architecture, config, adapted, rotated, network)
+    settings = iter(attention)  # of the layers that have attention
+    for index, block in enumerate(blocks):
+        scale, window, table = 1.0, None, None
+        if (module := getattr(block, architecture.attention, None)) is not None:
+            scale, window = next(settings)
+            table = table_of[kinds[index]] if rotated and _rotates(module, config) else None
+        layers.append(packer.pack(block, scale, window, table))
+        block.to("meta")
+    head = network.lm_head
+    tied = head.weight is table_of_tokens.weight
+    if isinstance(table_of_tokens, StoredEmbedding) and not tied:
+        embedding = refer_to(table_of_tokens.stored, pack.isa)
+    else:
+        embedding = pack_embedding(table_of_tokens, pack.isa, pack.float_type)
+    positions = None
+    if architecture.positions:
+        positions = pack_embedding(getattr(body, architecture.positions), pack.isa, pack.float_type)
+    factor = float(getattr(table_of_tokens, "multiplier", getattr(table_of_tokens, "scalar_embed_scale", 1.0)))
+    factor *= float(getattr(config, "embedding_multiplier", 1.0))
+    if not tied or head.bias is not None:
+        packed_head = pack([head])
+    else:
+        packed_head = replace(embedding, decomposition=decomposition_of(head))
+    norm = norm_from(getattr(body, architecture.final_norm))
+    assert norm is not None
+    scaling = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", 1.0))
+    if scaling != 1 and head.bias is not None:
+        raise UnsupportedModelError("its logits are scaled, a bias included")
+    norm = replace(norm, gain=norm.gain * scaling, bias=None if norm.bias is None else norm.bias * scaling)
+    network.to("meta")
+    return Decoder(
+        embedding,
+        factor,
+        positions,
+        half_factor,
+        layers,
+        norm,
+        packed_head,
+        tables,
+        query_table,
+        score_cap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        state_size=packer.state_size,
+    )
+
+
+def _query_growth(config: Any) -> tuple[float, float] | None:
+    """By what queries grow with their position, see :class:`~gossamer.native.recorder.Rotary`."""
+    rope = getattr(config, "rope_parameters", None)
+    if config.model_type != "ministral3" or not rope or not rope.get("llama_4_scaling_beta"):
+        return None
+    return float(rope["llama_4_scaling_beta"]), float(rope["original_max_position_embeddings"])
+
+
+def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> list[Any]:
+    """The linear layers of a layer, if all that it has can be packed."""
+    mixer, mlp = mixer_of(block, architecture), getattr(block, architecture.mlp)
+    if is_recurrent(mixer):
+        check_recurrent(mixer)
+        layers = inputs_of(mixer)
+        output = mixer.out_proj
+    else:
+        layers = _qkv(mixer, architecture, rotated)
+        check_linear(layers)
+        output = plain_linear(getattr(mixer, architecture.output))
+    check_linear([output])
+    added = [output]
+    if hasattr(mlp, "experts"):
+        _check_experts(mlp, architecture)
+        mlp = _shared_of(mlp)
+    if mlp is not None:
+        *both, down = _mlp_layers(mlp, architecture)
+        check_linear(both)
+        check_linear([down])
+        layers += both
+        added.append(down)
+    if half_factor != 1 and any(layer.bias is not None for layer in added):
+        raise UnsupportedModelError("what its layers compute is scaled, biases included")
+    for name in (architecture.before_attention, architecture.before_mlp):
+        if name:
+            norm_from(getattr(block, name, None))
+    within = [getattr(mixer, name, None) for name in (architecture.query_norm, architecture.key_norm)]
+    after = [getattr(block, name) for name in (architecture.after_attention, architecture.after_mlp) if name]
+    if any((norm := norm_from(module)) is not None and norm.centered for module in within + after):
+        raise UnsupportedModelError("a LayerNorm of queries, keys or what a layer adds is not known to the kernels")
+    return layers + added
+
+
+class _LayerPacker:
+    """Packs the layers of one model."""
+
+    def __init__(
+        self, architecture: Architecture, config: Any, pack: AdaptedPacker, rotated: int, network: Any
+    ) -> None:
+        self._architecture, self._pack, self._rotated = architecture, pack, rotated
+        self._activation = _ACTIVATIONS[_activation(config)]
+        self._int8 = _decomposition_of_experts(network)
+        self.state_size = 0
+        parallel = architecture.parallel
+        self._parallel = bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
+
+    def pack(self, block: Any, scale: float, window: int | None, table: int | None) -> Layer:
+        """One layer, with the scale and the window of its attention and the table of its rotation, if it has them."""
+        architecture = self._architecture
+        mlp, before_mlp = getattr(block, architecture.mlp), architecture.before_mlp
+        if self._parallel and getattr(block, before_mlp, None) is None:
+            before_mlp = architecture.before_attention  # both halves read the same
+        return Layer(
+            before_mixer=norm_of(block, architecture.before_attention),
+            mixer=self._mixer(mixer_of(block, architecture), scale, window, table),
+            parallel=self._parallel,
+            after_mixer=norm_of(block, architecture.after_attention),
+            before_mlp=norm_of(block, before_mlp),
+            mlp=self._experts(mlp) if hasattr(mlp, "experts") else self._mlp(mlp),
+            after_mlp=norm_of(block, architecture.after_mlp),
+        )
+
+    def _mixer(
+        self, module: Any, scale: float, window: int | None, table: int | None
+    ) -> Attention | ShortConvolution | DeltaNet:
+        if is_recurrent(module):
+            mixer, size = pack_recurrent(module, self._pack, self.state_size)
+            self.state_size += size
+            return mixer
+        architecture = self._architecture
+        return Attention(
+            qkv=self._pack(_qkv(module, architecture, self._rotated)),
+            query_norm=norm_of(module, architecture.query_norm),
+            key_norm=norm_of(module, architecture.key_norm),
+            rotated_first=architecture.rotated_first,
+            scale=scale,
+            window=window,
+            table=table,
+            sinks=module.sinks.detach().float() if hasattr(module, "sinks") else None,
+            gated=_has_gate(module),
+            output=self._pack([plain_linear(getattr(module, architecture.output))]),
+        )
+
+    def _mlp(self, mlp: Any) -> Mlp:
+        *up, down = _mlp_layers(mlp, self._architecture)
+        gated = len(up) == 2
+        in_turns = gated and self._activation in COMMON_GATES
+        return Mlp(self._pack(up, gated=in_turns), self._activation, self._pack([down]), gated)
+
+    def _experts(self, mlp: Any) -> Experts:
+        router, experts, isa = getattr(mlp, self._architecture.router), mlp.experts, self._pack.isa
+
+        def ready(layer: Any) -> Any:
+            return layer if self._int8 is None else Int8Linear.from_linear(layer, decomposition=self._int8)
+
+        activation = "clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation
+        gate_up, down = [], []
+        for gate, up, last in _layers_of_experts(experts):
+            gate_up.append(self._pack([ready(gate), ready(up)], gated=activation in COMMON_GATES))
+            down.append(self._pack([ready(last)]))
+        shared, shared_gate = _shared_of(mlp), getattr(mlp, "shared_expert_gate", None)
+        statics = getattr(router, "moe_statics", None)
+        preference = None if statics is None else statics.e_score_correction_bias.detach().float().flatten().clone()
+        router_bias = getattr(router, "bias", None)
+        router_layer = linear_of(router.weight.detach(), None if router_bias is None else router_bias.detach())
+        return Experts(
+            router=pack_linear([router_layer], isa, "float32"),
+            layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), preference, gate_up, down),
+            gate=activation,
+            shared=None if shared is None else self._mlp(shared),
+            shared_gate=None if shared_gate is None else pack_linear([shared_gate], isa, "float32"),
+        )
+
+
+def _shared_of(mlp: Any) -> Any:
+    """The MLP beside experts that is for all tokens, if there is one."""
+    return getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
+
+
+def _check_experts(mlp: Any, architecture: Architecture) -> None:
+    """Raises for routers and experts that are computed in another way than :class:`Experts` says."""
+    router: Any = getattr(mlp, architecture.router, None)
+    experts = mlp.experts
+    known = {"gate", "router", "experts", "shared_expert", "shared_experts", "shared_expert_gate"}
+    others = [name for name, _ in mlp.named_children() if name not in known]
+    if others or not isinstance(getattr(router, "top_k", None), int) or type(router).__name__ in _OTHER_ROUTERS:
+        raise UnsupportedModelError(f"a {type(mlp).__name__} chooses its experts in a way that the kernels do not know")
+    names = {name for name, _ in (*experts.named_parameters(), *router.named_parameters(), *experts.named_buffers())}
+    biased = "gate_up_proj_bias" in names
+    allowed = {"gate_up_proj", "down_proj", "weight", "moe_statics.e_score_correction_bias"}
+    if not names <= allowed | ({"gate_up_proj_bias", "down_proj_bias", "bias"} if biased else set()):
+        raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
+    if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
+        raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
+    both, last = experts.gate_up_proj.shape, experts.down_proj.shape
+    if biased:  # stored the other way round
+        both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
+    count, double, width = both
+    shapes = tuple(last) == (count, width, double // 2) and router.weight.shape == (count, width)
+    if not shapes or not 0 < router.top_k <= count:
+        raise UnsupportedModelError(
+            f"{count} experts of {tuple(experts.gate_up_proj.shape[1:])} and {tuple(experts.down_proj.shape)} weights, "
+            f"and a router of {tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
+        )
+
+
+def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """The gate, the other factor and what follows, of each expert."""
+    both, last = experts.gate_up_proj.detach(), experts.down_proj.detach()
+    for index in range(len(both)):
+        if hasattr(experts, "gate_up_proj_bias"):  # as in gpt-oss: (inputs, outputs), gate and factor in turns
+            bias = experts.gate_up_proj_bias.detach()[index]
+            gate, up = (linear_of(both[index].t()[part::2], bias[part::2]) for part in (0, 1))
+            yield gate, up, linear_of(last[index].t(), experts.down_proj_bias.detach()[index])
+        else:
+            half = both.shape[1] // 2
+            yield linear_of(both[index, :half]), linear_of(both[index, half:]), linear_of(last[index])
+
+
+def _decomposition_of_experts(network: Any) -> Decomposition | None:
+    """With what experts become int8 as they are packed: that of the model's int8 layers, ``None`` if it has none.
+
+    Their weights are one tensor in transformers, which loading leaves in floating point.
+    """
+    rule = next((layer.decomposition for layer in network.modules() if isinstance(layer, Int8Linear)), None)
+    if rule is None or rule.outliers == "token":
+        return rule
+    return replace(rule, outliers=None if rule.outliers is None else "token")
+
+
+def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
+    """The layers of queries, keys and values, with the pairs among ``rotated`` entries of a head in two halves."""
+    layers = [plain_linear(getattr(attention, name)) for name in architecture.qkv]
+    if len(layers) == 1:
+        if not architecture.by_head:
+            return layers
+        dim = attention.head_size
+        order = torch.arange(layers[0].out_features).view(-1, 3, dim).transpose(0, 1)
+        return [some_outputs(layers[0], order.flatten())]
+    query, key, value = layers
+    gates = []
+    if _has_gate(attention):
+        dim = attention.head_dim
+        order = torch.arange(query.out_features).view(-1, 2, dim)
+        query, gate = (some_outputs(query, order[:, part].flatten()) for part in (0, 1))
+        gates = [gate]
+    if architecture.neighbours:
+        dim = attention.head_dim
+        order = torch.cat([torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, dim)])
+        query, key = (
+            some_outputs(each, (torch.arange(0, each.out_features, dim)[:, None] + order).flatten())
+            for each in (query, key)
+        )
+    return [query, key, value, *gates]
+
+
+def _has_gate(attention: Any) -> bool:
+    """Whether its queries have gates beside them, which its results are multiplied with."""
+    return type(attention).__name__ in ("Qwen3_5Attention", "Qwen3NextAttention")
+
+
+def _mlp_layers(mlp: Any, architecture: Architecture) -> list[Any]:
+    """The gate, if there is one, the other factor, and what follows."""
+    if not hasattr(mlp, "gate_up_proj"):
+        names = (architecture.gate, architecture.up, architecture.down)
+        return [plain_linear(getattr(mlp, name)) for name in names if name]
+    half = mlp.gate_up_proj.out_features // 2
+    gate, up = (some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half))
+    return [gate, up, mlp.down_proj]
+
+
+def _rotates(attention: Any, config: Any) -> bool:
+    """Whether a layer rotates its queries and keys; some layers of some models do not."""
+    if config.model_type == "exaone4":
+        return attention.sliding_window is None or bool(attention.is_sliding)
+    if config.model_type == "cohere2":
+        return attention.sliding_window is not None
+    return bool(getattr(attention, "use_rope", True))
+
+
+def _tables(rotary: Any, kinds: list[str]) -> tuple[list[Rotary], dict[str, int]]:
+    """The rotary tables, and which of them a kind of layer uses; one without entries if there is no rotation."""
+    if rotary is None:
+        return [Rotary(torch.empty(0), 1.0)], dict.fromkeys(kinds, 0)
+    if hasattr(rotary, "inv_freq"):
+        return [Rotary(rotary.inv_freq.detach().clone(), float(rotary.attention_scaling))], dict.fromkeys(kinds, 0)
+    names = sorted(set(kinds))
+    found = [[getattr(rotary, f"{name}_{part}") for part in ("inv_freq", "attention_scaling")] for name in names]
+    tables = [Rotary(frequencies.detach().clone(), float(scaling)) for frequencies, scaling in found]
+    if any(not isinstance(table.frequencies, torch.Tensor) for table in tables):
+        raise UnsupportedModelError("its rotary embedding is of a kind that the native kernels do not know")
+    return tables, {name: index for index, name in enumerate(names)}
