@@ -15,7 +15,7 @@ from architectures import make_model, reference
 from gguf_files import export_model, read_model
 from gossamer.engine.engine import Engine
 from gossamer.engine.runner import Runner
-from gossamer.errors import InvalidPromptError
+from gossamer.errors import InvalidPromptError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
 from gossamer.models.lora import Adapter, load_adapter
@@ -229,3 +229,13 @@ def test_an_adapter_that_is_not_there_is_named(case: Any) -> None:
         engine.add_request("one", {"prompt_token_ids": [1], "adapter": "more"}, SamplingParams())
     assert caught.value.param == "adapter" and not engine.requests
     assert answers(engine, [("all", [1, 2, 3])])
+
+
+@needs_native
+def test_an_adapter_of_a_layer_that_is_put_in_another_order_is_not_left_out(tmp_path: Path) -> None:
+    model = make_model("glm4")
+    directory = write_adapter(tmp_path / "adapter", model, ("q_proj",))
+    adapter = load_adapter("one", directory, model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    with pytest.raises(UnsupportedModelError, match=r"q_proj, which is not packed as it is"):
+        NativeRunner(model, max_rows=64, adapters=[adapter])
