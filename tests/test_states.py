@@ -223,7 +223,6 @@ def test_a_state_that_is_not_finite_fails_its_request_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
         ({"prefix_dir": "prefixes"}, "prefix_dir"),
         ({"state_interval": 0}, "state_interval"),
     ],
@@ -233,7 +232,6 @@ def test_what_needs_keys_and_values_alone_is_refused(options: dict[str, Any], na
     model.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(ConfigurationError, match=named):
         engine_of(model, **options)
-    assert engine_of(model).speculator is None
 
 
 def test_a_layer_that_keeps_its_state_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,8 @@ struct ConvolutionCall {
   bool silu;
   const float* before;                        // (taps - 1, channels): z before the first row; null: zeros
   float* after;                               // the same behind the last one
+  int64_t certain;                            // rows behind which it is kept too,
+  float* kept;                                // here; null: nowhere
   float* y;                                   // `y_stride` between rows
   int64_t y_stride;
 };
@@ -209,6 +211,8 @@ struct DeltaCall {
   int64_t rate_stride;
   const float* before;         // S (dk, dv) before the first row; null: zeros
   float* after;                // behind the last one
+  int64_t certain;             // rows behind which it is kept too,
+  float* kept;                 // here; null: nowhere
   float* y;                    // (rows, dv), `y_stride` between rows
   int64_t y_stride;
   float* scratch;              // of the thread: delta_scratch(dk, dv) floats

@@ -21,6 +21,13 @@ inline void convolve_some(const ConvolutionCall& c, int64_t first, int64_t count
     weight[t] = part(c.weight + t * c.channels);
     window[t] = t + 1 < width && c.before ? part(c.before + t * c.channels) : zero();
   }
+  const auto keep = [&](float* to) GOSSAMER_LAMBDA {
+    for (int64_t t = 0; t + 1 < width; ++t) {
+      float lane[W];
+      store(lane, window[t]);
+      std::memcpy(to + t * c.channels + first, lane, count * sizeof(float));
+    }
+  };
   const F bias = c.bias ? part(c.bias) : zero();
   for (int64_t r = 0; r < c.rows; ++r) {
     const float* x = c.x + r * c.x_stride;
@@ -33,12 +40,9 @@ inline void convolve_some(const ConvolutionCall& c, int64_t first, int64_t count
     store(lane, sum);
     std::memcpy(c.y + r * c.y_stride + first, lane, count * sizeof(float));
     for (int64_t t = 0; t + 1 < width; ++t) window[t] = window[t + 1];
+    if (c.kept && r + 1 == c.certain) keep(c.kept);
   }
-  for (int64_t t = 0; t + 1 < width; ++t) {
-    float lane[W];
-    store(lane, window[t]);
-    std::memcpy(c.after + t * c.channels + first, lane, count * sizeof(float));
-  }
+  keep(c.after);
 }
 
 inline void convolve(const ConvolutionCall& c) {
@@ -72,18 +76,19 @@ GOSSAMER_NOINLINE inline void recall(const float* state, const float* key, int64
   }
 }
 
-// S_i = decay S_i + k_i delta, and the sums of q_i S_i.
-GOSSAMER_NOINLINE inline void renew(float* state, const float* key, const float* query, float decay, const float* delta,
-                                    int64_t dk, int64_t wide, float* out) {
+// to_i = decay from_i + k_i delta, and the sums of q_i to_i; the rows (dk, wide) of two states, which may be the same.
+GOSSAMER_NOINLINE inline void renew(const float* from, float* to, const float* key, const float* query, float decay,
+                                    const float* delta, int64_t dk, int64_t wide, float* out) {
   const F fade = set1(decay);
   int64_t d = 0;
   for (; d + 2 * W <= wide; d += 2 * W) {
     F a = zero(), b = zero();
     const F low = load(delta + d), high = load(delta + d + W);
-    float* row = state + d;
-    for (int64_t i = 0; i < dk; ++i, row += wide) {
+    const float* old = from + d;
+    float* row = to + d;
+    for (int64_t i = 0; i < dk; ++i, old += wide, row += wide) {
       const F k = set1(key[i]), q = set1(query[i]);
-      const F s = fma(k, low, mul(load(row), fade)), t = fma(k, high, mul(load(row + W), fade));
+      const F s = fma(k, low, mul(load(old), fade)), t = fma(k, high, mul(load(old + W), fade));
       store(row, s);
       store(row + W, t);
       a = fma(q, s, a);
@@ -95,9 +100,8 @@ GOSSAMER_NOINLINE inline void renew(float* state, const float* key, const float*
   for (; d < wide; d += W) {
     F a = zero();
     for (int64_t i = 0; i < dk; ++i) {
-      float* row = state + i * wide + d;
-      const F s = fma(set1(key[i]), load(delta + d), mul(load(row), fade));
-      store(row, s);
+      const F s = fma(set1(key[i]), load(delta + d), mul(load(from + i * wide + d), fade));
+      store(to + i * wide + d, s);
       a = fma(set1(query[i]), s, a);
     }
     store(out + d, a);
@@ -106,21 +110,31 @@ GOSSAMER_NOINLINE inline void renew(float* state, const float* key, const float*
 
 inline void delta_rule(const DeltaCall& c) {
   const int64_t dk = c.dk, dv = c.dv, wide = (dv + 31) / 32 * 32;
-  float *state = c.scratch, *key = state + dk * wide, *query = key + dk, *delta = query + dk, *out = delta + wide;
-  std::memset(state, 0, dk * wide * sizeof(float));
+  float *scratch = c.scratch, *key = scratch + dk * wide, *query = key + dk, *delta = query + dk, *out = delta + wide;
   std::memset(delta, 0, wide * sizeof(float));
-  if (c.before)
-    for (int64_t i = 0; i < dk; ++i) std::memcpy(state + i * wide, c.before + i * dv, dv * sizeof(float));
+  const bool whole = wide == dv;  // then the first row reads the state where it is, and the last one leaves it there
+  const auto keep = [&](const float* state, float* to) GOSSAMER_LAMBDA {
+    for (int64_t i = 0; i < dk; ++i) std::memcpy(to + i * dv, state + i * wide, dv * sizeof(float));
+  };
+  const float* state = c.before;
+  if (!whole || !c.before) {
+    std::memset(scratch, 0, dk * wide * sizeof(float));
+    for (int64_t i = 0; c.before && i < dk; ++i) std::memcpy(scratch + i * wide, c.before + i * dv, dv * sizeof(float));
+    state = scratch;
+  }
   for (int64_t r = 0; r < c.rows; ++r) {
     const float *q = c.q + r * c.x_stride, *k = c.k + r * c.x_stride, *v = c.v + r * c.x_stride;
     scale_row(k, inverse_length(k, dk), nullptr, dk, key, false);
     scale_row(q, inverse_length(q, dk) / __builtin_sqrtf(static_cast<float>(dk)), nullptr, dk, query, false);
     recall(state, key, dk, wide, out);
     for (int64_t d = 0; d < dv; ++d) delta[d] = (v[d] - c.decay[r * c.rate_stride] * out[d]) * c.beta[r * c.rate_stride];
-    renew(state, key, query, c.decay[r * c.rate_stride], delta, dk, wide, out);
+    float* next = whole && r + 1 == c.rows ? c.after : scratch;
+    renew(state, next, key, query, c.decay[r * c.rate_stride], delta, dk, wide, out);
+    state = next;
     std::memcpy(c.y + r * c.y_stride, out, dv * sizeof(float));
+    if (c.kept && r + 1 == c.certain) keep(state, c.kept);
   }
-  for (int64_t i = 0; i < dk; ++i) std::memcpy(c.after + i * dv, state + i * wide, dv * sizeof(float));
+  if (state != c.after) keep(state, c.after);
 }
 
 template <bool SILU>

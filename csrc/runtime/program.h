@@ -42,8 +42,9 @@ struct StepInput {
   int64_t runs = 0;                     // 0: no row has an adapter
   const int64_t* run = nullptr;         // (runs, 3): an adapter or -1, its first row, and the row behind; together all rows
   int64_t state_runs = 0;               // 0: no layer is recurrent
-  const int64_t* state_run = nullptr;   // (state_runs, 4): its first row, the row behind, and addresses of the states before
-                                        // (0: the text begins) and after; together all rows
+  const int64_t* state_run = nullptr;   // (state_runs, 6): its first row, the row behind, addresses of the states before (0: the
+                                        // text begins) and after; rows that are no drafts, and where the state behind
+                                        // those is kept too (0: nowhere). Together all rows
   // Attention within a tolerance; see kernels/attention_within.h.
   const int64_t* within = nullptr;      // (items): which means stand for keys of the item, or -1; null: all is exact
   int64_t summaries = 0;                // of how many sources there are means

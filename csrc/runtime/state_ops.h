@@ -10,10 +10,14 @@ struct StateRows {
   int64_t first, count;
   const float* before;  // null where a text begins
   float* after;
-  StateRows(const StepInput& step, int64_t index)
-      : first(step.state_run[4 * index]), count(step.state_run[4 * index + 1] - first),
-        before(reinterpret_cast<const float*>(step.state_run[4 * index + 2])),
-        after(reinterpret_cast<float*>(step.state_run[4 * index + 3])) {}
+  int64_t certain;  // rows that are no drafts
+  float* kept;      // the state behind those; null if there are no others
+  StateRows(const StepInput& step, int64_t index) : StateRows(step.state_run + 6 * index) {}
+
+ private:
+  explicit StateRows(const int64_t* run)
+      : first(run[0]), count(run[1] - run[0]), before(reinterpret_cast<const float*>(run[2])),
+        after(reinterpret_cast<float*>(run[3])), certain(run[4]), kept(reinterpret_cast<float*>(run[5])) {}
 };
 
 // Columns [0, channels) of a buffer, times those from `factor` on, to another buffer, times those from `gate` on of the first.
@@ -39,7 +43,8 @@ struct Convolve final : Op {
                                 .last = std::min(first + CHANNELS, channels), .x = x, .factor = factor < 0 ? nullptr : x + factor,
                                 .gate = gate < 0 ? nullptr : x + gate, .x_stride = in.width, .weight = weight.data(),
                                 .bias = or_null(bias), .silu = silu, .before = of.before ? of.before + state : nullptr,
-                                .after = of.after + state, .y = out.row(of.first), .y_stride = out.width});
+                                .after = of.after + state, .certain = of.certain,
+                                .kept = of.kept ? of.kept + state : nullptr, .y = out.row(of.first), .y_stride = out.width});
     });
   }
 };
@@ -73,7 +78,8 @@ struct DeltaRule final : Op {
                                   .v = x + 2 * key_heads * dk + head * dv, .x_stride = in.width, .decay = thread.rates.data(),
                                   .beta = thread.rates.data() + 1, .rate_stride = 2,
                                   .before = of.before ? of.before + state + head * size : nullptr,
-                                  .after = of.after + state + head * size, .y = out.row(of.first) + head * dv, .y_stride = out.width,
+                                  .after = of.after + state + head * size, .certain = of.certain,
+                                  .kept = of.kept ? of.kept + state + head * size : nullptr, .y = out.row(of.first) + head * dv, .y_stride = out.width,
                                   .scratch = thread.delta.data()});
     });
   }

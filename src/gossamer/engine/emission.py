@@ -70,8 +70,11 @@ class Emission:
             self._accept(sequence, tokens[count - 1], logprobs[count - 1], last=count == len(tokens))
         if not state.params.greedy:
             state.uniforms.take(count)
-        sequence.slot.length += count - 1
-        self.stats.computed_tokens += count - 1
+        if drafted and (sequence.slot.state is None or count > drafted):
+            sequence.slot.length += count - 1
+            sequence.slot.state = burst.work.state
+            self.stats.computed_tokens += count - 1
+        # otherwise wrong drafts went into the state: it stays the one before, and what was right is computed again
         if drafted and self.speculator is not None:
             self.speculator.verified(sequence, burst.work.source, drafted, count - 1)
 

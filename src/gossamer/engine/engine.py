@@ -222,13 +222,6 @@ class Engine:
     def _make_speculator(self, options: EngineOptions, cost: CostModel | None) -> Speculator | None:
         if options.speculation == "off":
             return None
-        if self.runner.layout.state_bytes:
-            if options.speculative_config is not None:
-                raise ConfigurationError(
-                    "speculative_config cannot be used: the model has recurrent layers, and a wrong draft cannot be "
-                    "taken back out of a state"
-                )
-            return None
         if cost is None:
             return None
         if name := self.runner.shared_outliers:
@@ -343,13 +336,15 @@ class Engine:
 
     def _commit(self, works: list[Work], plan: StepPlan) -> list[Request]:
         """What was computed counts from now on. Returns requests whose states are not finite, of which nothing does."""
-        states = {run.target: run.after for run in plan.state_runs}
+        runs = {run.target: run for run in plan.state_runs}
         unsound = []
         for work in works:
-            target, state = work.target, states.get(work.target)
+            target, run = work.target, runs.get(work.target)
+            state = None if run is None else run.after
             if isinstance(target, Slot):
                 target.length += work.count
-                target.state = state
+                work.state = state
+                target.state = state if run is None else run.kept or state
             elif state is not None and not state.finite:
                 unsound.append(work.sequence.request)
             else:
@@ -358,7 +353,7 @@ class Engine:
                 if state is not None:
                     self.tree.keep_state(target, place, state, apart=self.scheduler.state_interval)
         for run in plan.state_runs:
-            run.after = None
+            run.after = run.kept = None
         return list(dict.fromkeys(unsound))
 
     def _draw(self, rows: PlannedRows, output: Logits) -> Sampled:

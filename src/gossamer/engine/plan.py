@@ -72,13 +72,17 @@ class StateRun:
     Attributes:
         rows: of the packed batch.
         target: where their keys and values go, the first of them to ``offset``.
+        certain: so many of them are no drafts.
         after: the state behind the last row; a runner sets it, and the engine keeps it if the step succeeds.
+        kept: the state behind the certain ones, if drafts follow them.
     """
 
     rows: slice
     target: Node | Slot
     offset: int
+    certain: int
     after: State | None = None
+    kept: State | None = None
 
     @property
     def before(self) -> State | None:
@@ -86,6 +90,11 @@ class StateRun:
         if isinstance(self.target, Slot):
             return self.target.state
         return self.target.state_before(self.offset)
+
+    @property
+    def drafted(self) -> bool:
+        """Whether drafts follow the certain rows."""
+        return self.certain < self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True, slots=True)

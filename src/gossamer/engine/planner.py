@@ -294,9 +294,9 @@ def _adapter_runs(layout: _Layout) -> list[AdapterRun]:
 
 
 def _state_runs(layout: _Layout) -> list[StateRun]:
-    runs = [StateRun(slice(row, row + 1), slot, work.offset) for row, (work, slot) in enumerate(layout.single)]
+    runs = [StateRun(slice(row, row + 1), slot, work.offset, 1) for row, (work, slot) in enumerate(layout.single)]
     chunks = zip(layout.chunk_rows, layout.longer, strict=True)
-    return runs + [StateRun(rows, work.target, work.offset) for rows, work in chunks]
+    return runs + [StateRun(rows, work.target, work.offset, work.count) for rows, work in chunks]
 
 
 def _to_index(rows: slice | np.ndarray, device: torch.device) -> Rows:

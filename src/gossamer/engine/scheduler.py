@@ -18,6 +18,7 @@ from gossamer.engine.cost import MAX_FOLDED, CostModel
 from gossamer.engine.sequence import Sequence, Status
 from gossamer.engine.slots import Slot, SlotPool, capacity_for
 from gossamer.engine.speculation.survival import Source
+from gossamer.engine.states import State
 from gossamer.engine.tree import Node, PrefixTree, TreeSalt
 from gossamer.errors import MemoryBudgetError
 
@@ -33,6 +34,7 @@ class Work:
     """``count`` tokens of ``sequence`` from position ``start``; their keys go to ``target`` from ``offset`` on.
 
     Behind them, ``draft`` holds tokens that may come next, of a ``source``: they are computed as if they had come.
+    ``state`` is what recurrent layers keep of the text behind these, once they are computed.
     """
 
     sequence: Sequence
@@ -42,6 +44,7 @@ class Work:
     offset: int
     draft: list[int] = field(default_factory=list)
     source: Source = Source.OWN
+    state: State | None = None
 
     @property
     def end(self) -> int:

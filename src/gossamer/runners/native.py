@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import StepPlan
 from gossamer.engine.runner import Logits, RunnerReport
-from gossamer.engine.states import State
+from gossamer.engine.states import State, StateMemory
 from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.lora import Adapter
@@ -111,6 +111,7 @@ class NativeRunner:
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention, adapters)
         self.layout = replace(self.layout, state_bytes=4 * self.decoder.state_size)
+        self._states = StateMemory(self.decoder.state_size)
         self.adapters = tuple(adapter.name for adapter in adapters)
         self._sparse_weights = pack.summary()
         self.few_rows = choose_few_rows(self.decoder.weights(), isa, self.threads)
@@ -161,27 +162,28 @@ class NativeRunner:
         step = arrays.input
         step.tables = self._rotary(arrays.last_position + 1)
         step.logits, step.best = self._addresses
-        states = self._states_of(plan, step)
+        states = self._make_states(plan, step)
         within = self._within_of(plan, arrays)
         if within is None:
             step.attend_exactly()
         self._program.step(step, self.threads)
-        for index, run in enumerate(plan.state_runs):
-            run.after = State([states], index)
+        for run, (after, kept) in zip(plan.state_runs, states, strict=True):
+            run.after, run.kept = after, kept
         if within is not None:
             within.learn()
         return self._results
 
-    def _states_of(self, plan: StepPlan, step: Any) -> Tensor:
-        """Room for the states behind the step's rows, (texts, size) fp32, which the step is told of."""
-        runs, size = plan.state_runs, self.decoder.state_size
-        states = torch.empty(len(runs), size)
-        self._state_runs = np.empty((len(runs), 4), np.int64)
-        for index, run in enumerate(runs):
-            before = 0 if run.before is None else run.before.tensors()[0].data_ptr()
-            after = states.data_ptr() + 4 * size * index
-            self._state_runs[index] = run.rows.start, run.rows.stop, before, after
-        step.state_runs, step.state_run = len(runs), self._state_runs.ctypes.data
+    def _make_states(self, plan: StepPlan, step: Any) -> list[tuple[State, State | None]]:
+        """Room for the states behind the rows of each run, and behind its certain ones, which the step is told of."""
+        states = []
+        self._states.spare = max(self._states.spare, len(plan.state_runs))
+        self._state_runs = np.empty((len(plan.state_runs), 6), np.int64)
+        for index, run in enumerate(plan.state_runs):
+            before, after, kept = run.before, self._states.take(), self._states.take() if run.drafted else None
+            states.append((after, kept))
+            addresses = [0 if state is None else state.batch[0].data_ptr() for state in (before, after, kept)]
+            self._state_runs[index] = run.rows.start, run.rows.stop, *addresses[:2], run.certain, addresses[2]
+        step.state_runs, step.state_run = len(states), self._state_runs.ctypes.data
         return states
 
     def report(self) -> RunnerReport:

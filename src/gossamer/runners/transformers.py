@@ -135,7 +135,7 @@ class TransformersRunner:
         """One token through the model tells what each layer stores: no reading of model-specific configurations."""
         probe = ShapeProbe()
         token = torch.zeros(1, dtype=torch.long, device=self.model.device)
-        run = StateRun(slice(0, 1), Node([0], None), 0)
+        run = StateRun(slice(0, 1), Node([0], None), 0, 1)
         with torch.inference_mode(), shapes_only(), running(probe), self._recurrent.running([run]):
             try:
                 self._call(token, token, token)

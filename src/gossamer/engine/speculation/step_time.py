@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from gossamer.engine.memory import MemoryBudget
-from gossamer.engine.plan import Chunk, StepPlan
+from gossamer.engine.plan import Chunk, StateRun, StepPlan
 from gossamer.engine.runner import Runner
 from gossamer.engine.slots import SlotPool
 
@@ -90,6 +90,8 @@ def measure_steps(runner: Runner, most: int) -> StepTime:
         positions = torch.arange(rows, device=runner.layout.device)
         plan = StepPlan([0] * rows, positions, runner.layout.device, logit_rows=positions.clone())
         plan.chunks.append(Chunk(slice(0, rows), slot, 0, 0))
+        if runner.layout.state_bytes:
+            plan.state_runs.append(StateRun(slice(0, rows), slot, 0, 1))
         start = time.perf_counter()
         runner.forward(plan)
         return time.perf_counter() - start
