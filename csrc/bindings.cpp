@@ -313,8 +313,8 @@ NB_MODULE(_native, m) {
         self.linear(std::move(weight), prepared, to, add, activation_of(gate), last, addend);
       })
       .def("low_rank", &Program::low_rank)
-      .def("route", [](Program& self, int source, int64_t experts, int64_t chosen, bool renormalize, int64_t preference) {
-        self.route(source, experts, chosen, renormalize, at<const float>(preference));
+      .def("route", [](Program& self, int source, int64_t experts, int64_t chosen, bool renormalize, float margin, int64_t preference) {
+        self.route(source, experts, chosen, renormalize, margin, at<const float>(preference));
       })
       .def("experts", [](Program& self, std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, const std::string& gate) {
         self.experts(std::move(weights), prepared, to, activation_of(gate));
@@ -336,13 +336,14 @@ NB_MODULE(_native, m) {
                           int64_t bias, bool silu, int64_t state, int to) {
         self.convolve(source, channels, taps, factor, gate, at<const float>(weight), at<const float>(bias), silu, state, to);
       })
-      .def("delta_rule", [](Program& self, int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
-                            int64_t rate, int64_t bias, int64_t state, int to) {
-        self.delta_rule(source, rates, key_heads, value_heads, dk, dv, at<const float>(rate), at<const float>(bias), state, to);
+      .def("recurrence", [](Program& self, int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
+                            int64_t rate, int64_t bias, int64_t skip, int64_t state, int to) {
+        self.recurrence(source, rates, key_heads, value_heads, dk, dv, at<const float>(rate), at<const float>(bias),
+                        at<const float>(skip), state, to);
       })
-      .def("norm_gated", [](Program& self, int buffer, int gates, int64_t first, int64_t heads, int64_t gain, float epsilon,
-                            int64_t dim) {
-        self.norm_gated(buffer, gates, first, heads, at<const float>(gain), epsilon, dim);
+      .def("norm_gated", [](Program& self, int buffer, int gates, int64_t first, int64_t groups, int64_t gain, float epsilon,
+                            int64_t width, bool gate_first) {
+        self.norm_gated(buffer, gates, first, groups, at<const float>(gain), epsilon, width, gate_first);
       })
       .def("gate_ready", &Program::gate_ready)
       .def("cap_logits", &Program::cap_logits)

@@ -101,6 +101,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GraniteMoeForCausalLM",
         {"num_local_experts": 5, "num_experts_per_tok": 2, "residual_multiplier": 0.7, "attention_multiplier": 0.3},
     ),
+    "phimoe": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "router_jitter_noise": 0.2, "lm_head_bias": True},
+    ),
     "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 16}),
     "hunyuan": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", {"head_dim": 16}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
@@ -200,6 +205,20 @@ RECURRENT: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 32,
+        },
+    ),
+    "granitemoehybrid_dense": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        _MAMBA2
+        | {
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_hidden_layers": 3,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 32,
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.5,
+            "mamba_n_groups": 3,
         },
     ),
     "bamba": ("BambaConfig", "BambaForCausalLM", _MAMBA2 | {"attn_layer_indices": [1], "num_hidden_layers": 3}),

@@ -144,8 +144,15 @@ def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
-def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dict[str, Any], tokens: int) -> Path:
-    """A fp32 GGUF file of a model of transformers whose rows are not permuted, with a tokenizer of bytes.
+def write_model(
+    model: Any,
+    architecture: gguf.MODEL_ARCH,
+    path: Path,
+    keys: dict[str, Any],
+    tokens: int,
+    type: gguf.GGMLQuantizationType | None = None,
+) -> Path:
+    """A GGUF file of a model of transformers whose rows are not permuted, with a tokenizer of bytes.
 
     Args:
         model: of transformers.
@@ -153,8 +160,16 @@ def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dic
         path: the file.
         keys: of the architecture, beside those that all have.
         tokens: that the tokenizer has.
+        type: of matrices other than a router's; fp32 by default.
     """
     config = model.config
+
+    def add(name: str, data: np.ndarray) -> None:
+        if type is None or data.ndim == 1 or "ffn_gate_inp" in name:
+            writer.add_tensor(name, data)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(data, type), raw_dtype=type)
+
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     add_measures(writer, config)
     for name, value in keys.items():
@@ -175,12 +190,12 @@ def write_model(model: Any, architecture: gguf.MODEL_ARCH, path: Path, keys: dic
         if name.endswith("experts.gate_up_proj"):
             gate, up = np.split(data, 2, axis=1)
             block = f"blk.{name.split('.')[2]}"
-            writer.add_tensor(f"{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
-            writer.add_tensor(f"{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
+            add(f"{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
+            add(f"{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
         elif name.endswith("experts.down_proj"):
-            writer.add_tensor(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", data)
+            add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", data)
         else:
             if gemma and "norm" in module:
                 data = data + 1
-            writer.add_tensor(f"{names.get_name(module)}.{last}", data)
+            add(f"{names.get_name(module)}.{last}", data)
     return _finish(writer, path)

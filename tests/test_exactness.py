@@ -73,7 +73,7 @@ NATIVE = (
     *("granite", "smollm3", "glm4", "exaone4", "seed_oss", "hunyuan"),
     *("gemma", "gemma2", "cohere", "cohere2", "olmo", "ministral", "ministral3", "phi", "starcoder2", "ernie4_5"),
     *("gpt_neox", "gpt_neox_serial", "gpt2"),
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gpt_oss"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "ernie4_5_moe", "gpt_oss"),
 )
 
 

@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
     scope="module",
     params=[
         *(("transformers", name) for name in ("qwen3_5", "jamba", "lfm2", "mamba2")),
-        *(("native", name) for name in ("qwen3_5", "lfm2")),
+        *(("native", name) for name in ("qwen3_5", "lfm2", "granitemoehybrid", "bamba")),
     ],
 )
 def model_and_reference(request: pytest.FixtureRequest) -> tuple[Any, str, Generate]:

@@ -201,9 +201,12 @@ struct ConvolutionCall {
 };
 constexpr int64_t MOST_TAPS = 8;
 
-// One head of the gated delta rule, over the rows of one text:
-//   S = decay S + k (beta (v - (decay S)^T k))^T,  y = S^T q,  with k / |k| and q / (|q| sqrt(dk)).
-struct DeltaCall {
+// One head of a linear attention, over the rows of one text. `corrects`: the gated delta rule (arXiv 2412.06464),
+//   S = decay S + k (beta (v - (decay S)^T k))^T,  y = S^T q,  with k / |k| and q / (|q| sqrt(dk));
+// otherwise a state space as in Mamba 2 (arXiv 2405.21060), S = decay S + k (beta v)^T,  y = S^T q + skip v.
+struct RecurrenceCall {
+  bool corrects;
+  float skip;
   int64_t rows, dk, dv;
   const float *q, *k, *v;      // `x_stride` between rows
   int64_t x_stride;
@@ -215,9 +218,9 @@ struct DeltaCall {
   float* kept;                 // here; null: nowhere
   float* y;                    // (rows, dv), `y_stride` between rows
   int64_t y_stride;
-  float* scratch;              // of the thread: delta_scratch(dk, dv) floats
+  float* scratch;              // of the thread: recurrence_scratch(dk, dv) floats
 };
-constexpr int64_t delta_scratch(int64_t dk, int64_t dv) {
+constexpr int64_t recurrence_scratch(int64_t dk, int64_t dv) {
   const int64_t wide = (dv + 31) / 32 * 32;
   return dk * wide + 2 * dk + 2 * wide;
 }
@@ -312,7 +315,7 @@ struct Kernels {
   void (*activate)(float* x, int64_t k, Activation by);  // in place
   void (*gated)(float* x, const float* other, int64_t k, Activation by);  // x = activation(x) * other
   void (*convolve)(const ConvolutionCall& call);
-  void (*delta_rule)(const DeltaCall& call);
+  void (*recur)(const RecurrenceCall& call);
   void (*gate_by)(float* x, const float* gate, int64_t k, bool silu);  // x *= silu(gate) or sigmoid(gate)
   void (*cap)(float* x, int64_t k, float most);          // x = most tanh(x / most)
   void (*scale_row)(const float* x, float factor, const float* gain, int64_t k, float* out, bool add);

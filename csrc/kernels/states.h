@@ -1,4 +1,4 @@
-// Recurrent layers: short convolutions, and the gated delta rule (arXiv 2412.06464), token by token.
+// Recurrent layers: short convolutions, and linear attention with a decay, token by token.
 #pragma once
 
 #include "activations.h"
@@ -108,7 +108,7 @@ GOSSAMER_NOINLINE inline void renew(const float* from, float* to, const float* k
   }
 }
 
-inline void delta_rule(const DeltaCall& c) {
+inline void recur(const RecurrenceCall& c) {
   const int64_t dk = c.dk, dv = c.dv, wide = (dv + 31) / 32 * 32;
   float *scratch = c.scratch, *key = scratch + dk * wide, *query = key + dk, *delta = query + dk, *out = delta + wide;
   std::memset(delta, 0, wide * sizeof(float));
@@ -124,13 +124,19 @@ inline void delta_rule(const DeltaCall& c) {
   }
   for (int64_t r = 0; r < c.rows; ++r) {
     const float *q = c.q + r * c.x_stride, *k = c.k + r * c.x_stride, *v = c.v + r * c.x_stride;
-    scale_row(k, inverse_length(k, dk), nullptr, dk, key, false);
-    scale_row(q, inverse_length(q, dk) / __builtin_sqrtf(static_cast<float>(dk)), nullptr, dk, query, false);
-    recall(state, key, dk, wide, out);
-    for (int64_t d = 0; d < dv; ++d) delta[d] = (v[d] - c.decay[r * c.rate_stride] * out[d]) * c.beta[r * c.rate_stride];
+    const float decay = c.decay[r * c.rate_stride], beta = c.beta[r * c.rate_stride];
+    if (c.corrects) {
+      scale_row(k, inverse_length(k, dk), nullptr, dk, key, false);
+      scale_row(q, inverse_length(q, dk) / __builtin_sqrtf(static_cast<float>(dk)), nullptr, dk, query, false);
+      recall(state, key, dk, wide, out);
+      for (int64_t d = 0; d < dv; ++d) delta[d] = (v[d] - decay * out[d]) * beta;
+    } else {
+      for (int64_t d = 0; d < dv; ++d) delta[d] = v[d] * beta;
+    }
     float* next = whole && r + 1 == c.rows ? c.after : scratch;
-    renew(state, next, key, query, c.decay[r * c.rate_stride], delta, dk, wide, out);
+    renew(state, next, c.corrects ? key : k, c.corrects ? query : q, decay, delta, dk, wide, out);
     state = next;
+    for (int64_t d = 0; d < dv; ++d) out[d] += c.skip * v[d];
     std::memcpy(c.y + r * c.y_stride, out, dv * sizeof(float));
     if (c.kept && r + 1 == c.certain) keep(state, c.kept);
   }

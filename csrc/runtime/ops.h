@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -234,9 +235,11 @@ struct Route final : Op {
   int source;
   int64_t experts, chosen;
   bool renormalize;
+  float margin;
   std::vector<float> preference;
-  Route(int source, int64_t experts, int64_t chosen, bool renormalize, std::vector<float> preference)
-      : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize), preference(std::move(preference)) {}
+  Route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, std::vector<float> preference)
+      : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize), margin(margin),
+        preference(std::move(preference)) {}
 
   void run(Program& program, const StepInput& step, Thread&) override {
     phase.run(1, 1, [&](int64_t, int64_t) { choose(program, step.rows); });
@@ -246,7 +249,11 @@ struct Route final : Op {
     Routing& r = program.routing;
     std::vector<int64_t> best(rows * chosen), count(experts + 1);
     r.share.resize(rows * chosen);
-    for (int64_t t = 0; t < rows; ++t) choose_for(program.buffers[source].row(t), best.data() + t * chosen, r.share.data() + t * chosen);
+    for (int64_t t = 0; t < rows; ++t) {
+      const float* logits = program.buffers[source].row(t);
+      if (margin > 0) choose_apart(logits, best.data() + t * chosen, r.share.data() + t * chosen);
+      else choose_for(logits, best.data() + t * chosen, r.share.data() + t * chosen);
+    }
     for (const int64_t e : best) ++count[e + 1];
     r.expert.clear();
     r.first.clear();
@@ -284,6 +291,26 @@ struct Route final : Op {
     for (int64_t j = 0; j < chosen; ++j) taken += share[j] = std::exp(logits[best[j]] - largest) / sum;
     if (renormalize)
       for (int64_t j = 0; j < chosen; ++j) share[j] /= taken;
+  }
+
+  // As in Phi-3.5-MoE (arXiv 2409.12136): the share of each is among those not chosen before it whose logits are close.
+  void choose_apart(const float* logits, int64_t* best, float* share) const {
+    std::vector<std::pair<int64_t, float>> found;
+    for (int64_t j = 0; j < chosen; ++j) {
+      const auto left = [&](int64_t e) { return std::find(best, best + j, e) == best + j; };
+      int64_t first = -1;
+      for (int64_t e = 0; e < experts; ++e)
+        if (left(e) && (first < 0 || logits[e] > logits[first])) first = e;
+      float sum = 0;
+      for (int64_t e = 0; e < experts; ++e) {
+        const float behind = logits[first] - logits[e];
+        if (left(e) && behind / std::max(std::abs(logits[e]), logits[first]) <= margin) sum += std::exp(-behind);
+      }
+      best[j] = first;
+      found.emplace_back(first, 1 / sum);
+    }
+    std::sort(found.begin(), found.end());
+    for (int64_t j = 0; j < chosen; ++j) std::tie(best[j], share[j]) = found[j];
   }
 };
 

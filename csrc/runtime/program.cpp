@@ -77,8 +77,8 @@ void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool 
   weights_.push_back(std::move(weight));
 }
 
-void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, const float* preference) {
-  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize, copy(preference, experts)));
+void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference) {
+  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize, margin, copy(preference, experts)));
 }
 
 void Program::experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate) {
@@ -139,18 +139,19 @@ void Program::convolve(int source, int64_t channels, int64_t taps, int64_t facto
                                             copy(bias, channels), silu, state, to));
 }
 
-void Program::delta_rule(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
-                         const float* rate, const float* bias, int64_t state, int to) {
-  ops_.push_back(std::make_unique<DeltaRule>(source, rates, key_heads, value_heads, dk, dv, copy(rate, value_heads),
-                                             copy(bias, value_heads), state, to));
+void Program::recurrence(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
+                         const float* rate, const float* bias, const float* skip, int64_t state, int to) {
+  ops_.push_back(std::make_unique<Recurrence>(source, rates, key_heads, value_heads, dk, dv, copy(rate, value_heads),
+                                              copy(bias, value_heads), copy(skip, value_heads), state, to));
 }
 
-void Program::norm_gated(int buffer, int gates, int64_t first, int64_t heads, const float* gain, float epsilon, int64_t dim) {
-  ops_.push_back(std::make_unique<NormGated>(buffer, gates, first, heads, copy(gain, dim), epsilon));
+void Program::norm_gated(int buffer, int gates, int64_t first, int64_t groups, const float* gain, float epsilon, int64_t width,
+                         bool gate_first) {
+  ops_.push_back(std::make_unique<NormGated>(buffer, gates, first, groups, copy(gain, width), epsilon, gate_first));
 }
 
-void Program::gate_ready(int ready, int gates, int64_t first) {
-  ops_.push_back(std::make_unique<GateReady>(ready, gates, first));
+void Program::gate_ready(int ready, int gates, int64_t first, int64_t each) {
+  ops_.push_back(std::make_unique<GateReady>(ready, gates, first, each));
 }
 
 void Program::argmax(int64_t vocabulary) { ops_.push_back(std::make_unique<Argmax>(vocabulary)); }

@@ -123,7 +123,9 @@ class Program {
   // Chooses experts for every row by a buffer of logits: the `chosen` largest of `experts`. Their shares are the softmax
   // over all of them, or with `renormalize` over the chosen.
   // `preference` (experts), unless null, is added to the softmax over all where they are chosen, and not to their shares.
-  void route(int source, int64_t experts, int64_t chosen, bool renormalize, const float* preference);
+  // With a `margin`, unless 0, the share of each is among those not chosen before it whose logits are as close as that,
+  // relative to the larger one.
+  void route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference);
   // The product of each sorted row with the weight of its expert; `prepared` and `to` hold such rows.
   void experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate);
   // Adds to each row of `to` (width) its experts' rows of `source`, each times its share and `factor`.
@@ -141,10 +143,11 @@ class Program {
   // Recurrent layers, see state_ops.h; `state`: where a layer's part of a text's state begins. Weights are copied.
   void convolve(int source, int64_t channels, int64_t taps, int64_t factor, int64_t gate, const float* weight, const float* bias,
                 bool silu, int64_t state, int to);
-  void delta_rule(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, const float* rate,
-                  const float* bias, int64_t state, int to);
-  void norm_gated(int buffer, int gates, int64_t first, int64_t heads, const float* gain, float epsilon, int64_t dim);
-  void gate_ready(int ready, int gates, int64_t first);
+  void recurrence(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, const float* rate,
+                  const float* bias, const float* skip, int64_t state, int to);
+  void norm_gated(int buffer, int gates, int64_t first, int64_t groups, const float* gain, float epsilon, int64_t width,
+                  bool gate_first);
+  void gate_ready(int ready, int gates, int64_t first, int64_t each);
 
   void step(const StepInput& input, int threads);
 

@@ -49,76 +49,93 @@ struct Convolve final : Op {
   }
 };
 
-// Queries, keys and values of a buffer, one after the other, and of another one beta's and the decays' logits of each value
-// head: the decay is exp(-rate softplus(logit + bias)).
-struct DeltaRule final : Op {
+// Linear attention with a decay; see RecurrenceCall. Queries, keys and values are columns of a buffer, and logits of the
+// rates of each value head those of another one: of the delta rule beta's, sigmoid(logit), and behind them the steps'; of a
+// state space the steps', which are its beta too. A decay is exp(-rate step), and a step softplus(logit + bias).
+struct Recurrence final : Op {
   int source, rates, to;
   int64_t key_heads, value_heads, dk, dv, state;
-  std::vector<float> rate, bias;
-  DeltaRule(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, std::vector<float> rate,
-            std::vector<float> bias, int64_t state, int to)
-      : Op("delta rule"), source(source), rates(rates), to(to), key_heads(key_heads), value_heads(value_heads), dk(dk), dv(dv),
-        state(state), rate(std::move(rate)), bias(std::move(bias)) {}
+  std::vector<float> rate, bias, skip;  // skip: of a state space; empty: the delta rule
+  Recurrence(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv, std::vector<float> rate,
+             std::vector<float> bias, std::vector<float> skip, int64_t state, int to)
+      : Op("recurrence"), source(source), rates(rates), to(to), key_heads(key_heads), value_heads(value_heads), dk(dk), dv(dv),
+        state(state), rate(std::move(rate)), bias(std::move(bias)), skip(std::move(skip)) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Program::Buffer &in = program.buffers[source], &out = program.buffers[to];
+    const bool corrects = skip.empty();
+    const int64_t keys = key_heads * dk;
+    const int64_t q = corrects ? 0 : value_heads * dv + keys, k = corrects ? keys : value_heads * dv, v = corrects ? 2 * keys : 0;
     phase.run(step.state_runs * value_heads, 1, [&](int64_t piece, int64_t) {
       const StateRows of(step, piece / value_heads);
       const int64_t head = piece % value_heads, key_head = head / (value_heads / key_heads), size = dk * dv;
       thread.rates.resize(2 * of.count);
       for (int64_t r = 0; r < of.count; ++r) {
         const float* logits = program.buffers[rates].row(of.first + r);
-        const float x = logits[value_heads + head] + bias[head], softplus = x > 20 ? x : std::log1p(std::exp(x));
+        const float x = logits[(corrects ? value_heads : 0) + head] + bias[head], softplus = x > 20 ? x : std::log1p(std::exp(x));
         thread.rates[2 * r] = std::exp(-rate[head] * softplus);
-        thread.rates[2 * r + 1] = 1.0f / (1.0f + std::exp(-logits[head]));
+        thread.rates[2 * r + 1] = corrects ? 1.0f / (1.0f + std::exp(-logits[head])) : softplus;
       }
-      thread.delta.resize(delta_scratch(dk, dv));
+      thread.matrix.resize(recurrence_scratch(dk, dv));
       const float* x = in.row(of.first);
-      program.kernels.delta_rule({.rows = of.count, .dk = dk, .dv = dv, .q = x + key_head * dk, .k = x + (key_heads + key_head) * dk,
-                                  .v = x + 2 * key_heads * dk + head * dv, .x_stride = in.width, .decay = thread.rates.data(),
-                                  .beta = thread.rates.data() + 1, .rate_stride = 2,
-                                  .before = of.before ? of.before + state + head * size : nullptr,
-                                  .after = of.after + state + head * size, .certain = of.certain,
-                                  .kept = of.kept ? of.kept + state + head * size : nullptr, .y = out.row(of.first) + head * dv, .y_stride = out.width,
-                                  .scratch = thread.delta.data()});
+      program.kernels.recur({.corrects = corrects, .skip = corrects ? 0.0f : skip[head], .rows = of.count, .dk = dk, .dv = dv,
+                             .q = x + q + key_head * dk, .k = x + k + key_head * dk, .v = x + v + head * dv, .x_stride = in.width,
+                             .decay = thread.rates.data(), .beta = thread.rates.data() + 1, .rate_stride = 2,
+                             .before = of.before ? of.before + state + head * size : nullptr,
+                             .after = of.after + state + head * size, .certain = of.certain,
+                             .kept = of.kept ? of.kept + state + head * size : nullptr, .y = out.row(of.first) + head * dv,
+                             .y_stride = out.width, .scratch = thread.matrix.data()});
     });
   }
 };
 
-// Each head of a buffer's rows: RMSNorm, times silu of the gate, which is columns of another buffer.
+// RMSNorm of each of `groups` parts of a buffer's rows, and silu of the gate, which is columns of another buffer: the gate
+// comes before the norm (`gate_first`) or behind it.
 struct NormGated final : Op {
   int buffer, gates;
-  int64_t first, heads;
-  std::vector<float> gain;
+  int64_t first, groups;
+  std::vector<float> gain;  // of the whole row
   float epsilon;
-  NormGated(int buffer, int gates, int64_t first, int64_t heads, std::vector<float> gain, float epsilon)
-      : Op("norm"), buffer(buffer), gates(gates), first(first), heads(heads), gain(std::move(gain)), epsilon(epsilon) {}
+  bool gate_first;
+  NormGated(int buffer, int gates, int64_t first, int64_t groups, std::vector<float> gain, float epsilon, bool gate_first)
+      : Op("norm"), buffer(buffer), gates(gates), first(first), groups(groups), gain(std::move(gain)), epsilon(epsilon),
+        gate_first(gate_first) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
-    const int64_t dim = static_cast<int64_t>(gain.size());
+    const int64_t dim = static_cast<int64_t>(gain.size()) / groups;
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        for (int64_t h = 0; h < heads; ++h) {
-          float* x = program.buffers[buffer].row(r) + h * dim;
+        for (int64_t g = 0; g < groups; ++g) {
+          float* x = program.buffers[buffer].row(r) + g * dim;
+          const float* gate = program.buffers[gates].row(r) + first + g * dim;
+          if (gate_first) program.kernels.gate_by(x, gate, dim, true);
           const float inverse = 1.0f / std::sqrt(program.kernels.square_sum(x, dim) / static_cast<float>(dim) + epsilon);
-          program.kernels.scale_row(x, inverse, gain.data(), dim, x, false);
-          program.kernels.gate_by(x, program.buffers[gates].row(r) + first + h * dim, dim, true);
+          program.kernels.scale_row(x, inverse, gain.data() + g * dim, dim, x, false);
+          if (!gate_first) program.kernels.gate_by(x, gate, dim, true);
         }
     });
   }
 };
 
-// Rows that were made ready in fp32, times the sigmoid of columns of a buffer.
+// Rows that were made ready in fp32, times the sigmoid of columns of a buffer, one for `each` entries.
 struct GateReady final : Op {
   int ready, gates;
-  int64_t first;
-  GateReady(int ready, int gates, int64_t first) : Op("merge"), ready(ready), gates(gates), first(first) {}
+  int64_t first, each;
+  GateReady(int ready, int gates, int64_t first, int64_t each)
+      : Op("merge"), ready(ready), gates(gates), first(first), each(each) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Prepared& x = program.rows[ready].view;
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        program.kernels.gate_by(static_cast<float*>(x.data) + r * x.stride, program.buffers[gates].row(r) + first, x.k, false);
+      for (int64_t r = begin; r < end; ++r) {
+        float* row = static_cast<float*>(x.data) + r * x.stride;
+        const float* gate = program.buffers[gates].row(r) + first;
+        if (each == 1) program.kernels.gate_by(row, gate, x.k, false);
+        for (int64_t i = 0; each > 1 && i < x.k; i += each) {
+          const float factor = 1.0f / (1.0f + std::exp(-gate[i / each]));
+          program.kernels.scale_row(row + i, factor, nullptr, each, row + i, false);
+        }
+      }
     });
   }
 };

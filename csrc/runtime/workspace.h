@@ -28,7 +28,7 @@ struct Thread {
   const void* marks = nullptr;  // the phase that the mask belongs to
   uint8_t* attention;
   std::vector<float*> outs, states;
-  std::vector<float> rates, delta;  // of the delta rule
+  std::vector<float> rates, matrix;  // of a recurrence
   // Of a block of keys, where the shape is invariant: keys and values from several items, and what rows get from it.
   uint8_t* gathered = nullptr;
   float *block_out = nullptr, *block_state = nullptr;

@@ -17,11 +17,12 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from gossamer.bench.busy import busy
 from gossamer.bench.machine import Ceilings, best_of, describe
@@ -375,8 +376,10 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
 
     The linear layers multiply every weight but the input embedding's with every row; attention multiplies every key
-    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once.
+    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts, as
+    many are read as rows hit if each is chosen as often as the others. States are read and written.
     """
+    shares = _shares_of_experts(network, result.batch)
     flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
     head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
     # a tied embedding is the head's weight; another one is looked up, not multiplied
@@ -386,10 +389,12 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     packed = runner.report().sparse_weights
     sparse = packed is not None and packed["sparse"] > 0
     width = getattr(torch, runner.float_type).itemsize if isinstance(runner, NativeRunner) else None
-    linear = _seconds(floating, result.batch, flops, read, width)
+    linear = _seconds(floating, result.batch, flops, read, width, shares)
     if int8:
-        operations = 2 * result.batch * sum(m.in_features * m.out_features for m in int8)
-        size = sum(_code_bytes(m, sparse) for m in int8)
+        every = (1.0, 1.0)
+        weights = sum(shares.get(id(m), every)[1] * m.in_features * m.out_features for m in int8)
+        operations = 2 * result.batch * weights
+        size = sum(shares.get(id(m), every)[0] * _code_bytes(m, sparse) for m in int8)
         linear += max(operations / (limits["int8_gops"] * 1e9), size / read)
     layout = engine.runner.layout
     # the middle of the measured steps
@@ -397,13 +402,39 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     seen = result.batch * (result.prefix + own)
     products = seen * sum(2 * engine.runner.num_heads * (x.key_dim + x.value_dim) for x in layout.layers)
     keys = seen if result.sharing == "off" else result.prefix + result.batch * own
-    return (linear + max(products / flops, keys * layout.bytes_per_token / read)) * 1e3
+    states = 2 * result.batch * layout.state_bytes / read
+    return (linear + max(products / flops, keys * layout.bytes_per_token / read) + states) * 1e3
 
 
-def _seconds(weights: list[Any], batch: int, flops: float, read: float, width: int | None = None) -> float:
-    """To multiply these weights with ``batch`` rows, or to read them (``width`` bytes each), whichever takes longer."""
-    size = sum(w.numel() * (width or w.itemsize) for w in weights)
-    return max(2 * batch * sum(w.numel() for w in weights) / flops, size / read)
+def _shares_of_experts(network: Any, batch: int) -> dict[int, tuple[float, float]]:
+    """By id of an expert's layer, or of the tensor of all: the share that a step reads, and that a row multiplies."""
+    shares: dict[int, tuple[float, float]] = {}
+    for mixture in network.modules():
+        experts = getattr(mixture, "experts", None)
+        router = next((each for each in mixture.children() if isinstance(getattr(each, "top_k", None), int)), None)
+        if not isinstance(experts, nn.Module) or router is None:
+            continue
+        chance = router.top_k / router.weight.shape[0]
+        share = (1 - (1 - chance) ** batch, chance)
+        shares |= dict.fromkeys(map(id, (*experts.modules(), *experts.parameters())), share)
+    return shares
+
+
+def _seconds(
+    weights: list[Any],
+    batch: int,
+    flops: float,
+    read: float,
+    width: int | None,
+    shares: Mapping[int, tuple[float, float]],
+) -> float:
+    """To multiply these weights with ``batch`` rows, or to read them (``width`` bytes each), whichever takes longer.
+
+    Of some of them, only a share is read, and a row multiplies another one.
+    """
+    every = (1.0, 1.0)
+    size = sum(shares.get(id(w), every)[0] * w.numel() * (width or w.itemsize) for w in weights)
+    return max(2 * batch * sum(shares.get(id(w), every)[1] * w.numel() for w in weights) / flops, size / read)
 
 
 def _code_bytes(layer: Any, sparse: bool) -> int:

@@ -18,14 +18,15 @@ def anonymous_kilobytes(pid: int) -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
 
 
-def slope_per_minute(samples: Sequence[tuple[float, float]], skip: float = SETTLED) -> float | None:
+def slope_per_minute(samples: Sequence[tuple[float, float]]) -> float | None:
     """By how much the second number of each sample (seconds, amount) grows per minute, fitted by least squares.
 
-    Samples of the first ``skip`` seconds do not count. ``None`` if fewer than two are left.
+    Samples of the first minute, and of the first third, do not count. ``None`` if fewer than two are left.
 
     >>> slope_per_minute([(0, 900), (60, 100), (90, 105), (120, 110)])
     10.0
     """
+    skip = max([SETTLED, *(seconds / 3 for seconds, _ in samples)])
     settled = [(seconds, amount) for seconds, amount in samples if seconds >= skip]
     if len({seconds for seconds, _ in settled}) < 2:
         return None

@@ -260,7 +260,7 @@ def _soak_lines(row: dict[str, Any]) -> list[str]:
     if memory := row["memory"]:
         ends = f"{memory['first_kb'] / 1e3:,.1f} MB at the start, {memory['last_kb'] / 1e3:,.1f} MB at the end"
         slope = memory["kb_per_minute"]
-        growth = "too short to say how it grows" if slope is None else f"{slope:+,.0f} kB/min after the first minute"
+        growth = "too short to say how it grows" if slope is None else f"{slope:+,.0f} kB/min once it has settled"
         lines.append(f"{row['name']}: {growth}; {ends}")
     if row["itl_ms"] and row["itl_ms"]["p50"]:
         lines.append(f"{row['name']}: p99 / p50 of ITL {row['itl_ms']['p99'] / row['itl_ms']['p50']:.2f}")

@@ -21,6 +21,7 @@ from gossamer.models.quantize import quantize
 from gossamer.models.resolve import resolve_model
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import Progress
+from gossamer.nn.experts import separate_experts
 from gossamer.nn.quantize import QuantizationReport
 from gossamer.options import ModelOptions
 from gossamer.pruning.blocks import decoder_blocks
@@ -185,13 +186,17 @@ def compress_sparse(
     with ShardReader(source) as reader:
         wanted = dtype if dtype != "auto" else str(stored.dtype or reader.stored_dtype()).removeprefix("torch.")
     batches = calibration_batches(tokenizer, text, recipe.sequences, recipe.length)
+    packed = separate_experts(network)
     pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), target.parent)
     settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": digest(batches)}
     parts = Unfinished(parts_directory(target, source, settings))
     loss = None if recipe.curvature == "magnitude" and not recipe.reconstruction else _loss
     report = pruner.prune_to(recipe.sparsity, batches, loss, unfinished=parts, progress=on_progress)
     quantization = None
-    if int8 is not None:
+    if int8 is None:
+        for name, experts in packed.items():  # whose weights were pruned in place
+            network.set_submodule(name, experts)
+    else:
         quantization = quantize(
             network,
             int8.threshold,

@@ -24,9 +24,10 @@ from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
 from gossamer.nn.block_types import BLOCK_TYPES
-from gossamer.nn.stored_matrix import StoredMatrix
+from gossamer.nn.stored_matrix import Mapped, StoredMatrix
 from gossamer.progress import Progress
 
+_EXPERTS = "_exps."  # in the names of tensors that hold a matrix of each expert
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
@@ -74,8 +75,11 @@ def unstorable(file: GGUFFile) -> str:
     for tensor in quantized:
         if tensor.type.name not in BLOCK_TYPES:
             return f"{tensor.name} is stored as {tensor.type.name}, which is computed in floating point only"
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) != 2 and _EXPERTS not in tensor.name:
             return f"{tensor.name} of shape {list(tensor.shape)} is no matrix"
+    for tensor in file.tensors.values():
+        if _EXPERTS in tensor.name and not tensor.in_blocks:
+            return f"{tensor.name} is stored as {tensor.type.name}, and other weights in quantized blocks"
     return ""
 
 
@@ -131,7 +135,10 @@ def open_weights(
         )
     _check_scales(file)
     for name, tensors in experts.items():
-        weights[name] = GGUFWhole(partial(_read_experts, tensors))
+        if as_stored:
+            weights |= _stored_experts(name, tensors)
+        else:
+            weights[name] = GGUFWhole(partial(_read_experts, tensors))
     # A bias that a file leaves out is none, even where other layers of the model have one.
     for name, parameter in model.state_dict().items():
         if name.endswith(".bias") and name not in weights:
@@ -190,6 +197,20 @@ def _read_experts(tensors: Sequence[GGUFTensor]) -> np.ndarray:
     """Matrices of all experts of a layer, ``[experts, outputs, inputs]``; gate and up are one in transformers."""
     ordered = sorted(tensors, key=lambda tensor: ".ffn_up_" in tensor.name)
     return np.concatenate([tensor.dequantize() for tensor in ordered], axis=1)
+
+
+def _stored_experts(name: str, tensors: Sequence[GGUFTensor]) -> Weights:
+    """The matrices of all experts of a layer, by the names of :class:`~gossamer.nn.experts.SeparateExperts`."""
+    parent = name.rpartition(".")[0]
+    weights: Weights = {}
+    for tensor in tensors:
+        layer = next(f"{each}_proj" for each in ("gate", "up", "down") if f".ffn_{each}_" in tensor.name)
+        size = tensor.mapped.size // tensor.shape[0]
+        for index, rows in enumerate(tensor.data):
+            mapped = Mapped(tensor.mapped.file, tensor.mapped.offset + index * size, size)
+            matrix = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
+            weights[f"{parent}.{index}.{layer}.weight"] = matrix
+    return weights
 
 
 def _row_order(tensor: GGUFTensor, processor: TensorProcessor) -> np.ndarray | None:

@@ -28,6 +28,7 @@ from gossamer.models.described import settle_ties
 from gossamer.models.int8_layout import sparse_layers
 from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import TensorSpec
+from gossamer.nn.experts import SeparateExperts, separate_experts
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition, Int8Linear
 from gossamer.nn.int8_weight import Int8Weight, Rows, is_conv1d, linear_weight, quantize_weight
@@ -40,6 +41,7 @@ from gossamer.nn.quantize import (
     check_store,
     describe,
     find_skipped,
+    matches,
     refuse_quantized,
     tied_head,
 )
@@ -47,6 +49,7 @@ from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_
 from gossamer.options import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
+_FIRST_EXPERT = ".experts.0.gate_proj.weight"  # of a checkpoint that has each expert by itself
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
@@ -181,6 +184,8 @@ class GossamerInt8Quantizer(HfQuantizer):
             self.reader = ShardReader(files)
             settle_ties(model, self.reader)
         refuse_quantized(model)
+        if self.reader is not None and any(name.endswith(_FIRST_EXPERT) for name in self.reader.specs):
+            separate_experts(model, self._takes)  # each is read, and quantized, by itself
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)
         stored = self._sparse_shapes() if self.pre_quantized else {}
@@ -208,6 +213,17 @@ class GossamerInt8Quantizer(HfQuantizer):
             if is_conv1d(layer):
                 self.conv1d.add(name)
             model.set_submodule(name, Int8Linear(inputs, outputs, biased, **settings))
+
+    def _takes(self, experts: str) -> bool:
+        """Whether the experts of this name are quantized."""
+        return not matches(experts, self.quantization_config.skip)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Experts that are separate are not joined."""
+        if any(isinstance(module, SeparateExperts) for module in model.modules()):
+            weight_conversions = [each for each in weight_conversions if not _joins_experts(each)]
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
 
     def _stays(self, name: str, prefix: str) -> bool:
         """Whether a layer is left in floating point: as the checkpoint has it, or as the settings say."""
@@ -240,11 +256,26 @@ class GossamerInt8Quantizer(HfQuantizer):
                 if isinstance(layer, SparseInt8Linear):
                     layer.check(name)
         else:
+            self._quantize_experts(model)
             self._fill_outlier_stores(model)
             self._drop_zeros(model)
         self.sources.clear()
         self.reader = None
         return model
+
+    def _quantize_experts(self, model: PreTrainedModel) -> None:
+        """Those that the checkpoint has in one tensor."""
+        for experts in separate_experts(model, self._takes):
+            for name, layer in list(model.get_submodule(experts).named_modules(prefix=experts)):
+                if (weight := linear_weight(layer)) is None:
+                    continue
+                quantized = quantize_weight(weight.detach(), f"the weight of {name}")
+                int8 = Int8Linear.from_weight(quantized, decomposition=self.quantization_config.decomposition())
+                model.set_submodule(name, int8)
+                self.report.layers.append(describe(name, int8, weight.element_size(), quantized.relative_error))
+                self.sources[name] = weight.detach
+            for name in [name for name in self.report.skipped if name.startswith(f"{experts}.")]:
+                del self.report.skipped[name]
 
     def _drop_zeros(self, model: PreTrainedModel) -> None:
         """Layers with many zeros are stored without them."""
@@ -281,6 +312,11 @@ class GossamerInt8Quantizer(HfQuantizer):
             if isinstance(layer, Int8Linear):
                 model.set_submodule(name, layer.dequantize(dtype or torch.float32))
         return model
+
+
+def _joins_experts(conversion: Any) -> bool:
+    """Whether it makes one tensor of the matrices of all experts of a layer."""
+    return any(str(name).endswith(("experts.gate_up_proj", "experts.down_proj")) for name in conversion.target_patterns)
 
 
 def _element_size(report: LayerReport) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.nn.experts import separate_experts
 from gossamer.nn.int8_embedding import Int8Embedding, Int8TiedHead
 from gossamer.nn.int8_linear import Decomposition, Int8Linear
 from gossamer.nn.int8_weight import linear_weight, quantize_weight
@@ -18,6 +19,7 @@ from gossamer.nn.quantize import (
     check_store,
     describe,
     find_skipped,
+    matches,
     refuse_quantized,
     tied_head,
 )
@@ -37,6 +39,9 @@ def quantize(
     run: Callable[[], object] | None = None,
 ) -> QuantizationReport:
     """Replace the linear layers of a model by :class:`Int8Linear`, in place.
+
+    So do the layers of each expert of a mixture, which transformers has in one tensor
+    (:class:`~gossamer.nn.experts.SeparateExperts`).
 
     A layer of which enough weights are zero, because it was pruned, becomes a
     :class:`~gossamer.nn.sparse_int8_linear.SparseInt8Linear`: the same codes in less memory.
@@ -69,6 +74,30 @@ def quantize(
     decomposition = Decomposition(threshold, criterion, outliers)
     check_store(outlier_store)
     refuse_quantized(model)
+    packed = separate_experts(model, lambda name: not matches(name, skip))
+    try:
+        report, columns = _quantize(model, decomposition, outlier_store, skip, run)
+    except BaseException:
+        for name, experts in packed.items():
+            model.set_submodule(name, experts)
+        raise
+    if hasattr(model, "config"):
+        # imported here: plain PyTorch models do without transformers
+        from gossamer.models.int8_quantizer import GossamerInt8Config, mark_quantized
+
+        store = outlier_store if columns else 0.0
+        mark_quantized(model, GossamerInt8Config(threshold, criterion, outliers, store, skip), report)
+    return report
+
+
+def _quantize(
+    model: nn.Module,
+    decomposition: Decomposition,
+    outlier_store: float,
+    skip: Sequence[str],
+    run: Callable[[], object] | None,
+) -> tuple[QuantizationReport, dict[str, Tensor]]:
+    """Returns the columns that the layers keep, too; the model is as it was if this raises."""
     report = QuantizationReport(skipped=find_skipped(model, skip))
     layers = {
         name: layer
@@ -85,13 +114,7 @@ def quantize(
     for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may have several names
         if module in replacements:
             model.set_submodule(name, take_place(module, replacements[module]))
-    if hasattr(model, "config"):
-        # imported here: plain PyTorch models do without transformers
-        from gossamer.models.int8_quantizer import GossamerInt8Config, mark_quantized
-
-        store = outlier_store if columns else 0.0
-        mark_quantized(model, GossamerInt8Config(threshold, criterion, outliers, store, skip), report)
-    return report
+    return report, columns
 
 
 def _int8_modules(

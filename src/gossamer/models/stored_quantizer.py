@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
+from gossamer.nn.experts import separate_experts
 from gossamer.nn.int8_embedding import unsupported_embedding
 from gossamer.nn.quantize import tied_head
 from gossamer.nn.replacing import irreplaceable, used_otherwise
@@ -80,12 +81,18 @@ def place_stored(model: PreTrainedModel, matrices: Mapping[str, StoredMatrix], w
         CheckpointError: a matrix is of another shape than the layer's weight.
         UnsupportedModelError: a layer cannot be replaced.
     """
+    separate_experts(model, lambda name: f"{name}.0.gate_proj.weight" in matrices)
     head = tied_head(model)
     head_name = next((name for name, module in model.named_modules() if module is head), "")
     embedding = model.get_input_embeddings()
     for weight, matrix in matrices.items():
         name = weight.removesuffix(".weight")
-        old = model.get_submodule(name)
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"the weights in {where} do not fit their configuration: the model has no {weight}"
+            ) from None
         if tuple(old.weight.shape) != tuple(matrix.shape):
             raise CheckpointError(
                 f"the weights in {where} do not fit their configuration: {weight} is {list(matrix.shape)}, and the "

@@ -7,7 +7,7 @@ modules say themselves, is said here: an architecture of known blocks is added a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class Architecture:
         before_attention, after_attention, before_mlp, after_mlp: the norms of a layer; empty where there is none.
         query_norm, key_norm: those of the attention, if it has them: of each head, or of all heads together.
         mlp: of a layer; its experts, if it has them, are in ``experts``.
+        shared: of a layer, the MLP for all tokens beside one with experts, or in its place.
         activation: of an MLP, if the configuration does not say.
         gate, up, down: of an MLP; a gate that is empty is none.
+        gate_up: of an MLP that has both as one layer.
         router: of experts.
         parallel: MLPs read what attention reads, and not what it adds to: always, or where this entry of the
             configuration says so.
@@ -51,9 +53,11 @@ class Architecture:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     mlp: str = "mlp"
+    shared: str = ""
     activation: str = ""
     gate: str = "gate_proj"
     up: str = "up_proj"
+    gate_up: str = "gate_up_proj"
     down: str = "down_proj"
     router: str = "gate"
     parallel: bool | str = False
@@ -84,6 +88,21 @@ def _gemma(name: str) -> Architecture:
 
 def _cohere(name: str) -> Architecture:
     return Architecture(name, before_mlp="input_layernorm", parallel=True, neighbours=True)
+
+
+def _lfm(name: str) -> Architecture:
+    return Architecture(
+        name,
+        recurrent="conv",
+        final_norm="embedding_norm",
+        before_attention="operator_norm",
+        before_mlp="ffn_norm",
+        mlp="feed_forward",
+        activation="silu",
+        gate="w1",
+        up="w3",
+        down="w2",
+    )
 
 
 NATIVE_ARCHITECTURES = {  # by model type
@@ -155,20 +174,19 @@ NATIVE_ARCHITECTURES = {  # by model type
         up="c_fc",
         down="c_proj",
     ),
-    "lfm2": Architecture(
-        "LFM2",
-        recurrent="conv",
-        output="out_proj",
-        query_norm="q_layernorm",
-        key_norm="k_layernorm",
-        final_norm="embedding_norm",
-        before_attention="operator_norm",
-        before_mlp="ffn_norm",
-        mlp="feed_forward",
-        activation="silu",
-        gate="w1",
-        up="w3",
-        down="w2",
+    "lfm2": replace(_lfm("LFM2"), output="out_proj", query_norm="q_layernorm", key_norm="k_layernorm"),
+    "lfm3": replace(_lfm("LFM3"), after_attention="post_operator_norm", after_mlp="post_ffn_norm"),
+    "granitemoehybrid": Architecture(
+        "Granite 4",
+        recurrent="mamba",
+        mlp="block_sparse_moe",
+        shared="shared_mlp",
+        router="router",
+        gate_up="input_linear",
+        down="output_linear",
+    ),
+    "bamba": Architecture(
+        "Bamba", recurrent="mamba", final_norm="final_layernorm", before_mlp="pre_ff_layernorm", mlp="feed_forward"
     ),
     "qwen3_5_text": Architecture("Qwen3.5", recurrent="linear_attn"),
     "qwen3_next": Architecture("Qwen3-Next", recurrent="linear_attn"),
@@ -179,5 +197,6 @@ NATIVE_ARCHITECTURES = {  # by model type
     "ernie4_5": Architecture("ERNIE 4.5", neighbours=True),
     "ernie4_5_moe": Architecture("ERNIE 4.5 MoE", neighbours=True),
     "gpt_oss": Architecture("gpt-oss", router="router"),
+    "phimoe": Architecture("Phi-3.5-MoE", router="router"),
     "granitemoe": Architecture("Granite MoE", mlp="block_sparse_moe", router="router"),
 }

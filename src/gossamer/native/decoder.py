@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.native.recorder import COMMON_GATES, ExpertLayers, Norm, Recorded, Recorder, Rotary
-from gossamer.native.recurrent import (
-    DeltaNet,
-    ShortConvolution,
-)
-from gossamer.native.weights import (
-    PackedLinear,
-)
+from gossamer.native.recurrent import LinearAttention, ShortConvolution
+from gossamer.native.weights import PackedLinear
 
 
 @dataclass
@@ -44,7 +39,10 @@ class Experts:
 
 @dataclass
 class Attention:
-    """Of one layer; ``gated``: its results times the sigmoid of columns behind queries, keys and values."""
+    """Of one layer; ``gated``: its results times the sigmoid of columns behind queries, keys and values.
+
+    A gate is for so many entries of a result; for 0, there is none.
+    """
 
     qkv: PackedLinear
     query_norm: Norm | None
@@ -54,7 +52,7 @@ class Attention:
     window: int | None
     table: int | None
     sinks: Tensor | None
-    gated: bool
+    gated: int
     output: PackedLinear
 
 
@@ -63,7 +61,7 @@ class Layer:
     """A block: a mixer, then MLP or experts; ``after`` norms apply to what a half computes, before it is added."""
 
     before_mixer: Norm | None
-    mixer: Attention | ShortConvolution | DeltaNet
+    mixer: Attention | ShortConvolution | LinearAttention
     parallel: bool  # the MLP reads what the mixer does not add to yet
     after_mixer: Norm | None
     before_mlp: Norm | None
@@ -147,19 +145,19 @@ def record_attention(p: Recorder, h: Recorded, attention: Attention, model: Deco
         cap=model.score_cap,
         sinks=attention.sinks,
     )
-    return p.gated(attended, qkv, qkv.width - attended.width) if attention.gated else attended
+    return p.gated(attended, qkv, attention.gated) if attention.gated else attended
 
 
-def record_recurrent(p: Recorder, h: Recorded, mixer: ShortConvolution | DeltaNet) -> Recorded:
+def record_recurrent(p: Recorder, h: Recorded, mixer: ShortConvolution | LinearAttention) -> Recorded:
     """What a recurrent layer makes of h."""
     inputs = p.linear(h, mixer.inputs, into="inputs")
     if isinstance(mixer, ShortConvolution):
         return p.convolve(inputs, mixer.weight, mixer.bias, gated=True, silu=False, state=mixer.state, into="convolved")
     rates = p.linear(h, mixer.rates, into="rates")
-    qkv = p.convolve(inputs, mixer.weight, None, gated=False, silu=True, state=mixer.state, into="convolved")
+    qkv = p.convolve(inputs, mixer.weight, mixer.bias, gated=False, silu=True, state=mixer.state, into="convolved")
     state = mixer.state + (mixer.weight.shape[0] - 1) * mixer.weight.shape[1]
-    mixed = p.delta_rule(qkv, rates, mixer.rule, state=state, into="mixed")
-    return p.norm_gated(mixed, inputs, qkv.width, mixer.norm)
+    mixed = p.recurrence(qkv, rates, mixer.rule, state=state, into="mixed")
+    return p.norm_gated(mixed, inputs, qkv.width, mixer.norm, groups=mixer.groups, gate_first=mixer.gate_first)
 
 
 def record_inner(p: Recorder, x: Recorded, layer: Layer) -> Recorded:

@@ -24,7 +24,7 @@ def norm_from(module: Any) -> Norm | None:
     Raises:
         UnsupportedModelError: it is neither RMSNorm nor LayerNorm.
     """
-    if module is None:
+    if module is None or isinstance(module, torch.nn.Identity):
         return None
     name = type(module).__name__
     if name == "OlmoLayerNorm":

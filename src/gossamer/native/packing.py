@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
@@ -16,7 +17,7 @@ from gossamer.native.decoder import Attention, Decoder, Experts, Layer, Mlp
 from gossamer.native.norms import norm_from, norm_of
 from gossamer.native.recorder import COMMON_GATES, ExpertLayers, Rotary
 from gossamer.native.recurrent import (
-    DeltaNet,
+    LinearAttention,
     ShortConvolution,
     check_recurrent,
     inputs_of,
@@ -36,6 +37,7 @@ from gossamer.native.weights import (
     some_outputs,
 )
 from gossamer.nn import Int8Linear, StoredEmbedding
+from gossamer.nn.experts import SeparateExperts
 from gossamer.nn.int8_linear import Decomposition
 
 _ACTIVATIONS = {
@@ -47,7 +49,6 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-_OTHER_ROUTERS = ("PhimoeTopKRouter",)  # with shares of another kind
 
 
 def unsupported(config: Any) -> str:
@@ -158,7 +159,7 @@ def _query_growth(config: Any) -> tuple[float, float] | None:
 
 def _check_layer(block: Any, architecture: Architecture, rotated: int, half_factor: float) -> list[Any]:
     """The linear layers of a layer, if all that it has can be packed."""
-    mixer, mlp = mixer_of(block, architecture), getattr(block, architecture.mlp)
+    mixer = mixer_of(block, architecture)
     if is_recurrent(mixer):
         check_recurrent(mixer)
         layers = inputs_of(mixer)
@@ -169,9 +170,9 @@ def _check_layer(block: Any, architecture: Architecture, rotated: int, half_fact
         output = plain_linear(getattr(mixer, architecture.output))
     check_linear([output])
     added = [output]
-    if hasattr(mlp, "experts"):
-        _check_experts(mlp, architecture)
-        mlp = _shared_of(mlp)
+    routed, mlp = _mlps_of(block, architecture)
+    if routed is not None:
+        _check_experts(routed, architecture)
     if mlp is not None:
         *both, down = _mlp_layers(mlp, architecture)
         check_linear(both)
@@ -206,7 +207,8 @@ class _LayerPacker:
     def pack(self, block: Any, scale: float, window: int | None, table: int | None) -> Layer:
         """One layer, with the scale and the window of its attention and the table of its rotation, if it has them."""
         architecture = self._architecture
-        mlp, before_mlp = getattr(block, architecture.mlp), architecture.before_mlp
+        before_mlp = architecture.before_mlp
+        routed, mlp = _mlps_of(block, architecture)
         if self._parallel and getattr(block, before_mlp, None) is None:
             before_mlp = architecture.before_attention  # both halves read the same
         return Layer(
@@ -215,13 +217,13 @@ class _LayerPacker:
             parallel=self._parallel,
             after_mixer=norm_of(block, architecture.after_attention),
             before_mlp=norm_of(block, before_mlp),
-            mlp=self._experts(mlp) if hasattr(mlp, "experts") else self._mlp(mlp),
+            mlp=self._mlp(mlp) if routed is None else self._experts(routed, mlp),
             after_mlp=norm_of(block, architecture.after_mlp),
         )
 
     def _mixer(
         self, module: Any, scale: float, window: int | None, table: int | None
-    ) -> Attention | ShortConvolution | DeltaNet:
+    ) -> Attention | ShortConvolution | LinearAttention:
         if is_recurrent(module):
             mixer, size = pack_recurrent(module, self._pack, self.state_size)
             self.state_size += size
@@ -236,7 +238,7 @@ class _LayerPacker:
             window=window,
             table=table,
             sinks=module.sinks.detach().float() if hasattr(module, "sinks") else None,
-            gated=_has_gate(module),
+            gated=_gated(module),
             output=self._pack([plain_linear(getattr(module, architecture.output))]),
         )
 
@@ -246,34 +248,45 @@ class _LayerPacker:
         in_turns = gated and self._activation in COMMON_GATES
         return Mlp(self._pack(up, gated=in_turns), self._activation, self._pack([down]), gated)
 
-    def _experts(self, mlp: Any) -> Experts:
+    def _experts(self, mlp: Any, shared: Any) -> Experts:
         router, experts, isa = getattr(mlp, self._architecture.router), mlp.experts, self._pack.isa
 
         def ready(layer: Any) -> Any:
-            return layer if self._int8 is None else Int8Linear.from_linear(layer, decomposition=self._int8)
+            plain = self._int8 is not None and isinstance(layer, nn.Linear)
+            return Int8Linear.from_linear(layer, decomposition=self._int8) if plain else layer
 
         activation = "clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation
         gate_up, down = [], []
         for gate, up, last in _layers_of_experts(experts):
             gate_up.append(self._pack([ready(gate), ready(up)], gated=activation in COMMON_GATES))
             down.append(self._pack([ready(last)]))
-        shared, shared_gate = _shared_of(mlp), getattr(mlp, "shared_expert_gate", None)
+        shared_gate = getattr(mlp, "shared_expert_gate", None)
         statics = getattr(router, "moe_statics", None)
         preference = None if statics is None else statics.e_score_correction_bias.detach().float().flatten().clone()
         router_bias = getattr(router, "bias", None)
         router_layer = linear_of(router.weight.detach(), None if router_bias is None else router_bias.detach())
         return Experts(
             router=pack_linear([router_layer], isa, "float32"),
-            layers=ExpertLayers(router.top_k, bool(getattr(router, "norm_topk_prob", True)), preference, gate_up, down),
+            layers=ExpertLayers(
+                chosen=router.top_k,
+                renormalize=bool(getattr(router, "norm_topk_prob", True)),
+                margin=2 * float(getattr(router, "router_jitter_noise", 0.0)),
+                preference=preference,
+                gate_up=gate_up,
+                down=down,
+            ),
             gate=activation,
             shared=None if shared is None else self._mlp(shared),
             shared_gate=None if shared_gate is None else pack_linear([shared_gate], isa, "float32"),
         )
 
 
-def _shared_of(mlp: Any) -> Any:
-    """The MLP beside experts that is for all tokens, if there is one."""
-    return getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
+def _mlps_of(block: Any, architecture: Architecture) -> tuple[Any, Any]:
+    """Of a layer, what has routed experts, and the MLP for all tokens; either may be ``None``."""
+    mlp, beside = getattr(block, architecture.mlp, None), getattr(block, architecture.shared, None)
+    if not hasattr(mlp, "experts"):
+        return None, beside if mlp is None else mlp
+    return mlp, beside or getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
 
 
 def _check_experts(mlp: Any, architecture: Architecture) -> None:
@@ -282,29 +295,55 @@ def _check_experts(mlp: Any, architecture: Architecture) -> None:
     experts = mlp.experts
     known = {"gate", "router", "experts", "shared_expert", "shared_experts", "shared_expert_gate"}
     others = [name for name, _ in mlp.named_children() if name not in known]
-    if others or not isinstance(getattr(router, "top_k", None), int) or type(router).__name__ in _OTHER_ROUTERS:
+    if others or not isinstance(getattr(router, "top_k", None), int):
         raise UnsupportedModelError(f"a {type(mlp).__name__} chooses its experts in a way that the kernels do not know")
-    names = {name for name, _ in (*experts.named_parameters(), *router.named_parameters(), *experts.named_buffers())}
-    biased = "gate_up_proj_bias" in names
-    allowed = {"gate_up_proj", "down_proj", "weight", "moe_statics.e_score_correction_bias"}
-    if not names <= allowed | ({"gate_up_proj_bias", "down_proj_bias", "bias"} if biased else set()):
-        raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
-    if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
-        raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
-    both, last = experts.gate_up_proj.shape, experts.down_proj.shape
-    if biased:  # stored the other way round
-        both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
+    if isinstance(experts, SeparateExperts):
+        for expert in experts:
+            check_linear([expert.gate_proj, expert.up_proj])
+            check_linear([expert.down_proj])
+        both, last = _shapes_of(experts)
+        biased = False
+    else:
+        names = {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
+        biased = "gate_up_proj_bias" in names
+        if names - {"gate_up_proj", "down_proj"} - ({"gate_up_proj_bias", "down_proj_bias"} if biased else set()):
+            raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
+        if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
+            raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
+        both, last = experts.gate_up_proj.shape, experts.down_proj.shape
+        if biased:  # stored the other way round
+            both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
+    of_router = {name for name, _ in router.named_parameters()}
+    if of_router - {"weight", "moe_statics.e_score_correction_bias"} - ({"bias"} if biased else set()):
+        raise UnsupportedModelError(f"a {type(router).__name__} has weights that the native kernels do not know")
     count, double, width = both
     shapes = tuple(last) == (count, width, double // 2) and router.weight.shape == (count, width)
     if not shapes or not 0 < router.top_k <= count:
         raise UnsupportedModelError(
-            f"{count} experts of {tuple(experts.gate_up_proj.shape[1:])} and {tuple(experts.down_proj.shape)} weights, "
-            f"and a router of {tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
+            f"{count} experts of {tuple(both[1:])} and {tuple(last)} weights, and a router of "
+            f"{tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
         )
+
+
+def _shapes_of(experts: SeparateExperts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """As those of transformers' two tensors; 0 where experts differ."""
+
+    def same(layers: Iterable[Any], size: str) -> int:
+        sizes = {int(getattr(layer, size)) for layer in layers}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    factors = [layer for expert in experts for layer in (expert.gate_proj, expert.up_proj)]
+    last = [expert.down_proj for expert in experts]
+    count, inner = len(experts), same(factors, "out_features")
+    both = count, 2 * inner, same(factors, "in_features")
+    return both, (count, same(last, "out_features"), same(last, "in_features"))
 
 
 def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
     """The gate, the other factor and what follows, of each expert."""
+    if isinstance(experts, SeparateExperts):
+        yield from ((each.gate_proj, each.up_proj, each.down_proj) for each in experts)
+        return
     both, last = experts.gate_up_proj.detach(), experts.down_proj.detach()
     for index in range(len(both)):
         if hasattr(experts, "gate_up_proj_bias"):  # as in gpt-oss: (inputs, outputs), gate and factor in turns
@@ -319,7 +358,7 @@ def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
 def _decomposition_of_experts(network: Any) -> Decomposition | None:
     """With what experts become int8 as they are packed: that of the model's int8 layers, ``None`` if it has none.
 
-    Their weights are one tensor in transformers, which loading leaves in floating point.
+    Where their weights are one tensor, they are in floating point until then.
     """
     rule = next((layer.decomposition for layer in network.modules() if isinstance(layer, Int8Linear)), None)
     if rule is None or rule.outliers == "token":
@@ -337,8 +376,8 @@ def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
         order = torch.arange(layers[0].out_features).view(-1, 3, dim).transpose(0, 1)
         return [some_outputs(layers[0], order.flatten())]
     query, key, value = layers
-    gates = []
-    if _has_gate(attention):
+    gates = [] if getattr(attention, "g_proj", None) is None else [attention.g_proj]
+    if _gated(attention) == 1:
         dim = attention.head_dim
         order = torch.arange(query.out_features).view(-1, 2, dim)
         query, gate = (some_outputs(query, order[:, part].flatten()) for part in (0, 1))
@@ -353,19 +392,22 @@ def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
     return [query, key, value, *gates]
 
 
-def _has_gate(attention: Any) -> bool:
-    """Whether its queries have gates beside them, which its results are multiplied with."""
-    return type(attention).__name__ in ("Qwen3_5Attention", "Qwen3NextAttention")
+def _gated(attention: Any) -> int:
+    """For how many entries of its results there is a gate: one beside each of a query, one for a head, or none."""
+    if type(attention).__name__ in ("Qwen3_5Attention", "Qwen3NextAttention"):
+        return 1
+    return 0 if getattr(attention, "g_proj", None) is None else int(attention.head_dim)
 
 
 def _mlp_layers(mlp: Any, architecture: Architecture) -> list[Any]:
     """The gate, if there is one, the other factor, and what follows."""
-    if not hasattr(mlp, "gate_up_proj"):
-        names = (architecture.gate, architecture.up, architecture.down)
-        return [plain_linear(getattr(mlp, name)) for name in names if name]
-    half = mlp.gate_up_proj.out_features // 2
-    gate, up = (some_outputs(mlp.gate_up_proj, torch.arange(first, first + half)) for first in (0, half))
-    return [gate, up, mlp.down_proj]
+    both, down = getattr(mlp, architecture.gate_up, None), getattr(mlp, architecture.down)
+    if both is None:
+        names = (architecture.gate, architecture.up)
+        return [*(plain_linear(getattr(mlp, name)) for name in names if name), plain_linear(down)]
+    half = both.out_features // 2
+    gate, up = (some_outputs(both, torch.arange(first, first + half)) for first in (0, half))
+    return [gate, up, down]
 
 
 def _rotates(attention: Any, config: Any) -> bool:
@@ -383,9 +425,9 @@ def _tables(rotary: Any, kinds: list[str]) -> tuple[list[Rotary], dict[str, int]
         return [Rotary(torch.empty(0), 1.0)], dict.fromkeys(kinds, 0)
     if hasattr(rotary, "inv_freq"):
         return [Rotary(rotary.inv_freq.detach().clone(), float(rotary.attention_scaling))], dict.fromkeys(kinds, 0)
-    names = sorted(set(kinds))
+    names = sorted(name for name in set(kinds) if hasattr(rotary, f"{name}_inv_freq"))
     found = [[getattr(rotary, f"{name}_{part}") for part in ("inv_freq", "attention_scaling")] for name in names]
     tables = [Rotary(frequencies.detach().clone(), float(scaling)) for frequencies, scaling in found]
-    if any(not isinstance(table.frequencies, torch.Tensor) for table in tables):
+    if not tables:
         raise UnsupportedModelError("its rotary embedding is of a kind that the native kernels do not know")
     return tables, {name: index for index, name in enumerate(names)}

@@ -53,8 +53,11 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class DeltaRule:
-    """Heads of a gated delta rule; ``rate`` and ``bias`` (value_heads) fp32, contiguous."""
+class Recurrence:
+    """Heads of a linear attention with a decay; ``rate``, ``bias`` and ``skip`` (value_heads) fp32, contiguous.
+
+    A gated delta rule, or, with a ``skip``, a state space as in Mamba 2; see csrc/kernels/kernels.h.
+    """
 
     key_heads: int
     value_heads: int
@@ -62,6 +65,7 @@ class DeltaRule:
     dv: int
     rate: Tensor
     bias: Tensor
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,15 @@ class ExpertLayers:
     Attributes:
         chosen: how many are chosen for a row.
         renormalize: whether the shares of the chosen ones sum up to 1; otherwise those of all do.
+        margin: unless 0, the share of each is among those not chosen before it whose logits are as close as that,
+            relative to the larger one (Phi-3.5-MoE, arXiv 2409.12136).
         preference: (experts) fp32, is added to the shares of all where some are chosen.
         gate_up, down: of each expert.
     """
 
     chosen: int
     renormalize: bool
+    margin: float
     preference: Tensor | None
     gate_up: list[PackedLinear]
     down: list[PackedLinear]
@@ -192,7 +199,8 @@ class Recorder:
         up, down, times = experts.gate_up[0], experts.down[0], experts.chosen
         logits = self.linear(x, router, into="router")
         preference = 0 if experts.preference is None else experts.preference.data_ptr()
-        self.native.route(logits.buffer, len(experts.gate_up), times, experts.renormalize, preference)
+        count, margin = len(experts.gate_up), experts.margin
+        self.native.route(logits.buffer, count, times, experts.renormalize, margin, preference)
         ready = self._ready(up.type, x.width, times=times)
         self._prepare(x, ready, 0, up.outlier_rule(), GATHERED)
         inner = self._buffer("of experts", up.outputs, times)
@@ -276,10 +284,18 @@ class Recorder:
         )
         return out
 
-    def delta_rule(self, qkv: Recorded, rates: Recorded, rule: DeltaRule, *, state: int, into: str) -> Recorded:
-        """The gated delta rule (arXiv 2412.06464) over the rows of each text: (heads dv) columns."""
+    def recurrence(self, qkv: Recorded, rates: Recorded, rule: Recurrence, *, state: int, into: str) -> Recorded:
+        """A linear attention over the rows of each text: (heads dv) columns.
+
+        Args:
+            qkv: queries, keys and values of the delta rule; values, keys and queries of a state space.
+            rates: logits of the delta rule's beta and of its steps; those of a state space's steps.
+            rule: see :class:`Recurrence`.
+            state: where its part of a text's state begins.
+            into: the buffer.
+        """
         out = self._buffer(into, rule.value_heads * rule.dv)
-        self.native.delta_rule(
+        self.native.recurrence(
             qkv.buffer,
             rates.buffer,
             rule.key_heads,
@@ -288,22 +304,28 @@ class Recorder:
             rule.dv,
             rule.rate.data_ptr(),
             rule.bias.data_ptr(),
+            0 if rule.skip is None else rule.skip.data_ptr(),
             state,
             out.buffer,
         )
         return out
 
-    def norm_gated(self, x: Recorded, gates: Recorded, first: int, norm: Norm) -> Recorded:
-        """In place, ``rms_norm(x) silu(gate)`` of every head, with the gates in columns from ``first`` on."""
-        dim = len(norm.gain)
-        self.native.norm_gated(x.buffer, gates.buffer, first, x.width // dim, norm.gain.data_ptr(), norm.epsilon, dim)
+    def norm_gated(
+        self, x: Recorded, gates: Recorded, first: int, norm: Norm, *, groups: int, gate_first: bool
+    ) -> Recorded:
+        """In place, the RMSNorm of each of ``groups`` parts, and silu of the gates in columns from ``first`` on.
+
+        ``rms_norm(x silu(gate))`` if the gate comes first, otherwise ``rms_norm(x) silu(gate)``.
+        """
+        gain = norm.gain.data_ptr()
+        self.native.norm_gated(x.buffer, gates.buffer, first, groups, gain, norm.epsilon, x.width, gate_first)
         return x
 
-    def gated(self, x: Recorded, gates: Recorded, first: int) -> Recorded:
-        """``x sigmoid(gate)``, with the gates in columns from ``first`` on."""
+    def gated(self, x: Recorded, gates: Recorded, each: int) -> Recorded:
+        """``x sigmoid(gate)``, with a gate for ``each`` columns of x, in the last columns of ``gates``."""
         rows = self._ready("float32", x.width)
         self._prepare(x, rows, 0, ("none", False, 0.0, 0))
-        self.native.gate_ready(rows, gates.buffer, first)
+        self.native.gate_ready(rows, gates.buffer, gates.width - x.width // each, each)
         return Recorded(READY - rows, x.width)
 
     def attention_alone(self, layer: int) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.nn.experts import SeparateExperts
 from gossamer.nn.quantize import SKIP
-from gossamer.pruning.curvature import Curvature
+from gossamer.pruning.curvature import Curvature, Statistic
 from gossamer.pruning.job import Job, OnProgress
 from gossamer.pruning.masks import Hold, check_masks, load_masks, save_masks
 from gossamer.pruning.original import Original
@@ -118,6 +119,8 @@ class Pruner:
             self._check_blocks()
         self.masks: dict[str, Tensor] = {}
         self._reached = 0.0
+        experts = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
+        self._of_experts = {name for name in self.targets if name.startswith(tuple(f"{each}." for each in experts))}
 
     @property
     def sparsity(self) -> float:
@@ -173,6 +176,8 @@ class Pruner:
                 prune_blocks(self, job, original)
             report.loss_after = self._loss(job)
         self._reached = sparsity
+        if sparsity:
+            report.unreached = [name for name, mask in self.masks.items() if name in self._of_experts and mask.all()]
         for name, target in self.targets.items():
             share = float((target.read() == 0).float().mean(dtype=torch.float64))
             report.layers.append(PrunedLayer(name, target.shape, share, job.predicted.get(name, 0.0)))
@@ -212,6 +217,14 @@ class Pruner:
     def competes_globally(self) -> bool:
         """Whether which weights of a layer go depends on other layers."""
         return isinstance(self.pattern, Block) and self.pattern.scope == "global"
+
+    def reached(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+        """Those of weights that were used. Experts that no token was sent to are left as they are."""
+        left = [name for name in statistics if name in self._of_experts and not _was_used(statistics[name])]
+        for name in left:
+            parameter = self.targets[name].parameter
+            self.masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
+        return {name: statistic for name, statistic in statistics.items() if name not in left}
 
     def prune_together(self, inside: Mapping[str, Target], forms: Mapping[str, Quadratic], job: Job) -> None:
         """Chooses masks for some targets, and applies them."""
@@ -274,3 +287,7 @@ class Pruner:
         except BaseException:
             self.masks = masks
             raise
+
+
+def _was_used(statistic: Statistic) -> bool:
+    return statistic.count > 0 and statistic.scale > 0

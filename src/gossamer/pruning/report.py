@@ -38,6 +38,7 @@ class PruneReport:
         loss_before, loss_after: mean loss of the calibration data, where there was a loss to measure.
         seconds: by phase.
         peak_bytes: most memory that the process has held at any time so far; ``None`` where the system does not tell.
+        unreached: weights of experts that no token of the calibration data was sent to; they are as they were.
         reconstruction: mean squared error of each block's output before and after its reconstruction, relative to
             the output's own mean square.
     """
@@ -50,6 +51,7 @@ class PruneReport:
     loss_after: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    unreached: list[str] = field(default_factory=list)
     reconstruction: list[tuple[float, float]] = field(default_factory=list)
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
@@ -79,6 +81,11 @@ class PruneReport:
         ]
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"loss of the calibration data: {self.loss_before:.4f} became {self.loss_after:.4f}")
+        if self.unreached:
+            lines.append(
+                f"left as they were, since no token reached their experts: {len(self.unreached)} weights, such as "
+                f"{self.unreached[0]}; more calibration data may"
+            )
         if self.reconstruction:
             before, after = (sum(values) / len(values) for values in zip(*self.reconstruction, strict=True))
             lines.append(f"error of a block's output: {before:.2%} became {after:.2%} by reconstruction (mean)")

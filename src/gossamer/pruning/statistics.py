@@ -165,7 +165,7 @@ class Forms(Mapping[str, Quadratic]):
             )
         scales = {name: statistic.scale for name, statistic in statistics.items()}
         mean = sum(scales.values()) / max(len(scales), 1)
-        if not mean > 0:
+        if scales and not mean > 0:
             raise ConfigurationError(
                 "all inputs or gradients of the weights that are pruned are zero: nothing tells them apart"
             )

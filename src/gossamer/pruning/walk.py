@@ -75,4 +75,5 @@ def _prune_on_inputs(pruner: Pruner, job: Job, run: BlockRun, index: int, inside
         with job.report.timed("statistics"), watching(group, statistics):
             run.outputs(index, run.hidden)
         with job.report.timed("pruning"):
-            pruner.prune_together(group, Forms(statistics, pruner.curvature.relative_damping), job)
+            forms = Forms(pruner.reached(statistics), pruner.curvature.relative_damping)
+            pruner.prune_together({name: group[name] for name in forms}, forms, job)

@@ -41,19 +41,20 @@ def _stage(pruner: Pruner, job: Job) -> None:
         for group in groups:
             forms = _see(pruner, group, job)
             with job.report.timed("pruning"):
-                pruner.prune_together(group, forms, job)
+                pruner.prune_together({name: group[name] for name in forms}, forms, job)
         return
     # What is pruned in one group depends on the others: all costs first, and statistics again for the update.
     costs: dict[str, Tensor] = {}
     for group in groups:
         forms = _see(pruner, group, job)
-        costs |= {name: pruner.costs(target, forms[name]) for name, target in group.items()}
+        costs |= {name: pruner.costs(group[name], form) for name, form in forms.items()}
     keep = pruner.pattern.keep(costs, job.sparsity)
     costs.clear()
     for group in groups:
         known = {} if pruner.update == "none" else _see(pruner, group, job)
         for name, target in group.items():
-            pruner.apply(target, keep[name], known.get(name), job)
+            if name in keep:
+                pruner.apply(target, keep[name], known.get(name), job)
 
 
 def _see(pruner: Pruner, group: Mapping[str, Target], job: Job) -> Mapping[str, Quadratic]:
@@ -69,4 +70,4 @@ def _see(pruner: Pruner, group: Mapping[str, Target], job: Job) -> Mapping[str, 
             see_gradients(
                 pruner.model, group, statistics, job.batches, job.loss_fn, samples, progress, vectorize=job.vectorize
             )
-        return Forms(statistics, pruner.curvature.relative_damping)
+        return Forms(pruner.reached(statistics), pruner.curvature.relative_damping)

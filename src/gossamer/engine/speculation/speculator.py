@@ -37,6 +37,7 @@ _SURE = 32  # tokens of a match that ends the search for others
 _COUNTED = 256  # steps after which the bytes of the indices are counted again
 _SHARE = 0.005  # of the time, that is spent on looking up
 _SHARE_MEMORY = 0.05
+_TILE = 16  # rows, after which a step may take longer at once
 _WORTH = 0.12  # the chance of a guess from a single token, below which none is made
 _TRIED = 16  # steps after which one is made nevertheless
 _RECENT = 256  # tokens of an answer that are searched for a single one
@@ -112,6 +113,9 @@ class Speculator:
             start += time.perf_counter() - before  # which is no looking up
         if self.time is None:
             return
+        before = time.perf_counter()
+        self.time.reach(rows + _TILE)
+        start += time.perf_counter() - before
         self._least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
         for work in ready:
             if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, self._least)) is not None:

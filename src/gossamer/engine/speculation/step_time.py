@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ from gossamer.engine.slots import SlotPool
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 FEW_ROWS = (1, 4, 16, 64)  # of a step that takes long
+MANY_ROWS = (65, 96, 128)  # that are timed once steps come near them: products take rows in tiles
 _LONG = 0.02  # seconds
 _ROUNDS = 2
 _MEMORY = 0.9  # of the factor, per step
@@ -31,6 +32,7 @@ class StepTime:
 
     Args:
         points: measured (rows, seconds), ascending in both.
+        measure: times steps of more rows, for :meth:`reach`.
 
     Attributes:
         factor: of real steps over measured ones.
@@ -43,10 +45,20 @@ class StepTime:
     (0.012, 0.028)
     """
 
-    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+    def __init__(
+        self, points: Sequence[tuple[int, float]], measure: Callable[[Sequence[int]], list[float]] | None = None
+    ) -> None:
         self.points = list(points)
+        self._measure = measure
         self.factor = 1.0
         self.overhead = self.drafted_overhead = self.per_row = self.whole = 0.0
+
+    def reach(self, rows: int) -> None:
+        """Steps may have so many rows now: see that what they take is measured."""
+        if self._measure is None or rows <= self.points[-1][0]:
+            return
+        measure, self._measure = self._measure, None
+        self.points = _ascending([*self.points, *zip(MANY_ROWS, measure(MANY_ROWS), strict=False)])
 
     def seconds(self, rows: int) -> float:
         """Of a forward pass."""
@@ -83,7 +95,7 @@ def measure_steps(runner: Runner, most: int) -> StepTime:
     Args:
         most: rows of a step.
     """
-    slot = SlotPool(runner.layout, MemoryBudget(1 << 62)).take(ROWS[-1])
+    slot = SlotPool(runner.layout, MemoryBudget(1 << 62)).take(MANY_ROWS[-1])
     assert slot is not None
 
     def seconds(rows: int) -> float:
@@ -97,13 +109,21 @@ def measure_steps(runner: Runner, most: int) -> StepTime:
         return time.perf_counter() - start
 
     long = min(seconds(1), seconds(1)) > _LONG
-    counts = [rows for rows in (FEW_ROWS if long else ROWS) if rows <= most]
-    best = dict.fromkeys(counts, float("inf"))
-    for _ in range(1 if long else _ROUNDS):
-        for rows in counts:
-            best[rows] = min(best[rows], seconds(rows))
-    slowest, points = 0.0, []
-    for rows in counts:  # more rows never take less: what says so is noise
-        slowest = max(slowest * 1.0001, best[rows])
-        points.append((rows, slowest))
-    return StepTime(points)
+
+    def measure(counts: Sequence[int]) -> list[float]:
+        possible = [rows for rows in counts if rows <= most]
+        rounds = [[seconds(rows) for rows in possible] for _ in range(1 if long else _ROUNDS)]
+        return [min(times) for times in zip(*rounds, strict=True)]
+
+    counts = FEW_ROWS if long else ROWS
+    return StepTime(_ascending(list(zip(counts, measure(counts), strict=False))), measure)
+
+
+def _ascending(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """More rows never take less: what says so is noise."""
+    slowest = 0.0
+    found = []
+    for rows, seconds in points:
+        slowest = max(slowest * 1.0001, seconds)
+        found.append((rows, slowest))
+    return found
