@@ -199,7 +199,7 @@ struct ConvolutionCall {
   float* y;                                   // `y_stride` between rows
   int64_t y_stride;
 };
-constexpr int64_t MOST_TAPS = 8;
+constexpr int64_t MOST_TAPS = 8, CONVOLVED = 256;  // channels of a call at most, a multiple of any W
 
 // One head of a linear attention, over the rows of one text. `corrects`: the gated delta rule (arXiv 2412.06464),
 //   S = decay S + k (beta (v - (decay S)^T k))^T,  y = S^T q,  with k / |k| and q / (|q| sqrt(dk));
@@ -220,9 +220,10 @@ struct RecurrenceCall {
   int64_t y_stride;
   float* scratch;              // of the thread: recurrence_scratch(dk, dv) floats
 };
+constexpr int64_t RECURRENCE_TOKENS = 32, RECURRENCE_COLUMNS = 128;  // that are gone through at a time, at most
 constexpr int64_t recurrence_scratch(int64_t dk, int64_t dv) {
-  const int64_t wide = (dv + 31) / 32 * 32;
-  return dk * wide + 2 * dk + 2 * wide;
+  const int64_t wide = (dv + 63) / 64 * 64;
+  return dk * wide + 2 * RECURRENCE_TOKENS * dk + 3 * RECURRENCE_COLUMNS;
 }
 
 // One token of a row of logits, drawn at random.

@@ -22,7 +22,6 @@ struct StateRows {
 
 // Columns [0, channels) of a buffer, times those from `factor` on, to another buffer, times those from `gate` on of the first.
 struct Convolve final : Op {
-  static constexpr int64_t CHANNELS = 256;  // of a piece
   int source, to;
   int64_t channels, taps, factor, gate, state;  // factor, gate: a column, or -1
   std::vector<float> weight, bias;
@@ -33,14 +32,14 @@ struct Convolve final : Op {
         weight(std::move(weight)), bias(std::move(bias)), silu(silu) {}
 
   void run(Program& program, const StepInput& step, Thread&) override {
-    const int64_t parts = (channels + CHANNELS - 1) / CHANNELS;
+    const int64_t parts = (channels + CONVOLVED - 1) / CONVOLVED;
     const Program::Buffer &in = program.buffers[source], &out = program.buffers[to];
     phase.run(step.state_runs * parts, 1, [&](int64_t piece, int64_t) {
       const StateRows of(step, piece / parts);
-      const int64_t first = piece % parts * CHANNELS;
+      const int64_t first = piece % parts * CONVOLVED;
       const float* x = in.row(of.first);
       program.kernels.convolve({.rows = of.count, .channels = channels, .taps = taps, .first = first,
-                                .last = std::min(first + CHANNELS, channels), .x = x, .factor = factor < 0 ? nullptr : x + factor,
+                                .last = std::min(first + CONVOLVED, channels), .x = x, .factor = factor < 0 ? nullptr : x + factor,
                                 .gate = gate < 0 ? nullptr : x + gate, .x_stride = in.width, .weight = weight.data(),
                                 .bias = or_null(bias), .silu = silu, .before = of.before ? of.before + state : nullptr,
                                 .after = of.after + state, .certain = of.certain,
