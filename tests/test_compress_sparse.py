@@ -91,6 +91,20 @@ class TestInt8:
 
 
 class TestInterrupted:
+    def test_a_pruned_mixture_in_int8_loads(self, tmp_path: Path) -> None:
+        mixture = save_model("mixtral", tmp_path / "mixture")
+        recipe = SparsityRecipe(0.5, **FAST)
+        report = compress_sparse(mixture, tmp_path / "out", recipe, TEXT, int8=GossamerInt8Config())
+        assert report.quantization is not None
+        assert any(".experts.1.up_proj" in layer.name for layer in report.quantization.layers)
+        settings = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        answers = []
+        for runner in ("native", "transformers"):
+            with LLM(str(tmp_path / "out"), runner=runner, dtype="float32") as llm:
+                output = llm.generate([{"prompt_token_ids": [5, 6, 7, 8]}], settings, use_tqdm=False)[0]
+                answers.append(output.outputs[0].token_ids)
+        assert answers[0] == answers[1]
+
     def test_it_goes_on_where_it_was_killed(self, source: Path, tmp_path: Path) -> None:
         """Killed for real after the first block; what comes out is what comes out without that."""
         script = """

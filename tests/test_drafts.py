@@ -171,6 +171,9 @@ def test_finished_answers_are_bounded_and_apart() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"method": ["ngram"]}, r"method must be one of 'auto', 'ngram', 'suffix', got \['ngram'\]"),
+        ({"suffix_decoding_max_spec_factor": float("inf")}, "suffix_decoding_max_spec_factor must be"),
+        ("[" * 100_000, "no JSON"),
         ({"method": "eagle"}, "method must be one of 'auto', 'ngram', 'suffix', got 'eagle'"),
         ({"num_speculative_tokens": -1}, f"num_speculative_tokens must be an integer from 0 to {MOST}, got -1"),
         ({"num_speculative_tokens": 65}, "num_speculative_tokens must be an integer from 0 to 64, got 65"),

@@ -32,6 +32,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import MANIFEST, write_manifest
 from gossamer.models.resolve import local_path, resolve_model
 from gossamer.models.shards import Progress
+from gossamer.nn.experts import can_separate
 from gossamer.nn.quantize import SKIP
 from gossamer.options import ModelOptions
 from gossamer.pruning.job import OnProgress
@@ -183,12 +184,13 @@ def compress_int4(
     stored, layers = round_blocks(
         network, targets, types, batches, parts, recipe.relative_damping, on_progress, seconds
     )
-    warnings: list[str] = []
+    left = [name for name, module in network.named_modules() if can_separate(module)]
+    warnings = [f"experts stay as they are, in {len(left)} layers, such as {left[0]}"] if left else []
     settings |= {"layers": {layer.name: layer.type for layer in layers}}
     with all_or_nothing(target) as unfinished:
         if recipe.is_file:
             manifest = json.dumps({"gossamer_version": gossamer.__version__, "source": settings})
-            warnings = export_gguf(
+            warnings += export_gguf(
                 LoadedModel(network, source),
                 unfinished,
                 on_bytes,

@@ -7,6 +7,7 @@ that a model needs little more memory while it is loaded than afterwards.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ from gossamer.nn.sparse_int8_linear import SparseInt8Linear, mask_bytes, sparse_
 from gossamer.options import Criterion, Outliers
 
 QUANT_METHOD = "gossamer_int8"
-_FIRST_EXPERT = ".experts.0.gate_proj.weight"  # of a checkpoint that has each expert by itself
+_FIRST_EXPERT = ".experts.0.gate_proj.weight"  # in the names of a checkpoint that has each expert by itself
 
 # Called with the name of each layer that has been quantized; set it with :func:`listening`.
 _listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
@@ -184,7 +185,7 @@ class GossamerInt8Quantizer(HfQuantizer):
             self.reader = ShardReader(files)
             settle_ties(model, self.reader)
         refuse_quantized(model)
-        if self.reader is not None and any(name.endswith(_FIRST_EXPERT) for name in self.reader.specs):
+        if self.reader is not None and any(_FIRST_EXPERT in name for name in self.reader.specs):
             separate_experts(model, self._takes)  # each is read, and quantized, by itself
         self.report.skipped = find_skipped(model, self.quantization_config.skip)
         head = tied_head(model)
@@ -236,7 +237,10 @@ class GossamerInt8Quantizer(HfQuantizer):
     def _sparse_shapes(self) -> dict[str, tuple[TensorSpec, TensorSpec]]:
         """Codes and mask of every layer that the checkpoint stores without its zeros, from the files' headers."""
         specs = self.reader.specs if self.reader else {}
-        return {path: (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"]) for path in sparse_layers(specs)}
+        return {
+            _of_any_mixture(path): (specs[f"{path}.weight_codes"], specs[f"{path}.weight_mask"])
+            for path in sparse_layers(specs)
+        }
 
     def _share_store(self, model: PreTrainedModel, head: str) -> None:
         embedding = Int8Embedding.like(model.get_input_embeddings(), device="meta")
@@ -326,7 +330,17 @@ def _element_size(report: LayerReport) -> int:
 def _stored(
     stored: dict[str, tuple[TensorSpec, TensorSpec]], name: str, prefix: str
 ) -> tuple[TensorSpec, TensorSpec] | None:
-    return next((stored[each] for each in _names(name, prefix) if each in stored), None)
+    names = map(_of_any_mixture, _names(name, prefix))
+    return next((stored[each] for each in names if each in stored), None)
+
+
+def _of_any_mixture(path: str) -> str:
+    """Without the name of what holds experts, which differs between checkpoints and transformers (Mixtral).
+
+    >>> _of_any_mixture("model.layers.0.block_sparse_moe.experts.1.up_proj")
+    'model.layers.0.experts.1.up_proj'
+    """
+    return re.sub(r"\.\w+\.experts\.", ".experts.", path)
 
 
 def _names(name: str, prefix: str) -> tuple[str, ...]:

@@ -48,14 +48,14 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         most, least = self.num_speculative_tokens, self.prompt_lookup_min
         factor, share = self.suffix_decoding_max_spec_factor, self.suffix_decoding_min_token_prob
-        if self.method not in _METHODS:
+        if not isinstance(self.method, str) or self.method not in _METHODS:
             raise _refusal("method", self.method, f"one of {', '.join(map(repr, _METHODS))}")
         if not _is_number(most, int) or not 0 <= most <= MOST:
             raise _refusal("num_speculative_tokens", most, f"an integer from 0 to {MOST}")
         if not _is_number(least, int) or least < 1:
             raise _refusal("prompt_lookup_min", least, "an integer of at least 1")
-        if factor is not None and not (_is_number(factor, int, float) and factor > 0):
-            raise _refusal("suffix_decoding_max_spec_factor", factor, "a number greater than 0")
+        if factor is not None and not (_is_number(factor, int, float) and 0 < factor <= MOST):
+            raise _refusal("suffix_decoding_max_spec_factor", factor, f"a number greater than 0, {MOST} at most")
         if not (_is_number(share, int, float) and 0 <= share <= 1):
             raise _refusal("suffix_decoding_min_token_prob", share, "a number from 0 to 1")
 
@@ -68,7 +68,7 @@ class SpeculativeConfig:
         """
         try:
             value = json.loads(given) if isinstance(given, str) else given
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"speculative_config is no JSON: {error}") from None
         if not isinstance(value, Mapping | None):
             raise ConfigurationError(f"speculative_config must be a JSON object, got {given!r}")
