@@ -23,11 +23,6 @@ class Loop:
     frame: bool  # whether %rbp points into the stack
 
     @property
-    def calls(self) -> bool:
-        """Whether it calls functions, which no vector register outlives: what is multiplied is multiplied in these."""
-        return any(re.match(r"\s+call", line) for line in self.lines)
-
-    @property
     def dots(self) -> int:
         """How many of its instructions multiply vectors and add them up."""
         return sum(bool(DOT.search(line) and VECTOR.search(line)) for line in self.lines)

@@ -27,6 +27,7 @@ from gossamer.models.manifest import verify
 from gossamer.models.pull import import_gguf
 from gossamer.models.quantize import quantize
 from gossamer.nn import Int8Linear
+from gossamer.nn.experts import separate_experts
 from gossamer.nn.int8_linear import Decomposition
 from native_checkpoints import save_model
 from references import load_reference
@@ -112,6 +113,7 @@ def test_round_trip_through_a_checkpoint(name: str, tmp_path: Path):
         model.save_pretrained(tmp_path / "int8", max_shard_size="50KB")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", **options)
         assert torch.equal(again(tokens).logits, logits)
+    separate_experts(original)
     for path, layer in int8_layers(again).items():
         source = original.get_submodule(path).weight
         source = source.t() if source.shape != layer.weight.shape or "c_" in path else source

@@ -22,7 +22,8 @@ COMPILERS = [each for each in ("g++", "clang++") if shutil.which(each)]
 
 # A draw from a distribution and the scale of a row read the last lanes of a vector through memory, and a cap reads one
 # of its constants there: there is no product in these.
-NO_PRODUCTS = ("sample", "quantize", "3capEPflf")
+# The loop over the tokens of a recurrence calls what multiplies, and keeps addresses in vector registers meanwhile.
+NO_PRODUCTS = ("sample", "quantize", "3capEPflf", "4passIL")
 
 # Functions whose innermost loops are products, and how many of each must be found: what finds nothing proves nothing.
 PRODUCTS = {
@@ -132,7 +133,7 @@ def test_products_stay_in_registers(assembly: dict[str, str]) -> None:
         loops = [
             loop
             for loop in innermost_loops(text)
-            if loop.dots and not loop.calls and not any(name in loop.function for name in NO_PRODUCTS)
+            if loop.dots and not any(name in loop.function for name in NO_PRODUCTS)
         ]
         for function, least in PRODUCTS[name].items():
             found = {loop.function for loop in loops if function in loop.function}

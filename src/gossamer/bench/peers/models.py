@@ -52,7 +52,9 @@ def gguf(model: Path) -> Path:
         from gossamer.models.int8_quantizer import GossamerInt8Config
 
         directory.mkdir()
-        int8 = directory.with_name("int8")
+        work = directory.with_name("work")  # the directory around it is held by whoever builds, and would be again
+        work.mkdir()
+        int8 = work / "int8"
         compress_int8(model, int8, GossamerInt8Config())
         export(int8, directory / "model.gguf", "gguf")
 
