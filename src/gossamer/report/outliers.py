@@ -217,7 +217,7 @@ def find_outliers(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear``, GPT-2's ``Conv1D``, or an int8 layer of Gossamer's; a subclass may be anything, such as a router."""
+    """``nn.Linear``, GPT-2's ``Conv1D``, or an int8 layer of Gossamer's. A subclass may be anything, a router even."""
     int8 = hasattr(module, "in_features") and getattr(getattr(module, "weight", None), "dtype", None) == torch.int8
     return type(module) in (nn.Linear, Conv1D) or int8
 
