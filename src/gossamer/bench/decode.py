@@ -376,10 +376,10 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
 
     The linear layers multiply every weight but the input embedding's with every row; attention multiplies every key
-    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts, as
-    many are read as rows hit if each is chosen as often as the others. States are read and written.
+    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts, at
+    least as many are read as one row chooses. States are read and written.
     """
-    shares = _shares_of_experts(network, result.batch)
+    shares = _shares_of_experts(network)
     flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
     head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
     # a tied embedding is the head's weight; another one is looked up, not multiplied
@@ -391,10 +391,9 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     width = getattr(torch, runner.float_type).itemsize if isinstance(runner, NativeRunner) else None
     linear = _seconds(floating, result.batch, flops, read, width, shares)
     if int8:
-        every = (1.0, 1.0)
-        weights = sum(shares.get(id(m), every)[1] * m.in_features * m.out_features for m in int8)
+        weights = sum(shares.get(id(m), 1.0) * m.in_features * m.out_features for m in int8)
         operations = 2 * result.batch * weights
-        size = sum(shares.get(id(m), every)[0] * _code_bytes(m, sparse) for m in int8)
+        size = sum(shares.get(id(m), 1.0) * _code_bytes(m, sparse) for m in int8)
         linear += max(operations / (limits["int8_gops"] * 1e9), size / read)
     layout = engine.runner.layout
     # the middle of the measured steps
@@ -406,16 +405,15 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     return (linear + max(products / flops, keys * layout.bytes_per_token / read) + states) * 1e3
 
 
-def _shares_of_experts(network: Any, batch: int) -> dict[int, tuple[float, float]]:
-    """By id of an expert's layer, or of the tensor of all: the share that a step reads, and that a row multiplies."""
-    shares: dict[int, tuple[float, float]] = {}
+def _shares_of_experts(network: Any) -> dict[int, float]:
+    """By id of an expert's layer, or of the tensor of all: the share of them that a row chooses."""
+    shares: dict[int, float] = {}
     for mixture in network.modules():
         experts = getattr(mixture, "experts", None)
         router = next((each for each in mixture.children() if isinstance(getattr(each, "top_k", None), int)), None)
         if not isinstance(experts, nn.Module) or router is None:
             continue
-        chance = router.top_k / router.weight.shape[0]
-        share = (1 - (1 - chance) ** batch, chance)
+        share = router.top_k / router.weight.shape[0]
         shares |= dict.fromkeys(map(id, (*experts.modules(), *experts.parameters())), share)
     return shares
 
@@ -426,15 +424,15 @@ def _seconds(
     flops: float,
     read: float,
     width: int | None,
-    shares: Mapping[int, tuple[float, float]],
+    shares: Mapping[int, float],
 ) -> float:
     """To multiply these weights with ``batch`` rows, or to read them (``width`` bytes each), whichever takes longer.
 
-    Of some of them, only a share is read, and a row multiplies another one.
+    Of some of them only a share.
     """
-    every = (1.0, 1.0)
-    size = sum(shares.get(id(w), every)[0] * w.numel() * (width or w.itemsize) for w in weights)
-    return max(2 * batch * sum(shares.get(id(w), every)[1] * w.numel() for w in weights) / flops, size / read)
+    numbers = [(shares.get(id(w), 1.0) * w.numel(), width or w.itemsize) for w in weights]
+    size = sum(count * each for count, each in numbers)
+    return max(2 * batch * sum(count for count, _ in numbers) / flops, size / read)
 
 
 def _code_bytes(layer: Any, sparse: bool) -> int:
