@@ -26,7 +26,8 @@ Generate = Callable[[list[int], int], list[int]]
 
 
 def engine_of(model: Any, runner: str = "transformers", **options: Any) -> Engine:
-    return Engine(make(runner, model), NumberTokenizer(), EngineOptions(**options))
+    """Without drafts, which come when they pay: so each run makes the same steps."""
+    return Engine(make(runner, model), NumberTokenizer(), EngineOptions(**{"speculation": "off"} | options))
 
 
 def check_memory(engine: Engine) -> None:
@@ -223,6 +224,7 @@ def test_a_state_that_is_not_finite_fails_its_request_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
         ({"prefix_dir": "prefixes"}, "prefix_dir"),
         ({"state_interval": 0}, "state_interval"),
     ],
@@ -231,7 +233,9 @@ def test_what_needs_keys_and_values_alone_is_refused(options: dict[str, Any], na
     model = make_model("qwen3_5")
     model.set_attn_implementation(IMPLEMENTATION)
     with pytest.raises(ConfigurationError, match=named):
-        engine_of(model, **options)
+        engine_of(model, **{"speculation": "auto"} | options)
+    assert engine_of(model, speculation="auto").speculator is None
+    assert engine_of(model, "native", speculation="auto").speculator is not None
 
 
 def test_a_layer_that_keeps_its_state_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,13 @@ class Engine:
     def _make_speculator(self, options: EngineOptions, cost: CostModel | None) -> Speculator | None:
         if options.speculation == "off":
             return None
+        if self.runner.layout.state_bytes and not self.runner.in_turn:
+            if options.speculative_config is not None:
+                raise ConfigurationError(
+                    "speculative_config cannot be used: the recurrent layers of transformers compute several tokens at "
+                    "once in another way than one by one, with other rounding; the native runner does not"
+                )
+            return None
         if cost is None:
             return None
         if name := self.runner.shared_outliers:

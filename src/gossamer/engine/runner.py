@@ -50,9 +50,11 @@ class Runner(Protocol):
         vocab_size: width of the logits.
         adapters: names of the adapters that rows may have.
         shared_outliers: a layer whose products depend on all rows of a step; empty if there is none.
+        in_turn: whether recurrent layers take the tokens of a text one by one, however many there are.
     """
 
     name: str
+    in_turn: bool
     shared_outliers: str
     layout: KVLayout
     num_heads: int

@@ -70,6 +70,7 @@ class NativeRunner:
     """
 
     name = "native"
+    in_turn = True
 
     def __init__(
         self,

@@ -107,6 +107,7 @@ class TransformersRunner:
     """Any Hugging Face decoder that supports the attention interface, on any device, in one packed call per step."""
 
     name = "transformers"
+    in_turn = False
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter] = ()) -> None:
         """``model`` must have been loaded with ``attn_implementation="gossamer"``; rows may have these ``adapters``.
