@@ -161,8 +161,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 @pytest.mark.parametrize("runner", ["native", "transformers"])
 def test_greedy_tokens_are_the_same(model: Any, sharing: Any, runner: str) -> None:
     name, network = model
-    if runner == "native" and unsupported(network.config.get_text_config()):
-        return
+    if unsupported(network.config.get_text_config()) if runner == "native" else name in RECURRENT:
+        return  # it runs elsewhere, or has no drafts there
     draws = random.Random(name)
     requests = [(prompt, GREEDY) for prompt in prompts(draws)]
     plain = engine_of(network, runner, sharing=sharing)

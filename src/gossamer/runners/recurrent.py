@@ -82,9 +82,9 @@ class _Batches:
     """The runs of a step, those of one length together."""
 
     def __init__(self, runs: list[StateRun], states: dict[int, int]) -> None:
-        groups: dict[tuple[int, int, bool], list[StateRun]] = {}
+        groups: dict[tuple[int, bool], list[StateRun]] = {}
         for run in runs:
-            groups.setdefault((run.rows.stop - run.rows.start, run.certain, run.before is not None), []).append(run)
+            groups.setdefault((run.rows.stop - run.rows.start, run.before is not None), []).append(run)
         self.all = [_Batch(group, states) for group in groups.values()]
 
     def finish(self) -> None:
@@ -93,13 +93,12 @@ class _Batches:
 
 
 class _Batch:
-    """Runs of one length, with as many drafts, all of which go on from a state, or begin a text."""
+    """Runs of one length, all of which go on from a state, or begin a text."""
 
     def __init__(self, runs: list[StateRun], states: dict[int, int]) -> None:
         self.runs = runs
         first = runs[0].rows
-        self.length, self.certain, self.drafted = first.stop - first.start, runs[0].certain, runs[0].drafted
-        self._kept: dict[int, list[Tensor]] = {}  # by layer: what it knows behind the certain rows
+        self.length = first.stop - first.start
         together = all(run.rows.start == first.start + i * self.length for i, run in enumerate(runs))
         rows = torch.cat([torch.arange(run.rows.start, run.rows.stop) for run in runs])
         self.rows = slice(first.start, first.start + len(rows)) if together else rows
@@ -122,26 +121,14 @@ class _Batch:
                     layer.recurrent_states[index] = recurrent
                 layer.has_previous_state[index] = True
 
-    def keep(self, place: int) -> None:
-        """The layer at ``place`` has seen the certain rows."""
-        self._kept[place] = [tensor.clone() for tensor in self._tensors_of(place)]
-
     def finish(self) -> None:
-        places = range(len(self.cache.layers))
-        after = [tensor for place in places for tensor in self._tensors_of(place)]
-        kept = [tensor for place in places for tensor in self._kept.get(place, [])]
+        tensors = []
+        for layer in self.cache.layers:
+            for index in range(layer.number_of_states):
+                for held in (layer.conv_states[index], layer.recurrent_states[index]):
+                    tensors.append(torch.empty(len(self.runs), 0) if held is None else held)
         for index, run in enumerate(self.runs):
-            run.after = State(after, index)
-            run.kept = State(kept, index) if self.drafted else None
-
-    def _tensors_of(self, place: int) -> list[Tensor]:
-        layer = self.cache.layers[place]
-        held = [
-            tensor
-            for index in range(layer.number_of_states)
-            for tensor in (layer.conv_states[index], layer.recurrent_states[index])
-        ]
-        return [torch.empty(len(self.runs), 0) if tensor is None else tensor for tensor in held]
+            run.after = State(tensors, index)
 
 
 def _stacked(states: list[State]) -> list[Tensor]:
@@ -170,18 +157,11 @@ class _Layer:
         out: Tensor | None = None
         for batch in _step.get().all:
             rows = hidden_states[0, batch.rows].view(len(batch.runs), batch.length, -1)
-            values = self._call_batch(batch, rows, given)
+            values = self._call(rows, batch.cache, given)
             if out is None:
                 out = values.new_empty(1, hidden_states.shape[1], values.shape[-1])
             out[0, batch.rows] = values.reshape(-1, values.shape[-1])
         return out
-
-    def _call_batch(self, batch: _Batch, rows: Tensor, given: dict[str, Any]) -> Tensor:
-        if not batch.drafted:
-            return self._call(rows, batch.cache, given)
-        certain = self._call(rows[:, : batch.certain], batch.cache, given)
-        batch.keep(self._place)
-        return torch.cat([certain, self._call(rows[:, batch.certain :], batch.cache, given)], dim=1)
 
     def _call(self, rows: Tensor, cache: Cache, given: dict[str, Any]) -> Tensor:
         if rows.shape[1] > 1 and cache.has_previous_state(self._place) and not self._goes_on(rows, given):
