@@ -1,9 +1,9 @@
 """Several tokens per step: the same requests with drafts and without, on one loaded model.
 
-**Rounds.** In each round the same requests are answered without drafts and with them, in turn, and by the peers.
-Ratios are taken within a round, and medians of them shown. Every turn has a ``cache_salt`` of its own: what stands in
-earlier answers is drafted only within a salt, so a turn finds nothing of the turns before it, where it would otherwise
-find its own answers.
+**Rounds.** In each round the same requests are answered without drafts and with them, in turn, and by the peers; every
+other round begins with the drafts. Ratios are taken within a round, and medians of them shown. Every turn has a
+``cache_salt`` of its own: what stands in earlier answers is drafted only within a salt, so a turn finds nothing of the
+turns before it, where it would otherwise find its own answers.
 
 **What is timed.** The prompts of a group are computed first, untimed; then all requests of the group are added, and the
 clock runs from the end of the step in which the last of them got its first token to the end of its last step. Tokens
@@ -190,9 +190,17 @@ class ForcedSampler:
 
 
 def bench_speculate(
-    llm: LLM, options: SpeculateOptions, *, progress: Callable[[str], None] = lambda note: None
+    llm: LLM,
+    options: SpeculateOptions,
+    *,
+    progress: Callable[[str], None] = lambda note: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure every task, batch size and mode.
+
+    Args:
+        progress: is told what is under way.
+        told: is told each result in a line, as soon as it is there.
 
     Returns ``{"machine": {...}, "model": ..., "weights": ..., "peers": {...}, "results": [...]}``; see
     :class:`SpeculateResult`. What goes wrong with one task or one peer stands in the place of its figures.
@@ -217,6 +225,8 @@ def bench_speculate(
         for speculates in (False, True):
             progress("warming up")
             _turn(llm, warm, [SamplingParams(temperature=0, max_tokens=_WARM_UP)], 1, "warm-up", speculates)
+        if llm.engine.speculator is not None:
+            llm.engine.speculator.prepare(max(options.batches))
         for name, batch in itertools.product(options.tasks, options.batches):
             for mode in options.modes:
                 try:
@@ -227,7 +237,10 @@ def bench_speculate(
                     results.append(SpeculateResult(name, batch, mode, OURS, error=str(error)))
                     continue
                 rivals = peers if mode == "free" else []
-                results += _Race(llm, name, batch, mode, chosen, options, rivals, progress).results()
+                found = _Race(llm, name, batch, mode, chosen, options, rivals, progress).results()
+                for each in found:
+                    told(_line(each))
+                results += found
     about = {peer.name: peer.report() for peer in peers}
     return {
         "machine": describe(),
@@ -239,6 +252,16 @@ def bench_speculate(
         "peers": about,
         "results": [asdict(each) for each in results],
     }
+
+
+def _line(result: SpeculateResult) -> str:
+    """What is known of one contestant, before everything is."""
+    who = f"{result.task}, {result.mode}, batch {result.batch}: {result.contestant}"
+    if result.tokens_per_s is None:
+        return f"{who}: {result.error}"
+    ratio = "" if result.ratio is None else f", {result.ratio:.2f} times that without drafts"
+    over = "" if result.over_peer is None else f"; gossamer is {result.over_peer:.2f} times as fast"
+    return f"{who}: {result.tokens_per_s:.1f} tok/s{ratio}{over}"
 
 
 def _requests(llm: LLM, name: str, options: SpeculateOptions) -> list[_Request]:
@@ -301,7 +324,8 @@ class _Race:
         failed: dict[str, str] = {}
         params = [each.params(self.mode, self.options.new) for each in self.requests]
         for number in range(self.options.rounds):
-            for speculates, turns in ((False, off), (True, on)):
+            order = ((False, off), (True, on))
+            for speculates, turns in order if number % 2 == 0 else reversed(order):
                 if OURS in failed:
                     break
                 self._note(number, f"{OURS} with drafts" if speculates else OURS)

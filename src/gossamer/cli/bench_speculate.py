@@ -70,7 +70,7 @@ def speculate(
     # so that no server is left behind
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with load_llm(model, options, threads) as llm, stderr.status("starting") as status:
-        report = bench_speculate(llm, asked, progress=status.update)
+        report = bench_speculate(llm, asked, progress=status.update, told=stderr.print)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -260,6 +260,8 @@ def _warm_up(llm: LLM) -> None:
     ids = engine.intake.encode("Warm-up " * 8, "warm-up")[1][: engine.max_model_len - 1]
     prompts = [{"prompt_token_ids": ids[index:]} for index in range(min(4, len(ids), engine.scheduler.max_num_seqs))]
     llm.generate(prompts, WARM_UP, False)
+    if engine.speculator is not None:
+        engine.speculator.prepare(engine.scheduler.max_num_seqs)
     engine.tree.evict(engine.budget.total)
     engine.reset_stats()
 

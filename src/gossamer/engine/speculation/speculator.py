@@ -49,7 +49,7 @@ class Speculator:
 
     Args:
         config: what may be drafted.
-        measure: what rows cost; called when there is a draft for the first time.
+        measure: what rows cost; called by :meth:`prepare`, or when there is a draft for the first time.
         vocab_size: of the model; a tokenizer may have more tokens.
         row_seconds_per_key: what attention to one key costs a row, over all layers.
         tree: whose nodes are indexed, once for all their readers.
@@ -89,6 +89,12 @@ class Speculator:
         self._look_up_seconds = 0.0  # that it takes
         self._least = 0.0  # chance of a token that was considered in the last step
 
+    def prepare(self, rows: int) -> None:
+        """Time steps now, of up to ``rows`` without drafts, so that no request waits for it."""
+        if self.time is None:
+            self.time = self._measure()
+        self.time.reach(rows + _TILE)
+
     # --- before a step -----------------------------------------------------------------------------------------
 
     def propose(self, works: Many[Work]) -> None:
@@ -107,15 +113,12 @@ class Speculator:
         rows = sum(work.count for work in works)
         ready = [work for work in works if work.sequence.generate and work.end == len(work.sequence.tokens)]
         sampled = len(ready)
-        if self.time is None and any(room(work) > 0 and self._may_draft(work.sequence) for work in ready):
-            before = time.perf_counter()
-            self.time = self._measure()
-            start += time.perf_counter() - before  # which is no looking up
-        if self.time is None:
+        if self.time is None and not any(room(work) > 0 and self._may_draft(work.sequence) for work in ready):
             return
         before = time.perf_counter()
-        self.time.reach(rows + _TILE)
-        start += time.perf_counter() - before
+        self.prepare(rows)
+        start += time.perf_counter() - before  # which is no looking up
+        assert self.time is not None
         self._least = max(self.config.suffix_decoding_min_token_prob, least_chance(self.time, rows, sampled))
         for work in ready:
             if (left := room(work)) > 0 and (found := self._draft(work.sequence, left, self._least)) is not None:
