@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -285,9 +286,11 @@ NB_MODULE(_native, m) {
   address<&StepInput::summary>(step, "summary");
   address<&StepInput::report>(step, "report");
   nb::class_<Program>(m, "Program")
-      .def("__init__", [](Program* self, const std::string& isa, int64_t layers, int64_t heads, int64_t kv_heads, int64_t dim,
+      .def("__init__", [](Program* self, const std::string& isa, int64_t heads, const std::vector<std::pair<int64_t, int64_t>>& layers,
                           const std::string& kv, int64_t max_rows, bool invariant) {
-        new (self) Program(kernels_of(isa), Shape{layers, heads, kv_heads, dim, type_of(kv), invariant}, max_rows);
+        Shape shape{heads, {}, type_of(kv), invariant};
+        for (const auto& [kv_heads, dim] : layers) shape.layers.push_back({kv_heads, dim});
+        new (self) Program(kernels_of(isa), std::move(shape), max_rows);
       })
       .def("buffer", &Program::buffer)
       .def("prepared", [](Program& self, const std::string& type, int64_t k, int64_t times) {
@@ -313,21 +316,25 @@ NB_MODULE(_native, m) {
         self.linear(std::move(weight), prepared, to, add, activation_of(gate), last, addend);
       })
       .def("low_rank", &Program::low_rank)
-      .def("route", [](Program& self, int source, int64_t experts, int64_t chosen, bool renormalize, float margin, int64_t preference) {
-        self.route(source, experts, chosen, renormalize, margin, at<const float>(preference));
+      .def("route", [](Program& self, int source, int64_t experts, int64_t chosen, bool renormalize, float margin,
+                       int64_t preference, int64_t factors) {
+        self.route(source, experts, chosen, renormalize, margin, at<const float>(preference), at<const float>(factors));
       })
       .def("experts", [](Program& self, std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, const std::string& gate) {
         self.experts(std::move(weights), prepared, to, activation_of(gate));
       })
       .def("combine", &Program::combine)
       .def("add_gated", &Program::add_gated)
-      .def("add_normed", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int to) {
-        self.add_normed(source, at<const float>(gain), epsilon, k, to);
+      .def("add_normed", [](Program& self, int source, int64_t gain, float epsilon, int64_t k, int64_t groups, float factor, int to) {
+        self.add_normed(source, at<const float>(gain), epsilon, k, groups, factor, to);
       })
-      .def("rotate_and_store", [](Program& self, int source, int64_t layer, int table, int64_t rotated, int64_t query_gain,
-                                  int64_t key_gain, bool whole, bool after, float epsilon, float scale, int query_table) {
-        self.rotate_and_store(source, layer, table, rotated, at<const float>(query_gain), at<const float>(key_gain), whole, after,
-                              epsilon, scale, query_table);
+      .def("multiply", &Program::multiply)
+      .def("clear", &Program::clear)
+      .def("rotate_and_store", [](Program& self, int source, int64_t layer, bool stores, int table, int64_t rotated,
+                                  int64_t query_gain, int64_t key_gain, bool norm_values, bool whole, bool after, float epsilon,
+                                  float scale, int query_table) {
+        self.rotate_and_store(source, layer, stores, table, rotated, at<const float>(query_gain), at<const float>(key_gain),
+                              norm_values, whole, after, epsilon, scale, query_table);
       })
       .def("attend", [](Program& self, int64_t layer, int64_t window, float cap, int64_t sinks) {
         self.attend(layer, window, cap, at<const float>(sinks));

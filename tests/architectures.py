@@ -31,6 +31,16 @@ _EXPERTS = {
     "shared_expert_intermediate_size": 16,
 }
 
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+    "sliding_window": 11,
+    "vocab_size_per_layer_input": VOCAB,
+    "use_double_wide_mlp": True,
+}
+
 # name -> (config class, model class, what differs from _SMALL)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
@@ -59,6 +69,23 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         {"head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        _GEMMA4 | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    ),
+    "gemma4_large": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        _GEMMA4 | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "gemma4_experts": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        _GEMMA4
+        | {"hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+        | {"moe_intermediate_size": 24},
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
@@ -284,6 +311,9 @@ def make_model(name: str, **more: Any) -> Any:
     for parameter in model.parameters():
         if parameter.dim() == 1 and parameter.numel() > 1:  # sinks, biases and norms start as constants
             torch.nn.init.normal_(parameter, std=0.1, mean=float(parameter.mean()))
+    for module in model.modules():
+        if hasattr(module, "layer_scalar"):
+            module.layer_scalar.fill_(0.7)
     return model
 
 

@@ -72,6 +72,7 @@ NATIVE = (
     *("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma3", "phi3", "phi3_partial", "olmo2", "olmo3"),
     *("granite", "smollm3", "glm4", "exaone4", "seed_oss", "hunyuan"),
     *("gemma", "gemma2", "cohere", "cohere2", "olmo", "ministral", "ministral3", "phi", "starcoder2", "ernie4_5"),
+    *("gemma4", "gemma4_large", "gemma4_experts"),
     *("gpt_neox", "gpt_neox_serial", "gpt2"),
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "ernie4_5_moe", "gpt_oss"),
 )

@@ -175,7 +175,7 @@ def test_experts_stay_as_the_file_stores_them(kind: str, tmp_path: Path) -> None
         scores.append(model(IDS).logits)
     assert torch.allclose(scores[0], scores[1], atol=1e-2 * scores[1].std())
     with LLM(file, runner="native") as llm, LLM(file, weights="dequantized", dtype="float32") as plain:
-        experts = llm.engine.runner.decoder.layers[0].mlp.layers  # type: ignore[attr-defined]  # it is native
+        experts = llm.engine.runner.decoder.layers[0].experts.layers  # type: ignore[attr-defined]  # it is native
         assert {each.block_types for each in (*experts.gate_up, *experts.down)} == {(kind,)}
         ours, expected = (
             torch.tensor(each.score({"prompt_token_ids": prompt}, use_tqdm=False)[0].token_logprobs[1:])

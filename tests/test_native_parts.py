@@ -12,7 +12,6 @@ from torch import nn
 from architectures import make_model
 from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import core
-from gossamer.native.decoder import Experts
 from gossamer.native.weights import some_outputs
 from gossamer.nn import Int8Linear, StoredLinear
 from gossamer.options import RunnerOptions
@@ -109,8 +108,8 @@ def test_int8_experts_are_near_those_in_floating_point(outliers: Any) -> None:
     plain = NativeRunner(replaced(copy.deepcopy(model)), max_rows=64)
     quantize(model, outliers=outliers, skip=("lm_head",))
     int8 = NativeRunner(replaced(model), max_rows=64)
-    experts = int8.decoder.layers[0].mlp
-    assert isinstance(experts, Experts) and {each.type for each in experts.layers.gate_up} == {"int8"}
+    experts = int8.decoder.layers[0].experts
+    assert experts is not None and {each.type for each in experts.layers.gate_up} == {"int8"}
     found = [logits_of(runner, list(range(5, 40))) for runner in (plain, int8)]
     error = (found[0] - found[1]).norm() / found[0].norm()
     assert 0 < error < 0.05

@@ -105,15 +105,16 @@ struct Prepare final : Op {
   Decomposition rule;
   std::vector<uint8_t> columns;
   Rows which;
-  int64_t window;               // of the attention whose results are merged
+  int64_t window;               // of the attention whose results are merged, in a layer
+  LayerShape of;                // of this shape
   std::vector<float> sinks, nothing;  // of attention: the states (heads, 2) of the sinks and what they add, zeros (D)
   Prepare* marker = nullptr;    // the op before, which marks the columns that this one takes out
   bool marks = false;
 
   Prepare(int source, std::vector<float> gain, float number, int64_t k, std::vector<int64_t> order, int to, Decomposition rule,
-          Rows which, int64_t window)
+          Rows which, int64_t window, LayerShape of)
       : Op(source == ATTENTION ? "merge" : gain.empty() ? "quantize" : "norm"), source(source), gain(std::move(gain)),
-        epsilon(number), factor(number), k(k), order(std::move(order)), to(to), rule(rule), which(which), window(window) {
+        epsilon(number), factor(number), k(k), order(std::move(order)), to(to), rule(rule), which(which), window(window), of(of) {
     if (!this->order.empty() && !this->gain.empty()) {
       const std::vector<float> own = this->gain;
       for (int64_t i = 0; i < k; ++i) this->gain[i] = own[this->order[i]];
@@ -124,9 +125,9 @@ struct Prepare final : Op {
     }
   }
 
-  void take_sinks(const std::vector<float>& scores, int64_t dim) {
+  void take_sinks(const std::vector<float>& scores) {
     for (const float score : scores) sinks.insert(sinks.end(), {score, 1.0f});
-    if (!scores.empty()) nothing.assign(dim, 0.0f);
+    if (!scores.empty()) nothing.assign(of.dim, 0.0f);
   }
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
@@ -163,7 +164,7 @@ struct Prepare final : Op {
   }
 
   const float* merged(Program& program, int64_t row, Thread& thread) const {
-    const Program::Tasks& tasks = program.tasks(window);
+    const Program::Tasks& tasks = program.tasks(window, of);
     const Shape& shape = program.shape;
     const int64_t begin = tasks.part_of_row[row], count = tasks.part_of_row[row + 1] - begin;
     thread.outs.resize(count + 1);
@@ -171,7 +172,7 @@ struct Prepare final : Op {
     for (int64_t h = 0; h < shape.heads; ++h) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t place = tasks.parts[begin + i] * shape.heads + h;
-        thread.outs[i] = program.partial_out.as<float>() + place * shape.dim;
+        thread.outs[i] = program.partial_out.as<float>() + place * of.dim;
         thread.states[i] = program.partial_state.as<float>() + place * 2;
       }
       int64_t joined = shape.invariant ? join_ranges(program, tasks, begin, count, thread) : count;
@@ -179,18 +180,18 @@ struct Prepare final : Op {
         thread.outs[joined] = const_cast<float*>(nothing.data());
         thread.states[joined++] = const_cast<float*>(sinks.data() + 2 * h);
       }
-      program.kernels.merge(thread.outs.data(), thread.states.data(), joined, shape.dim, thread.merged + h * shape.dim);
+      program.kernels.merge(thread.outs.data(), thread.states.data(), joined, of.dim, thread.merged + h * of.dim);
     }
     return thread.merged;
   }
 
   // Joins the thread's results of each range into the first of them; how many ranges there are.
-  static int64_t join_ranges(Program& program, const Program::Tasks& tasks, int64_t begin, int64_t count, Thread& thread) {
+  int64_t join_ranges(Program& program, const Program::Tasks& tasks, int64_t begin, int64_t count, Thread& thread) const {
     int64_t ranges = 0, before = -1;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t range = tasks.range_of[tasks.parts[begin + i]];
       if (range == before) {
-        program.kernels.join(thread.outs[ranges - 1], thread.states[ranges - 1], thread.outs[i], thread.states[i], program.shape.dim);
+        program.kernels.join(thread.outs[ranges - 1], thread.states[ranges - 1], thread.outs[i], thread.states[i], of.dim);
         continue;
       }
       thread.outs[ranges] = thread.outs[i];
@@ -236,10 +237,11 @@ struct Route final : Op {
   int64_t experts, chosen;
   bool renormalize;
   float margin;
-  std::vector<float> preference;
-  Route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, std::vector<float> preference)
+  std::vector<float> preference, factors;
+  Route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, std::vector<float> preference,
+        std::vector<float> factors)
       : Op("router"), source(source), experts(experts), chosen(chosen), renormalize(renormalize), margin(margin),
-        preference(std::move(preference)) {}
+        preference(std::move(preference)), factors(std::move(factors)) {}
 
   void run(Program& program, const StepInput& step, Thread&) override {
     phase.run(1, 1, [&](int64_t, int64_t) { choose(program, step.rows); });
@@ -254,6 +256,8 @@ struct Route final : Op {
       if (margin > 0) choose_apart(logits, best.data() + t * chosen, r.share.data() + t * chosen);
       else choose_for(logits, best.data() + t * chosen, r.share.data() + t * chosen);
     }
+    if (!factors.empty())
+      for (int64_t i = 0; i < rows * chosen; ++i) r.share[i] *= factors[best[i]];
     for (const int64_t e : best) ++count[e + 1];
     r.expert.clear();
     r.first.clear();
@@ -450,18 +454,50 @@ struct AddNormed final : Op {
   int source;
   std::vector<float> gain;
   float epsilon;
-  int64_t k;
+  int64_t k, groups;
+  float factor;
   int to;
-  AddNormed(int source, std::vector<float> gain, float epsilon, int64_t k, int to)
-      : Op("norm"), source(source), gain(std::move(gain)), epsilon(epsilon), k(k), to(to) {}
+  AddNormed(int source, std::vector<float> gain, float epsilon, int64_t k, int64_t groups, float factor, int to)
+      : Op("norm"), source(source), gain(std::move(gain)), epsilon(epsilon), k(k), groups(groups), factor(factor), to(to) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const float* x = program.buffers[source].row(r);
-        const float inverse = 1.0f / std::sqrt(program.kernels.square_sum(x, k) / static_cast<float>(k) + epsilon);
-        program.kernels.scale_row(x, inverse, gain.data(), k, program.buffers[to].row(r), true);
+        float* y = program.buffers[to].row(r);
+        for (int64_t g = 0; g < groups; ++g, x += k, y += k) {
+          const float inverse = 1.0f / std::sqrt(program.kernels.square_sum(x, k) / static_cast<float>(k) + epsilon);
+          program.kernels.scale_row(x, inverse, gain.data(), k, y, true);
+          if (factor != 1) program.kernels.scale_row(y, factor, nullptr, k, y, false);
+        }
       }
+    });
+  }
+};
+
+struct Multiply final : Op {
+  int buffer, by;
+  int64_t first, k;
+  Multiply(int buffer, int by, int64_t first, int64_t k) : Op("activation"), buffer(buffer), by(by), first(first), k(k) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* x = program.buffers[buffer].row(r);
+        program.kernels.scale_row(x, 1.0f, program.buffers[by].row(r) + first, k, x, false);
+      }
+    });
+  }
+};
+
+struct Clear final : Op {
+  int buffer;
+  explicit Clear(int buffer) : Op("combine"), buffer(buffer) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
+      const Program::Buffer& x = program.buffers[buffer];
+      std::memset(x.row(first), 0, (last - first) * x.width * sizeof(float));
     });
   }
 };
@@ -469,51 +505,65 @@ struct AddNormed final : Op {
 struct RotateAndStore final : Op {
   int source;
   int64_t layer;
+  bool stores;
   int table;
   int64_t rotated;
   HeadNorms norms;
   float scale;
   int query_table;
-  RotateAndStore(int source, int64_t layer, int table, int64_t rotated, HeadNorms norms, float scale, int query_table)
-      : Op("rotary"), source(source), layer(layer), table(table), rotated(rotated), norms(std::move(norms)), scale(scale),
-        query_table(query_table) {}
+  RotateAndStore(int source, int64_t layer, bool stores, int table, int64_t rotated, HeadNorms norms, float scale, int query_table)
+      : Op("rotary"), source(source), layer(layer), stores(stores), table(table), rotated(rotated), norms(std::move(norms)),
+        scale(scale), query_table(query_table) {}
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
+    const LayerShape of = s.layers[layer];
     const Kernels& kernels = program.kernels;
-    const int64_t width = bytes_of(s.kv), fields = 2 * s.layers + 1;
-    const Type query = query_type(s.kv);
+    const int64_t dim = of.dim, query_bytes = dim * bytes_of(query_type(s.kv));
     const auto row_of = [&](int which, int64_t r) {
       return reinterpret_cast<const float*>(step.tables[which]) + step.positions[r] * (rotated / 2);
     };
     phase.run(step.rows, grain_of(step.rows, thread.count), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const float* x = program.buffers[source].row(r);
-        const float *cosine = row_of(2 * table, r), *sine = row_of(2 * table + 1, r);
-        const float *query_cosine = row_of(2 * query_table, r), *query_sine = row_of(2 * query_table + 1, r);
-        uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * s.dim * bytes_of(query);
-        const float inverse_queries = inverse_of_all(kernels, x, norms.queries, s.heads * s.dim);
-        const float inverse_keys = inverse_of_all(kernels, x + s.heads * s.dim, norms.keys, s.kv_heads * s.dim);
-        for (int64_t h = 0; h < s.heads; ++h, x += s.dim)
-          turn(kernels, x, norms.queries, h, inverse_queries, query_cosine, query_sine, s.dim, scale, q + h * s.dim * bytes_of(query),
-               query, thread);
-        const int64_t* target = step.target + step.place[2 * r] * fields;
-        uint8_t* keys = reinterpret_cast<uint8_t*>(target[layer]) + step.place[2 * r + 1] * width;
-        uint8_t* values = reinterpret_cast<uint8_t*>(target[s.layers + layer]) + step.place[2 * r + 1] * width;
-        const int64_t to_next = target[2 * s.layers] * width;
-        for (int64_t h = 0; h < s.kv_heads; ++h) {
-          const float *key = x + h * s.dim, *value = x + (s.kv_heads + h) * s.dim;
-          if (s.kv == Type::int8) {
-            turn(kernels, key, norms.keys, h, inverse_keys, cosine, sine, s.dim, 1.0f, thread.merged, Type::f32, thread);
-            kernels.quantize(thread.merged, s.dim, keys + h * to_next);
-            kernels.quantize(value, s.dim, values + h * to_next);
-          } else {
-            turn(kernels, key, norms.keys, h, inverse_keys, cosine, sine, s.dim, 1.0f, keys + h * to_next, s.kv, thread);
-            kernels.convert(value, s.dim, values + h * to_next, s.kv);
-          }
-        }
+        const float *cosine = row_of(2 * query_table, r), *sine = row_of(2 * query_table + 1, r);
+        uint8_t* q = program.queries.as<uint8_t>() + r * s.heads * query_bytes;
+        const float inverse = inverse_of_all(kernels, x, norms.queries, s.heads * dim);
+        for (int64_t h = 0; h < s.heads; ++h, x += dim)
+          turn(kernels, x, norms.queries, h, inverse, cosine, sine, dim, scale, q + h * query_bytes, query_type(s.kv), thread);
+        if (stores) store(program, step, r, x, row_of(2 * table, r), row_of(2 * table + 1, r), thread);
       }
     });
+  }
+
+  // The keys of row r, at x, and the values behind them.
+  void store(const Program& program, const StepInput& step, int64_t r, const float* x, const float* cosine, const float* sine,
+             Thread& thread) const {
+    const Shape& s = program.shape;
+    const LayerShape of = s.layers[layer];
+    const Kernels& kernels = program.kernels;
+    const int64_t* place = step.place + 3 * r;
+    const int64_t* target = step.target + place[0] * s.fields();
+    const int64_t row_bytes = kv_bytes(s.kv, of.dim), layers = static_cast<int64_t>(s.layers.size());
+    const float inverse = inverse_of_all(kernels, x, norms.keys, of.kv_heads * of.dim);
+    for (int64_t h = 0; h < of.kv_heads; ++h) {
+      const float *key = x + h * of.dim, *value = x + (of.kv_heads + h) * of.dim;
+      const int64_t at = of.entry(place[1], h, target[2 * layers], place[2]) * row_bytes;
+      uint8_t *keys = reinterpret_cast<uint8_t*>(target[layer]) + at, *values = reinterpret_cast<uint8_t*>(target[layers + layer]) + at;
+      if (s.kv == Type::int8) {
+        turn(kernels, key, norms.keys, h, inverse, cosine, sine, of.dim, 1.0f, thread.merged, Type::f32, thread);
+        kernels.quantize(thread.merged, of.dim, keys);
+      } else {
+        turn(kernels, key, norms.keys, h, inverse, cosine, sine, of.dim, 1.0f, keys, s.kv, thread);
+      }
+      if (norms.values) {
+        const float mean = kernels.square_sum(value, of.dim) / static_cast<float>(of.dim);
+        kernels.scale_row(value, 1.0f / std::sqrt(mean + norms.epsilon), nullptr, of.dim, thread.merged, false);
+        value = thread.merged;
+      }
+      if (s.kv == Type::int8) kernels.quantize(value, of.dim, values);
+      else kernels.convert(value, of.dim, values, s.kv);
+    }
   }
 
   float inverse_of_all(const Kernels& kernels, const float* x, const std::vector<float>& gain, int64_t size) const {
@@ -543,45 +593,48 @@ struct Attend final : Op {
 
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
-    const Program::Tasks& tasks = program.tasks(window);
-    const int64_t width = bytes_of(s.kv), row_bytes = kv_bytes(s.kv, s.dim), fields = 2 * s.layers + 1, group = s.heads / s.kv_heads;
+    const LayerShape of = s.layers[layer];
+    const Program::Tasks& tasks = program.tasks(window, of);
+    const int64_t row_bytes = kv_bytes(s.kv, of.dim), fields = s.fields(), group = s.heads / of.kv_heads;
+    const int64_t layers = static_cast<int64_t>(s.layers.size());
     AttentionTask task{};
     task.type = s.kv;
-    task.dim = s.dim;
+    task.dim = of.dim;
     task.q = program.queries.as<void>();
-    task.q_stride = s.heads * s.dim;
+    task.q_stride = s.heads * of.dim;
     task.position = step.positions;
     task.group = group;
     task.window = window;
     task.cap = cap;
-    task.out_stride = s.heads * s.dim;
+    task.out_stride = s.heads * of.dim;
     task.state_stride = s.heads * 2;
     task.scratch = thread.attention;
     phase.run(static_cast<int64_t>(tasks.groups.size()) - 1, 1, [&](int64_t g, int64_t) {
       const auto first_byte = [&](const Program::Task& t, const int64_t* target) {
-        return (step.item[6 * t.item + 1] + t.head * target[2 * s.layers]) * width + t.first_key * row_bytes;
+        const int64_t* item = step.item + ITEM * t.item;
+        return of.entry(item[1], t.head, target[2 * layers], item[2] + t.first_key) * row_bytes;
       };
       for (int64_t i = tasks.groups[g]; i < tasks.groups[g + 1]; ++i) {
         const Program::Task& t = tasks.all[i];
-        const int64_t* item = step.item + 6 * t.item;
+        const int64_t* item = step.item + ITEM * t.item;
         const int64_t* target = step.target + item[0] * fields;
         const int64_t first = first_byte(t, target);
         task.next_keys = task.next_values = nullptr;
         if (i + 1 < tasks.groups[g + 1] && tasks.all[i + 1].keys * row_bytes <= SHORT) {
           const Program::Task& soon = tasks.all[i + 1];
-          const int64_t* there = step.target + step.item[6 * soon.item] * fields;
+          const int64_t* there = step.target + step.item[ITEM * soon.item] * fields;
           const int64_t next = first_byte(soon, there);
           task.next_keys = reinterpret_cast<const uint8_t*>(there[layer]) + next;
-          task.next_values = reinterpret_cast<const uint8_t*>(there[s.layers + layer]) + next;
+          task.next_values = reinterpret_cast<const uint8_t*>(there[layers + layer]) + next;
         }
-        task.tokens = step.item_rows + item[4] + t.first_row;
+        task.tokens = step.item_rows + item[5] + t.first_row;
         task.rows = t.rows;
         task.head = t.head * group;
         task.keys = reinterpret_cast<const uint8_t*>(target[layer]) + first;
-        task.values = reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + first;
+        task.values = reinterpret_cast<const uint8_t*>(target[layers + layer]) + first;
         task.n = t.keys;
-        task.start = item[3] + t.first_key;
-        task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * s.dim;
+        task.start = item[4] + t.first_key;
+        task.out = program.partial_out.as<float>() + (t.partial * s.heads + task.head) * of.dim;
         task.state = program.partial_state.as<float>() + (t.partial * s.heads + task.head) * 2;
         if (s.invariant) {
           if (t.sources) gather(program, step, t, thread, task);
@@ -590,12 +643,12 @@ struct Attend final : Op {
         }
         if (cap == 0 && step.has_means(t.item, window)) {
           const Summary& summary = step.summary[step.within[t.item]];
-          const int64_t at = layer * s.kv_heads + t.head, blocks = summary.blocks;
+          const int64_t at = layer * of.kv_heads + t.head, blocks = summary.blocks;
           const auto head = [&](int64_t from, int64_t count) { return reinterpret_cast<const uint8_t*>(from) + at * count * row_bytes; };
           const float* control = reinterpret_cast<const float*>(summary.control) + 2 * at;
           if (control[0] > 0) {
-            task.keys = head(summary.keys, item[2]);
-            task.values = head(summary.values, item[2]);
+            task.keys = head(summary.keys, item[3]);
+            task.values = head(summary.values, item[3]);
             const KeyMeans means{head(summary.mean_keys, blocks), head(summary.mean_values, blocks),
                                  reinterpret_cast<const float*>(summary.spread) + at * round_up(blocks, PANEL), blocks,
                                  control[0], control[1], program.means_scratch_of(thread), step.check,
@@ -612,18 +665,19 @@ struct Attend final : Op {
   // The task's keys and values from all over the step.
   void gather(Program& program, const StepInput& step, const Program::Task& t, Thread& thread, AttentionTask& task) const {
     const Shape& s = program.shape;
-    const int64_t width = bytes_of(s.kv), row_bytes = kv_bytes(s.kv, s.dim), fields = 2 * s.layers + 1;
+    const LayerShape of = s.layers[layer];
+    const int64_t row_bytes = kv_bytes(s.kv, of.dim), layers = static_cast<int64_t>(s.layers.size());
     uint8_t *keys = thread.gathered, *values = thread.gathered + INVARIANT_KEYS * row_bytes;
     task.keys = keys;
     task.values = values;
-    const auto& sources = program.tasks(window).sources;
+    const auto& sources = program.tasks(window, of).sources;
     for (int64_t i = t.first_source; i < t.first_source + t.sources; ++i) {
-      const int64_t* item = step.item + 6 * sources[i].item;
-      const int64_t* target = step.target + item[0] * fields;
-      const int64_t first = (item[1] + t.head * target[2 * s.layers]) * width + sources[i].first_key * row_bytes;
+      const int64_t* item = step.item + ITEM * sources[i].item;
+      const int64_t* target = step.target + item[0] * s.fields();
+      const int64_t first = of.entry(item[1], t.head, target[2 * layers], item[2] + sources[i].first_key) * row_bytes;
       const int64_t bytes = sources[i].keys * row_bytes;
       std::memcpy(keys, reinterpret_cast<const uint8_t*>(target[layer]) + first, bytes);
-      std::memcpy(values, reinterpret_cast<const uint8_t*>(target[s.layers + layer]) + first, bytes);
+      std::memcpy(values, reinterpret_cast<const uint8_t*>(target[layers + layer]) + first, bytes);
       keys += bytes;
       values += bytes;
     }

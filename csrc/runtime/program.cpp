@@ -17,9 +17,15 @@ std::vector<T> copy(const T* values, int64_t k) {
 
 }  // namespace
 
-Program::Program(const Kernels& kernels, Shape shape, int64_t max_rows) : kernels(kernels), shape(shape), max_rows(max_rows) {
-  queries = Memory(max_rows * shape.heads * shape.dim * bytes_of(query_type(shape.kv)));
-  largest_k_ = shape.heads * shape.dim;
+int64_t Shape::widest() const {
+  int64_t dim = 0;
+  for (const LayerShape& layer : layers) dim = std::max(dim, layer.dim);
+  return dim;
+}
+
+Program::Program(const Kernels& kernels, Shape of, int64_t max_rows) : kernels(kernels), shape(std::move(of)), max_rows(max_rows) {
+  largest_k_ = shape.heads * shape.widest();
+  queries = Memory(max_rows * largest_k_ * bytes_of(query_type(shape.kv)));
   buffers.push_back({0, Memory()});
 }
 
@@ -36,7 +42,7 @@ int Program::prepared(Type type, int64_t k, int64_t times) {
 }
 
 void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
-  vocabulary_ = table->packed().n;
+  vocabulary_ = std::min(vocabulary_, table->packed().n);
   ops_.push_back(std::make_unique<Embed>(table->packed(), factor, to));
   weights_.push_back(std::move(table));
 }
@@ -60,9 +66,9 @@ void Program::glu(int buffer, int64_t k, Activation by, bool sorted) {
 void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                       bool whole_columns, Rows which) {
   const auto add = [&] {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_));
+    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_, last_shape_));
     Prepare* made = static_cast<Prepare*>(ops_.back().get());
-    if (source == ATTENTION) made->take_sinks(last_sinks_, shape.dim);
+    if (source == ATTENTION) made->take_sinks(last_sinks_);
     return made;
   };
   Prepare* first = add();
@@ -77,8 +83,10 @@ void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool 
   weights_.push_back(std::move(weight));
 }
 
-void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference) {
-  ops_.push_back(std::make_unique<Route>(source, experts, chosen, renormalize, margin, copy(preference, experts)));
+void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference,
+                    const float* factors) {
+  ops_.push_back(
+      std::make_unique<Route>(source, experts, chosen, renormalize, margin, copy(preference, experts), copy(factors, experts)));
 }
 
 void Program::experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate) {
@@ -112,22 +120,31 @@ void Program::low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<st
       if (each) weights_.push_back(std::move(each));
 }
 
-void Program::add_normed(int source, const float* gain, float epsilon, int64_t k, int to) {
-  ops_.push_back(std::make_unique<AddNormed>(source, copy(gain, k), epsilon, k, to));
+void Program::add_normed(int source, const float* gain, float epsilon, int64_t k, int64_t groups, float factor, int to) {
+  ops_.push_back(std::make_unique<AddNormed>(source, copy(gain, k), epsilon, k, groups, factor, to));
 }
 
-void Program::rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                               const float* key_gain, bool whole, bool after, float epsilon, float scale, int query_table) {
-  const int64_t queries = shape.dim * (whole ? shape.heads : 1), keys = shape.dim * (whole ? shape.kv_heads : 1);
-  HeadNorms norms{copy(query_gain, queries), copy(key_gain, keys), whole, after, epsilon};
-  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, table, rotated, std::move(norms), scale, query_table));
+void Program::multiply(int buffer, int by, int64_t first, int64_t k) {
+  ops_.push_back(std::make_unique<Multiply>(buffer, by, first, k));
+}
+
+void Program::clear(int buffer) { ops_.push_back(std::make_unique<Clear>(buffer)); }
+
+void Program::rotate_and_store(int source, int64_t layer, bool stores, int table, int64_t rotated, const float* query_gain,
+                               const float* key_gain, bool norm_values, bool whole, bool after, float epsilon, float scale,
+                               int query_table) {
+  const LayerShape of = shape.layers.at(layer);
+  const int64_t queries = of.dim * (whole ? shape.heads : 1), keys = of.dim * (whole ? of.kv_heads : 1);
+  HeadNorms norms{copy(query_gain, queries), copy(key_gain, keys), norm_values, whole, after, epsilon};
+  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, stores, table, rotated, std::move(norms), scale, query_table));
 }
 
 void Program::attend(int64_t layer, int64_t window, float cap, const float* sinks) {
   ops_.push_back(std::make_unique<Attend>(layer, window, cap));
   last_window_ = window;
+  last_shape_ = shape.layers.at(layer);
   last_sinks_ = copy(sinks, shape.heads);
-  tasks_[window];
+  tasks_[{window, last_shape_.kv_heads}];
 }
 
 void Program::cap_logits(int64_t vocabulary, float most) { ops_.push_back(std::make_unique<CapLogits>(vocabulary, most)); }
@@ -168,10 +185,10 @@ void Program::step(const StepInput& input, int threads) {
   for (int64_t r = 0; r < input.rows; ++r)
     if (input.positions[r] < 0 || input.positions[r] >= positions_) throw std::invalid_argument("a position has no embedding");
   while (static_cast<int>(threads_.size()) < threads) {
-    threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.dim));
-    if (shape.invariant) threads_.back().hold_blocks(shape.kv, shape.dim);
+    threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.widest()));
+    if (shape.invariant) threads_.back().hold_blocks(shape.kv, shape.widest());
   }
-  for (auto& [window, tasks] : tasks_) plan(input, window, threads);
+  for (auto& [of, tasks] : tasks_) plan(input, of.first, of.second, threads, tasks);
   make_room(input, threads);
   for (auto& op : ops_) op->phase.reset();
   for (Thread& thread : threads_) {

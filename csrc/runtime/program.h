@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -16,7 +17,7 @@
 
 namespace gossamer {
 
-// Means that stand for the keys of a source, head by head; (L, H) is (layers, kv_heads).
+// Means that stand for the keys of a source, head by head; (L, H) is (layers, kv_heads), the latter alike in all layers.
 struct Summary {
   int64_t keys, values;       // (L, H, keys of the source, D): its keys and values, the near ones next to each other
   int64_t mean_keys, mean_values;  // (L, H, blocks, D)
@@ -30,10 +31,11 @@ struct StepInput {
   int64_t rows = 0, items = 0, logit_rows = 0;
   const int64_t* tokens = nullptr;      // (rows)
   const int64_t* positions = nullptr;   // (rows)
-  const int64_t* place = nullptr;       // (rows, 2): target, and where in it the row's key goes, in entries
-  const int64_t* target = nullptr;      // (targets, 2 layers + 1): keys and values of each layer; entries from head to head
-  const int64_t* item = nullptr;        // (items, 6): target, first entry, keys, position of the first key, first of
-                                        // item_rows, count
+  const int64_t* place = nullptr;       // (rows, 3): target, slot and token of it where the row's key goes
+  const int64_t* target = nullptr;      // (targets, 2 layers + 1): keys and values of each layer, (slots, kv_heads, tokens, D);
+                                        // tokens from head to head
+  const int64_t* item = nullptr;        // (items, ITEM): target, slot, first token, keys, position of the first key, first
+                                        // of item_rows, count
   const int32_t* item_rows = nullptr;   // rows that attend to an item
   const int64_t* logit_row = nullptr;   // (logit_rows)
   const int64_t* tables = nullptr;      // (rope tables, 2): cosines and sines, (positions, rotated / 2)
@@ -60,19 +62,34 @@ struct StepInput {
   }
 };
 
-struct Shape {
-  int64_t layers, heads, kv_heads, dim;
-  Type kv;
-  bool invariant;  // a row's results are the same, to the bit, whatever other rows and items the step has; see plan.cpp
+// Keys and values of a layer.
+struct LayerShape {
+  int64_t kv_heads, dim;
+
+  // Entry of a head's key, or value, of a token.
+  int64_t entry(int64_t slot, int64_t head, int64_t tokens, int64_t token) const { return (slot * kv_heads + head) * tokens + token; }
 };
 
-// RMSNorms of queries and keys; no gains: none.
+struct Shape {
+  int64_t heads;
+  std::vector<LayerShape> layers;  // of those that have keys and values
+  Type kv;
+  bool invariant;  // a row's results are the same, to the bit, whatever other rows and items the step has; see plan.cpp
+
+  int64_t fields() const { return 2 * static_cast<int64_t>(layers.size()) + 1; }  // of a target
+  int64_t widest() const;                                                         // head
+};
+
+// RMSNorms of queries and keys, no gains: none; and of values.
 struct HeadNorms {
   std::vector<float> queries, keys;  // (D) for every head, or (heads D)
+  bool values;                       // of each head, without gains
   bool whole;                        // all heads together, not each by itself
   bool after;                        // they are rotated, not before
   float epsilon;
 };
+
+constexpr int64_t ITEM = 7;  // fields
 
 // Which rows an op takes: all, those that need logits, those of a step sorted by the experts that were chosen for them (a
 // token as often as it has experts), or, of a buffer with such rows, all.
@@ -124,8 +141,9 @@ class Program {
   // over all of them, or with `renormalize` over the chosen.
   // `preference` (experts), unless null, is added to the softmax over all where they are chosen, and not to their shares.
   // With a `margin`, unless 0, the share of each is among those not chosen before it whose logits are as close as that,
-  // relative to the larger one.
-  void route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference);
+  // relative to the larger one. `factors` (experts), unless null, are those of the shares.
+  void route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference,
+             const float* factors);
   // The product of each sorted row with the weight of its expert; `prepared` and `to` hold such rows.
   void experts(std::vector<std::shared_ptr<Weight>> weights, int prepared, int to, Activation gate);
   // Adds to each row of `to` (width) its experts' rows of `source`, each times its share and `factor`.
@@ -133,9 +151,14 @@ class Program {
   // Adds to each row of `to` (width) that of `source` times the sigmoid of the first entry of `gate`, and `factor`.
   void add_gated(int source, int gate, int64_t width, float factor, int to);
   void low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between, int to);
-  void add_normed(int source, const float* gain, float epsilon, int64_t k, int to);
-  void rotate_and_store(int source, int64_t layer, int table, int64_t rotated, const float* query_gain,
-                        const float* key_gain, bool whole, bool after, float epsilon, float scale, int query_table);
+  // `to` (groups k) = factor (to + rms_norm(source)), each group of k entries by itself.
+  void add_normed(int source, const float* gain, float epsilon, int64_t k, int64_t groups, float factor, int to);
+  // The first k columns of a buffer times those of `by` from `first` on.
+  void multiply(int buffer, int by, int64_t first, int64_t k);
+  void clear(int buffer);
+  // The layer's queries, and unless another layer did so, its keys and values behind them.
+  void rotate_and_store(int source, int64_t layer, bool stores, int table, int64_t rotated, const float* query_gain,
+                        const float* key_gain, bool norm_values, bool whole, bool after, float epsilon, float scale, int query_table);
   // `sinks` (heads), unless null: scores, in base 2, of a key for each head whose value is 0, and which all rows see.
   void attend(int64_t layer, int64_t window, float cap, const float* sinks);
   void cap_logits(int64_t vocabulary, float most);
@@ -176,10 +199,11 @@ class Program {
     std::vector<int64_t> range_of;         // (partials) their results are joined range by range, where the shape is invariant
     int64_t partials = 0;
   };
-  const Tasks& tasks(int64_t window) const { return tasks_.at(window); }
+  // Of attention with a window, in a layer of this shape.
+  const Tasks& tasks(int64_t window, LayerShape of) const { return tasks_.at({window, of.kv_heads}); }
   const std::vector<Thread>& threads() const { return threads_; }
   double* report_of(int64_t layer, int64_t task) {
-    return reports_.data() + (layer * static_cast<int64_t>(tasks_.at(0).all.size()) + task) * MEANS_REPORT;
+    return reports_.data() + (layer * static_cast<int64_t>(tasks(0, shape.layers[layer]).all.size()) + task) * MEANS_REPORT;
   }
   float* means_scratch_of(const Thread& thread) const { return means_[thread.index].as<float>(); }
 
@@ -196,19 +220,21 @@ class Program {
  private:
   using Clock = std::chrono::steady_clock;
 
-  void plan(const StepInput& step, int64_t window, int threads);
-  void divide(const StepInput& step, int64_t window, int threads, Tasks& tasks) const;
-  void divide_invariantly(const StepInput& step, int64_t window, int threads, Tasks& tasks) const;
+  void plan(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks);
+  void divide(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks) const;
+  void divide_invariantly(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks) const;
   void make_room(const StepInput& step, int threads);
   void report(const StepInput& step) const;
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::shared_ptr<Weight>> weights_;
-  std::map<int64_t, Tasks> tasks_;  // by window
+  std::map<std::pair<int64_t, int64_t>, Tasks> tasks_;  // by window and kv_heads
   std::vector<Thread> threads_;
   std::vector<Memory> means_;     // of each thread
   std::vector<double> reports_;   // of each task with means, layer by layer
-  int64_t largest_k_ = 0, last_window_ = 0, vocabulary_ = 0, positions_ = INT64_MAX;
+  int64_t largest_k_ = 0, vocabulary_ = INT64_MAX, positions_ = INT64_MAX;
+  int64_t last_window_ = 0;       // of the attention that was recorded last, as
+  LayerShape last_shape_{1, 1};   // these
   std::vector<float> last_sinks_;
   std::vector<Clock::time_point> times_;  // of the last step: its start, then the end of each op
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;

@@ -81,7 +81,7 @@ class Native(Contestant):
         batch, heads, dim = problem.query.shape
         kv_heads, length, _ = problem.keys[0].shape
         layers, width = len(problem.keys), heads * dim
-        recorder = Recorder(isa, layers=layers, heads=heads, kv_heads=kv_heads, dim=dim, kv="bfloat16", max_rows=batch)
+        recorder = Recorder(isa, heads=heads, layers=[(kv_heads, dim)] * layers, kv="bfloat16", max_rows=batch)
         # token i is sequence i: its "embedding" is its query, and a key and value of its own, which nobody reads
         table = torch.zeros(batch, width + 2 * kv_heads * dim)
         table[:, :width] = problem.query.reshape(batch, width)
@@ -104,9 +104,9 @@ class Native(Contestant):
         arrays = {
             "tokens": tokens,
             "positions": np.full(batch, length),
-            "place": np.stack([np.ones(batch, np.int64), tokens * dim], axis=1),  # a row's own key goes to target 1
-            "target": np.array([[*addresses, length * dim], [*own_addresses, batch * dim]]),
-            "item": np.array([[0, 0, length, 0, 0, batch]]),  # one: the prefix, for all rows
+            "place": np.stack([tokens * 0 + 1, tokens * 0, tokens], axis=1),  # a row's own key goes to target 1
+            "target": np.array([[*addresses, length], [*own_addresses, batch]]),
+            "item": np.array([[0, 0, 0, length, 0, 0, batch]]),  # one: the prefix, for all rows
             "item_rows": tokens.astype(np.int32),
             "logit_row": tokens,
             "tables": np.array([[table.data_ptr() for table in rotary]]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +71,8 @@ def speculate(
     # so that no server is left behind
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with load_llm(model, options, threads) as llm, stderr.status("starting") as status:
-        report = bench_speculate(llm, asked, progress=status.update, told=stderr.print)
+        told = partial(stderr.print, soft_wrap=True, highlight=False)
+        report = bench_speculate(llm, asked, progress=status.update, told=told)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -113,6 +113,7 @@ NATIVE_ARCHITECTURES = {  # by model type
     "gemma": Architecture("Gemma"),
     "gemma2": _gemma("Gemma 2"),
     "gemma3_text": _gemma("Gemma 3"),
+    "gemma4_text": replace(_gemma("Gemma 4"), router="router"),
     "ministral": Architecture("Ministral"),
     "ministral3": Architecture("Ministral 3"),
     "phi3": Architecture("Phi-3", qkv=("qkv_proj",)),

@@ -54,18 +54,17 @@ def attention_seconds(
     targets = np.empty((2, 2 * layers + 1), np.int64)  # everybody's own, then the common ones
     targets[:, :-1] = [row.data_ptr() for row in stored]
     targets[1, :-1] += first_common * dtype.itemsize
-    targets[:, -1] = own * width, common * width  # entries from one head to the next
+    targets[:, -1] = own, common  # tokens from one head to the next
     rows = np.arange(readers)
-    items = np.zeros((readers, 6), np.int64)  # see StepInput in csrc/runtime/program.h
-    items[:, 1] = rows * kv_heads * own * width
-    items[:, 2], items[:, 3], items[:, 4], items[:, 5] = own, common, rows, 1
+    items = np.zeros((readers, 7), np.int64)  # see StepInput in csrc/runtime/program.h
+    items[:, 1], items[:, 3], items[:, 4], items[:, 5], items[:, 6] = rows, own, common, rows, 1
     item_rows = rows
     if common:
-        items = np.concatenate([items, np.array([[1, 0, common, 0, readers, readers]])])
+        items = np.concatenate([items, np.array([[1, 0, 0, common, 0, readers, readers]])])
         item_rows = np.concatenate([rows, rows])
     item_rows = item_rows.astype(np.int32)
     tokens, positions = np.zeros(readers, np.int64), np.full(readers, common + own - 1, np.int64)
-    place = np.zeros((readers, 2), np.int64)
+    place = np.zeros((readers, 3), np.int64)
     step = step_input(
         rows=readers,
         items=len(items),
@@ -88,7 +87,7 @@ def attention_seconds(
 def _program(
     isa: str, embedding: PackedLinear, layers: int, heads: int, kv_heads: int, dim: int, kv: str, rows: int
 ) -> Any:
-    recorder = Recorder(isa, layers=layers, heads=heads, kv_heads=kv_heads, dim=dim, kv=kv, max_rows=rows)
+    recorder = Recorder(isa, heads=heads, layers=[(kv_heads, dim)] * layers, kv=kv, max_rows=rows)
     recorder.embed(embedding, into="residual")
     for layer in range(layers):
         recorder.attention_alone(layer)

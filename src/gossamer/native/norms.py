@@ -29,6 +29,8 @@ def norm_from(module: Any) -> Norm | None:
     name = type(module).__name__
     if name == "OlmoLayerNorm":
         return Norm(torch.ones(module.normalized_shape), 1e-5, centered=True)
+    if name == "Gemma4RMSNorm" and module.with_scale:
+        return Norm(module.weight.detach().float().clone().contiguous(), float(module.eps))
     gain: Tensor = module.weight.detach().float().clone().contiguous()
     if name in _ADDED_TO_ONE:
         return Norm(gain + 1.0, float(module.eps))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from gossamer.errors import UnsupportedModelError
 from gossamer.models.lora import Adapter
 from gossamer.native.adapters import AdaptedPacker
 from gossamer.native.architectures import NATIVE_ARCHITECTURES, Architecture
-from gossamer.native.decoder import Attention, Decoder, Experts, Layer, Mlp
+from gossamer.native.decoder import Attention, Decoder, Layer, Mlp
+from gossamer.native.expert_packing import check_experts, decomposition_of_experts, mlps_of, pack_experts
+from gossamer.native.layer_inputs import layers_of_inputs, pack_layer_input, pack_layer_inputs
 from gossamer.native.norms import norm_from, norm_of
-from gossamer.native.recorder import COMMON_GATES, ExpertLayers, Rotary
+from gossamer.native.recorder import COMMON_GATES, Rotary
 from gossamer.native.recurrent import (
     LinearAttention,
     ShortConvolution,
@@ -29,16 +30,12 @@ from gossamer.native.sparse_timing import SparsePacker
 from gossamer.native.weights import (
     check_linear,
     decomposition_of,
-    linear_of,
     pack_embedding,
-    pack_linear,
     plain_linear,
     refer_to,
     some_outputs,
 )
-from gossamer.nn import Int8Linear, StoredEmbedding
-from gossamer.nn.experts import SeparateExperts
-from gossamer.nn.int8_linear import Decomposition
+from gossamer.nn import StoredEmbedding
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -99,17 +96,23 @@ def pack_decoder(
         tables, query_table = [*tables, replace(tables[0], growth=growth)], len(tables)
     half_factor, rotated = float(getattr(config, "residual_multiplier", 1.0)), 2 * len(tables[0].frequencies)
     packed = [layer for block in blocks for layer in _check_layer(block, architecture, rotated, half_factor)]
+    packed += layers_of_inputs(body, None)
     adapted = AdaptedPacker(pack, network, adapters)
     adapted.check(packed)  # all this before any layer loses its tensors
     layers = []
     packer = _LayerPacker(architecture, config, adapted, rotated, network)
     settings = iter(attention)  # of the layers that have attention
+    caches: dict[str, int] = {}  # by kind of layer, that of the last one that stores
+    stored = 0
     for index, block in enumerate(blocks):
-        scale, window, table = 1.0, None, None
+        place = None
         if (module := getattr(block, architecture.attention, None)) is not None:
-            scale, window = next(settings)
+            if stores := not getattr(module, "is_kv_shared_layer", False):
+                caches[kinds[index]] = stored
+                stored += 1
             table = table_of[kinds[index]] if rotated and _rotates(module, config) else None
-        layers.append(packer.pack(block, scale, window, table))
+            place = _AttentionPlace(*next(settings), table, caches[kinds[index]], stores)
+        layers.append(packer.pack(block, index, place))
         block.to("meta")
     head = network.lm_head
     tied = head.weight is table_of_tokens.weight
@@ -126,6 +129,7 @@ def pack_decoder(
         packed_head = pack([head])
     else:
         packed_head = replace(embedding, decomposition=decomposition_of(head))
+    inputs = pack_layer_inputs(body, config, adapted, pack.float_type, pack.isa)
     norm = norm_from(getattr(body, architecture.final_norm))
     assert norm is not None
     scaling = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", 1.0))
@@ -137,6 +141,7 @@ def pack_decoder(
         embedding,
         factor,
         positions,
+        inputs,
         half_factor,
         layers,
         norm,
@@ -170,9 +175,9 @@ def _check_layer(block: Any, architecture: Architecture, rotated: int, half_fact
         output = plain_linear(getattr(mixer, architecture.output))
     check_linear([output])
     added = [output]
-    routed, mlp = _mlps_of(block, architecture)
+    routed, mlp = mlps_of(block, architecture)
     if routed is not None:
-        _check_experts(routed, architecture)
+        check_experts(routed, architecture.router)
     if mlp is not None:
         *both, down = _mlp_layers(mlp, architecture)
         check_linear(both)
@@ -188,7 +193,18 @@ def _check_layer(block: Any, architecture: Architecture, rotated: int, half_fact
     after = [getattr(block, name) for name in (architecture.after_attention, architecture.after_mlp) if name]
     if any((norm := norm_from(module)) is not None and norm.centered for module in within + after):
         raise UnsupportedModelError("a LayerNorm of queries, keys or what a layer adds is not known to the kernels")
-    return layers + added
+    return layers + added + layers_of_inputs(None, block)
+
+
+@dataclass(frozen=True)
+class _AttentionPlace:
+    """What attention has from its place in the model; see :class:`~gossamer.native.decoder.Attention`."""
+
+    scale: float
+    window: int | None
+    table: int | None
+    cache: int
+    stores: bool
 
 
 class _LayerPacker:
@@ -199,44 +215,53 @@ class _LayerPacker:
     ) -> None:
         self._architecture, self._pack, self._rotated = architecture, pack, rotated
         self._activation = _ACTIVATIONS[_activation(config)]
-        self._int8 = _decomposition_of_experts(network)
+        self._int8 = decomposition_of_experts(network)
         self.state_size = 0
         parallel = architecture.parallel
         self._parallel = bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
 
-    def pack(self, block: Any, scale: float, window: int | None, table: int | None) -> Layer:
-        """One layer, with the scale and the window of its attention and the table of its rotation, if it has them."""
+    def pack(self, block: Any, index: int, place: _AttentionPlace | None) -> Layer:
+        """The layer of this index."""
         architecture = self._architecture
         before_mlp = architecture.before_mlp
-        routed, mlp = _mlps_of(block, architecture)
+        routed, mlp = mlps_of(block, architecture)
+        packed_mlp = None if mlp is None else self._mlp(mlp)
+        experts = None
+        if routed is not None:
+            experts = pack_experts(routed, architecture.router, self._pack, self._activation, self._int8)
         if self._parallel and getattr(block, before_mlp, None) is None:
             before_mlp = architecture.before_attention  # both halves read the same
         return Layer(
             before_mixer=norm_of(block, architecture.before_attention),
-            mixer=self._mixer(mixer_of(block, architecture), scale, window, table),
+            mixer=self._mixer(mixer_of(block, architecture), place),
             parallel=self._parallel,
             after_mixer=norm_of(block, architecture.after_attention),
             before_mlp=norm_of(block, before_mlp),
-            mlp=self._mlp(mlp) if routed is None else self._experts(routed, mlp),
+            mlp=packed_mlp,
+            experts=experts,
             after_mlp=norm_of(block, architecture.after_mlp),
+            input=pack_layer_input(block, index, self._activation, self._pack),
+            factor=float(getattr(block, "layer_scalar", 1.0)),
         )
 
-    def _mixer(
-        self, module: Any, scale: float, window: int | None, table: int | None
-    ) -> Attention | ShortConvolution | LinearAttention:
+    def _mixer(self, module: Any, place: _AttentionPlace | None) -> Attention | ShortConvolution | LinearAttention:
         if is_recurrent(module):
             mixer, size = pack_recurrent(module, self._pack, self.state_size)
             self.state_size += size
             return mixer
         architecture = self._architecture
+        assert place is not None
         return Attention(
             qkv=self._pack(_qkv(module, architecture, self._rotated)),
+            cache=place.cache,
+            stores=place.stores,
             query_norm=norm_of(module, architecture.query_norm),
             key_norm=norm_of(module, architecture.key_norm),
+            value_norm=place.stores and hasattr(module, "v_norm"),
             rotated_first=architecture.rotated_first,
-            scale=scale,
-            window=window,
-            table=table,
+            scale=place.scale,
+            window=place.window,
+            table=place.table,
             sinks=module.sinks.detach().float() if hasattr(module, "sinks") else None,
             gated=_gated(module),
             output=self._pack([plain_linear(getattr(module, architecture.output))]),
@@ -248,126 +273,16 @@ class _LayerPacker:
         in_turns = gated and self._activation in COMMON_GATES
         return Mlp(self._pack(up, gated=in_turns), self._activation, self._pack([down]), gated)
 
-    def _experts(self, mlp: Any, shared: Any) -> Experts:
-        router, experts, isa = getattr(mlp, self._architecture.router), mlp.experts, self._pack.isa
-
-        def ready(layer: Any) -> Any:
-            plain = self._int8 is not None and isinstance(layer, nn.Linear)
-            return Int8Linear.from_linear(layer, decomposition=self._int8) if plain else layer
-
-        activation = "clamped" if hasattr(experts, "gate_up_proj_bias") else self._activation
-        gate_up, down = [], []
-        for gate, up, last in _layers_of_experts(experts):
-            gate_up.append(self._pack([ready(gate), ready(up)], gated=activation in COMMON_GATES))
-            down.append(self._pack([ready(last)]))
-        shared_gate = getattr(mlp, "shared_expert_gate", None)
-        statics = getattr(router, "moe_statics", None)
-        preference = None if statics is None else statics.e_score_correction_bias.detach().float().flatten().clone()
-        router_bias = getattr(router, "bias", None)
-        router_layer = linear_of(router.weight.detach(), None if router_bias is None else router_bias.detach())
-        return Experts(
-            router=pack_linear([router_layer], isa, "float32"),
-            layers=ExpertLayers(
-                chosen=router.top_k,
-                renormalize=bool(getattr(router, "norm_topk_prob", True)),
-                margin=2 * float(getattr(router, "router_jitter_noise", 0.0)),
-                preference=preference,
-                gate_up=gate_up,
-                down=down,
-            ),
-            gate=activation,
-            shared=None if shared is None else self._mlp(shared),
-            shared_gate=None if shared_gate is None else pack_linear([shared_gate], isa, "float32"),
-        )
-
-
-def _mlps_of(block: Any, architecture: Architecture) -> tuple[Any, Any]:
-    """Of a layer, what has routed experts, and the MLP for all tokens; either may be ``None``."""
-    mlp, beside = getattr(block, architecture.mlp, None), getattr(block, architecture.shared, None)
-    if not hasattr(mlp, "experts"):
-        return None, beside if mlp is None else mlp
-    return mlp, beside or getattr(mlp, "shared_expert", None) or getattr(mlp, "shared_experts", None)
-
-
-def _check_experts(mlp: Any, architecture: Architecture) -> None:
-    """Raises for routers and experts that are computed in another way than :class:`Experts` says."""
-    router: Any = getattr(mlp, architecture.router, None)
-    experts = mlp.experts
-    known = {"gate", "router", "experts", "shared_expert", "shared_experts", "shared_expert_gate"}
-    others = [name for name, _ in mlp.named_children() if name not in known]
-    if others or not isinstance(getattr(router, "top_k", None), int):
-        raise UnsupportedModelError(f"a {type(mlp).__name__} chooses its experts in a way that the kernels do not know")
-    if isinstance(experts, SeparateExperts):
-        for expert in experts:
-            check_linear([expert.gate_proj, expert.up_proj])
-            check_linear([expert.down_proj])
-        both, last = _shapes_of(experts)
-        biased = False
-    else:
-        names = {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
-        biased = "gate_up_proj_bias" in names
-        if names - {"gate_up_proj", "down_proj"} - ({"gate_up_proj_bias", "down_proj_bias"} if biased else set()):
-            raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
-        if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
-            raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
-        both, last = experts.gate_up_proj.shape, experts.down_proj.shape
-        if biased:  # stored the other way round
-            both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
-    of_router = {name for name, _ in router.named_parameters()}
-    if of_router - {"weight", "moe_statics.e_score_correction_bias"} - ({"bias"} if biased else set()):
-        raise UnsupportedModelError(f"a {type(router).__name__} has weights that the native kernels do not know")
-    count, double, width = both
-    shapes = tuple(last) == (count, width, double // 2) and router.weight.shape == (count, width)
-    if not shapes or not 0 < router.top_k <= count:
-        raise UnsupportedModelError(
-            f"{count} experts of {tuple(both[1:])} and {tuple(last)} weights, and a router of "
-            f"{tuple(router.weight.shape)} that chooses {router.top_k}, do not fit together"
-        )
-
-
-def _shapes_of(experts: SeparateExperts) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As those of transformers' two tensors; 0 where experts differ."""
-
-    def same(layers: Iterable[Any], size: str) -> int:
-        sizes = {int(getattr(layer, size)) for layer in layers}
-        return sizes.pop() if len(sizes) == 1 else 0
-
-    factors = [layer for expert in experts for layer in (expert.gate_proj, expert.up_proj)]
-    last = [expert.down_proj for expert in experts]
-    count, inner = len(experts), same(factors, "out_features")
-    both = count, 2 * inner, same(factors, "in_features")
-    return both, (count, same(last, "out_features"), same(last, "in_features"))
-
-
-def _layers_of_experts(experts: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The gate, the other factor and what follows, of each expert."""
-    if isinstance(experts, SeparateExperts):
-        yield from ((each.gate_proj, each.up_proj, each.down_proj) for each in experts)
-        return
-    both, last = experts.gate_up_proj.detach(), experts.down_proj.detach()
-    for index in range(len(both)):
-        if hasattr(experts, "gate_up_proj_bias"):  # as in gpt-oss: (inputs, outputs), gate and factor in turns
-            bias = experts.gate_up_proj_bias.detach()[index]
-            gate, up = (linear_of(both[index].t()[part::2], bias[part::2]) for part in (0, 1))
-            yield gate, up, linear_of(last[index].t(), experts.down_proj_bias.detach()[index])
-        else:
-            half = both.shape[1] // 2
-            yield linear_of(both[index, :half]), linear_of(both[index, half:]), linear_of(last[index])
-
-
-def _decomposition_of_experts(network: Any) -> Decomposition | None:
-    """With what experts become int8 as they are packed: that of the model's int8 layers, ``None`` if it has none.
-
-    Where their weights are one tensor, they are in floating point until then.
-    """
-    rule = next((layer.decomposition for layer in network.modules() if isinstance(layer, Int8Linear)), None)
-    if rule is None or rule.outliers == "token":
-        return rule
-    return replace(rule, outliers=None if rule.outliers is None else "token")
-
 
 def _qkv(attention: Any, architecture: Architecture, rotated: int) -> list[Any]:
-    """The layers of queries, keys and values, with the pairs among ``rotated`` entries of a head in two halves."""
+    """The layers of queries, keys and values, with the pairs among ``rotated`` entries of a head in two halves.
+
+    Those of queries alone where keys and values are an earlier layer's; values may be what keys are made of.
+    """
+    if getattr(attention, "is_kv_shared_layer", False):
+        return [plain_linear(attention.q_proj)]
+    if getattr(attention, "use_alternative_attention", False):
+        return [plain_linear(getattr(attention, name)) for name in ("q_proj", "k_proj", "k_proj")]
     layers = [plain_linear(getattr(attention, name)) for name in architecture.qkv]
     if len(layers) == 1:
         if not architecture.by_head:

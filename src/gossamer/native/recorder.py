@@ -1,11 +1,12 @@
 """Records a native program. A model's definition (:mod:`gossamer.native.decoder`) calls these methods once; each adds
 ops that every step then runs, over buffers with one row per token of the step.
 
-Buffers have names, and layers use the same ones: the next layer overwrites what the last one left.
+Buffers have names, and layers of the same widths use the same ones: the next overwrites what the last one left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ class ExpertLayers:
         margin: unless 0, the share of each is among those not chosen before it whose logits are as close as that,
             relative to the larger one (Phi-3.5-MoE, arXiv 2409.12136).
         preference: (experts) fp32, is added to the shares of all where some are chosen.
+        factors: (experts) fp32, of the shares.
         gate_up, down: of each expert.
     """
 
@@ -85,6 +87,7 @@ class ExpertLayers:
     renormalize: bool
     margin: float
     preference: Tensor | None
+    factors: Tensor | None
     gate_up: list[PackedLinear]
     down: list[PackedLinear]
 
@@ -102,10 +105,8 @@ class Recorder:
 
     Args:
         isa: instruction set.
-        layers: of the model.
         heads: query heads of each layer.
-        kv_heads: key and value heads of each layer.
-        dim: entries of a head.
+        layers: key and value heads, and entries of a head, of each layer that has keys and values.
         kv: type of keys and values, ``"bfloat16"``, ``"float32"`` or ``"int8"``.
         max_rows: most tokens of a step.
         invariant: a token's results are the same, to the bit, whatever other tokens the step has.
@@ -115,25 +116,23 @@ class Recorder:
         self,
         isa: str,
         *,
-        layers: int,
         heads: int,
-        kv_heads: int,
-        dim: int,
+        layers: Sequence[tuple[int, int]],
         kv: str,
         max_rows: int,
         invariant: bool = False,
     ) -> None:
         library = core()
         assert library is not None
-        self.native = library.Program(isa, layers, heads, kv_heads, dim, kv, max_rows, invariant)
-        self.heads, self.dim = heads, dim
-        self._buffers: dict[str, Recorded] = {}
+        self.native = library.Program(isa, heads, list(layers), kv, max_rows, invariant)
+        self.heads, self.layers = heads, list(layers)
+        self._buffers: dict[tuple[str, int], Recorded] = {}
         self._prepared: dict[tuple[str, int, int, str], int] = {}
 
     def _buffer(self, name: str, width: int, times: int = 1) -> Recorded:
-        if name not in self._buffers:
-            self._buffers[name] = Recorded(self.native.buffer(width, times), width)
-        return self._buffers[name]
+        if (name, width) not in self._buffers:
+            self._buffers[name, width] = Recorded(self.native.buffer(width, times), width)
+        return self._buffers[name, width]
 
     def embed(self, table: PackedLinear, factor: float = 1.0, *, into: str) -> Recorded:
         """Rows of the table, times ``factor``."""
@@ -149,7 +148,7 @@ class Recorder:
         """x, normalized. RMSNorm costs nothing here: whoever reads the result computes it."""
         if not norm.centered:
             return Recorded(x.buffer, x.width, norm.gain, norm.epsilon)
-        out = self._buffer(f"normed {x.width}", x.width)
+        out = self._buffer("normed", x.width)
         bias = 0 if norm.bias is None else norm.bias.data_ptr()
         self.native.layer_norm(x.buffer, norm.gain.data_ptr(), bias, norm.epsilon, x.width, out.buffer)
         return out
@@ -179,17 +178,38 @@ class Recorder:
         """``total += x W^T + b``."""
         self._linear(x, weight, total.buffer, add=True)
 
-    def add_rms_norm(self, x: Recorded, norm: Norm, total: Recorded) -> None:
-        """``total += rms_norm(x)``."""
-        self.native.add_normed(x.buffer, norm.gain.data_ptr(), norm.epsilon, x.width, total.buffer)
+    def add_rms_norm(self, x: Recorded, norm: Norm, total: Recorded, factor: float = 1.0) -> None:
+        """``total = factor (total + rms_norm(x))``, of all columns, or of as many together as the norm has gains."""
+        size = len(norm.gain)
+        groups = x.width // size
+        self.native.add_normed(x.buffer, norm.gain.data_ptr(), norm.epsilon, size, groups, factor, total.buffer)
+
+    def multiply(self, x: Recorded, by: Recorded, first: int) -> Recorded:
+        """x times the columns of ``by`` from ``first`` on, in the place of x."""
+        self.native.multiply(x.buffer, by.buffer, first, x.width)
+        return x
+
+    def zeros(self, width: int, *, into: str) -> Recorded:
+        """Rows of zeros, to be added to."""
+        out = self._buffer(into, width)
+        self.native.clear(out.buffer)
+        return out
 
     def experts(
-        self, x: Recorded, router: PackedLinear, experts: ExpertLayers, *, gate: str, factor: float, total: Recorded
+        self,
+        x: Recorded,
+        router: PackedLinear,
+        experts: ExpertLayers,
+        *,
+        gate: str,
+        factor: float,
+        total: Recorded,
+        routed: Recorded | None = None,
     ) -> None:
         """``total += factor sum_e s_e down_e(gate(x G_e^T) * (x U_e^T))`` over the experts that the router chooses.
 
         Args:
-            x: what router and experts read.
+            x: what router and experts read, the former unless it reads ``routed``.
             router: the experts' logits.
             experts: how many are chosen for a row, and their weights.
             gate: the activation.
@@ -197,10 +217,10 @@ class Recorder:
             total: is added to.
         """
         up, down, times = experts.gate_up[0], experts.down[0], experts.chosen
-        logits = self.linear(x, router, into="router")
-        preference = 0 if experts.preference is None else experts.preference.data_ptr()
+        logits = self.linear(routed or x, router, into="router")
+        preference, factors = (0 if each is None else each.data_ptr() for each in (experts.preference, experts.factors))
         count, margin = len(experts.gate_up), experts.margin
-        self.native.route(logits.buffer, count, times, experts.renormalize, margin, preference)
+        self.native.route(logits.buffer, count, times, experts.renormalize, margin, preference, factors)
         ready = self._ready(up.type, x.width, times=times)
         self._prepare(x, ready, 0, up.outlier_rule(), GATHERED)
         inner = self._buffer("of experts", up.outputs, times)
@@ -226,8 +246,10 @@ class Recorder:
         table: tuple[int, int] | None,
         scale: float,
         window: int | None,
+        stores: bool = True,
         query_norm: Norm | None = None,
         key_norm: Norm | None = None,
+        value_norm: bool = False,
         rotated_first: bool = False,
         query_table: int | None = None,
         cap: float = 0.0,
@@ -236,12 +258,14 @@ class Recorder:
         """Rotate queries and keys, store keys and values, attend to what the step's plan says.
 
         Args:
-            qkv: queries, keys and values of the token, one after the other.
+            qkv: queries, keys and values of the token, one after the other; queries alone if it does not store.
             layer: whose keys and values.
+            stores: whether it has keys and values of its own; otherwise those of an earlier layer are there already.
             table: index of the rotary table, and how many entries of a head it rotates; ``None``: none are rotated.
             scale: of the scores.
             window: a token sees so many keys at most, its own included.
             query_norm, key_norm: RMSNorm of queries and keys, of every head (D) or of all together (heads D).
+            value_norm: whether each head's values are normalized like keys, without gains.
             rotated_first: they are rotated before that, not after it.
             query_table: index of the table of queries, if they have one of their own.
             cap: scores become ``cap tanh(score / cap)``; 0: they stay.
@@ -251,14 +275,14 @@ class Recorder:
         norms = [norm for norm in (query_norm, key_norm) if norm is not None]
         addresses = [0 if norm is None else norm.gain.data_ptr() for norm in (query_norm, key_norm)]
         epsilon = norms[0].epsilon if norms else 0.0
-        whole = bool(norms) and len(norms[0].gain) != self.dim
-        queries = index if query_table is None else query_table
-        self.native.rotate_and_store(
-            qkv.buffer, layer, index, rotated, *addresses, whole, rotated_first, epsilon, scale * _TO_BASE_2, queries
-        )
+        dim = self.layers[layer][1]
+        whole = bool(norms) and len(norms[0].gain) != dim
+        queries, scale = index if query_table is None else query_table, scale * _TO_BASE_2
+        how = value_norm, whole, rotated_first, epsilon, scale, queries
+        self.native.rotate_and_store(qkv.buffer, layer, stores, index, rotated, *addresses, *how)
         sinks = None if sinks is None else (sinks * _TO_BASE_2).contiguous()
         self.native.attend(layer, window or 0, cap * _TO_BASE_2, 0 if sinks is None else sinks.data_ptr())
-        return Recorded(ATTENTION, self.heads * self.dim)
+        return Recorded(ATTENTION, self.heads * dim)
 
     def convolve(
         self, x: Recorded, weight: Tensor, bias: Tensor | None, *, gated: bool, silu: bool, state: int, into: str
@@ -331,7 +355,7 @@ class Recorder:
     def attention_alone(self, layer: int) -> None:
         """Attention of queries that are 0, and the merging of its partial results: to be timed."""
         self.native.attend(layer, 0, 0.0, 0)
-        width = self.heads * self.dim
+        width = self.heads * self.layers[layer][1]
         self._prepare(Recorded(ATTENTION, width), self._ready("float32", width), 0, ("none", False, 0.0, 0))
 
     def logits(self, x: Recorded, head: PackedLinear, cap: float = 0.0) -> None:

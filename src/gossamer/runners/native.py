@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.lora import Adapter
 from gossamer.native.attention_timing import attention_seconds
-from gossamer.native.decoder import record
+from gossamer.native.decoder import Attention, record
 from gossamer.native.few_rows import choose_few_rows
 from gossamer.native.packing import pack_decoder, unsupported
 from gossamer.native.recorder import Recorder
@@ -88,17 +88,14 @@ class NativeRunner:
         assert isa is not None
         probe = TransformersRunner(network)
         self.num_heads, self.max_model_len, self.vocab_size = probe.num_heads, probe.max_model_len, probe.vocab_size
-        shape = probe.layout.layers[0]
-        if (
-            any(layer != shape for layer in probe.layout.layers)
-            or shape.key_dim != shape.value_dim
-            or shape.key_dim % 2
-        ):
-            raise UnsupportedModelError(f"{type(network).__name__} cannot run natively: its heads are not all alike")
+        shapes = probe.layout.layers
+        if any(shape.key_dim != shape.value_dim or shape.key_dim % 2 for shape in shapes):
+            raise UnsupportedModelError(
+                f"{type(network).__name__} cannot run natively: its keys have other sizes than its values, or odd ones"
+            )
         quantized = any(isinstance(module, Int8Linear | StoredLinear) for module in network.modules())
         float_type = "bfloat16" if quantized or network.dtype == torch.bfloat16 else "float32"
         self.kv_type = float_type if options.kv_dtype == "auto" else options.kv_dtype
-        self.layout = KVLayout(probe.layout.layers, getattr(torch, self.kv_type), probe.layout.device)
         self.threads = threads or torch.get_num_threads()
         self.isa, self.float_type, self.max_rows = isa, float_type, max_rows
         self.batch_invariant = options.batch_invariant
@@ -108,20 +105,24 @@ class NativeRunner:
                 f"batch_invariant cannot be kept: {self.shared_outliers} takes the outlier columns of all tokens of a "
                 "step out of the int8 product (int8_outliers 'batch'); 'token' and 'static' do not look at other tokens"
             )
-        attention = [(s.scale or shape.key_dim**-0.5, s.window) for s in probe.attention]
+        attention = [(s.scale or x.key_dim**-0.5, s.window) for s, x in zip(probe.attention, shapes, strict=True)]
         pack = SparsePacker(isa, float_type, self.threads, options.sparse_weights, max_seqs or max_rows)
         self.decoder = pack_decoder(network, pack, attention, adapters)
-        self.layout = replace(self.layout, state_bytes=4 * self.decoder.state_size)
+        stores = [mixer.stores for each in self.decoder.layers if isinstance(mixer := each.mixer, Attention)]
+        self.layout = KVLayout(
+            tuple(itertools.compress(shapes, stores)),
+            getattr(torch, self.kv_type),
+            probe.layout.device,
+            state_bytes=4 * self.decoder.state_size,
+        )
         self._states = StateMemory(self.decoder.state_size)
         self.adapters = tuple(adapter.name for adapter in adapters)
         self._sparse_weights = pack.summary()
         self.few_rows = choose_few_rows(self.decoder.weights(), isa, self.threads)
         recorder = Recorder(
             isa,
-            layers=len(self.layout.layers),
             heads=self.num_heads,
-            kv_heads=shape.num_kv_heads,
-            dim=shape.key_dim,
+            layers=[(shape.num_kv_heads, shape.key_dim) for shape in self.layout.layers],
             kv=self.kv_type,
             max_rows=max_rows,
             invariant=options.batch_invariant,
@@ -130,6 +131,8 @@ class NativeRunner:
         self._program = recorder.native
         if not options.exact and self.decoder.score_cap:
             raise ConfigurationError("prefix_eps cannot be used: the model caps its scores, which no bound holds for")
+        if not options.exact and len(set(self.layout.layers)) > 1:
+            raise ConfigurationError("prefix_eps cannot be used: the heads of the model's layers differ")
         self.tolerance = None if options.exact else PrefixTolerance(options.prefix_eps)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._table_length = 0

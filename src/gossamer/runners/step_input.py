@@ -20,9 +20,10 @@ class StepArrays:
 
     Attributes:
         tokens, positions: (rows).
-        place: (rows, 2) target of each row's key and value, and the entry of it where they go.
-        targets: (n, 2 layers + 1) addresses of keys, of values, and the entries from one head to the next.
-        items: (m, 6) target, first entry, number of keys, position of the first, first of ``item_rows``, their number.
+        place: (rows, 3) target of each row's key and value, and slot and token of it where they go.
+        targets: (n, 2 layers + 1) addresses of keys, of values, and the tokens from one head to the next.
+        items: (m, 7) target, slot, first token, number of keys, position of the first, first of ``item_rows``, their
+            number.
         item_rows: the rows that attend to each item, one item after the other.
         logit_rows: the rows whose logits are needed.
         runs: (n, 3) adapter or -1, its first row, and the row behind its last; none if no row has an adapter.
@@ -38,22 +39,22 @@ class StepArrays:
         index = {name: number for number, name in enumerate(adapters)} | {None: -1}
         self.runs = np.array([(index[run.adapter], run.first, run.stop) for run in plan.adapters], np.int64)
         self.last_position = int(self.positions.max())
-        self._width = layout.width(layout.layers[0].key_dim)
+        self._width = layout.width(layout.layers[0].key_dim)  # of the layer that tells how far heads are apart
         self._index: dict[Node | Bucket, int] = {}
         self._owners: list[Node | Bucket] = []
         items: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         filled = made_items = 0
-        self.place = np.zeros((len(self.tokens), 2), np.int64)
+        self.place = np.zeros((len(self.tokens), 3), np.int64)
 
         def add(fields: Any, members: np.ndarray, each: bool = False) -> None:
             """One item for all members, or one for each."""
             nonlocal filled, made_items
-            made = np.zeros((len(members) if each else 1, 6), np.int64)
+            made = np.zeros((len(members) if each else 1, 7), np.int64)
             for column, value in enumerate(fields):
                 made[:, column] = value
-            made[:, 4] = filled + np.arange(len(made)) * each
-            made[:, 5] = 1 if each else len(members)
+            made[:, 5] = filled + np.arange(len(made)) * each
+            made[:, 6] = 1 if each else len(members)
             items.append(made)
             rows.append(members)
             filled += len(members)
@@ -62,26 +63,24 @@ class StepArrays:
         self.segment_items: list[int] = []  # the first item of each
         for segment in plan.segments:
             self.segment_items.append(made_items)
-            target, entry = self._locate(segment.source)
-            add((target, entry, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
+            target, slot = self._locate(segment.source)
+            add((target, slot, 0, segment.length, segment.start), _numbers(segment.rows), segment.per_row)
         for chunk in plan.chunks:
-            target, entry = self._locate(chunk.target)
-            entry += chunk.offset * self._width
+            target, slot = self._locate(chunk.target)
             members = _numbers(chunk.rows)
-            self.place[members, 0] = target
-            self.place[members, 1] = entry + np.arange(len(members)) * self._width
-            add((target, entry, len(members), chunk.position), members)
+            self.place[members, 0], self.place[members, 1] = target, slot
+            self.place[members, 2] = chunk.offset + np.arange(len(members))
+            add((target, slot, chunk.offset, len(members), chunk.position), members)
         computed = made_items
         for group in plan.groups:
-            target, stride = self._bucket(group.bucket)
-            members, offsets = _numbers(group.rows), group.offsets.numpy()
-            entries = group.slots.numpy() * stride
+            target = self._target(group.bucket)
+            members, offsets, slots = _numbers(group.rows), group.offsets.numpy(), group.slots.numpy()
             self.place[members, 0] = target
-            self.place[members, 1] = entries + offsets * self._width
-            add((target, entries, offsets + 1, self.positions[members] - offsets), members, each=True)
+            self.place[members, 1], self.place[members, 2] = slots, offsets
+            add((target, slots, 0, offsets + 1, self.positions[members] - offsets), members, each=True)
         self.items = np.concatenate(items)
         self.item_rows = np.concatenate(rows).astype(np.int32)
-        self._growing = self.items[computed:, 2]  # keys of the groups: one more with every step
+        self._growing = self.items[computed:, 3]  # keys of the groups: one more with every step
         self._tables: list[object] = [None] * len(self._owners)
         self.targets = np.zeros((len(self._owners), 2 * len(layout.layers) + 1), np.int64)
         self.input = step_input(
@@ -107,26 +106,21 @@ class StepArrays:
             self.positions += steps
             self.last_position += steps
             self._growing += steps
-            self.place[:, 1] += steps * self._width
+            self.place[:, 2] += steps
         for index, owner in enumerate(self._owners):
             if owner.addresses is None:
                 assert owner.keys is not None and owner.values is not None
                 tensors = (*owner.keys, *owner.values)
-                owner.addresses = [*(t.data_ptr() for t in tensors), owner.keys[0].stride(-3)]
+                owner.addresses = [*(t.data_ptr() for t in tensors), owner.keys[0].stride(-3) // self._width]
             if self._tables[index] is not owner.addresses:
                 self._tables[index] = owner.addresses
                 self.targets[index] = owner.addresses
 
     def _locate(self, source: Node | Slot) -> tuple[int, int]:
-        """Target and first entry."""
+        """Target, and slot of it."""
         if isinstance(source, Slot):
-            target, stride = self._bucket(source.bucket)
-            return target, source.index * stride
+            return self._target(source.bucket), source.index
         return self._target(source), 0
-
-    def _bucket(self, bucket: Bucket) -> tuple[int, int]:
-        """Target, and entries from slot to slot."""
-        return self._target(bucket), bucket.keys[0].stride(0)
 
     def _target(self, owner: Node | Bucket) -> int:
         if owner not in self._index:
