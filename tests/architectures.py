@@ -306,7 +306,26 @@ def make_model(name: str, **more: Any) -> Any:
     settings = _SMALL | changes | more
     torch.manual_seed(sum(name.encode()))
     config = getattr(hf, config_class)(**settings)
-    model = getattr(hf, model_class)(config).float().eval()
+    return _prepared(getattr(hf, model_class)(config))
+
+
+def make_model_of_more_than_text(name: str) -> Any:
+    """Such a model as checkpoints of Gemma 3 and 4 have it, as a part of one that could read images too."""
+    changes = {key: value for key, value in (_SMALL | ARCHITECTURES[name][2]).items() if key != "attn_implementation"}
+    torch.manual_seed(sum(name.encode()))
+    if name == "gemma4":
+        config = hf.Gemma4Config(
+            text_config=changes, vision_config=None, audio_config=None, attn_implementation="eager"
+        )
+        return _prepared(hf.Gemma4ForConditionalGeneration(config))
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    eyes |= {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=changes, vision_config=eyes, attn_implementation="eager")
+    return _prepared(hf.Gemma3ForConditionalGeneration(config))
+
+
+def _prepared(model: Any) -> Any:
+    model = model.float().eval()
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1 and parameter.numel() > 1:  # sinks, biases and norms start as constants

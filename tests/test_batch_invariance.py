@@ -75,6 +75,8 @@ def answer_among(made: Engine, prompt: list[int], others: list[list[int]], gener
         ("qwen3", "int8", True),
         ("mistral", "bfloat16", False),
         ("gemma3", "auto", True),
+        ("gemma4", "int8", False),
+        ("gemma4_large", "auto", True),
     ],
 )
 @pytest.mark.parametrize("length", [5, 300, 1100])

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from architectures import ARCHITECTURES, VOCAB, make_model, reference
+from architectures import ARCHITECTURES, VOCAB, make_model, make_model_of_more_than_text, reference
 from gguf_files import export_model, read_model
 from gossamer.engine.cost import CostModel
 from gossamer.engine.engine import Engine
@@ -126,6 +126,18 @@ def test_greedy_tokens_equal_transformers(case: Any, sharing: Any, runner: str) 
             assert warm == cold
         else:  # at most the last prompt token and what is generated
             assert warm <= len(prompts) * 8
+
+
+@pytest.mark.parametrize("runner", ["transformers", "native"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_models_that_could_read_images_too_answer_text(name: str, runner: str) -> None:
+    model = make_model_of_more_than_text(name)
+    generator = random.Random(name)
+    prompts = [prompt for tree in TREES[:2] for prompt in prompts_of(tree, generator)]
+    generate = reference(model)
+    expected = [generate(prompt, 8) for prompt in prompts]
+    model.set_attn_implementation(IMPLEMENTATION)
+    assert answers(Engine(make(runner, model), NumberTokenizer()), prompts, 8) == expected
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])

@@ -136,11 +136,12 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
 
 @needs_native
 @pytest.mark.parametrize("sharing", ["off", "storage", "attention"])
-def test_int8_keys_and_values_are_shared_split_and_moved_like_others(sharing: Any) -> None:
+@pytest.mark.parametrize(("name", "most"), [("llama", 0.05), ("gemma4", 0.2)])  # of five layers, more codes round apart
+def test_int8_keys_and_values_are_shared_split_and_moved_like_others(name: str, most: float, sharing: Any) -> None:
     """What is decoded over a shared prefix, from slots that grow, is as probable as when it is scored on its own."""
-    runner = NativeRunner(network(), RunnerOptions(kv_dtype="int8"), max_rows=512, threads=2)
-    layout, shape = runner.layout, runner.layout.layers[0]
-    assert layout.bytes_per_token == len(layout.layers) * shape.num_kv_heads * 2 * (shape.key_dim + 4)
+    runner = NativeRunner(network(name), RunnerOptions(kv_dtype="int8"), max_rows=512, threads=2)
+    layout = runner.layout
+    assert layout.bytes_per_token == sum(x.num_kv_heads * 2 * (x.key_dim + 4) for x in layout.layers)
     engine = Engine(runner, NumberTokenizer(), EngineOptions(sharing=sharing))
     prompts = [[*range(1, 30), *range(1 + 7 * i % 5, 20)] for i in range(6)] + PROMPTS
     for number, prompt in enumerate(prompts):
@@ -151,7 +152,16 @@ def test_int8_keys_and_values_are_shared_split_and_moved_like_others(sharing: An
         output = decoded[str(number)].outputs[0]
         alone = scores(runner, prompt + output.token_ids)[-80:]
         entries = zip(output.logprobs, output.token_ids, strict=True)
-        assert torch.allclose(torch.tensor([entry[token].logprob for entry, token in entries]), alone, atol=0.05)
+        assert torch.allclose(torch.tensor([entry[token].logprob for entry, token in entries]), alone, atol=most)
+
+
+@needs_native
+def test_layers_that_attend_to_the_keys_of_others_keep_none() -> None:
+    runner = NativeRunner(network("gemma4"), max_rows=64)  # five layers, of which the last two have none of their own
+    assert [(shape.num_kv_heads, shape.key_dim) for shape in runner.layout.layers] == [(2, 16), (2, 32), (2, 16)]
+    assert TransformersRunner(network("gemma4")).layout.bytes_per_token == 2 * 2 * 4 * (3 * 16 + 2 * 32)
+    with pytest.raises(ConfigurationError, match="prefix_eps cannot be used: the heads"):
+        NativeRunner(network("gemma4"), RunnerOptions(prefix_eps=0.1), max_rows=64)
 
 
 def test_a_type_of_keys_that_does_not_exist_or_does_not_apply_is_refused() -> None:

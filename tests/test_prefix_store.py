@@ -133,9 +133,9 @@ def test_whatever_happens_tokens_come_back_with_their_keys() -> None:
 # --- through the engine ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    model = make_model("llama")
+@pytest.fixture(scope="module", params=["llama", "gemma4"])
+def model(request: pytest.FixtureRequest) -> Any:
+    model = make_model(request.param)
     model.set_attn_implementation(IMPLEMENTATION)
     return model
 

@@ -375,15 +375,16 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
 def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[str, float]) -> float:
     """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
 
-    The linear layers multiply every weight but the input embedding's with every row; attention multiplies every key
+    The linear layers multiply every weight but those of embeddings with every row; attention multiplies every key
     and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts, at
     least as many are read as one row chooses. States are read and written.
     """
     shares = _shares_of_experts(network)
     flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
-    head, inputs = network.get_output_embeddings(), network.get_input_embeddings()
-    # a tied embedding is the head's weight; another one is looked up, not multiplied
-    floating = [p for p in network.parameters() if p is head.weight or p is not inputs.weight]
+    head = network.get_output_embeddings()
+    # a tied embedding is the head's weight; others are looked up, not multiplied
+    looked_up = {id(each.weight) for each in network.modules() if isinstance(each, nn.Embedding)} - {id(head.weight)}
+    floating = [p for p in network.parameters() if id(p) not in looked_up]
     int8 = [m for m in network.modules() if isinstance(m, (Int8Linear, Int8TiedHead, StoredLinear))]
     runner = engine.runner
     packed = runner.report().sparse_weights

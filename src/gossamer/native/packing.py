@@ -86,6 +86,7 @@ def pack_decoder(
     config = network.config.get_text_config()
     architecture = NATIVE_ARCHITECTURES[config.model_type]
     body = getattr(network, architecture.body)
+    body = getattr(body, "language_model", body)  # of a model that reads more than text
     blocks, table_of_tokens = getattr(body, architecture.layers), getattr(body, architecture.embedding)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
     tables, table_of = _tables(getattr(body, "rotary_emb", None), kinds)
