@@ -18,6 +18,7 @@ from gossamer.models.foreign_int4 import int4_format, read_int4
 from gossamer.models.foreign_int8 import foreign_format, read_foreign
 from gossamer.models.int8_quantizer import reading
 from gossamer.models.json_file import read_object
+from gossamer.models.mxfp4 import is_mxfp4, read_mxfp4
 from gossamer.models.shard_reader import ShardReader
 from gossamer.nn.int8_linear import Int8Linear
 from gossamer.nn.stored_linear import StoredLinear
@@ -65,6 +66,8 @@ def _weights(
 ) -> dict[str, Any]:
     if int4 := int4_format(config):
         return read_int4(reader, config, int4, model, skip, as_stored=as_stored)
+    if is_mxfp4(config):
+        return read_mxfp4(reader, config, model, as_stored=as_stored)
     if as_stored:
         raise UnsupportedModelError(
             "none of the weights is in 4-bit blocks that could be computed with as they are stored; leave weights out"

@@ -81,7 +81,7 @@ def place_stored(model: PreTrainedModel, matrices: Mapping[str, StoredMatrix], w
         CheckpointError: a matrix is of another shape than the layer's weight.
         UnsupportedModelError: a layer cannot be replaced.
     """
-    separate_experts(model, lambda name: f"{name}.0.gate_proj.weight" in matrices)
+    separate_experts(model, lambda name: f"{name}.0.gate_proj.weight" in matrices, clamped=True)
     head = tied_head(model)
     head_name = next((name for name, module in model.named_modules() if module is head), "")
     embedding = model.get_input_embeddings()

@@ -90,17 +90,18 @@ def check_experts(mlp: Any, router_name: str) -> None:
             check_linear([expert.gate_proj, expert.up_proj])
             check_linear([expert.down_proj])
         both, last = _shapes_of(experts)
-        biased = False
+        biased, clamp = experts.clamp is not None, experts.clamp
     else:
         names = {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
         biased = "gate_up_proj_bias" in names
         if names - {"gate_up_proj", "down_proj"} - ({"gate_up_proj_bias", "down_proj_bias"} if biased else set()):
             raise UnsupportedModelError(f"a {type(experts).__name__} has weights that the native kernels do not know")
-        if biased and (getattr(experts, "alpha", None), getattr(experts, "limit", None)) != (1.702, 7.0):
-            raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
+        clamp = getattr(experts, "alpha", None), getattr(experts, "limit", None)
         both, last = experts.gate_up_proj.shape, experts.down_proj.shape
         if biased:  # stored the other way round
             both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
+    if biased and clamp != (1.702, 7.0):
+        raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
     if router.unknown or (router.bias is not None and not biased):
         raise UnsupportedModelError(f"a {type(module).__name__} has weights that the native kernels do not know")
     count, double, width = both
@@ -130,7 +131,8 @@ def pack_experts(
         plain = int8 is not None and isinstance(layer, nn.Linear)
         return Int8Linear.from_linear(layer, decomposition=int8) if plain else layer
 
-    gate = "clamped" if hasattr(experts, "gate_up_proj_bias") else activation
+    clamped = hasattr(experts, "gate_up_proj_bias") or getattr(experts, "clamp", None) is not None
+    gate = "clamped" if clamped else activation
     gate_up, down = [], []
     for first, up, last in _layers_of_experts(experts):
         gate_up.append(pack([ready(first), ready(up)], gated=gate in COMMON_GATES))

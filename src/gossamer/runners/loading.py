@@ -23,6 +23,7 @@ from gossamer.models.foreign_int4 import int4_format
 from gossamer.models.gguf_weights import GGUFModel, read_gguf, unstorable
 from gossamer.models.load import load_config, load_model
 from gossamer.models.lora import Adapter, load_adapter
+from gossamer.models.mxfp4 import is_mxfp4
 from gossamer.models.resolve import resolve_model
 from gossamer.native.packing import unsupported
 from gossamer.nn import Int8Linear, StoredEmbedding, StoredLinear
@@ -148,6 +149,8 @@ def _in_blocks(path: Path, options: ModelOptions) -> tuple[Path | GGUFModel, str
         return None
     config = load_config(path)
     text = config.get_text_config()
+    if is_mxfp4(config):
+        return path, unsupported(text)
     experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
     note = unsupported(text) or ("experts are computed with in floating point" if experts else "")
     return (path, note) if int4_format(config) else None
