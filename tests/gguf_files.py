@@ -144,6 +144,9 @@ def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     return path
 
 
+KINDS = {3: "weight", 2: "bias"}  # of experts' tensors, by their dimensions
+
+
 def write_model(
     model: Any,
     architecture: gguf.MODEL_ARCH,
@@ -165,7 +168,7 @@ def write_model(
     config = model.config
 
     def add(name: str, data: np.ndarray) -> None:
-        if type is None or data.ndim == 1 or "ffn_gate_inp" in name:
+        if type is None or data.ndim == 1 or "ffn_gate_inp" in name or name.endswith("bias"):
             writer.add_tensor(name, data)
         else:
             writer.add_tensor(name, gguf.quants.quantize(data, type), raw_dtype=type)
@@ -173,7 +176,8 @@ def write_model(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     add_measures(writer, config)
     for name, value in keys.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{writer.arch}.{name}", value)
+        adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        adders[value.__class__](f"{writer.arch}.{name}", value)
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -187,13 +191,18 @@ def write_model(
             continue
         module, _, last = name.rpartition(".")
         data = weight.float().numpy()
-        if name.endswith("experts.gate_up_proj"):
-            gate, up = np.split(data, 2, axis=1)
-            block = f"blk.{name.split('.')[2]}"
-            add(f"{block}.ffn_gate_exps.weight", np.ascontiguousarray(gate))
-            add(f"{block}.ffn_up_exps.weight", np.ascontiguousarray(up))
-        elif name.endswith("experts.down_proj"):
-            add(f"blk.{name.split('.')[2]}.ffn_down_exps.weight", data)
+        block = f"blk.{name.split('.')[2]}" if ".layers." in name else ""
+        if "experts.gate_up_proj" in name:
+            biased = config.model_type == "gpt_oss"  # and stored the other way round
+            data = data.swapaxes(1, 2) if biased and data.ndim == 3 else data
+            gate, up = (data[:, 0::2], data[:, 1::2]) if biased else np.split(data, 2, axis=1)
+            add(f"{block}.ffn_gate_exps.{KINDS[data.ndim]}", np.ascontiguousarray(gate))
+            add(f"{block}.ffn_up_exps.{KINDS[data.ndim]}", np.ascontiguousarray(up))
+        elif "experts.down_proj" in name:
+            data = data.swapaxes(1, 2) if config.model_type == "gpt_oss" and data.ndim == 3 else data
+            add(f"{block}.ffn_down_exps.{KINDS[data.ndim]}", np.ascontiguousarray(data))
+        elif last == "sinks":
+            add(f"{block}.attn_sinks.weight", data)
         else:
             if gemma and "norm" in module:
                 data = data + 1

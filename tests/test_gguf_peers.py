@@ -54,6 +54,7 @@ def test_exports_mean_the_same_to_llama_cpp(name, changes, tmp_path):
 
 
 SIZES = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+EXPERTS = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, "initializer_range": 0.2}
 
 
@@ -71,7 +72,24 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 5
                 norm_topk_prob=True,
                 rope_parameters=BASE | {"rope_type": "default"},
             ),
-            {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64},
+            EXPERTS,
+        ),
+        (
+            gguf.MODEL_ARCH.GPT_OSS,
+            hf.GptOssConfig(
+                **SIZES | {"intermediate_size": 64},
+                num_hidden_layers=4,
+                sliding_window=9,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                rope_parameters=BASE | {"rope_type": "default"},
+            ),
+            {
+                "expert_count": 4,
+                "expert_used_count": 2,
+                "expert_feed_forward_length": 64,
+                "attention.sliding_window": 9,
+            },
         ),
         (
             gguf.MODEL_ARCH.GEMMA2,
@@ -84,7 +102,7 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 5
             {"attention.sliding_window": 9, "rope.freq_base": 1e6},
         ),
     ],
-    ids=["qwen3moe", "gemma2", "gemma3"],
+    ids=["qwen3moe", "gpt-oss", "gemma2", "gemma3"],
 )
 def test_other_architectures_mean_the_same_to_llama_cpp(architecture, config, keys, tmp_path):
     torch.manual_seed(0)

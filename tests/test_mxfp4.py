@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from architectures import reference
+from architectures import make_model, reference
+from gguf_files import write_model
 from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
@@ -25,6 +27,8 @@ from test_native_runner import scores
 
 needs_native = pytest.mark.skipif(instruction_set() is None, reason="the native kernels are not installed")
 PROMPTS = [[5, 6, 7, 8, *range(20, 60)], [5, 6, 7, 8, *range(20, 50), 3], [1]]
+YARN = {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN |= {"truncate": False}
 EXPERTS = "model.layers.1.mlp.experts"
 Tensors = dict[str, torch.Tensor]
 
@@ -118,6 +122,28 @@ def test_the_reference_computes_stored_experts(checkpoint: Path, expected: Any) 
 def test_int8(checkpoint: Path, expected: Any) -> None:
     weights, _, found = answers_of(checkpoint, ModelOptions(quantization="int8"))
     assert weights == "int8" and all(0 <= token < VOCAB for answer in found for token in answer)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", [None, gguf.GGMLQuantizationType.MXFP4])
+def test_files_of_gguf(kind: Any, tmp_path: Path) -> None:
+    """With biases and sinks; the same in fp32, and nearly so with blocks, which are multiplied with int8 rows."""
+    model = make_model("gpt_oss", hidden_size=64, intermediate_size=32, vocab_size=300, rope_parameters=YARN)
+    keys = {"expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32, "attention.sliding_window": 10}
+    keys |= {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64, "rope.scaling.type": "yarn"}
+    file = write_model(model, gguf.MODEL_ARCH.GPT_OSS, tmp_path / "x.gguf", keys, tokens=300, type=kind)
+    plain, _ = load_model(file, options=ModelOptions(dtype="float32", weights="dequantized"))
+    ids = torch.tensor([PROMPTS[0]])
+    if kind is None:
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
+        return
+    loaded = load_for_runner(file, max_rows=64)
+    assert loaded.runner.name == "native" and loaded.weights.startswith("as stored: MXFP4 ")
+    every = plain(ids).logits[0].log_softmax(-1)
+    wanted = every[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+    difference = (scores(loaded.runner, PROMPTS[0]) - wanted).abs()
+    assert difference.mean() < 0.06 * (wanted - wanted.roll(1)).abs().mean()
 
 
 @pytest.mark.parametrize(

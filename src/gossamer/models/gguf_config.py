@@ -95,6 +95,11 @@ def _gemma2(fields: dict[str, Any], file: GGUFFile) -> None:
     _scale_of_queries(fields, largest=46)
 
 
+def _gpt_oss(fields: dict[str, Any], file: GGUFFile) -> None:
+    """YaRN between fractions of pairs, as gpt-oss's own configuration says; its file does not."""
+    fields["rope_parameters"]["truncate"] = False
+
+
 _SLIDING = {"attention.sliding_window": "sliding_window"}
 _EXPERTS = {
     "expert_count": "num_experts",
@@ -107,6 +112,16 @@ ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", has_head_size=False),
     "qwen3": _Architecture("qwen3"),
     "qwen3moe": _Architecture("qwen3_moe", _EXPERTS, {"norm_topk_prob": True}),
+    "gpt-oss": _Architecture(
+        "gpt_oss",
+        _SLIDING
+        | {
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        refine=_gpt_oss,
+    ),
     "gemma2": _Architecture(
         "gemma2",
         _SLIDING

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +17,21 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config, stored_as
+from gossamer.models.gguf_experts import MARK, find_experts
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
 from gossamer.models.gguf_rope import ROPE_TENSORS
 from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
 from gossamer.models.support import check_supported
 from gossamer.nn.block_types import BLOCK_TYPES
-from gossamer.nn.stored_matrix import Mapped, StoredMatrix
+from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.progress import Progress
 
-_EXPERTS = "_exps."  # in the names of tensors that hold a matrix of each expert
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
 class GGUFWhole:
-    """What is no matrix of plain rows, of one tensor of a GGUF file or of several; ``[...]`` dequantizes it."""
+    """A tensor of a GGUF file that is no matrix of plain rows; ``[...]`` dequantizes it."""
 
     def __init__(self, read: Callable[[], np.ndarray]) -> None:
         self._read = read
@@ -41,7 +40,7 @@ class GGUFWhole:
         return torch.from_numpy(self._read())
 
 
-Weights = dict[str, DequantizedRows | GGUFWhole | StoredMatrix | Tensor]
+Weights = dict[str, Any]  # DequantizedRows, GGUFWhole and the like, StoredMatrix, or a tensor
 
 
 class GGUFModel(NamedTuple):
@@ -75,10 +74,10 @@ def unstorable(file: GGUFFile) -> str:
     for tensor in quantized:
         if tensor.type.name not in BLOCK_TYPES:
             return f"{tensor.name} is stored as {tensor.type.name}, which is computed in floating point only"
-        if len(tensor.shape) != 2 and _EXPERTS not in tensor.name:
+        if len(tensor.shape) != 2 and MARK not in tensor.name:
             return f"{tensor.name} of shape {list(tensor.shape)} is no matrix"
     for tensor in file.tensors.values():
-        if _EXPERTS in tensor.name and not tensor.in_blocks:
+        if MARK in tensor.name and tensor.name.endswith(".weight") and not tensor.in_blocks:
             return f"{tensor.name} is stored as {tensor.type.name}, and other weights in quantized blocks"
     return ""
 
@@ -109,15 +108,15 @@ def open_weights(
     kept = quantized_weights(model, skip)
     stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
-    experts: dict[str, list[GGUFTensor]] = {}
     unknown = []
+    of_experts = [tensor for tensor in file.tensors.values() if MARK in tensor.name]
     for tensor in file.tensors.values():
+        if MARK in tensor.name:
+            continue
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         if name is None:
             if tensor.name not in ROPE_TENSORS:  # these are part of the configuration
                 unknown.append(tensor.name)
-        elif len(tensor.shape) == 3:
-            experts.setdefault(name, []).append(tensor)
         else:
             try:
                 if as_stored and tensor.in_blocks:
@@ -134,11 +133,8 @@ def open_weights(
             f"them {unknown[0]}; without them it would be another model"
         )
     _check_scales(file)
-    for name, tensors in experts.items():
-        if as_stored:
-            weights |= _stored_experts(name, tensors)
-        else:
-            weights[name] = GGUFWhole(partial(_read_experts, tensors))
+    for experts in find_experts(of_experts, model):
+        weights |= experts.separate() if as_stored else experts.whole()
     # A bias that a file leaves out is none, even where other layers of the model have one.
     for name, parameter in model.state_dict().items():
         if name.endswith(".bias") and name not in weights:
@@ -191,26 +187,6 @@ def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> Dequant
     if order is None:
         return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
     return DequantizedRows(tensor.shape, lambda rows: torch.from_numpy(tensor.dequantize(order[rows])), kept)
-
-
-def _read_experts(tensors: Sequence[GGUFTensor]) -> np.ndarray:
-    """Matrices of all experts of a layer, ``[experts, outputs, inputs]``; gate and up are one in transformers."""
-    ordered = sorted(tensors, key=lambda tensor: ".ffn_up_" in tensor.name)
-    return np.concatenate([tensor.dequantize() for tensor in ordered], axis=1)
-
-
-def _stored_experts(name: str, tensors: Sequence[GGUFTensor]) -> Weights:
-    """The matrices of all experts of a layer, by the names of :class:`~gossamer.nn.experts.SeparateExperts`."""
-    parent = name.rpartition(".")[0]
-    weights: Weights = {}
-    for tensor in tensors:
-        layer = next(f"{each}_proj" for each in ("gate", "up", "down") if f".ffn_{each}_" in tensor.name)
-        size = tensor.mapped.size // tensor.shape[0]
-        for index, rows in enumerate(tensor.data):
-            mapped = Mapped(tensor.mapped.file, tensor.mapped.offset + index * size, size)
-            matrix = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
-            weights[f"{parent}.{index}.{layer}.weight"] = matrix
-    return weights
 
 
 def _row_order(tensor: GGUFTensor, processor: TensorProcessor) -> np.ndarray | None:
