@@ -105,7 +105,7 @@ def write_vocabulary(
         writer.add_token_scores(scores)
     for key, value in more.items():
         (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{key}", value)
-    return _finish(writer, path)
+    return finish(writer, path)
 
 
 def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: Any = None, **more: Any) -> Path:
@@ -133,15 +133,25 @@ def rewrite(source: Path, target: Path, *, drop: tuple[str, ...] = (), tensors: 
     for name, data in (tensors or {}).items():
         blocks, kind = data if isinstance(data, tuple) else (data, None)
         writer.add_tensor(name, blocks, raw_dtype=kind)
-    return _finish(writer, target)
+    return finish(writer, target)
 
 
-def _finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokens: int) -> None:
+    """One of bytes, with so many tokens."""
+    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*byte, byte[0] + byte[1], *(f"<{number}>" for number in range(tokens - len(byte) - 1))])
+    writer.add_token_types([1] * (len(byte) + 1) + [3] * (tokens - len(byte) - 1))
+    writer.add_token_merges([f"{byte[0]} {byte[1]}"])
 
 
 KINDS = {3: "weight", 2: "bias"}  # of experts' tensors, by their dimensions
@@ -178,12 +188,7 @@ def write_model(
     for name, value in keys.items():
         adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         adders[value.__class__](f"{writer.arch}.{name}", value)
-    byte = sorted(pre_tokenizers.ByteLevel.alphabet())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*byte, byte[0] + byte[1], *(f"<{number}>" for number in range(tokens - len(byte) - 1))])
-    writer.add_token_types([1] * (len(byte) + 1) + [3] * (tokens - len(byte) - 1))
-    writer.add_token_merges([f"{byte[0]} {byte[1]}"])
+    add_tokenizer(writer, tokens)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     gemma = config.model_type.startswith("gemma")
     for name, weight in model.state_dict().items():
@@ -207,4 +212,4 @@ def write_model(
             if gemma and "norm" in module:
                 data = data + 1
             add(f"{names.get_name(module)}.{last}", data)
-    return _finish(writer, path)
+    return finish(writer, path)

@@ -56,6 +56,7 @@ class _Architecture:
         measures: keys that other architectures lack, and the fields of the configuration they become.
         settings: what readers compute whatever the file says, where the configuration may say otherwise.
         has_head_size: whether heads may have another size than hidden size / heads.
+        partial: whether heads may be rotated in part.
         refine: what remains to be said, from the fields so far and the file.
     """
 
@@ -63,6 +64,7 @@ class _Architecture:
     measures: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_head_size: bool = True
+    partial: bool = False
     refine: Callable[[dict[str, Any], GGUFFile], None] = lambda fields, file: None
 
 
@@ -100,6 +102,16 @@ def _gpt_oss(fields: dict[str, Any], file: GGUFFile) -> None:
     fields["rope_parameters"]["truncate"] = False
 
 
+def _qwen35(fields: dict[str, Any], file: GGUFFile) -> None:
+    """One layer of so many attends, the others are delta rules. Of several positions, text has all alike."""
+    period, places = _measure(file, "full_attention_interval", 4), range(1, fields["num_hidden_layers"] + 1)
+    fields["layer_types"] = ["linear_attention" if place % period else "full_attention" for place in places]
+    heads = fields.setdefault("linear_num_value_heads", 32)
+    fields["linear_value_head_dim"] = _measure(file, "ssm.inner_size", heads * 128) // heads
+    size = fields["head_dim"]
+    fields["rope_parameters"]["partial_rotary_factor"] = _measure(file, "rope.dimension_count", size) / size
+
+
 _SLIDING = {"attention.sliding_window": "sliding_window"}
 _EXPERTS = {
     "expert_count": "num_experts",
@@ -112,6 +124,17 @@ ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", has_head_size=False),
     "qwen3": _Architecture("qwen3"),
     "qwen3moe": _Architecture("qwen3_moe", _EXPERTS, {"norm_topk_prob": True}),
+    "qwen35": _Architecture(
+        "qwen3_5_text",
+        {
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+            "ssm.state_size": "linear_key_head_dim",
+            "ssm.group_count": "linear_num_key_heads",
+            "ssm.time_step_rank": "linear_num_value_heads",
+        },
+        partial=True,
+        refine=_qwen35,
+    ),
     "gpt-oss": _Architecture(
         "gpt_oss",
         _SLIDING
@@ -139,7 +162,10 @@ ARCHITECTURES = {
         refine=_sliding,
     ),
 }
-_KEYS_OF_REFINEMENTS = {"gemma3": ("rope.freq_base_swa", "attention.sliding_window_pattern")}
+_KEYS_OF_REFINEMENTS = {
+    "gemma3": ("rope.freq_base_swa", "attention.sliding_window_pattern"),
+    "qwen35": ("full_attention_interval", "ssm.inner_size", "rope.dimension_sections"),
+}
 
 
 def check_architecture(file: GGUFFile) -> None:
@@ -258,7 +284,8 @@ def _check_sizes(file: GGUFFile, fields: Mapping[str, Any]) -> None:
 def _add_heads(file: GGUFFile, fields: dict[str, Any], architecture: _Architecture) -> None:
     usual = max(fields["hidden_size"] // fields["num_attention_heads"], 1)
     size = _measure(file, "attention.key_length", usual)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    others = ("attention.value_length",) if architecture.partial else ("attention.value_length", "rope.dimension_count")
+    for key in others:
         # rope.dimension_count tells the size where key_length is missing.
         other = _measure(file, key, size)
         if other != size and f"{file.architecture}.attention.key_length" not in file and key == "rope.dimension_count":

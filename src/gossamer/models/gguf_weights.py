@@ -19,6 +19,7 @@ from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config, stored_as
 from gossamer.models.gguf_experts import MARK, find_experts
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
+from gossamer.models.gguf_qwen35 import Qwen35TensorProcessor
 from gossamer.models.gguf_rope import ROPE_TENSORS
 from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
 from gossamer.models.quiet import quiet_transformers
@@ -27,6 +28,7 @@ from gossamer.nn.block_types import BLOCK_TYPES
 from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.progress import Progress
 
+_PROCESSORS = {"qwen35": Qwen35TensorProcessor}
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
@@ -103,7 +105,8 @@ def open_weights(
         raise UnsupportedModelError(f"{file.path} cannot be used as it is stored: {reason}. {_INSTEAD}")
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+    kind = _PROCESSORS.get(file.architecture) or TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+    processor = kind(config=config.to_dict())
     names = _names_in(file, model, processor)
     kept = quantized_weights(model, skip)
     stored = _storable_weights(model) if as_stored else frozenset()
@@ -171,7 +174,9 @@ def _stored(tensor: GGUFTensor, processor: TensorProcessor, storable: bool) -> S
             f"{tensor.path}: {tensor.name} is stored as {tensor.type.name}, and is not the weight of a linear layer or "
             f"of the embedding. {_INSTEAD}"
         )
-    return StoredMatrix(tensor.type.name, tensor.shape[1], tensor.data, order, tensor.mapped)
+    columns = _input_order(tensor, processor)
+    inputs = None if columns is None else torch.from_numpy(columns)
+    return StoredMatrix(tensor.type.name, tensor.shape[1], tensor.data, order, tensor.mapped, inputs)
 
 
 def _check_scales(file: GGUFFile) -> None:
@@ -184,9 +189,15 @@ def _check_scales(file: GGUFFile) -> None:
 
 def _open(tensor: GGUFTensor, processor: TensorProcessor, kept: bool) -> DequantizedRows | GGUFWhole:
     order = _row_order(tensor, processor)
-    if order is None:
+    if order is None or _input_order(tensor, processor) is not None:
         return GGUFWhole(lambda: np.array(processor.process(tensor.dequantize(), tensor.name).weights))
     return DequantizedRows(tensor.shape, lambda rows: torch.from_numpy(tensor.dequantize(order[rows])), kept)
+
+
+def _input_order(tensor: GGUFTensor, processor: Any) -> np.ndarray | None:
+    """Which input of the model each column of a file's matrix is for, where they are not in order."""
+    found: np.ndarray | None = processor.input_order(tensor.name) if hasattr(processor, "input_order") else None
+    return found
 
 
 def _row_order(tensor: GGUFTensor, processor: TensorProcessor) -> np.ndarray | None:
