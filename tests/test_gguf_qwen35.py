@@ -36,7 +36,7 @@ def make(value_heads: int) -> Any:
         head_dim=32,
         linear_num_key_heads=2,
         linear_num_value_heads=value_heads,
-        linear_key_head_dim=16,
+        linear_key_head_dim=32,
         linear_value_head_dim=32,
         max_position_embeddings=512,
         initializer_range=0.1,
@@ -61,11 +61,12 @@ def write(model: Any, path: Path, kind: gguf.GGMLQuantizationType | None, **keys
     writer = gguf.GGUFWriter(path, "qwen35")
     add_measures(writer, config)
     add_tokenizer(writer, 300)
-    nk, nv, dk, dv = 2, config.linear_num_value_heads, 16, 32
+    nk, nv, dk, dv = 2, config.linear_num_value_heads, 32, 32
     fields = {"ssm.conv_kernel": 4, "ssm.state_size": dk, "ssm.group_count": nk, "ssm.time_step_rank": nv}
     fields |= {"ssm.inner_size": nv * dv, "full_attention_interval": 4, "rope.dimension_count": 8} | keys
     for name, value in fields.items():
         writer.add_uint32(f"qwen35.{name}", value)
+    writer.add_rope_dimension_sections([2, 1, 1, 0])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN35, 4)
     for name, tensor in model.state_dict().items():
         data = tensor.numpy()
