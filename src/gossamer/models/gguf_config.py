@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.gguf_file import GGUFFile
+from gossamer.models.gguf_gemma4 import KEYS, refine_gemma4
 from gossamer.models.gguf_rope import ROPE_KEYS, rope_parameters
 from gossamer.models.gguf_tokenizer import GGUFVocabulary
 from gossamer.models.quiet import quiet_transformers
@@ -57,6 +58,8 @@ class _Architecture:
         settings: what readers compute whatever the file says, where the configuration may say otherwise.
         has_head_size: whether heads may have another size than hidden size / heads.
         partial: whether heads may be rotated in part.
+        by_layer: measures that may differ from layer to layer, for ``refine`` to read.
+        own_rope: whether ``refine`` says all about the rotation.
         refine: what remains to be said, from the fields so far and the file.
     """
 
@@ -65,6 +68,8 @@ class _Architecture:
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_head_size: bool = True
     partial: bool = False
+    by_layer: tuple[str, ...] = ()
+    own_rope: bool = False
     refine: Callable[[dict[str, Any], GGUFFile], None] = lambda fields, file: None
 
 
@@ -155,6 +160,18 @@ ARCHITECTURES = {
         _GEMMA | {"sliding_window": 4096},
         refine=_gemma2,
     ),
+    "gemma4": _Architecture(
+        "gemma4_text",
+        _SLIDING
+        | {
+            "final_logit_softcapping": "final_logit_softcapping",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        _GEMMA,
+        by_layer=("feed_forward_length", "attention.head_count_kv"),
+        own_rope=True,
+        refine=refine_gemma4,
+    ),
     "gemma3": _Architecture(
         "gemma3_text",
         _SLIDING | {"final_logit_softcapping": "final_logit_softcapping"},
@@ -164,6 +181,7 @@ ARCHITECTURES = {
 }
 _KEYS_OF_REFINEMENTS = {
     "gemma3": ("rope.freq_base_swa", "attention.sliding_window_pattern"),
+    "gemma4": KEYS,
     "qwen35": ("full_attention_interval", "ssm.inner_size", "rope.dimension_sections"),
 }
 
@@ -216,13 +234,19 @@ def read_config(file: GGUFFile, vocabulary: GGUFVocabulary) -> PreTrainedConfig:
     fields: dict[str, Any] = dict(architecture.settings)
     for key, name in (_MEASURES | dict(architecture.measures)).items():
         if (value := file.get(f"{file.architecture}.{key}")) is not None:
-            fields[name] = _single(file, key, value)
+            fields[name] = _single(
+                file, key, value[0] if key in architecture.by_layer and isinstance(value, list) else value
+            )
         elif key in _MEASURES:
             raise CheckpointError(f"{file.path} lacks the key {file.architecture}.{key}")
-    fields["num_key_value_heads"] = _measure(file, "attention.head_count_kv", fields["num_attention_heads"])
+    if "attention.head_count_kv" in architecture.by_layer:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    else:
+        fields["num_key_value_heads"] = _measure(file, "attention.head_count_kv", fields["num_attention_heads"])
     _check_sizes(file, fields)
     _add_heads(file, fields, architecture)
-    fields["rope_parameters"] = rope_parameters(file, fields["max_position_embeddings"])
+    if not architecture.own_rope:
+        fields["rope_parameters"] = rope_parameters(file, fields["max_position_embeddings"])
     architecture.refine(fields, file)
     fields |= _biases(file, architecture)
     fields["vocab_size"] = embedding_rows(file)

@@ -1,7 +1,8 @@
 """The experts of a GGUF file, as transformers has them or each by itself.
 
 A file has three tensors for the experts of a layer, ``blk.N.ffn_gate_exps.weight`` and the like, (experts, outputs,
-inputs), and gpt-oss three of biases, (experts, outputs).
+inputs), or two, where ``gate_up`` has the rows of both, one after the other; and gpt-oss three of biases, (experts,
+outputs).
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from gossamer.models.gguf_file import GGUFTensor
 from gossamer.nn.experts import is_clamped
 from gossamer.nn.stored_matrix import Mapped, StoredMatrix
 
-MARK = "_exps."  # in the names of such tensors
-_NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
+_NAME = re.compile(r"blk\.(\d+)\.ffn_(gate|up|gate_up|down)_exps\.(weight|bias)")
+
+
+def is_of_experts(tensor: GGUFTensor) -> bool:
+    """Whether a tensor holds something of each expert of a layer, other than a number."""
+    return _NAME.fullmatch(tensor.name) is not None
 
 
 class ExpertTensors:
@@ -33,7 +38,8 @@ class ExpertTensors:
 
     def __init__(self, path: str, module: nn.Module, tensors: Mapping[str, GGUFTensor]) -> None:
         self._path, self._clamped, self._tensors = path, is_clamped(module), tensors
-        for layer in ("gate", "up", "down"):
+        self._joined = "gate_up_exps.weight" in tensors
+        for layer in ("gate_up", "down") if self._joined else ("gate", "up", "down"):
             for kind in ("weight", "bias") if self._clamped else ("weight",):
                 if f"{layer}_exps.{kind}" not in tensors:
                     some = next(iter(tensors.values()))
@@ -41,7 +47,7 @@ class ExpertTensors:
 
     def whole(self) -> dict[str, Any]:
         """The weights as transformers has them, dequantized when they are asked for."""
-        names = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+        names = {"gate_up_proj": ("gate_up",) if self._joined else ("gate", "up"), "down_proj": ("down",)}
         weights: dict[str, Any] = {}
         for name, layers in names.items():
             tensors = [self._tensors[f"{layer}_exps.weight"] for layer in layers]
@@ -55,10 +61,16 @@ class ExpertTensors:
         """Each matrix as it is stored, by the names of :class:`~gossamer.nn.experts.SeparateExperts`."""
         weights: dict[str, Any] = {}
         for layer in ("gate", "up", "down"):
-            tensor = self._tensors[f"{layer}_exps.weight"]
+            joined = self._joined and layer != "down"
+            tensor = self._tensors["gate_up_exps.weight" if joined else f"{layer}_exps.weight"]
             size = tensor.mapped.size // tensor.shape[0]
+            size, skipped = (size // 2, size // 2 if layer == "up" else 0) if joined else (size, 0)
             for index, rows in enumerate(tensor.data):
-                mapped = Mapped(tensor.mapped.file, tensor.mapped.offset + index * size, size)
+                if joined:
+                    half = len(rows) // 2
+                    rows = rows[half:] if layer == "up" else rows[:half]
+                begin = tensor.mapped.offset + index * tensor.mapped.size // tensor.shape[0] + skipped
+                mapped = Mapped(tensor.mapped.file, begin, size)
                 name = f"{self._path}.{index}.{layer}_proj"
                 weights[f"{name}.weight"] = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
             if self._clamped:
@@ -83,7 +95,7 @@ def find_experts(tensors: Sequence[GGUFTensor], model: nn.Module) -> list[Expert
     """The experts of all layers.
 
     Args:
-        tensors: those with :data:`MARK` in their names.
+        tensors: those of experts.
         model: of transformers, without weights.
 
     Raises:

@@ -17,8 +17,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.gguf_config import check_architecture, embedding_rows, read_config, stored_as
-from gossamer.models.gguf_experts import MARK, find_experts
+from gossamer.models.gguf_experts import find_experts, is_of_experts
 from gossamer.models.gguf_file import GGUFFile, GGUFTensor
+from gossamer.models.gguf_gemma4 import Gemma4TensorProcessor
 from gossamer.models.gguf_qwen35 import Qwen35TensorProcessor
 from gossamer.models.gguf_rope import ROPE_TENSORS
 from gossamer.models.gguf_tokenizer import GGUFVocabulary, read_tokenizer
@@ -28,7 +29,7 @@ from gossamer.nn.block_types import BLOCK_TYPES
 from gossamer.nn.stored_matrix import StoredMatrix
 from gossamer.progress import Progress
 
-_PROCESSORS = {"qwen35": Qwen35TensorProcessor}
+_PROCESSORS = {"gemma4": Gemma4TensorProcessor, "qwen35": Qwen35TensorProcessor}
 _INSTEAD = "weights='dequantized' computes with it in floating point."
 
 
@@ -76,10 +77,10 @@ def unstorable(file: GGUFFile) -> str:
     for tensor in quantized:
         if tensor.type.name not in BLOCK_TYPES:
             return f"{tensor.name} is stored as {tensor.type.name}, which is computed in floating point only"
-        if len(tensor.shape) != 2 and MARK not in tensor.name:
+        if len(tensor.shape) != 2 and not is_of_experts(tensor):
             return f"{tensor.name} of shape {list(tensor.shape)} is no matrix"
     for tensor in file.tensors.values():
-        if MARK in tensor.name and tensor.name.endswith(".weight") and not tensor.in_blocks:
+        if is_of_experts(tensor) and tensor.name.endswith(".weight") and not tensor.in_blocks:
             return f"{tensor.name} is stored as {tensor.type.name}, and other weights in quantized blocks"
     return ""
 
@@ -112,9 +113,9 @@ def open_weights(
     stored = _storable_weights(model) if as_stored else frozenset()
     weights: Weights = {}
     unknown = []
-    of_experts = [tensor for tensor in file.tensors.values() if MARK in tensor.name]
+    of_experts = [tensor for tensor in file.tensors.values() if is_of_experts(tensor)]
     for tensor in file.tensors.values():
-        if MARK in tensor.name:
+        if is_of_experts(tensor):
             continue
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         if name is None:
@@ -161,9 +162,8 @@ def _names_in(file: GGUFFile, model: Any, processor: TensorProcessor) -> dict[st
 
 
 def _storable_weights(model: Any) -> frozenset[str]:
-    """Names of the weights that can stay in blocks: those of linear layers and of the embedding."""
-    embedding = model.get_input_embeddings()
-    layers = (name for name, layer in model.named_modules() if type(layer) is nn.Linear or layer is embedding)
+    """Names of the weights that can stay in blocks: those of linear layers and of embeddings."""
+    layers = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding))
     return frozenset(f"{name}.weight" for name in layers)
 
 
@@ -172,7 +172,7 @@ def _stored(tensor: GGUFTensor, processor: TensorProcessor, storable: bool) -> S
     if order is None:
         raise UnsupportedModelError(
             f"{tensor.path}: {tensor.name} is stored as {tensor.type.name}, and is not the weight of a linear layer or "
-            f"of the embedding. {_INSTEAD}"
+            f"of an embedding. {_INSTEAD}"
         )
     columns = _input_order(tensor, processor)
     inputs = None if columns is None else torch.from_numpy(columns)

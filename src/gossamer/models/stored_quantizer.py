@@ -99,13 +99,16 @@ def place_stored(model: PreTrainedModel, matrices: Mapping[str, StoredMatrix], w
                 f"model's {list(old.weight.shape)}"
             )
         parent, _, last = name.rpartition(".")
-        if old is not embedding:
+        if old is not embedding and not isinstance(old, nn.Embedding):
             if reason := irreplaceable(old, last, model.get_submodule(parent)):
                 raise UnsupportedModelError(f"{where}: the weight of {name} cannot be as stored: {reason}")
             model.set_submodule(name, StoredLinear(matrix, _bias(old)))
             continue
         if reason := unsupported_embedding(old) or used_otherwise(old, last, model.get_submodule(parent)):
             raise UnsupportedModelError(f"{where}: the weight of {name} cannot be as stored: {reason}")
+        if old is not embedding:
+            model.set_submodule(name, StoredEmbedding.in_place_of(old, matrix))
+            continue
         model.set_input_embeddings(StoredEmbedding.in_place_of(old, matrix))
         if head is not None:
             model.set_submodule(head_name, StoredLinear(matrix, _bias(head)))

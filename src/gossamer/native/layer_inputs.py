@@ -15,7 +15,8 @@ from typing import Any
 
 from gossamer.native.norms import norm_from
 from gossamer.native.recorder import Norm, Recorded, Recorder
-from gossamer.native.weights import PackedLinear, pack_embedding
+from gossamer.native.weights import PackedLinear, pack_embedding, refer_to
+from gossamer.nn import StoredEmbedding
 
 
 @dataclass
@@ -66,8 +67,8 @@ def pack_layer_inputs(body: Any, config: Any, pack: Callable[..., PackedLinear],
     norm = norm_from(body.per_layer_projection_norm)
     assert norm is not None
     return LayerInputs(
-        pack_embedding(table, isa, float_type),
-        float(getattr(table, "scalar_embed_scale", 1.0)) * share,
+        refer_to(table.stored, isa) if isinstance(table, StoredEmbedding) else pack_embedding(table, isa, float_type),
+        float(getattr(table, "multiplier", getattr(table, "scalar_embed_scale", 1.0))) * share,
         pack([body.per_layer_model_projection]),
         Norm(norm.gain * share, norm.epsilon / shrink**2),  # of the projection that is not shrunk
     )

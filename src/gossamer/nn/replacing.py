@@ -19,6 +19,10 @@ _HOOKS = (
 )
 
 
+# A text without ids of tokens is looked up in its weight backwards; here, texts always have them.
+_READ_WITHOUT_TOKENS = (("Gemma4TextModel", "embed_tokens"),)
+
+
 def irreplaceable(layer: nn.Module, name: str, parent: nn.Module) -> str:
     """Why a layer with ``weight`` and ``bias`` cannot give way to one with another ``weight``; empty when it can.
 
@@ -41,6 +45,8 @@ def used_otherwise(layer: nn.Module, name: str, parent: nn.Module) -> str:
     """Why calling another module in its place would not be the same; empty when it would."""
     if "forward" in vars(layer):
         return "its forward was replaced"
+    if (type(parent).__name__, name) in _READ_WITHOUT_TOKENS:
+        return ""
     if name in weights_read_by(type(parent)):  # type: ignore[arg-type]  # mypy looks at the hash of instances
         return f"{type(parent).__name__} reads its weight by itself"
     return ""
