@@ -357,5 +357,6 @@ NB_MODULE(_native, m) {
       .def("argmax", &Program::argmax)
       .def("step", &Program::step, nb::call_guard<nb::gil_scoped_release>())
       .def("profile", &Program::profile)
+      .def_prop_ro("experts_read", &Program::experts_read)
       .def_prop_ro("bytes", &Program::bytes);
 }

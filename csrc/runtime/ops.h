@@ -269,6 +269,7 @@ struct Route final : Op {
       count[e + 1] += count[e];
     }
     r.first.push_back(rows * chosen);
+    r.chosen_in_all += static_cast<int64_t>(r.expert.size());
     r.token.resize(rows * chosen);
     r.place.resize(rows * chosen);
     for (int64_t i = 0; i < rows * chosen; ++i) {

@@ -190,6 +190,7 @@ void Program::step(const StepInput& input, int threads) {
   }
   for (auto& [of, tasks] : tasks_) plan(input, of.first, of.second, threads, tasks);
   make_room(input, threads);
+  routing.chosen_in_all = 0;
   for (auto& op : ops_) op->phase.reset();
   for (Thread& thread : threads_) {
     thread.count = threads;

@@ -101,6 +101,7 @@ struct Routing {
   std::vector<int64_t> place;        // (T, chosen): among the sorted rows, in the order of the experts
   std::vector<float> share;          // (T, chosen)
   std::vector<int64_t> expert, first;  // those with rows, and where theirs begin; one more at the end
+  int64_t chosen_in_all = 0;           // experts with rows, of all layers of a step
 };
 
 constexpr int ATTENTION = -1, READY = -2;  // as the source of rows; see Program::prepare
@@ -175,6 +176,7 @@ class Program {
   void step(const StepInput& input, int threads);
 
   std::map<std::string, double> profile() const;  // seconds of the last step by kind of op
+  int64_t experts_read() const { return routing.chosen_in_all; }  // by the last step, in all layers
   int64_t bytes() const;
 
   // --- for the ops ---

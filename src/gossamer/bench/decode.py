@@ -66,6 +66,7 @@ class DecodeResult:
         kv_bytes: keys and values held while decoding; ``kv_bytes_peak`` the most that was held at any time.
         floor_ms: time that the measured ceilings of this machine need for the same arithmetic and memory traffic.
         floor_share: ``floor_ms`` over ``step_ms``.
+        experts_read: whose weights a step has read, in all layers; median. ``None`` without experts.
         ceilings: what ``floor_ms`` was computed with: the best that was measured in turn with the steps of this
             combination. ``gemm_gflops``, ``read_gb_per_s``, and ``int8_gops`` for a model with int8 layers.
         error: why there is no result.
@@ -101,6 +102,7 @@ class DecodeResult:
     error: str | None = None
     prefix_tokens_per_s: float | None = None
     floor_share: float | None = None
+    experts_read: float | None = None
     ceilings: dict[str, float] | None = None
     sparse_weights: str | None = None
     weight_bytes: int | None = None
@@ -123,6 +125,7 @@ class _Contestant:
     overheads: list[float] = field(default_factory=list)
     samplings: list[float] = field(default_factory=list)
     profiles: list[dict[str, float]] = field(default_factory=list)
+    experts_read: list[int] = field(default_factory=list)
 
 
 def bench_decode(
@@ -316,6 +319,7 @@ def _race(contestants: list[_Contestant], contest: Contest, ceilings: Ceilings) 
             contestant.samplings.append(stats.sampling_seconds - sampling)
             if isinstance(contestant.engine.runner, NativeRunner):
                 contestant.profiles.append(contestant.engine.runner.profile())
+                contestant.experts_read.append(contestant.engine.runner.experts_read)
         if number in (steps // 2, steps):
             reached.append(ceilings.measure())
         if number % turn == 0:
@@ -368,6 +372,8 @@ def _evaluate(contestant: _Contestant, network: Any, limits: dict[str, float], o
         return
     result.kv_bytes, result.kv_bytes_peak = engine.stats.kv_bytes, engine.stats.kv_bytes_peak
     result.ceilings = limits
+    read = contestant.experts_read[WARM_UP_STEPS:]
+    result.experts_read = statistics.median(read) if any(read) else None
     result.floor_ms = _floor_ms(result, engine, network, limits)
     result.floor_share = result.floor_ms / result.step_ms
 
@@ -376,10 +382,11 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     """Weights and keys must be read, products computed; each at the measured ceiling, whichever takes longer.
 
     The linear layers multiply every weight but those of embeddings with every row; attention multiplies every key
-    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts, at
-    least as many are read as one row chooses. States are read and written.
+    and value that a row sees. Keys are read once per sequence that attends on its own, shared ones once. Of experts,
+    those are read that rows have chosen, or as many as one row chooses where that is not known. States are read and
+    written.
     """
-    shares = _shares_of_experts(network)
+    shares = _shares_of_experts(network, result.experts_read)
     flops, read = limits["gemm_gflops"] * 1e9, limits["read_gb_per_s"] * 1e9
     head = network.get_output_embeddings()
     # a tied embedding is the head's weight; others are looked up, not multiplied
@@ -406,15 +413,23 @@ def _floor_ms(result: DecodeResult, engine: Engine, network: Any, limits: dict[s
     return (linear + max(products / flops, keys * layout.bytes_per_token / read) + states) * 1e3
 
 
-def _shares_of_experts(network: Any) -> dict[int, float]:
-    """By id of an expert's layer, or of the tensor of all: the share of them that a row chooses."""
-    shares: dict[int, float] = {}
+def _shares_of_experts(network: Any, read: float | None) -> dict[int, float]:
+    """By id of an expert's layer, or of the tensor of all: the share of them that is read.
+
+    Args:
+        network: the model.
+        read: experts of all layers that were; otherwise what a row chooses is taken.
+    """
+    found: list[tuple[nn.Module, int, float]] = []  # the experts of a layer, how many, and how many a row chooses
     for mixture in network.modules():
         experts = getattr(mixture, "experts", None)
         router = next((each for each in mixture.children() if isinstance(getattr(each, "top_k", None), int)), None)
-        if not isinstance(experts, nn.Module) or router is None:
-            continue
-        share = router.top_k / router.weight.shape[0]
+        if isinstance(experts, nn.Module) and router is not None:
+            found.append((experts, router.weight.shape[0], router.top_k))
+    of_all = None if read is None or not found else read / sum(count for _, count, _ in found)
+    shares: dict[int, float] = {}
+    for experts, count, chosen in found:
+        share = chosen / count if of_all is None else of_all
         shares |= dict.fromkeys(map(id, (*experts.modules(), *experts.parameters())), share)
     return shares
 

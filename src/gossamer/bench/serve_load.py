@@ -28,6 +28,8 @@ from gossamer.texts import reference_text
 
 PERCENTILES = (50, 90, 99)
 PAUSE = 0.1  # seconds that a client waits after an error
+INDEX_METRIC = "gossamer:spec_decode_index_bytes"
+INDEX_INTERVAL = 5.0  # seconds
 PATIENCE = 3  # errors in a row, per client, after which the load is given up
 
 
@@ -127,6 +129,7 @@ class LoadResult:
         e2e: from the request to the end of its answer.
         client_cpu: processor time that the clients took from the server.
         memory: seconds from the start, and kilobytes the server has for itself.
+        indices: the same, and kilobytes of what our server looks drafts up in, which grows until it is full.
     """
 
     duration: float = 0.0
@@ -143,6 +146,7 @@ class LoadResult:
     e2e: array[float] = field(default_factory=lambda: array("d"))
     client_cpu: float = 0.0
     memory: list[tuple[float, float]] = field(default_factory=list)
+    indices: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -180,7 +184,12 @@ class LoadResult:
 
     def _memory(self) -> dict[str, Any]:
         first, last = self.memory[0][1], self.memory[-1][1]
-        return {"first_kb": first, "last_kb": last, "kb_per_minute": slope_per_minute(self.memory)}
+        return {
+            "first_kb": first,
+            "last_kb": last,
+            "kb_per_minute": slope_per_minute(self.memory),
+            "index_kb_per_minute": slope_per_minute(self.indices),
+        }
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -266,6 +275,7 @@ class _Run:
         self.result = LoadResult()
         self._address, self._model, self._load, self._prompts, self._first = address, model, load, prompts, first
         self._in_a_row = 0
+        self._indices_seen = 0.0
         self._start = time.perf_counter()
 
     async def clients(self) -> None:
@@ -278,8 +288,26 @@ class _Run:
         while True:
             progress(f"{self.result.completed} requests answered")
             if pid is not None and (size := anonymous_kilobytes(pid)) is not None:
-                self.result.memory.append((time.perf_counter() - self._start, size))
+                seconds = time.perf_counter() - self._start
+                self.result.memory.append((seconds, size))
+                if seconds - self._indices_seen >= INDEX_INTERVAL:
+                    self._indices_seen = seconds
+                    if (indices := await self._index_kilobytes()) is not None:
+                        self.result.indices.append((seconds, indices))
             await asyncio.sleep(1.0)
+
+    async def _index_kilobytes(self) -> float | None:
+        """As our server's metrics say; ``None`` if there are none."""
+        connection = Connection(self._address, self._load.timeout)
+        try:
+            answer = await connection.request("GET", "/metrics")
+        except (OSError, httptools.HttpParserError):
+            return None
+        finally:
+            connection.close()
+        lines = answer.body.decode(errors="replace").splitlines()
+        found = next((line for line in lines if line.startswith(INDEX_METRIC)), None)
+        return None if found is None else float(found.split()[-1]) / 1e3
 
     async def _client(self) -> None:
         connection = Connection(self._address, self._load.timeout)

@@ -261,7 +261,9 @@ def _soak_lines(row: dict[str, Any]) -> list[str]:
         ends = f"{memory['first_kb'] / 1e3:,.1f} MB at the start, {memory['last_kb'] / 1e3:,.1f} MB at the end"
         slope = memory["kb_per_minute"]
         growth = "too short to say how it grows" if slope is None else f"{slope:+,.0f} kB/min once it has settled"
-        lines.append(f"{row['name']}: {growth}; {ends}")
+        indices = memory.get("index_kb_per_minute")
+        drafts = "" if indices is None else f", {indices:+,.0f} of them in what drafts are looked up in"
+        lines.append(f"{row['name']}: {growth}{drafts}; {ends}")
     if row["itl_ms"] and row["itl_ms"]["p50"]:
         lines.append(f"{row['name']}: p99 / p50 of ITL {row['itl_ms']['p99'] / row['itl_ms']['p50']:.2f}")
     return lines

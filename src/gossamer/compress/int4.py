@@ -32,7 +32,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import MANIFEST, write_manifest
 from gossamer.models.resolve import local_path, resolve_model
 from gossamer.models.shards import Progress
-from gossamer.nn.experts import can_separate
+from gossamer.nn.experts import can_separate, separate_experts
 from gossamer.nn.quantize import SKIP
 from gossamer.options import ModelOptions
 from gossamer.pruning.job import OnProgress
@@ -169,6 +169,8 @@ def compress_int4(
     config = load_config(source)
     refuse_quantized(source, config)
     network, tokenizer = load_model(source, dtype="float32")
+    if not recipe.is_file:
+        separate_experts(network)
     wanted = _dtype(dtype, config, recipe)
     types = _gguf_types(LoadedModel(network, source), recipe) if recipe.is_file else {}
     targets = find_targets(network, exclude=SKIP if recipe.skip is None else recipe.skip)
@@ -186,6 +188,11 @@ def compress_int4(
     )
     left = [name for name, module in network.named_modules() if can_separate(module)]
     warnings = [f"experts stay as they are, in {len(left)} layers, such as {left[0]}"] if left else []
+    if unreached := [layer.name for layer in layers if not layer.reached]:
+        warnings.append(
+            f"{len(unreached)} weights of experts that no token of the text was sent to are rounded to the nearest, "
+            f"among them {unreached[0]}"
+        )
     settings |= {"layers": {layer.name: layer.type for layer in layers}}
     with all_or_nothing(target) as unfinished:
         if recipe.is_file:
@@ -247,9 +254,13 @@ def _w4a16_types(targets: Mapping[str, Target], dtype: torch.dtype) -> dict[str,
 
 def _config(network: nn.Module, targets: Mapping[str, Target], types: Mapping[str, BlockType]) -> dict[str, Any]:
     quantized = {id(module) for target in targets.values() for module in target.modules}
-    ignore = [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in quantized
-    ]
+    ignore = [name for name, module in network.named_modules() if _is_product(module) and id(module) not in quantized]
     return quantization_config(next(iter(types.values())).group, ignore)
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether readers of the format take a module for a linear layer: one, or the router of experts."""
+    router = isinstance(getattr(module, "top_k", None), int) and isinstance(
+        getattr(module, "weight", None), nn.Parameter
+    )
+    return isinstance(module, nn.Linear) or router

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gossamer.compress.block_types import BlockType, check_weight
 from gossamer.compress.second_order import factor, round_second_order
 from gossamer.errors import ConfigurationError
+from gossamer.nn.experts import Expert
 from gossamer.nn.outlier_store import own_attention
 from gossamer.pruning.blocks import BlockRun, decoder_blocks
 from gossamer.pruning.curvature import Gram
@@ -34,12 +35,14 @@ class RoundedLayer:
         type: format of its blocks.
         shape: (N, K).
         error: what rounding adds to the layer's output, relative to it: the square root of the ratio of their energies.
+        reached: whether the layer got any input; an expert that none was sent to is rounded to the nearest.
     """
 
     name: str
     type: str
     shape: tuple[int, int]
     error: float
+    reached: bool = True
 
 
 def round_blocks(
@@ -92,10 +95,10 @@ def round_blocks(
                 parts.save(part, done)
             for name in names:
                 fields = {key.rpartition(":")[2]: value for key, value in done.items() if key.startswith(f"{name}:")}
-                error = float(fields.pop("error"))
+                error, reached = float(fields.pop("error")), bool(fields.pop("reached"))
                 stored[name] = fields
                 targets[name].write(types[name].unpack(fields))
-                layers.append(RoundedLayer(name, types[name].name, targets[name].shape, error))
+                layers.append(RoundedLayer(name, types[name].name, targets[name].shape, error, reached))
             with timed(seconds, "propagating"):
                 run.hidden = run.outputs(index, run.hidden)
             progress("blocks", index + 1, len(blocks))
@@ -119,14 +122,16 @@ def _round(
     for name in names:
         shared.setdefault(id(moments[name]), []).append(name)
     for same in shared.values():
-        matrix = moments[same[0]].mean().float()
+        gram = moments[same[0]]
+        matrix = gram.mean().float() if gram.count else torch.eye(targets[same[0]].shape[1])
         inverse = factor(matrix, relative_damping)
         for name in same:
             weight = targets[name].read()
             grid, codes = round_second_order(weight, types[name], inverse)
             energy = _energy(weight, matrix)
             error = (_energy(grid.values(codes) - weight, matrix) / max(energy, torch.finfo(torch.float32).tiny)) ** 0.5
-            fields = types[name].pack(grid, codes) | {"error": torch.tensor(error)}
+            fields = types[name].pack(grid, codes)
+            fields |= {"error": torch.tensor(error), "reached": torch.tensor(gram.count > 0)}
             done |= {f"{name}:{key}": value for key, value in fields.items()}
     return done
 
@@ -137,17 +142,23 @@ def _energy(rows: Tensor, moments: Tensor) -> float:
 
 
 def _moments(run: BlockRun, index: int, targets: Mapping[str, Target]) -> dict[str, Gram]:
-    """Moments of the inputs of each target; the same object for those that share their inputs."""
+    """Moments of the inputs of each target; the same object for those that share their inputs.
+
+    Which do is seen with the first sequence; experts, which may get none of it, share them by what they are.
+    """
+    of_experts = _leaders_of_experts(run.blocks[index], targets)
     seen: dict[str, Tensor] = {}
 
     def remember(name: str, inputs: Tensor) -> None:
         seen[name] = inputs
 
-    with _watching(targets, remember):
+    others = {name: target for name, target in targets.items() if name not in of_experts}
+    with _watching(others, remember):
         run.outputs(index, run.hidden[:1])
-    leaders: dict[int, str] = {}
-    for name, inputs in seen.items():
-        leaders.setdefault(id(inputs), name)
+    if unseen := others.keys() - seen.keys():
+        raise ConfigurationError(f"{min(unseen)} was not used with the calibration data: skip it, or give other data")
+    first: dict[int, str] = {}
+    leaders = of_experts | {name: first.setdefault(id(inputs), name) for name, inputs in seen.items()}
     grams = {name: Gram(targets[name].shape[1]) for name in leaders.values()}
 
     def add(name: str, inputs: Tensor) -> None:
@@ -155,9 +166,20 @@ def _moments(run: BlockRun, index: int, targets: Mapping[str, Target]) -> dict[s
 
     with _watching({name: targets[name] for name in grams}, add):
         run.outputs(index, run.hidden)
-    if unseen := targets.keys() - seen.keys():
-        raise ConfigurationError(f"{min(unseen)} was not used with the calibration data: skip it, or give other data")
-    return {name: grams[leaders[id(inputs)]] for name, inputs in seen.items()}
+    return {name: grams[leader] for name, leader in leaders.items()}
+
+
+def _leaders_of_experts(block: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]:
+    """Of the targets that are layers of experts, by name: which one has the same inputs, or itself."""
+    names = {id(module): name for name, target in targets.items() for module in target.modules}
+    leaders = {}
+    for expert in (module for module in block.modules() if isinstance(module, Expert)):
+        for layer, leader in ((expert.gate_proj, expert.gate_proj), (expert.up_proj, expert.gate_proj)):
+            if id(layer) in names:
+                leaders[names[id(layer)]] = names.get(id(leader), names[id(layer)])
+        if id(expert.down_proj) in names:
+            leaders[names[id(expert.down_proj)]] = names[id(expert.down_proj)]
+    return leaders
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from gossamer.models.compressed_tensors_config import QUANT_METHOD, has_format
 from gossamer.models.dequantized_rows import DequantizedRows, quantized_weights
 from gossamer.models.int4_layout import Int4Weight, layers_of
 from gossamer.models.shard_reader import ShardReader
+from gossamer.nn.experts import separate_experts
 from gossamer.nn.grouped_rows import BLOCK_TYPES, GroupedRows, input_order
 from gossamer.nn.int8_weight import is_conv1d, linear_weight
 from gossamer.nn.stored_matrix import StoredMatrix
@@ -88,6 +89,7 @@ def read_int4(
     """
     settings = format.read_config(translated(config.quantization_config))
     del config.quantization_config
+    separate_experts(model, lambda name: f"{name}.0.gate_proj.{format.weight}" in reader.specs)
     layers = {name: layer for name, layer in model.named_modules() if linear_weight(layer) is not None}
     kept = quantized_weights(model, skip)
     paths = layers_of(reader, format.weight, format.parts)

@@ -149,11 +149,7 @@ def _in_blocks(path: Path, options: ModelOptions) -> tuple[Path | GGUFModel, str
         return None
     config = load_config(path)
     text = config.get_text_config()
-    if is_mxfp4(config):
-        return path, unsupported(text)
-    experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
-    note = unsupported(text) or ("experts are computed with in floating point" if experts else "")
-    return (path, note) if int4_format(config) else None
+    return (path, unsupported(text)) if int4_format(config) or is_mxfp4(config) else None
 
 
 def _may_be_native(options: ModelOptions, runner: RunnerOptions) -> bool:

@@ -150,6 +150,11 @@ class NativeRunner:
         """Seconds of the last step, by kind of op."""
         return dict(self._program.profile())
 
+    @property
+    def experts_read(self) -> int:
+        """Experts whose weights the last step has read, in all layers."""
+        return int(self._program.experts_read)
+
     def forward(self, plan: StepPlan) -> Logits:
         """See :class:`~gossamer.engine.runner.Runner`. The result is overwritten by the next call."""
         arrays = self._arrays
