@@ -330,6 +330,8 @@ NB_MODULE(_native, m) {
       })
       .def("multiply", &Program::multiply)
       .def("clear", &Program::clear)
+      .def("take_wanted", &Program::take_wanted)
+      .def("only_wanted", &Program::only_wanted)
       .def("rotate_and_store", [](Program& self, int source, int64_t layer, bool stores, int table, int64_t rotated,
                                   int64_t query_gain, int64_t key_gain, bool norm_values, bool whole, bool after, float epsilon,
                                   float scale, int query_table) {

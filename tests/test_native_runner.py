@@ -159,6 +159,8 @@ def test_int8_keys_and_values_are_shared_split_and_moved_like_others(name: str, 
 def test_layers_that_attend_to_the_keys_of_others_keep_none() -> None:
     runner = NativeRunner(network("gemma4"), max_rows=64)  # five layers, of which the last two have none of their own
     assert [(shape.num_kv_heads, shape.key_dim) for shape in runner.layout.layers] == [(2, 16), (2, 32), (2, 16)]
+    assert runner.decoder.wanted_from == 3  # no later token will look at what these two compute
+    assert NativeRunner(network(), max_rows=64).decoder.wanted_from == 2
     assert TransformersRunner(network("gemma4")).layout.bytes_per_token == 2 * 2 * 4 * (3 * 16 + 2 * 32)
     with pytest.raises(ConfigurationError, match="prefix_eps cannot be used: the heads"):
         NativeRunner(network("gemma4"), RunnerOptions(prefix_eps=0.1), max_rows=64)

@@ -164,7 +164,7 @@ struct Prepare final : Op {
   }
 
   const float* merged(Program& program, int64_t row, Thread& thread) const {
-    const Program::Tasks& tasks = program.tasks(window, of);
+    const Program::Tasks& tasks = program.tasks(window, of, wanted);
     const Shape& shape = program.shape;
     const int64_t begin = tasks.part_of_row[row], count = tasks.part_of_row[row + 1] - begin;
     thread.outs.resize(count + 1);
@@ -491,6 +491,21 @@ struct Multiply final : Op {
   }
 };
 
+// Rows whose logits are wanted, one after the other.
+struct TakeWanted final : Op {
+  int source;
+  int64_t k;
+  int to;
+  TakeWanted(int source, int64_t k, int to) : Op("combine"), source(source), k(k), to(to) {}
+
+  void run(Program& program, const StepInput& step, Thread& thread) override {
+    phase.run(step.logit_rows, grain_of(step.logit_rows, thread.count), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        std::memcpy(program.buffers[to].row(r), program.buffers[source].row(step.logit_row[r]), k * sizeof(float));
+    });
+  }
+};
+
 struct Clear final : Op {
   int buffer;
   explicit Clear(int buffer) : Op("combine"), buffer(buffer) {}
@@ -595,7 +610,7 @@ struct Attend final : Op {
   void run(Program& program, const StepInput& step, Thread& thread) override {
     const Shape& s = program.shape;
     const LayerShape of = s.layers[layer];
-    const Program::Tasks& tasks = program.tasks(window, of);
+    const Program::Tasks& tasks = program.tasks(window, of, wanted);
     const int64_t row_bytes = kv_bytes(s.kv, of.dim), fields = s.fields(), group = s.heads / of.kv_heads;
     const int64_t layers = static_cast<int64_t>(s.layers.size());
     AttentionTask task{};
@@ -671,7 +686,7 @@ struct Attend final : Op {
     uint8_t *keys = thread.gathered, *values = thread.gathered + INVARIANT_KEYS * row_bytes;
     task.keys = keys;
     task.values = values;
-    const auto& sources = program.tasks(window, of).sources;
+    const auto& sources = program.tasks(window, of, wanted).sources;
     for (int64_t i = t.first_source; i < t.first_source + t.sources; ++i) {
       const int64_t* item = step.item + ITEM * sources[i].item;
       const int64_t* target = step.target + item[0] * s.fields();

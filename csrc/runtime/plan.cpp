@@ -184,7 +184,7 @@ void Program::make_room(const StepInput& step, int threads) {
   means_.resize(std::max<size_t>(means_.size(), threads));
   for (Memory& memory : means_)
     if (memory.bytes() < static_cast<size_t>(most)) memory = Memory(most);
-  const auto full = shape.layers.empty() ? tasks_.end() : tasks_.find({0, shape.layers[0].kv_heads});
+  const auto full = shape.layers.empty() ? tasks_.end() : tasks_.find({0, shape.layers[0].kv_heads, false});
   const bool reports = step.summaries && full != tasks_.end();
   reports_.assign(reports ? shape.layers.size() * full->second.all.size() * MEANS_REPORT : 0, 0.0);
 }
@@ -193,7 +193,7 @@ void Program::make_room(const StepInput& step, int threads) {
 void Program::report(const StepInput& step) const {
   if (reports_.empty()) return;
   const int64_t layers = static_cast<int64_t>(shape.layers.size()), kv_heads = shape.layers[0].kv_heads;
-  const std::vector<Task>& tasks = this->tasks(0, shape.layers[0]).all;
+  const std::vector<Task>& tasks = this->tasks(0, shape.layers[0], false).all;
   for (int64_t layer = 0; layer < layers; ++layer)
     for (size_t t = 0; t < tasks.size(); ++t) {
       if (!step.has_means(tasks[t].item, 0)) continue;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "state_ops.h"
+#include "wanted_step.h"
 
 namespace gossamer {
 
@@ -24,9 +25,17 @@ int64_t Shape::widest() const {
 }
 
 Program::Program(const Kernels& kernels, Shape of, int64_t max_rows) : kernels(kernels), shape(std::move(of)), max_rows(max_rows) {
+  wanted_ = std::make_unique<WantedStep>();
   largest_k_ = shape.heads * shape.widest();
   queries = Memory(max_rows * largest_k_ * bytes_of(query_type(shape.kv)));
   buffers.push_back({0, Memory()});
+}
+
+Program::~Program() = default;
+
+void Program::push(std::unique_ptr<Op> op) {
+  op->wanted = only_wanted_;
+  ops_.push_back(std::move(op));
 }
 
 int Program::buffer(int64_t width, int64_t times) {
@@ -43,30 +52,30 @@ int Program::prepared(Type type, int64_t k, int64_t times) {
 
 void Program::embed(std::shared_ptr<Weight> table, float factor, int to) {
   vocabulary_ = std::min(vocabulary_, table->packed().n);
-  ops_.push_back(std::make_unique<Embed>(table->packed(), factor, to));
+  push(std::make_unique<Embed>(table->packed(), factor, to));
   weights_.push_back(std::move(table));
 }
 
 void Program::embed_positions(std::shared_ptr<Weight> table, int to) {
   positions_ = table->packed().n;
-  ops_.push_back(std::make_unique<EmbedPositions>(table->packed(), to));
+  push(std::make_unique<EmbedPositions>(table->packed(), to));
   weights_.push_back(std::move(table));
 }
 
 void Program::layer_norm(int source, const float* gain, const float* bias, float epsilon, int64_t k, int to) {
-  ops_.push_back(std::make_unique<LayerNorm>(source, copy(gain, k), copy(bias, k), epsilon, to));
+  push(std::make_unique<LayerNorm>(source, copy(gain, k), copy(bias, k), epsilon, to));
 }
 
-void Program::activate(int buffer, int64_t k, Activation by) { ops_.push_back(std::make_unique<Activate>(buffer, k, by)); }
+void Program::activate(int buffer, int64_t k, Activation by) { push(std::make_unique<Activate>(buffer, k, by)); }
 
 void Program::glu(int buffer, int64_t k, Activation by, bool sorted) {
-  ops_.push_back(std::make_unique<Glu>(buffer, k, by, sorted));
+  push(std::make_unique<Glu>(buffer, k, by, sorted));
 }
 
 void Program::prepare(int source, const float* gain, float number, int64_t k, const int64_t* order, int to, Decomposition rule,
                       bool whole_columns, Rows which) {
   const auto add = [&] {
-    ops_.push_back(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_, last_shape_));
+    push(std::make_unique<Prepare>(source, copy(gain, k), number, k, copy(order, k), to, rule, which, last_window_, last_shape_));
     Prepare* made = static_cast<Prepare*>(ops_.back().get());
     if (source == ATTENTION) made->take_sinks(last_sinks_);
     return made;
@@ -79,13 +88,13 @@ void Program::prepare(int source, const float* gain, float number, int64_t k, co
 
 void Program::linear(std::shared_ptr<Weight> weight, int prepared, int to, bool add, Activation gate, bool last, int addend) {
   if (to == 0) buffers[0].width = weight->packed().n;
-  ops_.push_back(std::make_unique<Linear>(weight->packed(), prepared, to, add, gate, last, addend));
+  push(std::make_unique<Linear>(weight->packed(), prepared, to, add, gate, last, addend));
   weights_.push_back(std::move(weight));
 }
 
 void Program::route(int source, int64_t experts, int64_t chosen, bool renormalize, float margin, const float* preference,
                     const float* factors) {
-  ops_.push_back(
+  push(
       std::make_unique<Route>(source, experts, chosen, renormalize, margin, copy(preference, experts), copy(factors, experts)));
 }
 
@@ -95,15 +104,15 @@ void Program::experts(std::vector<std::shared_ptr<Weight>> weights, int prepared
     packed.push_back(&each->packed());
     weights_.push_back(std::move(each));
   }
-  ops_.push_back(std::make_unique<Experts>(std::move(packed), prepared, to, gate));
+  push(std::make_unique<Experts>(std::move(packed), prepared, to, gate));
 }
 
 void Program::combine(int source, int64_t width, float factor, int to) {
-  ops_.push_back(std::make_unique<Combine>(source, width, factor, to));
+  push(std::make_unique<Combine>(source, width, factor, to));
 }
 
 void Program::add_gated(int source, int gate, int64_t width, float factor, int to) {
-  ops_.push_back(std::make_unique<AddGated>(source, gate, width, factor, to));
+  push(std::make_unique<AddGated>(source, gate, width, factor, to));
 }
 
 void Program::low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<std::shared_ptr<Weight>> up, int x, int between,
@@ -113,22 +122,24 @@ void Program::low_rank(std::vector<std::shared_ptr<Weight>> down, std::vector<st
     for (const auto& each : weights) all.push_back(each ? &each->packed() : nullptr);
     return all;
   };
-  ops_.push_back(std::make_unique<LowRankDown>(packed(down), x, between));
-  ops_.push_back(std::make_unique<LowRankUp>(packed(up), between, to));
+  push(std::make_unique<LowRankDown>(packed(down), x, between));
+  push(std::make_unique<LowRankUp>(packed(up), between, to));
   for (auto* weights : {&down, &up})
     for (auto& each : *weights)
       if (each) weights_.push_back(std::move(each));
 }
 
 void Program::add_normed(int source, const float* gain, float epsilon, int64_t k, int64_t groups, float factor, int to) {
-  ops_.push_back(std::make_unique<AddNormed>(source, copy(gain, k), epsilon, k, groups, factor, to));
+  push(std::make_unique<AddNormed>(source, copy(gain, k), epsilon, k, groups, factor, to));
 }
 
 void Program::multiply(int buffer, int by, int64_t first, int64_t k) {
-  ops_.push_back(std::make_unique<Multiply>(buffer, by, first, k));
+  push(std::make_unique<Multiply>(buffer, by, first, k));
 }
 
-void Program::clear(int buffer) { ops_.push_back(std::make_unique<Clear>(buffer)); }
+void Program::take_wanted(int source, int64_t k, int to) { push(std::make_unique<TakeWanted>(source, k, to)); }
+
+void Program::clear(int buffer) { push(std::make_unique<Clear>(buffer)); }
 
 void Program::rotate_and_store(int source, int64_t layer, bool stores, int table, int64_t rotated, const float* query_gain,
                                const float* key_gain, bool norm_values, bool whole, bool after, float epsilon, float scale,
@@ -136,42 +147,42 @@ void Program::rotate_and_store(int source, int64_t layer, bool stores, int table
   const LayerShape of = shape.layers.at(layer);
   const int64_t queries = of.dim * (whole ? shape.heads : 1), keys = of.dim * (whole ? of.kv_heads : 1);
   HeadNorms norms{copy(query_gain, queries), copy(key_gain, keys), norm_values, whole, after, epsilon};
-  ops_.push_back(std::make_unique<RotateAndStore>(source, layer, stores, table, rotated, std::move(norms), scale, query_table));
+  push(std::make_unique<RotateAndStore>(source, layer, stores, table, rotated, std::move(norms), scale, query_table));
 }
 
 void Program::attend(int64_t layer, int64_t window, float cap, const float* sinks) {
-  ops_.push_back(std::make_unique<Attend>(layer, window, cap));
+  push(std::make_unique<Attend>(layer, window, cap));
   last_window_ = window;
   last_shape_ = shape.layers.at(layer);
   last_sinks_ = copy(sinks, shape.heads);
-  tasks_[{window, last_shape_.kv_heads}];
+  tasks_[{window, last_shape_.kv_heads, only_wanted_}];
 }
 
-void Program::cap_logits(int64_t vocabulary, float most) { ops_.push_back(std::make_unique<CapLogits>(vocabulary, most)); }
+void Program::cap_logits(int64_t vocabulary, float most) { push(std::make_unique<CapLogits>(vocabulary, most)); }
 
 void Program::convolve(int source, int64_t channels, int64_t taps, int64_t factor, int64_t gate, const float* weight,
                        const float* bias, bool silu, int64_t state, int to) {
   if (taps < 1 || taps > MOST_TAPS) throw std::invalid_argument("a convolution has too many taps");
-  ops_.push_back(std::make_unique<Convolve>(source, channels, taps, factor, gate, copy(weight, taps * channels),
+  push(std::make_unique<Convolve>(source, channels, taps, factor, gate, copy(weight, taps * channels),
                                             copy(bias, channels), silu, state, to));
 }
 
 void Program::recurrence(int source, int rates, int64_t key_heads, int64_t value_heads, int64_t dk, int64_t dv,
                          const float* rate, const float* bias, const float* skip, int64_t state, int to) {
-  ops_.push_back(std::make_unique<Recurrence>(source, rates, key_heads, value_heads, dk, dv, copy(rate, value_heads),
+  push(std::make_unique<Recurrence>(source, rates, key_heads, value_heads, dk, dv, copy(rate, value_heads),
                                               copy(bias, value_heads), copy(skip, value_heads), state, to));
 }
 
 void Program::norm_gated(int buffer, int gates, int64_t first, int64_t groups, const float* gain, float epsilon, int64_t width,
                          bool gate_first) {
-  ops_.push_back(std::make_unique<NormGated>(buffer, gates, first, groups, copy(gain, width), epsilon, gate_first));
+  push(std::make_unique<NormGated>(buffer, gates, first, groups, copy(gain, width), epsilon, gate_first));
 }
 
 void Program::gate_ready(int ready, int gates, int64_t first, int64_t each) {
-  ops_.push_back(std::make_unique<GateReady>(ready, gates, first, each));
+  push(std::make_unique<GateReady>(ready, gates, first, each));
 }
 
-void Program::argmax(int64_t vocabulary) { ops_.push_back(std::make_unique<Argmax>(vocabulary)); }
+void Program::argmax(int64_t vocabulary) { push(std::make_unique<Argmax>(vocabulary)); }
 
 void Program::step(const StepInput& input, int threads) {
   if (running_.test_and_set()) throw std::runtime_error("two threads run the same program at the same time");
@@ -188,7 +199,9 @@ void Program::step(const StepInput& input, int threads) {
     threads_.emplace_back(static_cast<int>(threads_.size()), largest_k_, attention_scratch(shape.widest()));
     if (shape.invariant) threads_.back().hold_blocks(shape.kv, shape.widest());
   }
-  for (auto& [of, tasks] : tasks_) plan(input, of.first, of.second, threads, tasks);
+  if (only_wanted_) wanted_->take(input);
+  const auto input_of = [&](bool wanted) -> const StepInput& { return wanted ? wanted_->input() : input; };
+  for (auto& [of, tasks] : tasks_) plan(input_of(std::get<2>(of)), std::get<0>(of), std::get<1>(of), threads, tasks);
   make_room(input, threads);
   routing.chosen_in_all = 0;
   for (auto& op : ops_) op->phase.reset();
@@ -200,7 +213,7 @@ void Program::step(const StepInput& input, int threads) {
   run_parallel(threads, [&](int index) {
     if (index == 0) times_[0] = Clock::now();
     for (size_t i = 0; i < ops_.size(); ++i) {
-      ops_[i]->run(*this, input, threads_[index]);
+      ops_[i]->run(*this, input_of(ops_[i]->wanted), threads_[index]);
       if (index == 0) times_[i + 1] = Clock::now();
     }
   });

@@ -6,7 +6,7 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -107,10 +107,12 @@ struct Routing {
 constexpr int ATTENTION = -1, READY = -2;  // as the source of rows; see Program::prepare
 
 class Program;
+class WantedStep;
 
 struct Op {
   std::string kind;
   Phase phase;
+  bool wanted = false;  // it only sees the rows whose logits are wanted; see Program::only_wanted
   explicit Op(std::string name) : kind(std::move(name)) {}
   virtual ~Op() = default;
   virtual void run(Program& program, const StepInput& step, Thread& thread) = 0;
@@ -119,6 +121,7 @@ struct Op {
 class Program {
  public:
   Program(const Kernels& kernels, Shape shape, int64_t max_rows);
+  ~Program();
 
   // Recording. Buffers are (max_rows, width) of fp32; 0 is the logits.
   int buffer(int64_t width, int64_t times);  // (times max_rows, width)
@@ -157,6 +160,10 @@ class Program {
   // The first k columns of a buffer times those of `by` from `first` on.
   void multiply(int buffer, int by, int64_t first, int64_t k);
   void clear(int buffer);
+  // `to` gets the rows of `source` whose logits are wanted, and behind only_wanted() these are all that ops see: none of
+  // these ops may store anything.
+  void take_wanted(int source, int64_t k, int to);
+  void only_wanted() { only_wanted_ = true; }
   // The layer's queries, and unless another layer did so, its keys and values behind them.
   void rotate_and_store(int source, int64_t layer, bool stores, int table, int64_t rotated, const float* query_gain,
                         const float* key_gain, bool norm_values, bool whole, bool after, float epsilon, float scale, int query_table);
@@ -201,11 +208,11 @@ class Program {
     std::vector<int64_t> range_of;         // (partials) their results are joined range by range, where the shape is invariant
     int64_t partials = 0;
   };
-  // Of attention with a window, in a layer of this shape.
-  const Tasks& tasks(int64_t window, LayerShape of) const { return tasks_.at({window, of.kv_heads}); }
+  // Of attention with a window, in a layer of this shape, of all rows or of those that are wanted.
+  const Tasks& tasks(int64_t window, LayerShape of, bool wanted) const { return tasks_.at({window, of.kv_heads, wanted}); }
   const std::vector<Thread>& threads() const { return threads_; }
   double* report_of(int64_t layer, int64_t task) {
-    return reports_.data() + (layer * static_cast<int64_t>(tasks(0, shape.layers[layer]).all.size()) + task) * MEANS_REPORT;
+    return reports_.data() + (layer * static_cast<int64_t>(tasks(0, shape.layers[layer], false).all.size()) + task) * MEANS_REPORT;
   }
   float* means_scratch_of(const Thread& thread) const { return means_[thread.index].as<float>(); }
 
@@ -222,6 +229,7 @@ class Program {
  private:
   using Clock = std::chrono::steady_clock;
 
+  void push(std::unique_ptr<Op> op);
   void plan(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks);
   void divide(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks) const;
   void divide_invariantly(const StepInput& step, int64_t window, int64_t kv_heads, int threads, Tasks& tasks) const;
@@ -230,7 +238,9 @@ class Program {
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::shared_ptr<Weight>> weights_;
-  std::map<std::pair<int64_t, int64_t>, Tasks> tasks_;  // by window and kv_heads
+  std::map<std::tuple<int64_t, int64_t, bool>, Tasks> tasks_;  // by window, kv_heads, and whether of wanted rows
+  std::unique_ptr<WantedStep> wanted_;
+  bool only_wanted_ = false;
   std::vector<Thread> threads_;
   std::vector<Memory> means_;     // of each thread
   std::vector<double> reports_;   // of each task with means, layer by layer

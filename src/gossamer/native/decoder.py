@@ -103,6 +103,7 @@ class Decoder:
     query_table: int | None  # that of queries, if it is not that of keys
     score_cap: float
     logit_cap: float
+    wanted_from: int  # the layer from which on rows are of no use whose logits nobody needs
     state_size: int  # numbers of a text's state; 0: no layer is recurrent
 
     def weights(self) -> Iterator[PackedLinear]:
@@ -125,7 +126,10 @@ def record(p: Recorder, model: Decoder) -> None:
     if model.positions is not None:
         p.embed_positions(model.positions, x)
     inputs = None if model.inputs is None else model.inputs.record(p, x)
-    for layer in model.layers:
+    for index, layer in enumerate(model.layers):
+        if index == model.wanted_from:
+            x, *others = p.only_wanted(x, *(() if inputs is None else (inputs,)))
+            inputs = others[0] if others else None
         h = x if layer.before_mixer is None else p.norm(x, layer.before_mixer)
         if isinstance(layer.mixer, Attention):
             mixed = record_attention(p, h, layer.mixer, model)

@@ -151,7 +151,15 @@ def pack_decoder(
         query_table,
         score_cap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        wanted_from=len(layers) if adapters else _last_that_stores(layers) + 1,
         state_size=packer.state_size,
+    )
+
+
+def _last_that_stores(layers: Sequence[Layer]) -> int:
+    """The last layer that leaves something behind for the tokens to come."""
+    return max(
+        place for place, layer in enumerate(layers) if not isinstance(layer.mixer, Attention) or layer.mixer.stores
     )
 
 

@@ -189,6 +189,21 @@ class Recorder:
         self.native.multiply(x.buffer, by.buffer, first, x.width)
         return x
 
+    def only_wanted(self, *kept: Recorded) -> tuple[Recorded, ...]:
+        """From here on, rows are those alone whose logits are needed; nothing may be stored any more.
+
+        Args:
+            kept: what is read from here on.
+
+        Returns:
+            Their rows.
+        """
+        taken = tuple(self._buffer(f"wanted {place}", each.width) for place, each in enumerate(kept))
+        for each, out in zip(kept, taken, strict=True):
+            self.native.take_wanted(each.buffer, each.width, out.buffer)
+        self.native.only_wanted()
+        return taken
+
     def zeros(self, width: int, *, into: str) -> Recorded:
         """Rows of zeros, to be added to."""
         out = self._buffer(into, width)
