@@ -74,6 +74,25 @@ GOSSAMER_INLINE F load(const float* p) {
   return v;
 }
 GOSSAMER_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+
+// To memory past the caches, without reading what was there: for what is not read again soon. p is aligned to a vector, and
+// streamed() comes before others may read it.
+GOSSAMER_INLINE void stream(float* p, F v) {
+#if defined(GOSSAMER_EMULATE)
+  store(p, v);
+#elif defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+GOSSAMER_INLINE void streamed() {
+#if defined(__AVX2__) && !defined(GOSSAMER_EMULATE)
+  _mm_sfence();
+#endif
+}
 GOSSAMER_INLINE I load_int(const void* p) {
   I v;
   std::memcpy(&v, p, sizeof v);

@@ -28,8 +28,33 @@ GOSSAMER_NOINLINE inline void weigh(const float* x, const float* factor, const f
   }
 }
 
+// A row to a place that nobody reads in this step.
+inline void put_away(const float* row, int64_t width, float* to) {
+  if (reinterpret_cast<uintptr_t>(to) % (W * sizeof(float)) || width % W) {
+    std::memcpy(to, row, width * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < width; i += W) stream(to + i, load(row + i));
+}
+
+// One row, of a text that has a state: its inputs are read where they are, and move up by one.
+inline void convolve_one(const ConvolutionCall& c) {
+  const int64_t width = c.last - c.first;
+  alignas(64) float newest[CONVOLVED];
+  float* z[MOST_TAPS];
+  for (int64_t t = 0; t + 1 < c.taps; ++t) z[t] = const_cast<float*>(c.before) + t * c.channels + c.first;
+  z[c.taps - 1] = newest;
+  weigh(c.x + c.first, c.factor ? c.factor + c.first : nullptr, c.weight + c.first, c.channels,
+        c.bias ? c.bias + c.first : nullptr, z, c.taps, width, c.y + c.first);
+  if (c.silu) activate_row(c.y + c.first, width, Activation::silu);
+  for (int64_t i = 0; c.gate && i < width; ++i) c.y[c.first + i] *= c.gate[c.first + i];
+  for (int64_t t = 0; t + 1 < c.taps; ++t) put_away(z[t + 1], width, c.after + t * c.channels + c.first);
+  streamed();
+}
+
 // See ConvolutionCall. Row by row, since a column of rows that are far apart is slow to read.
 inline void convolve(const ConvolutionCall& c) {
+  if (c.rows == 1 && c.before && !c.kept) return convolve_one(c);
   const int64_t width = c.last - c.first;
   alignas(64) float memory[MOST_TAPS][CONVOLVED];
   float* z[MOST_TAPS];
@@ -80,7 +105,8 @@ GOSSAMER_NOINLINE void recall(const float* state, const float* key, int64_t dk, 
 
 // One token: to_i = decay from_i + k_i delta, over the rows (dk, wide) of two states, which may be the same, and the sums of
 // q_i to_i. With NEXT also those of next_i to_i: what the next token recalls, so that a state is gone through once for each.
-template <int N, bool NEXT>
+// With AWAY `to` is another state, which nobody reads in this step.
+template <int N, bool NEXT, bool AWAY = false>
 GOSSAMER_NOINLINE void renew(const float* from, float* to, const float* key, const float* query, const float* next, float decay,
                              const float* delta, int64_t dk, int64_t wide, float* out, float* recalled) {
   const F fade = set1(decay);
@@ -93,7 +119,8 @@ GOSSAMER_NOINLINE void renew(const float* from, float* to, const float* key, con
     const F k = set1(key[i]), q = set1(query[i]), f = NEXT ? set1(next[i]) : zero();
     for (int n = 0; n < N; ++n) {
       const F s = fma(k, added[n], mul(load(from + n * W), fade));
-      store(to + n * W, s);
+      if constexpr (AWAY) stream(to + n * W, s);
+      else store(to + n * W, s);
       sum[n] = fma(q, s, sum[n]);
       if constexpr (NEXT) ahead[n] = fma(f, s, ahead[n]);
     }
@@ -112,7 +139,7 @@ struct Tokens {
 };
 
 // N vectors of columns, from `d` on, go through tokens, or OF_ONE through one; `from` and `to` are these columns of a state, `stride` between rows.
-template <int N>
+template <int N, bool AWAY = false>
 GOSSAMER_NOINLINE void pass(const RecurrenceCall& c, const Tokens& t, const float* from, float* to, int64_t d, int64_t stride) {
   float *delta = t.numbers, *out = delta + RECURRENCE_COLUMNS, *recalled = out + RECURRENCE_COLUMNS;
   const int64_t width = c.dv - d < N * W ? c.dv - d : N * W;
@@ -126,7 +153,7 @@ GOSSAMER_NOINLINE void pass(const RecurrenceCall& c, const Tokens& t, const floa
     if (N == COLUMNS && c.corrects && j + 1 < t.count)
       renew<COLUMNS, true>(from, to, key, query, key + c.dk, decay, delta, c.dk, stride, out, recalled);
     else
-      renew<N, false>(from, to, key, query, key, decay, delta, c.dk, stride, out, recalled);
+      renew<N, false, AWAY>(from, to, key, query, key, decay, delta, c.dk, stride, out, recalled);
     float* y = c.y + row * c.y_stride + d;
     for (int64_t e = 0; e < width; ++e) y[e] = out[e] + c.skip * v[e];
     from = to;
@@ -149,7 +176,10 @@ inline void recur(const RecurrenceCall& c) {
   Tokens t{.first = 0, .count = 1, .keys = keys, .queries = queries, .numbers = queries + RECURRENCE_TOKENS * dk};
   if (c.rows == 1 && c.before && !c.kept && dv % (OF_ONE * W) == 0) {  // from where the state is to where it goes
     read_tokens(c, t, keys, queries);
-    for (int64_t d = 0; d < dv; d += OF_ONE * W) pass<OF_ONE>(c, t, c.before + d, c.after + d, d, dv);
+    const bool away = reinterpret_cast<uintptr_t>(c.after) % (W * sizeof(float)) == 0;
+    for (int64_t d = 0; d < dv; d += OF_ONE * W)
+      (away ? pass<OF_ONE, true> : pass<OF_ONE, false>)(c, t, c.before + d, c.after + d, d, dv);
+    streamed();
     return;
   }
   // Each block of columns lies together, so that it stays in the first cache while tokens pass.
