@@ -36,7 +36,7 @@ def save(directory: Path, *, favourite: bool = False) -> Path:
         num_key_value_heads=2,
         head_dim=16,
         num_experts=EXPERTS,
-        num_experts_per_tok=2,
+        num_experts_per_tok=1 if favourite else 2,
         norm_topk_prob=True,
         max_position_embeddings=256,
         initializer_range=0.2,
@@ -45,7 +45,7 @@ def save(directory: Path, *, favourite: bool = False) -> Path:
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if favourite:
         for layer in model.model.layers:
-            layer.mlp.gate.weight.data[-1] = -layer.mlp.gate.weight.data[:-1].sum(0)
+            layer.mlp.gate.weight.data[-1] = layer.mlp.gate.weight.data[:-1].mean(0)  # never the largest
     model.save_pretrained(directory)
     byte_level().save_pretrained(directory)
     return directory

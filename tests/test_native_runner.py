@@ -136,8 +136,8 @@ def test_with_keys_and_values_in_fp32_only_the_order_of_sums_differs(isa: str, m
 
 @needs_native
 @pytest.mark.parametrize("sharing", ["off", "storage", "attention"])
-@pytest.mark.parametrize(("name", "most"), [("llama", 0.05), ("gemma4", 0.2)])  # of five layers, more codes round apart
-def test_int8_keys_and_values_are_shared_split_and_moved_like_others(name: str, most: float, sharing: Any) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_int8_keys_and_values_are_shared_split_and_moved_like_others(name: str, sharing: Any) -> None:
     """What is decoded over a shared prefix, from slots that grow, is as probable as when it is scored on its own."""
     runner = NativeRunner(network(name), RunnerOptions(kv_dtype="int8"), max_rows=512, threads=2)
     layout = runner.layout
@@ -152,7 +152,9 @@ def test_int8_keys_and_values_are_shared_split_and_moved_like_others(name: str, 
         output = decoded[str(number)].outputs[0]
         alone = scores(runner, prompt + output.token_ids)[-80:]
         entries = zip(output.logprobs, output.token_ids, strict=True)
-        assert torch.allclose(torch.tensor([entry[token].logprob for entry, token in entries]), alone, atol=most)
+        difference = (torch.tensor([entry[token].logprob for entry, token in entries]) - alone).abs()
+        assert difference.mean() < 0.02
+        assert name != "llama" or difference.max() < 0.05  # of five layers, a code that rounds apart may do more
 
 
 @needs_native
