@@ -55,6 +55,9 @@ class DecodeResult:
 
     Attributes:
         prefill_tokens_per_s: tokens computed before decoding, over the time that took.
+        prompt_tokens, computed_tokens: of all prompts, and how many of them were computed; not with sharing off, where
+            one prompt is computed and then copied.
+        states: kept of recurrent layers behind shared prefixes, once all prompts are there; ``None`` without such ones.
         prefix_tokens_per_s: tokens of the shared prefix, computed alone, over the time that took; only beside peers.
         decode_tokens_per_s: ``batch`` over the median step.
         step_ms: median of the decode steps; ``step_ms_range`` the fastest and the slowest.
@@ -89,6 +92,9 @@ class DecodeResult:
     suffix: int
     new: int
     prefill_tokens_per_s: float | None = None
+    prompt_tokens: int | None = None
+    computed_tokens: int | None = None
+    states: int | None = None
     decode_tokens_per_s: float | None = None
     step_ms: float | None = None
     step_ms_range: tuple[float, float] | None = None
@@ -260,6 +266,10 @@ def _prepare(
     result.prefill_tokens_per_s = engine.stats.computed_tokens / (time.perf_counter() - start)
     if mode == "off":
         _copy_prefix(engine, queue[1:], params, prefix)
+    else:
+        result.prompt_tokens, result.computed_tokens = sum(map(len, prompts)), engine.stats.computed_tokens
+        if runner.layout.state_bytes:
+            result.states = sum(len(node.states) for node in engine.tree)
     return contestant
 
 

@@ -118,7 +118,7 @@ def _print_table(report: dict[str, Any]) -> None:
     machine = report["machine"]
     console = Console()
     # a narrow terminal may wrap the table; columns cut short help nobody
-    console.width = max(console.width, 126)
+    console.width = max(console.width, 140)
     console.print(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     if machine["busy_processes"]:
         console.print(f"{machine['busy_processes']} other processes use a core each")
@@ -138,8 +138,11 @@ def _print_table(report: dict[str, Any]) -> None:
         "engine\nms",
         "sample\nms",
         "K/V\nMB",
+        "prompt tokens\ncomputed",
     ):
         table.add_column(name, justify="left" if name == "sharing" else "right", no_wrap=True)
+    if states := any(row["states"] is not None for row in report["results"]):
+        table.add_column("states\nkept", justify="right", no_wrap=True)
     if "peers" in report:
         table.add_column("prefix\ntok/s", justify="right", no_wrap=True)
     several = len({row["isa"] for row in report["results"]} - {None}) > 1
@@ -173,6 +176,8 @@ def _print_table(report: dict[str, Any]) -> None:
             optional(row["engine_ms"], "{:.2f}"),
             optional(row["sampling_ms"], "{:.2f}"),
             optional(row["kv_bytes"] and row["kv_bytes"] / 1e6, "{:,.0f}"),
+            "" if row["computed_tokens"] is None else f"{row['computed_tokens']:,} of {row['prompt_tokens']:,}",
+            *([optional(row["states"], "{}")] if states else []),
             *([optional(row["prefix_tokens_per_s"], "{:,.0f}")] if "peers" in report else []),
             *([row["isa"] or ""] if several else []),
             *(_way_cells(row) if len(ways) > 1 else []),
