@@ -175,7 +175,8 @@ class TestQuantize:
             expected = model(tokens).logits
             report = quantize(model)
             got = model(tokens).logits
-        assert relative(got, expected) < (0.3 if name == "phimoe" else 0.15)  # an expert more or less changes a token
+        most = {"phimoe": 0.3, "gemma4_experts": 0.6}.get(name, 0.15)  # another expert changes a token
+        assert relative(got, expected) < most
         assert report.layers
         int8 = {path for path, module in model.named_modules() if isinstance(module, Int8Linear)}
         assert int8 == {layer.name for layer in report.layers}

@@ -109,6 +109,15 @@ def run(engine: Engine, requests: Sequence[tuple[list[int], SamplingParams]]) ->
     return [done[str(number)] for number in range(len(requests))]
 
 
+class About(float):
+    """A log-probability, and the same one when sums end in other last bits."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(float(self) - float(other)) < 1e-3
+
+    __hash__ = float.__hash__
+
+
 def told(outputs: list[Any]) -> list[Any]:
     """What an answer says, and its log-probabilities as far as rounding allows."""
     return [
@@ -117,7 +126,7 @@ def told(outputs: list[Any]) -> list[Any]:
             each.text,
             each.finish_reason,
             each.stop_reason,
-            [{t: (round(p.logprob, 2), p.decoded_token) for t, p in entry.items()} for entry in each.logprobs or []],
+            [{t: (About(p.logprob), p.decoded_token) for t, p in entry.items()} for entry in each.logprobs or []],
         )
         for output in outputs
         for each in output.outputs

@@ -86,10 +86,10 @@ inline void convolve(const ConvolutionCall& c) {
 inline float inverse_length(const float* x, int64_t k) { return 1.0f / __builtin_sqrtf(square_sum(x, k) + 1e-6f); }
 
 // Columns of a state, in vectors, that go through tokens together: as many as there are registers for, and as stay in the
-// first cache; and of one token.
-constexpr int COLUMNS = W == 16 ? 4 : 2, OF_ONE = W == 16 ? 8 : 4;
+// first cache; and of one token, and of one whose state goes away.
+constexpr int COLUMNS = W == 16 ? 4 : 2, OF_ONE = W == 16 ? 8 : 4, TO_AWAY = 4;
 constexpr int64_t BLOCK = COLUMNS * W;
-static_assert(BLOCK <= 64 && OF_ONE * W <= RECURRENCE_COLUMNS);
+static_assert(BLOCK <= 64 && OF_ONE * W <= RECURRENCE_COLUMNS && OF_ONE % TO_AWAY == 0);
 
 // The sums of k_i S_i, over the rows (dk, wide) of a state.
 template <int N>
@@ -177,8 +177,9 @@ inline void recur(const RecurrenceCall& c) {
   if (c.rows == 1 && c.before && !c.kept && dv % (OF_ONE * W) == 0) {  // from where the state is to where it goes
     read_tokens(c, t, keys, queries);
     const bool away = reinterpret_cast<uintptr_t>(c.after) % (W * sizeof(float)) == 0;
-    for (int64_t d = 0; d < dv; d += OF_ONE * W)
-      (away ? pass<OF_ONE, true> : pass<OF_ONE, false>)(c, t, c.before + d, c.after + d, d, dv);
+    const int64_t step = away ? TO_AWAY * W : OF_ONE * W;
+    for (int64_t d = 0; d < dv; d += step)
+      (away ? pass<TO_AWAY, true> : pass<OF_ONE, false>)(c, t, c.before + d, c.after + d, d, dv);
     streamed();
     return;
   }
