@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from architectures import make_model
 from gossamer.errors import UnsupportedModelError
 from gossamer.kernels.library import core
+from gossamer.native.expert_packing import check_experts
 from gossamer.native.weights import some_outputs
 from gossamer.nn import Int8Linear, StoredLinear
 from gossamer.options import RunnerOptions
@@ -146,3 +148,19 @@ def test_a_router_without_numbers_fails_its_request_alone() -> None:
     while engine.has_unfinished_requests():
         done |= {output.request_id: output for output in engine.step()}
     assert done["broken"].error is not None and done["sound"].error is None
+
+
+def test_experts_that_are_computed_in_another_way_are_refused() -> None:
+    def broken(name: str, change: Callable[[Any], None]) -> str:
+        mlp = make_model(name).model.layers[0].mlp
+        change(mlp)
+        with pytest.raises(UnsupportedModelError) as caught:
+            check_experts(mlp, "router" if name == "gpt_oss" else "gate")
+        return str(caught.value)
+
+    assert "chooses its experts in a way" in broken("qwen3_moe", lambda mlp: delattr(mlp.gate, "top_k"))
+    assert "a router of (4, 48) that chooses 5" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "top_k", 5))
+    more = torch.nn.Parameter(torch.zeros(5, 48))
+    assert "a router of (5, 48)" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "weight", more))
+    assert "has weights that the native" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "tilt", more))
+    assert "the gate of a GptOssExperts" in broken("gpt_oss", lambda mlp: setattr(mlp.experts, "alpha", 1.5))
