@@ -158,9 +158,9 @@ def test_experts_that_are_computed_in_another_way_are_refused() -> None:
             check_experts(mlp, "router" if name == "gpt_oss" else "gate")
         return str(caught.value)
 
-    assert "chooses its experts in a way" in broken("qwen3_moe", lambda mlp: delattr(mlp.gate, "top_k"))
-    assert "a router of (4, 48) that chooses 5" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "top_k", 5))
+    assert "chooses its experts in a way" in broken("qwen2_moe", lambda mlp: delattr(mlp.gate, "top_k"))
+    assert "a router of (4, 48) that chooses 5" in broken("qwen2_moe", lambda mlp: setattr(mlp.gate, "top_k", 5))
     more = torch.nn.Parameter(torch.zeros(5, 48))
-    assert "a router of (5, 48)" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "weight", more))
-    assert "has weights that the native" in broken("qwen3_moe", lambda mlp: setattr(mlp.gate, "tilt", more))
+    assert "a router of (5, 48)" in broken("qwen2_moe", lambda mlp: setattr(mlp.gate, "weight", more))
+    assert "has weights that the native" in broken("qwen2_moe", lambda mlp: setattr(mlp.gate, "tilt", more))
     assert "the gate of a GptOssExperts" in broken("gpt_oss", lambda mlp: setattr(mlp.experts, "alpha", 1.5))
