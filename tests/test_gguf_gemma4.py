@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from architectures import make_model
-from gguf_files import add_tokenizer, finish
-from gossamer.errors import UnsupportedModelError
+from gguf_files import add_tokenizer, finish, rewrite
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
 from gossamer.options import ModelOptions
@@ -70,7 +70,7 @@ def write(model: Any, path: Path, kind: gguf.GGMLQuantizationType | None, **chan
         keys |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
     writer = gguf.GGUFWriter(path, "gemma4")
     for name, value in (keys | changes).items():
-        adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        adders = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array, str: writer.add_string}
         adders[type(value)](f"gemma4.{name}", value)
     add_tokenizer(writer, 300)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, layers)
@@ -129,11 +129,38 @@ def test_blocks_stay_as_they_are(name: str, tmp_path: Path) -> None:
     [
         ("attention.sliding_window_pattern", [True] * 5),
         ("attention.head_count_kv", [2, 1, 1, 2, 1]),
+        ("attention.head_count_kv", [2, 2, 1]),
+        ("attention.head_count_kv", 0),
         ("attention.value_length_swa", 16),
+        ("attention.key_length_swa", "wide"),
+        ("attention.shared_kv_layers", 4294967295),
+        ("attention.sliding_window", 0),
+        ("embedding_length_per_layer_input", -1.0),
+        ("rope.freq_base", float("nan")),
+        ("rope.freq_base_swa", "far"),
         ("feed_forward_length", [96, 96, 96, 96, 192]),
         ("attention.unknown", 1),
     ],
 )
 def test_files_of_another_kind_are_refused(key: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"gemma4\.{key}"):
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=rf"gemma4\.{key}"):
         load_model(write(make("gemma4"), tmp_path / "x.gguf", None, **{key: value}))
+
+
+@pytest.mark.parametrize("chosen", [0, 5, 4294967295])
+def test_experts_are_at_least_one_and_at_most_all(chosen: int, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gemma4\.expert_used_count"):
+        load_model(write(make("gemma4_experts"), tmp_path / "x.gguf", None, expert_used_count=chosen))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": ["rope_freqs.weight"]}, "lacks the tensor rope_freqs.weight"),
+        ({"tensors": {"per_layer_token_embd.weight": np.zeros((299, 160), np.float32)}}, "has 299 rows"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = rewrite(write(make("gemma4"), tmp_path / "x.gguf", None), tmp_path / "y.gguf", **change)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(file)

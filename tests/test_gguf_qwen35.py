@@ -13,7 +13,7 @@ import transformers as hf
 
 from gguf_files import add_tokenizer, finish
 from gossamer.compress.gguf_metadata import add_measures
-from gossamer.errors import GossamerError
+from gossamer.errors import CheckpointError, GossamerError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
 from gossamer.options import ModelOptions
@@ -118,6 +118,22 @@ def test_blocks_stay_as_they_are(value_heads: int, tmp_path: Path) -> None:
     wanted = every[torch.arange(len(TEXT) - 1), torch.tensor(TEXT[1:])]
     difference = (scores(loaded.runner, TEXT) - wanted).abs()
     assert difference.mean() < 0.06 * (wanted - wanted.roll(1)).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ssm.state_size", 33),
+        ("ssm.group_count", 3),
+        ("ssm.time_step_rank", 0),
+        ("ssm.inner_size", 4294967295),
+        ("rope.dimension_count", 9),
+    ],
+)
+def test_measures_that_do_not_fit_are_refused(key: str, value: int, tmp_path: Path) -> None:
+    file = write(make(6), tmp_path / "x.gguf", None, **{key: value})
+    with pytest.raises(CheckpointError, match=r"x\.gguf"):
+        load_model(file)
 
 
 @pytest.mark.parametrize("key", ["nextn_predict_layers", "ssm.unknown"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from architectures import make_model, reference
-from gguf_files import write_model
+from gguf_files import rewrite, write_model
 from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelError
 from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
@@ -144,6 +144,16 @@ def test_files_of_gguf(kind: Any, tmp_path: Path) -> None:
     wanted = every[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
     difference = (scores(loaded.runner, PROMPTS[0]) - wanted).abs()
     assert difference.mean() < 0.06 * (wanted - wanted.roll(1)).abs().mean()
+
+
+@pytest.mark.parametrize("lost", ["output.weight", "blk.1.attn_q.bias", "blk.0.ffn_up_exps.bias"])
+def test_files_of_gguf_that_lack_something_are_refused(lost: str, tmp_path: Path) -> None:
+    model = make_model("gpt_oss", hidden_size=64, intermediate_size=32, vocab_size=300)
+    keys = {"expert_count": 4, "expert_used_count": 4, "expert_feed_forward_length": 32, "attention.sliding_window": 10}
+    file = write_model(model, gguf.MODEL_ARCH.GPT_OSS, tmp_path / "x.gguf", keys, tokens=300)
+    load_model(file)
+    with pytest.raises(CheckpointError, match=lost.partition("ffn_")[2] or lost):
+        load_model(rewrite(file, tmp_path / "y.gguf", drop=[lost]))
 
 
 @pytest.mark.parametrize(

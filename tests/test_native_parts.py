@@ -150,6 +150,22 @@ def test_a_router_without_numbers_fails_its_request_alone() -> None:
     assert done["broken"].error is not None and done["sound"].error is None
 
 
+@needs_native
+def test_routers_stay_in_floating_point_where_they_are_linear_layers() -> None:
+    """As in Gemma 4: int8 changes the native runner's results no more than those of the runner of transformers."""
+    from gossamer.models.quantize import quantize
+    from gossamer.runners.transformers import TransformersRunner
+    from test_native_runner import scores
+
+    model = make_model("gemma4_experts", top_k_experts=4)  # all, or another choice would hide what is rounded
+    report = quantize(model)
+    assert report.skipped["model.layers.0.router.proj"] == "it chooses experts"
+    model = replaced(model)
+    expected = scores(TransformersRunner(model), range(1, 60))
+    found = scores(NativeRunner(model, RunnerOptions(kv_dtype="float32"), max_rows=64), range(1, 60))
+    assert (found - expected).abs().mean() < 0.2 * expected.std()
+
+
 def test_experts_that_are_computed_in_another_way_are_refused() -> None:
     def broken(name: str, change: Callable[[Any], None]) -> str:
         mlp = make_model(name).model.layers[0].mlp

@@ -173,7 +173,8 @@ def compress_int4(
         separate_experts(network)
     wanted = _dtype(dtype, config, recipe)
     types = _gguf_types(LoadedModel(network, source), recipe) if recipe.is_file else {}
-    targets = find_targets(network, exclude=SKIP if recipe.skip is None else recipe.skip)
+    routers = [name for name, module in network.named_modules() if type(module).__name__.endswith("Router")]
+    targets = find_targets(network, exclude=[*(SKIP if recipe.skip is None else recipe.skip), *routers])
     if recipe.is_file:
         targets = {name: each for name, each in targets.items() if name in types}
     else:

@@ -22,6 +22,7 @@ from gossamer.models.gguf_tokenizer import GGUFVocabulary
 from gossamer.models.quiet import quiet_transformers
 
 _EMBEDDING = "token_embd.weight"
+MOST = 1 << 24  # of anything that is counted
 _MEASURES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -105,16 +106,43 @@ def _gemma2(fields: dict[str, Any], file: GGUFFile) -> None:
 def _gpt_oss(fields: dict[str, Any], file: GGUFFile) -> None:
     """YaRN between fractions of pairs, as gpt-oss's own configuration says; its file does not."""
     fields["rope_parameters"]["truncate"] = False
+    experts, chosen, _ = _counts(file, "expert_count", "expert_used_count", "attention.sliding_window")
+    if chosen > experts:
+        raise CheckpointError(f"{file.path}: gpt-oss.expert_used_count is {chosen}, of {experts} experts")
+    wanted = [
+        f"blk.{n}.attn_{part}.bias" for n in range(fields["num_hidden_layers"]) for part in ("q", "k", "v", "output")
+    ]
+    if missing := [name for name in ("output.weight", *wanted) if name not in file.tensors]:
+        raise CheckpointError(f"{file.path} lacks the tensor {missing[0]}, which gpt-oss has")
+
+
+def _counts(file: GGUFFile, *keys: str) -> list[int]:
+    """Keys that a file must have, as counts.
+
+    Raises:
+        CheckpointError: one is missing, or no count.
+    """
+    if missing := [key for key in keys if f"{file.architecture}.{key}" not in file]:
+        raise CheckpointError(f"{file.path} lacks the key {file.architecture}.{missing[0]}")
+    return [_measure(file, key, 0) for key in keys]
 
 
 def _qwen35(fields: dict[str, Any], file: GGUFFile) -> None:
     """One layer of so many attends, the others are delta rules. Of several positions, text has all alike."""
     period, places = _measure(file, "full_attention_interval", 4), range(1, fields["num_hidden_layers"] + 1)
     fields["layer_types"] = ["linear_attention" if place % period else "full_attention" for place in places]
-    heads = fields.setdefault("linear_num_value_heads", 32)
-    fields["linear_value_head_dim"] = _measure(file, "ssm.inner_size", heads * 128) // heads
-    size = fields["head_dim"]
-    fields["rope_parameters"]["partial_rotary_factor"] = _measure(file, "rope.dimension_count", size) / size
+    names = ("ssm.inner_size", "ssm.time_step_rank", "ssm.group_count", "ssm.state_size", "ssm.conv_kernel")
+    inner, values, keys, _, _ = _counts(file, *names)
+    if inner % values or values % keys:
+        raise CheckpointError(
+            f"{file.path}: qwen35.ssm.inner_size {inner}, ssm.time_step_rank {values} and ssm.group_count {keys} do "
+            "not divide one another"
+        )
+    fields["linear_value_head_dim"] = inner // values
+    (rotated,), size = _counts(file, "rope.dimension_count"), fields["head_dim"]
+    if rotated % 2 or rotated > size:
+        raise CheckpointError(f"{file.path}: qwen35.rope.dimension_count is {rotated}, of heads of {size}")
+    fields["rope_parameters"]["partial_rotary_factor"] = rotated / size
 
 
 _SLIDING = {"attention.sliding_window": "sliding_window"}
@@ -285,7 +313,7 @@ def _single(file: GGUFFile, key: str, value: Any) -> Any:
 
 def _measure(file: GGUFFile, key: str, default: int) -> int:
     value = _single(file, key, file.get(f"{file.architecture}.{key}", default))
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or not 0 < value <= MOST:
         raise CheckpointError(f"{file.path}: {file.architecture}.{key} is {value!r}, not a count")
     return value
 

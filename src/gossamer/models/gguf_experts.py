@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,8 +75,8 @@ class ExpertTensors:
                 name = f"{self._path}.{index}.{layer}_proj"
                 weights[f"{name}.weight"] = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
             if self._clamped:
-                for index, bias in enumerate(torch.from_numpy(self._tensors[f"{layer}_exps.bias"].dequantize())):
-                    weights[f"{self._path}.{index}.{layer}_proj.bias"] = bias.clone()
+                for index, bias in enumerate(self._tensors[f"{layer}_exps.bias"].dequantize()):
+                    weights[f"{self._path}.{index}.{layer}_proj.bias"] = torch.tensor(bias)
         return weights
 
 
@@ -86,7 +87,7 @@ class _Whole:
         self._tensors, self._transposed, self._in_turns = tensors, transposed, in_turns or transposed
 
     def __getitem__(self, rows: Any) -> Tensor:
-        parts = [torch.from_numpy(tensor.dequantize()) for tensor in self._tensors]
+        parts = [torch.from_numpy(np.array(tensor.dequantize())) for tensor in self._tensors]
         joined = torch.stack(parts, 2).flatten(1, 2) if self._in_turns else torch.cat(parts, 1)
         return joined.mT.contiguous() if self._transposed else joined
 

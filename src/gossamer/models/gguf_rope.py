@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gossamer.errors import UnsupportedModelError
+from gossamer.errors import CheckpointError, UnsupportedModelError
 from gossamer.models.gguf_file import GGUFFile
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
@@ -34,17 +34,24 @@ def rope_parameters(file: GGUFFile, context_length: int) -> dict[str, Any]:
         context_length: the longest text of the model.
 
     Raises:
+        CheckpointError: a value that has no meaning.
         UnsupportedModelError: a kind of scaling that transformers does not compute in the same way; names the key.
     """
 
     def key(name: str, default: Any) -> Any:
         return file.get(f"{file.architecture}.rope.{name}", default)
 
-    parameters: dict[str, Any] = {"rope_theta": float(key("freq_base", _BASE)), "rope_type": "default"}
+    def number(name: str, default: float, least: float) -> float:
+        value = key(name, default)
+        if isinstance(value, bool) or not isinstance(value, float | int) or not least <= value < math.inf:
+            raise CheckpointError(f"{file.path}: {file.architecture}.rope.{name} is {value!r}")
+        return float(value)
+
+    parameters: dict[str, Any] = {"rope_theta": number("freq_base", _BASE, 1.0), "rope_type": "default"}
     kind = key("scaling.type", "linear")
     # (A factor of 0 means none as well.)
-    factor = 1.0 if kind == "none" else float(key("scaling.factor", key("scale_linear", 0.0)) or 1.0)
-    original = int(key("scaling.original_context_length", context_length))
+    factor = 1.0 if kind == "none" else number("scaling.factor", number("scale_linear", 0.0, 0.0), 0.0) or 1.0
+    original = int(number("scaling.original_context_length", context_length, 1))
     attention = float(key("scaling.attn_factor", 1.0)) * float(key("scaling.yarn_attn_factor", 1.0))
     short, long = _factors(file, kind)
     if kind == "yarn":

@@ -127,7 +127,7 @@ def open_weights(
                     weights[name] = _stored(tensor, processor, name in stored)
                 else:
                     weights[name] = _open(tensor, processor, name in kept)
-            except ValueError as error:  # rows that cannot be divided among the heads
+            except (ValueError, IndexError) as error:  # rows that cannot be divided among the heads
                 raise CheckpointError(
                     f"{file.path}: {tensor.name} does not fit the keys of the file: {error}"
                 ) from None

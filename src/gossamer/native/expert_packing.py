@@ -35,13 +35,12 @@ class _Router:
     """How experts are chosen; see :class:`~gossamer.native.recorder.ExpertLayers`.
 
     Attributes:
-        weight, bias: (experts, inputs) and (experts) or ``None``.
+        layer: gives the logits.
         unknown: its parameters that are none of those.
         norm: of what it reads, if that is not what the experts read.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    layer: Any
     chosen: Any
     unknown: set[str]
     renormalize: bool = True
@@ -56,17 +55,15 @@ def _router_of(module: Any) -> _Router:
     if type(module).__name__ == "Gemma4TextRouter":
         gain = module.scale.detach().float() * module.scalar_root_size
         return _Router(
-            weight=module.proj.weight.detach(),
-            bias=None,
+            layer=module.proj,
             chosen=module.config.top_k_experts,
-            unknown=names - {"proj.weight", "scale", "per_expert_scale"},
+            unknown={name for name in names if not name.startswith("proj.")} - {"scale", "per_expert_scale"},
             factors=module.per_expert_scale.detach().float().clone(),
             norm=Norm(gain.contiguous(), float(module.eps)),
         )
     statics, bias = getattr(module, "moe_statics", None), getattr(module, "bias", None)
     return _Router(
-        weight=module.weight.detach(),
-        bias=None if bias is None else bias.detach(),
+        layer=linear_of(module.weight.detach(), None if bias is None else bias.detach()),
         chosen=getattr(module, "top_k", None),
         unknown=names - {"weight", "bias", "moe_statics.e_score_correction_bias"},
         renormalize=bool(getattr(module, "norm_topk_prob", True)),
@@ -102,14 +99,15 @@ def check_experts(mlp: Any, router_name: str) -> None:
             both, last = (both[0], both[2], both[1]), (last[0], last[2], last[1])
     if biased and clamp != (1.702, 7.0):
         raise UnsupportedModelError(f"the gate of a {type(experts).__name__} is not the one that the kernels know")
-    if router.unknown or (router.bias is not None and not biased):
+    if router.unknown or (router.layer.bias is not None and not biased):
         raise UnsupportedModelError(f"a {type(module).__name__} has weights that the native kernels do not know")
     count, double, width = both
-    shapes = tuple(last) == (count, width, double // 2) and router.weight.shape == (count, width)
+    router_shape = router.layer.out_features, router.layer.in_features
+    shapes = tuple(last) == (count, width, double // 2) and router_shape == (count, width)
     if not shapes or not 0 < router.chosen <= count:
         raise UnsupportedModelError(
             f"{count} experts of {tuple(both[1:])} and {tuple(last)} weights, and a router of "
-            f"{tuple(router.weight.shape)} that chooses {router.chosen}, do not fit together"
+            f"{router_shape} that chooses {router.chosen}, do not fit together"
         )
 
 
@@ -139,7 +137,7 @@ def pack_experts(
         down.append(pack([ready(last)]))
     shared_gate = getattr(mlp, "shared_expert_gate", None)
     return Experts(
-        router=pack_linear([linear_of(router.weight, router.bias)], pack.isa, "float32"),
+        router=pack_linear([router.layer], pack.isa, "float32"),
         layers=ExpertLayers(
             chosen=router.chosen,
             renormalize=router.renormalize,

@@ -124,6 +124,8 @@ def find_skipped(model: nn.Module, skip: Sequence[str]) -> dict[str, str]:
                 skipped[name] = "named in skip"
             elif name and (reason := irreplaceable(module, last, modules[parent])):
                 skipped[name] = reason
+            elif type(modules[parent]).__name__.endswith("Router"):
+                skipped[name] = "it chooses experts"
             elif module is head and (reason := _fixed_embedding(model, modules)):
                 skipped[name] = f"tied to an embedding that cannot be quantized: {reason}"
     for name, parameter in model.named_parameters():
