@@ -189,7 +189,7 @@ def test_damaged_files(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for weights in ("as-stored", "dequantized"):
         with pytest.raises(error, match=message):
-            load_model(tmp_path, options=ModelOptions(weights=weights))  # type: ignore[arg-type]
+            load_model(tmp_path, options=ModelOptions(weights=weights))  # type: ignore[arg-type]  # one of them
 
 
 def test_settings_that_nobody_knows(checkpoint: Path, tmp_path: Path) -> None:

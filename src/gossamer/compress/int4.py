@@ -32,7 +32,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.manifest import MANIFEST, write_manifest
 from gossamer.models.resolve import local_path, resolve_model
 from gossamer.models.shards import Progress
-from gossamer.nn.experts import can_separate, separate_experts
+from gossamer.nn.experts import can_separate, is_router, separate_experts
 from gossamer.nn.quantize import SKIP
 from gossamer.options import ModelOptions
 from gossamer.pruning.job import OnProgress
@@ -173,7 +173,7 @@ def compress_int4(
         separate_experts(network)
     wanted = _dtype(dtype, config, recipe)
     types = _gguf_types(LoadedModel(network, source), recipe) if recipe.is_file else {}
-    routers = [name for name, module in network.named_modules() if type(module).__name__.endswith("Router")]
+    routers = [name for name, module in network.named_modules() if is_router(module)]
     targets = find_targets(network, exclude=[*(SKIP if recipe.skip is None else recipe.skip), *routers])
     if recipe.is_file:
         targets = {name: each for name, each in targets.items() if name in types}
@@ -261,7 +261,4 @@ def _config(network: nn.Module, targets: Mapping[str, Target], types: Mapping[st
 
 def _is_product(module: nn.Module) -> bool:
     """Whether readers of the format take a module for a linear layer: one, or the router of experts."""
-    router = isinstance(getattr(module, "top_k", None), int) and isinstance(
-        getattr(module, "weight", None), nn.Parameter
-    )
-    return isinstance(module, nn.Linear) or router
+    return isinstance(module, nn.Linear) or (is_router(module) and hasattr(module, "weight"))

@@ -64,16 +64,16 @@ class ExpertTensors:
         for layer in ("gate", "up", "down"):
             joined = self._joined and layer != "down"
             tensor = self._tensors["gate_up_exps.weight" if joined else f"{layer}_exps.weight"]
-            size = tensor.mapped.size // tensor.shape[0]
-            size, skipped = (size // 2, size // 2 if layer == "up" else 0) if joined else (size, 0)
+            size = tensor.mapped.size // tensor.shape[0]  # bytes of an expert
             for index, rows in enumerate(tensor.data):
-                if joined:
-                    half = len(rows) // 2
+                begin, length = tensor.mapped.offset + index * size, size
+                if joined:  # gate, and then as many rows of the other factor
+                    length, half = size // 2, len(rows) // 2
+                    begin += length if layer == "up" else 0
                     rows = rows[half:] if layer == "up" else rows[:half]
-                begin = tensor.mapped.offset + index * tensor.mapped.size // tensor.shape[0] + skipped
-                mapped = Mapped(tensor.mapped.file, begin, size)
-                name = f"{self._path}.{index}.{layer}_proj"
-                weights[f"{name}.weight"] = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
+                mapped = Mapped(tensor.mapped.file, begin, length)
+                matrix = StoredMatrix(tensor.type.name, tensor.shape[2], rows, None, mapped)
+                weights[f"{self._path}.{index}.{layer}_proj.weight"] = matrix
             if self._clamped:
                 for index, bias in enumerate(self._tensors[f"{layer}_exps.bias"].dequantize()):
                     weights[f"{self._path}.{index}.{layer}_proj.bias"] = torch.tensor(bias)

@@ -64,13 +64,12 @@ class MXFP4Rows:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        blocks = self._blocks.numpy()
-        codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:2], 2, _BYTES)
-        made = np.empty((*blocks.shape[:2], 1 + _BYTES), np.uint8)
-        made[..., 0] = self._scales.numpy()
-        made[..., 1:] = codes[:, :, 0] | codes[:, :, 1] << 4
-        chosen: np.ndarray = made.reshape(self.shape)[rows]
-        return chosen
+        blocks = self._blocks.numpy()[rows]
+        codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 2, _BYTES)
+        made = np.empty((*blocks.shape[:-1], 1 + _BYTES), np.uint8)
+        made[..., 0] = self._scales.numpy()[rows]
+        made[..., 1:] = codes[..., 0, :] | codes[..., 1, :] << 4
+        return made.reshape(*made.shape[:-2], -1)
 
 
 class _Experts:

@@ -87,6 +87,11 @@ class SeparateExperts(nn.Module):
         return (up + 1) * gate * torch.sigmoid(gate * alpha)
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether a module of transformers chooses experts."""
+    return type(module).__name__.endswith("Router")
+
+
 def is_clamped(module: nn.Module) -> bool:
     """Whether a module is gpt-oss's experts."""
     names = {name for name, _ in module.named_parameters()}
@@ -146,7 +151,7 @@ def _views(packed: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]
     both: Tensor = packed.gate_up_proj  # type: ignore[assignment]  # a parameter
     last: Tensor = packed.down_proj  # type: ignore[assignment]  # a parameter
     if is_clamped(packed):
-        biases: tuple[Tensor, Tensor] = packed.gate_up_proj_bias, packed.down_proj_bias  # type: ignore[assignment]
+        biases: tuple[Tensor, Tensor] = packed.gate_up_proj_bias, packed.down_proj_bias  # type: ignore[assignment]  # parameters
         for gate_up, down, first, second in zip(both, last, *biases, strict=True):
             gate, up = (_layer(gate_up.t()[part::2], both, first[part::2]) for part in (0, 1))
             yield gate, up, _layer(down.t(), last, second)

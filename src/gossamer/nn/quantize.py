@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.nn.experts import is_router
 from gossamer.nn.int8_embedding import Int8Embedding, unsupported_embedding
 from gossamer.nn.int8_linear import Int8Linear, is_int8
 from gossamer.nn.int8_weight import linear_weight
@@ -124,7 +125,7 @@ def find_skipped(model: nn.Module, skip: Sequence[str]) -> dict[str, str]:
                 skipped[name] = "named in skip"
             elif name and (reason := irreplaceable(module, last, modules[parent])):
                 skipped[name] = reason
-            elif type(modules[parent]).__name__.endswith("Router"):
+            elif is_router(modules[parent]):
                 skipped[name] = "it chooses experts"
             elif module is head and (reason := _fixed_embedding(model, modules)):
                 skipped[name] = f"tied to an embedding that cannot be quantized: {reason}"
