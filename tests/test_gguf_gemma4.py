@@ -17,7 +17,7 @@ from gossamer.kernels.library import instruction_set
 from gossamer.models.load import load_model
 from gossamer.options import ModelOptions
 from gossamer.runners.loading import load_for_runner
-from test_native_runner import scores
+from test_native_runner import scores, scores_of
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 KINDS = ("gemma4", "gemma4_large", "gemma4_experts")
@@ -117,10 +117,7 @@ def test_blocks_stay_as_they_are(name: str, tmp_path: Path) -> None:
     loaded = load_for_runner(file, max_rows=64)
     assert loaded.runner.name == "native" and loaded.weights.startswith("as stored: Q8_0 ")
     plain, _ = load_model(file, options=ModelOptions(dtype="float32", weights="dequantized"))
-    exact, rounded = (
-        each(torch.tensor([TEXT])).logits[0].log_softmax(-1)[torch.arange(len(TEXT) - 1), torch.tensor(TEXT[1:])]
-        for each in (model, plain)
-    )
+    exact, rounded = scores_of(model, TEXT), scores_of(plain, TEXT)
     assert (scores(loaded.runner, TEXT) - rounded).abs().mean() < 1.5 * (rounded - exact).abs().mean()
 
 

@@ -54,6 +54,14 @@ def scores(runner: Any, text: Sequence[int] = range(40)) -> torch.Tensor:
     return torch.tensor(finish(engine)["score"].token_logprobs[1:])
 
 
+def scores_of(model: Any, text: Sequence[int]) -> torch.Tensor:
+    """The same by a model of transformers."""
+    ids = torch.tensor(list(text))
+    with torch.inference_mode():
+        every = model(ids[None]).logits[0].log_softmax(-1)
+    return every[:-1].gather(1, ids[1:, None])[:, 0]
+
+
 def compiler() -> str | None:
     """A C++ compiler that the build would have found."""
     named = os.environ.get("CXX", "").split()
