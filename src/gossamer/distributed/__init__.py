@@ -1,0 +1,1 @@
+"""More than one machine: replicas, jobs and matrices that are spread over several processes."""
