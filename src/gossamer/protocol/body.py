@@ -37,7 +37,7 @@ from gossamer.protocol.fields import (
 )
 from gossamer.protocol.response_store import OwnedResponses
 from gossamer.protocol.responses import Decode, Json
-from gossamer.protocol.streaming import StreamedAnswer
+from gossamer.protocol.streaming import DONE, StreamedAnswer, event
 from gossamer.sampling_params import ReasoningParams, SamplingParams, StructuredOutputsParams
 
 # Fields that the authors of a model may advise about.
@@ -111,8 +111,28 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     prediction: Prediction | None = None  # what agrees with it comes several tokens at a time
     speculation: bool = True  # False: one token at a time, whatever could be drafted
 
+    _draw: int | None = PrivateAttr(None)
+    _usage: Json | None = PrivateAttr(None)
     _fingerprint: str | None = PrivateAttr(None)
     _sampling: dict[str, Any] = PrivateAttr({})  # what was not given, too, once it is known
+
+    @property
+    def draw(self) -> int | None:
+        """Which random stream a request without a seed has; ``None`` leaves it to the order of arrival."""
+        return self._draw
+
+    def drawn_from(self, draw: int) -> None:
+        """Give a request without a seed a random stream of its own: sent twice, it has the same answer."""
+        self._draw = draw
+
+    @property
+    def usage(self) -> Json | None:
+        """The tokens that the answer has taken so far, in OpenAI's form; ``None`` before there were any."""
+        return self._usage
+
+    def has_used(self, usage: Json) -> None:
+        """Note the tokens that the answer has taken."""
+        self._usage = usage
 
     def answered_by(self, fingerprint: str) -> None:
         """Name what answers: the ``system_fingerprint`` of OpenAI's answers, the same while answers can be repeated."""
@@ -193,6 +213,11 @@ class GeneratingBody(Fields, BaseModel):  # BaseModel for ruff, which would take
     def error(cls, error: Json, status: int) -> Json:
         """The body of a response of the endpoint that is an error; ``error`` has OpenAI's form."""
         return error
+
+    @classmethod
+    def broken(cls, error: Json, status: int, told: int) -> bytes:
+        """The last events of a stream whose server is gone after ``told`` events; ``error`` as in :meth:`error`."""
+        return event(error) + DONE
 
     @property
     def ignored(self) -> list[str]:

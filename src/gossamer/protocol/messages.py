@@ -26,7 +26,7 @@ from gossamer.protocol.message_blocks import (
     tool_use_block,
 )
 from gossamer.protocol.responses import Decode, Json, usage
-from gossamer.protocol.streaming import StreamedAnswer
+from gossamer.protocol.streaming import StreamedAnswer, named_event
 from gossamer.protocol.translated import PartEvents, TranslatedBody
 
 
@@ -186,6 +186,10 @@ class MessagesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in G
     @classmethod
     def error(cls, error: Json, status: int) -> Json:
         return anthropic_error(error, status)
+
+    @classmethod
+    def broken(cls, error: Json, status: int, told: int) -> bytes:
+        return named_event("error", anthropic_error(error, status))
 
     def events(self, *, model: str, decode: Decode, chat: ChatFormat | None = None) -> StreamedAnswer:
         return _Events(self, model, chat)

@@ -6,6 +6,7 @@ it goes on from, where the server keeps responses.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +24,8 @@ from gossamer.protocol.logprobs import steps_of, within
 from gossamer.protocol.response_events import ResponseEvents
 from gossamer.protocol.response_items import ItemWriter, new_id, read_items, status_of
 from gossamer.protocol.response_store import OwnedResponses
-from gossamer.protocol.responses import Decode, Json, new_head, usage
-from gossamer.protocol.streaming import StreamedAnswer
+from gossamer.protocol.responses import Decode, Json, usage
+from gossamer.protocol.streaming import StreamedAnswer, named_event
 from gossamer.protocol.translated import TranslatedBody
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -208,14 +209,19 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
         write = self.writer()
         items = []
         if answer.reasoning:
-            items.append(write.reasoning(new_id("rs"), answer.reasoning))
+            items.append(write.reasoning(new_id("rs", self.tag), answer.reasoning))
         if answer.content or not answer.calls:
-            items.append(write.message(new_id("msg"), answer.content, self.logprobs(completion)))
-        items += [write.call(new_id("fc"), call.id, call.name, call.arguments) for call in answer.calls]
+            items.append(write.message(new_id("msg", self.tag), answer.content, self.logprobs(completion)))
+        items += [write.call(new_id("fc", self.tag), call.id, call.name, call.arguments) for call in answer.calls]
         items[-1] |= status_of(completion)
         response = self.response(self.head(model), items, completion, outputs)
         self.keep(response)
         return response
+
+    @classmethod
+    def broken(cls, error: Json, status: int, told: int) -> bytes:
+        about = {"code": error["error"]["code"], "message": error["error"]["message"], "param": error["error"]["param"]}
+        return named_event("error", {"type": "error", "sequence_number": told} | about)
 
     def writer(self) -> ItemWriter:
         """What writes the items of the answer."""
@@ -239,8 +245,13 @@ class ResponsesRequest(TranslatedBody, BaseModel):  # BaseModel for ruff, as in 
 
     def head(self, model: str) -> Json:
         """The first fields of a response."""
-        head = new_head("resp", "response", model)
-        return {"id": head["id"].replace("-", "_"), "object": "response", "created_at": head["created"], "model": model}
+        id = new_id("resp", self.tag)
+        return {"id": id, "object": "response", "created_at": int(time.time()), "model": model}
+
+    @property
+    def tag(self) -> str:
+        """Of the server that keeps the answer."""
+        return "" if self._kept is None else self._kept.tag
 
     def response(
         self,

@@ -78,11 +78,11 @@ class ResponseEvents(PartEvents):
     def _begin_item(self, kind: str, name: str) -> Iterator[bytes]:
         self._text, self._input = "", None
         if kind == "message":
-            self._open = self._write.message(new_id("msg"), "", [], "in_progress") | {"content": []}
+            self._open = self._write.message(new_id("msg", self._body.tag), "", [], "in_progress") | {"content": []}
         elif kind == "reasoning":
-            self._open = self._write.reasoning(new_id("rs"), "") | {"content": []}
+            self._open = self._write.reasoning(new_id("rs", self._body.tag), "") | {"content": []}
         else:
-            self._open = self._write.call(new_id("fc"), new_call_id(), name, "", "in_progress")
+            self._open = self._write.call(new_id("fc", self._body.tag), new_call_id(), name, "", "in_progress")
             self._input = InputReader() if name in self._write.custom else None
         yield self._event("response.output_item.added", output_index=len(self._items), item=self._open)
         if kind == "message":

@@ -134,9 +134,9 @@ def _sealed(given: object) -> str:
     return text.removeprefix(_SEAL) if text.startswith(_SEAL) else ""
 
 
-def new_id(prefix: str) -> str:
-    """An id of an item."""
-    return f"{prefix}_{uuid.uuid4().hex}"
+def new_id(prefix: str, tag: str = "") -> str:
+    """An id of a response or an item; ``tag`` says which server keeps it."""
+    return f"{prefix}_{tag}{'_' if tag else ''}{uuid.uuid4().hex}"
 
 
 def output_text(text: str, logprobs: list[Json]) -> Json:

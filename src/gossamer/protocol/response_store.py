@@ -25,10 +25,11 @@ class ResponseStore:
     Args:
         max_bytes: of JSON that are held; 0 holds nothing.
         max_responses: how many are held.
+        tag: part of the ids of what is kept here; tells it from what another server keeps.
     """
 
-    def __init__(self, max_bytes: int = MAX_BYTES, max_responses: int = MAX_RESPONSES) -> None:
-        self.max_bytes, self.max_responses = max_bytes, max_responses
+    def __init__(self, max_bytes: int = MAX_BYTES, max_responses: int = MAX_RESPONSES, tag: str = "") -> None:
+        self.max_bytes, self.max_responses, self.tag = max_bytes, max_responses, tag
         self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._items: dict[tuple[str, str], str] = {}  # ids of items, and the responses that they are part of
         self._bytes = 0
@@ -106,6 +107,11 @@ class OwnedResponses:
 
     def __init__(self, store: ResponseStore, owner: str) -> None:
         self._store, self._owner = store, owner
+
+    @property
+    def tag(self) -> str:
+        """See :class:`ResponseStore`."""
+        return self._store.tag
 
     def keep(self, response: Json, items: list[Json]) -> None:
         """See :meth:`ResponseStore.put`."""

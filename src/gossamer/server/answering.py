@@ -22,6 +22,7 @@ from gossamer.pooling.refusals import makes_no_embeddings
 from gossamer.protocol import GeneratingBody, PoolingBody, StreamedAnswer
 from gossamer.protocol.encoding import encode_json
 from gossamer.protocol.field_names import naming
+from gossamer.protocol.responses import usage
 from gossamer.sampling_params import SamplingParams
 from gossamer.server.engine_loop import EngineLoop, Ticket
 
@@ -274,12 +275,17 @@ class Answering:
                 prompts = [await self.in_worker(partial(self.with_ids, prompt), _size(prompt)) for prompt in prompts]
                 await stack.enter_async_context(self._compiled(params))
             tickets: list[Ticket] = []
-            for prompt in prompts:
+            for place, prompt in enumerate(prompts):
                 request_id = f"req-{uuid.uuid4().hex}"
-                ticket = await self.engine_loop.submit(request_id, prompt | adapter, params, stream=stream)
+                draw = None if body.draw is None else body.draw + place
+                ticket = await self.engine_loop.submit(request_id, prompt | adapter, params, stream=stream, draw=draw)
                 stack.callback(self.engine_loop.release, ticket)
                 tickets.append(ticket)
-            yield tickets
+            try:
+                yield tickets
+            finally:
+                if outputs := [ticket.output for ticket in tickets if ticket.output is not None]:
+                    body.has_used(usage(outputs))
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         asked = max(params.logprobs or 0, params.prompt_logprobs or 0)

@@ -84,7 +84,7 @@ def surround(app: FastAPI, options: ServerOptions, routers: Iterable[APIRouter])
     app.add_exception_handler(RequestValidationError, _invalid_query)
     app.add_exception_handler(OSError, _full_disk)
     # The last one added is the first one to see a request.
-    app.add_middleware(ApiKeys, keys=options.api_keys, page=routes_playground.PATHS)
+    app.add_middleware(ApiKeys, keys=options.api_keys, page=routes_playground.PATHS, behind_front=options.behind_front)
     app.add_middleware(
         Origins,
         hosts=server_hosts(options.host, options.allowed_hosts),

@@ -136,8 +136,10 @@ class EngineLoop:
         finally:
             self._size -= size
 
-    async def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool) -> Ticket:
-        """Queue a request. Whoever submits must :meth:`release` the ticket in the end.
+    async def submit(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool, draw: int | None = None
+    ) -> Ticket:
+        """Queue a request; see :meth:`Engine.add_request`. Whoever submits must :meth:`release` the ticket in the end.
 
         Raises:
             ServerBusyError: too many are waiting already.
@@ -148,7 +150,7 @@ class EngineLoop:
         self._tickets[request_id] = ticket
         self._size += ticket.size
         try:
-            await self.call(lambda engine: engine.add_request(request_id, prompt, params, stream=stream))
+            await self.call(lambda engine: engine.add_request(request_id, prompt, params, stream=stream, draw=draw))
         except BaseException:
             self.release(ticket)
             raise

@@ -18,37 +18,16 @@ from starlette.types import Receive, Scope, Send
 import gossamer
 from gossamer.errors import GossamerError, RequestError
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
-from gossamer.protocol.streaming import DONE, event
 from gossamer.server import routes_batches, routes_playground
 from gossamer.server.app import all_routers, surround
-from gossamer.server.errors import HttpError, describe, error_response, not_found
+from gossamer.server.errors import HttpError, error_response, not_found
+from gossamer.server.forwarding import end_of_broken_stream, headers_back, headers_for
 from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
 from gossamer.server.model_pool import ModelPool, ModelSpec
 from gossamer.server.model_process import ProcessEnded
 from gossamer.server.options import ServerOptions
 
 _STARTED = int(time.time())
-# Of one connection: RFC 9110, 7.6.1. `date` is written anew.
-_HEADERS_OF_HOP = {
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "date",
-}
-# Of a request, these are not the model's server's business besides.
-_OWN = _HEADERS_OF_HOP | {
-    "proxy-authorization",
-    "authorization",
-    "x-api-key",
-    "host",
-    "content-length",
-    "expect",
-    "origin",
-}
 _ONE_MODEL = ("/v1/files", "/v1/batches")
 
 
@@ -166,6 +145,7 @@ class _Forwarded(Response):
         super().__init__()
         self._request, self._name, self._body = request, name, body
         self._begun = self._streamed = False
+        self._told = 0  # events that the client has had
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeout = _models(self._request).options.request_timeout
@@ -178,7 +158,7 @@ class _Forwarded(Response):
             if not self._begun:
                 await error_response(error)(scope, receive, send)
             elif self._streamed:
-                last = event(describe(error)[1]) + DONE
+                last = end_of_broken_stream(scope["path"], error, self._told)
                 await send({"type": "http.response.body", "body": last, "more_body": False})
             else:
                 raise  # the connection breaks, as the model's has
@@ -199,9 +179,7 @@ class _Forwarded(Response):
         """
         request = self._request
         async with _models(request).use(self._name) as process:
-            headers = {name: value for name, value in request.headers.items() if name not in _OWN}
-            headers["authorization"] = f"Bearer {process.key}"
-            headers["x-request-id"] = request.scope["gossamer.request_id"]
+            headers = headers_for(request, process.key)
             path, query = quote(request.scope["path"]), request.scope["query_string"].decode("latin-1")
             url = f"{process.address}{path}{'?' if query else ''}{query}"
             client: httpx2.AsyncClient = request.app.state.client
@@ -220,12 +198,11 @@ class _Forwarded(Response):
                 raise HttpError(502, message, code="bad_gateway", type="server_error") from None
 
     async def _pass_on(self, response: httpx2.Response, send: Send) -> None:
-        headers = [
-            (name, value) for name, value in response.headers.raw if name.decode().lower() not in _HEADERS_OF_HOP
-        ]
+        headers = headers_back(response.headers.raw)
         self._streamed = response.headers.get("content-type", "").startswith("text/event-stream")
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         self._begun = True
         async for part in response.aiter_raw():
+            self._told += part.count(b"\n\n")
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

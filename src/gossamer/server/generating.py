@@ -44,6 +44,9 @@ def _endpoint(kind: type[GeneratingBody]) -> Callable[[Request], Awaitable[Respo
         body = await read_body(request, kind.parse)
         service.check_model(body.model)
         body.remember(service.responses.of(request.scope.get("gossamer.owner", "")))
+        request.scope["gossamer.body"] = body  # for whoever asks, once it is answered, what that took
+        if service.options.behind_front and (draw := request.headers.get("x-gossamer-draw", "")).isdecimal():
+            body.drawn_from(int(draw))
         timeout = service.options.request_timeout
         headers = _notes(body, service)
         if body.stream:

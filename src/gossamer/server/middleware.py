@@ -139,12 +139,15 @@ class ApiKeys:
     Args:
         keys: none lets everybody in.
         page: paths of the page that asks for the key.
+        behind_front: whoever has a key says whose request it is.
     """
 
     OPEN = frozenset({"/health", "/version", "/openapi.json"})
 
-    def __init__(self, app: ASGIApp, *, keys: tuple[str, ...], page: frozenset[str] = frozenset()) -> None:
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, *, keys: tuple[str, ...], page: frozenset[str] = frozenset(), behind_front: bool = False
+    ) -> None:
+        self.app, self.behind_front = app, behind_front
         self.open = self.OPEN | page
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
@@ -163,7 +166,7 @@ class ApiKeys:
                 )
                 await error_response(error)(scope, receive, send)
                 return
-            scope["gossamer.owner"] = known[0]
+            scope["gossamer.owner"] = headers.get("x-gossamer-owner", "") if self.behind_front else known[0]
         await self.app(scope, receive, send)
 
     def _known(self, key: str) -> str:

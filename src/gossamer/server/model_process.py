@@ -54,7 +54,15 @@ class ModelProcess:
         self.address = ""
         self._is_ready = False
         self._drain_timeout = options.drain_timeout
-        own = replace(options, host="127.0.0.1", port=0, model_names=(name,), api_keys=(self.key,), allowed_hosts=())
+        own = replace(
+            options,
+            host="127.0.0.1",
+            port=0,
+            model_names=(name,),
+            api_keys=(self.key,),
+            allowed_hosts=(),
+            behind_front=True,
+        )
         context = multiprocessing.get_context("spawn")  # forking would copy threads' locks
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(load, own, theirs), name=f"gossamer {name}")

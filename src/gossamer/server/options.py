@@ -31,6 +31,9 @@ class ServerOptions:
         data_dir: where files and batches are kept; ``None`` forgets them at the end.
         json_logs: one JSON object per line instead of text.
         response_memory: bytes of answers of ``/v1/responses`` that are kept, to go on from; 0 keeps none.
+        behind_front: the only client is another server of ours, which says with ``x-gossamer-owner`` whose request it
+            passes on, and with ``x-gossamer-draw`` which random stream one without a seed has.
+        tag: part of the ids of what the server keeps, by which a front knows whom to ask for it.
         strict: a field of a request that has no effect here is refused, not named in a header; and so is a call in the
             history of a tool that is not offered.
 
@@ -54,6 +57,8 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] = ()
     data_dir: Path | None = None
     json_logs: bool = False
+    behind_front: bool = False
+    tag: str = ""
     strict: bool = False
     response_memory: int = MAX_BYTES
 

@@ -107,7 +107,7 @@ class Service:
         self.loaded = asyncio.Event()
         #: Reads long bodies, and writes long answers, one at a time: several would keep Python's lock from the engine.
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
-        self.responses = ResponseStore(options.response_memory)
+        self.responses = ResponseStore(options.response_memory, tag=options.tag)
         self._load = load
         self._temporary: TemporaryDirectory[str] | None = None
         self._data_dir: DataDirectory | None = None
