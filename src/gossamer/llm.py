@@ -118,6 +118,10 @@ class LLM:
             raise ConfigurationError(
                 f"adapters are for models that generate text; {self.model_name} is not used for that"
             )
+        elif self.options.model.tensor_parallel > 1:
+            raise ConfigurationError(
+                f"tensor_parallel is for models that generate text; {self.model_name} is not used for that"
+            )
         else:
             self._load_pooling(model, self.task)
 
@@ -127,15 +131,20 @@ class LLM:
         self.runner_note, self.weights, self.weights_note = self._pooling.note, self._pooling.weights, ""
 
     def _load_generating(self, model: str | Path, lora: Mapping[str, str | Path] | None) -> None:
-        engine = self.options.engine
-        loaded = load_for_runner(
-            model,
-            self.options.model,
-            self.options.runner,
-            max_rows=engine.most_rows,
-            max_seqs=engine.max_num_seqs,
-            adapters=lora,
-        )
+        engine, sampler = self.options.engine, None
+        if self.options.model.tensor_parallel > 1:
+            from gossamer.distributed.tensor_parallel import load_sharded  # and torch.distributed
+
+            loaded, sampler = load_sharded(model, self.options, lora)
+        else:
+            loaded = load_for_runner(
+                model,
+                self.options.model,
+                self.options.runner,
+                max_rows=engine.most_rows,
+                max_seqs=engine.max_num_seqs,
+                adapters=lora,
+            )
         self.adapters = {adapter.name: adapter.base for adapter in loaded.adapters}
         network, self.tokenizer, self.model_path = loaded.network, loaded.tokenizer, loaded.path
         self.runner_note, self.weights, self.weights_note = loaded.runner_note, loaded.weights, loaded.weights_note
@@ -148,7 +157,9 @@ class LLM:
         self.stored_weights = getattr(network.config, "gguf_file_type", None)
         self.sparse_weights = loaded.runner.report().sparse_weights
         digest = kv_digest(loaded, self.options.model, self.options.runner) if engine.prefix_dir is not None else ""
-        self._engine = Engine(loaded.runner, self.tokenizer, engine, eos_token_ids=eos, kv_digest=digest)
+        self._engine = Engine(
+            loaded.runner, self.tokenizer, engine, eos_token_ids=eos, kv_digest=digest, sampler=sampler
+        )
 
     @property
     def engine(self) -> Engine:
@@ -586,7 +597,7 @@ class LLM:
                             progress.advance()
                     progress.describe(self.engine.stats)
         finally:
-            for request_id in set(ids) - outputs.keys():
+            for request_id in (each for each in ids if each not in outputs):
                 self.engine.abort(request_id)
         ordered = [outputs[each] for each in ids]
         errors = [output.error for output in ordered if output.error is not None]

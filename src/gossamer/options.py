@@ -106,6 +106,12 @@ class ModelOptions:
         "What the model is for: generate (text), embed (vectors of texts), score (pairs of texts) or auto (what its "
         "checkpoint was made for).",
     )
+    tensor_parallel: int = option(
+        1,
+        "Experimental: processes that share the weights of a model that is too large for one machine, with torchrun; "
+        "for batch, and Python programs of your own.",
+        min=1,
+    )
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, get_args(Task))
@@ -130,6 +136,20 @@ class ModelOptions:
             raise ConfigurationError(
                 "weights='as-stored' keeps the output layer as the file has it: leave int8_head out"
             )
+        if not is_integer(self.tensor_parallel) or self.tensor_parallel < 1:
+            raise ConfigurationError(f"tensor_parallel must be at least 1, got {self.tensor_parallel!r}")
+        if self.tensor_parallel > 1:
+            self._check_tensor_parallel()
+
+    def _check_tensor_parallel(self) -> None:
+        if self.int8 or self.int8_head or self.weights == "as-stored":
+            raise ConfigurationError(
+                "tensor_parallel shares weights in floating point: leave quantization, int8_head and weights out"
+            )
+        if self.device != "cpu":
+            raise ConfigurationError(f"tensor_parallel computes on CPUs, so device cannot be {self.device!r}")
+        if self.task not in ("auto", "generate"):
+            raise ConfigurationError(f"tensor_parallel is for models that generate text, not for task={self.task!r}")
 
     @property
     def int8(self) -> bool:
@@ -373,6 +393,7 @@ class OptionArguments(TypedDict, total=False):
     int8_head: bool
     device: str
     task: Task
+    tensor_parallel: int
     runner: RunnerChoice
     kv_dtype: KVDtype
     sparse_weights: SparseWeights
@@ -406,6 +427,23 @@ class Options:
     runner: RunnerOptions = RunnerOptions()
     engine: EngineOptions = EngineOptions()
     conversation: ConversationOptions = ConversationOptions()
+
+    def __post_init__(self) -> None:
+        if self.model.tensor_parallel == 1:
+            return
+        native = {"kv_dtype": "auto", "prefix_eps": 0.0, "batch_invariant": False}
+        asked = [name for name, value in native.items() if getattr(self.runner, name) != value]
+        if self.runner.runner == "native" or asked:
+            raise ConfigurationError(
+                f"tensor_parallel is for the runner of transformers: leave {(asked or ['runner'])[0]} out"
+            )
+        if self.engine.speculative_config is not None:
+            raise ConfigurationError(
+                "tensor_parallel verifies no drafts, because how many are worth it is a matter of each process's own "
+                "time: leave speculative_config out"
+            )
+        if self.engine.prefix_dir is not None:
+            raise ConfigurationError("tensor_parallel keeps no prefixes on disk: leave prefix_dir out")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:

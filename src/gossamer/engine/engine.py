@@ -29,7 +29,7 @@ from gossamer.engine.planner import KeyCount, PlannedRows, Planner
 from gossamer.engine.prefix_store import PrefixStore
 from gossamer.engine.request_factory import RequestFactory
 from gossamer.engine.results import Output, ResultBuilder
-from gossamer.engine.runner import Logits, Runner
+from gossamer.engine.runner import Logits, Runner, RunnerEndedError
 from gossamer.engine.sampling import Sampled, Sampler, token_logprobs, top_logprobs
 from gossamer.engine.scheduler import Scheduler, Work
 from gossamer.engine.sequence import Request, Sequence, Status
@@ -61,6 +61,7 @@ class Engine:
         eos_token_ids: every token that ends a text.
         kv_digest: a hexadecimal digest that tells the runner's keys and values from those of other models and settings,
             where prefixes are kept on disk.
+        sampler: chooses the tokens; one that decides by itself if it is not given.
 
     Attributes:
         store: prefixes on disk; ``None`` if ``options`` name no directory for them.
@@ -77,6 +78,7 @@ class Engine:
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         kv_digest: str = "",
+        sampler: Sampler | None = None,
     ) -> None:
         max_model_len, memory = options.max_model_len, options.memory_bytes
         if max_model_len is not None and not (is_integer(max_model_len) and 1 < max_model_len <= runner.max_model_len):
@@ -121,10 +123,12 @@ class Engine:
             self.scheduler.restore = self.store.restore
         self.planner = Planner(self.tree, per_row=options.sharing == "storage")
         max_cached = runner.layout.tokens_in(memory)
-        self.intake = Intake(tokenizer, runner.vocab_size, self.max_model_len, max_cached, runner.adapters)
+        self.intake = Intake(
+            tokenizer, runner.vocab_size, self.max_model_len, max_cached, runner.adapters, grammars=runner.num_ranks == 1
+        )
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(self.factory.tokens)
-        self.sampler = Sampler()
+        self.sampler = sampler or Sampler()
         self.speculator = self._make_speculator(options, cost)
         self.emission = Emission(self.factory, self.stats, self.speculator)
         self.requests: dict[str, Request] = {}
@@ -220,7 +224,7 @@ class Engine:
         self.tree.evicted_tokens = self.scheduler.num_preemptions = 0
 
     def _make_speculator(self, options: EngineOptions, cost: CostModel | None) -> Speculator | None:
-        if options.speculation == "off":
+        if options.speculation == "off" or self.runner.num_ranks > 1:  # what pays is measured, by each rank for itself
             return None
         if self.runner.layout.state_bytes and not self.runner.in_turn:
             if options.speculative_config is not None:
@@ -327,6 +331,8 @@ class Engine:
             scheduler.waiting, scheduler.apart = deque(), True
             try:
                 ended += self.step()
+            except RunnerEndedError:
+                raise
             except Exception as error:  # whatever it is, it belongs to this request alone
                 failure = self._fail(request, EngineError(f"the engine failed on this request: {error!r}"))
                 ended += [] if failure is None else [failure]

@@ -27,12 +27,15 @@ class Intake:
         max_model_len: int,
         max_cached_tokens: int,
         adapters: Sequence[str] = (),
+        *,
+        grammars: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_cached_tokens = max_cached_tokens  # what the whole memory budget holds
         self.adapters = tuple(adapters)  # that prompts may name
+        self.grammars = grammars  # whether answers may have to follow one
 
     def encode(
         self, prompt: Prompt, request_id: str, *, add_special_tokens: bool = True
@@ -209,6 +212,13 @@ class Intake:
         if not isinstance(params, SamplingParams):
             raise InvalidSamplingParamsError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}", request_id=request_id
+            )
+        if params.structured_outputs is not None and not self.grammars:
+            raise InvalidSamplingParamsError(
+                "structured_outputs cannot be used with tensor_parallel: which tokens a grammar allows is known after "
+                "another time in each process",
+                request_id=request_id,
+                param="structured_outputs",
             )
         for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids or ())):
             outside = [token for token in ids if token >= self.vocab_size]

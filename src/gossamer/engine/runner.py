@@ -10,6 +10,11 @@ from torch import Tensor
 
 from gossamer.engine.memory import KVLayout
 from gossamer.engine.plan import StepPlan
+from gossamer.errors import GossamerError
+
+
+class RunnerEndedError(GossamerError):
+    """A runner cannot compute any step any more. No request is to blame, and nothing is tried again."""
 
 
 class Logits(NamedTuple):
@@ -51,10 +56,13 @@ class Runner(Protocol):
         adapters: names of the adapters that rows may have.
         shared_outliers: a layer whose products depend on all rows of a step; empty if there is none.
         in_turn: whether recurrent layers take the tokens of a text one by one, however many there are.
+        num_ranks: processes that compute the model together. Each has an engine of its own, and all must plan the same
+            steps; so with more than one, no decision may depend on time.
     """
 
     name: str
     in_turn: bool
+    num_ranks: int
     shared_outliers: str
     layout: KVLayout
     num_heads: int
@@ -63,7 +71,11 @@ class Runner(Protocol):
     adapters: tuple[str, ...]
 
     def forward(self, plan: StepPlan) -> Logits:
-        """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``."""
+        """Compute the step: writes keys and values, returns the logits of ``plan.logit_rows``.
+
+        Raises:
+            RunnerEndedError: there can be no other step.
+        """
         ...
 
     def report(self) -> RunnerReport:

@@ -6,6 +6,7 @@ import logging
 
 from gossamer.engine.engine import Engine
 from gossamer.engine.results import Output
+from gossamer.engine.runner import RunnerEndedError
 
 logger = logging.getLogger("gossamer.engine")
 MAX_FAILURES = 3  # steps in a row that fail without any request to blame
@@ -26,11 +27,14 @@ class PatientSteps:
         """The outputs of one step; requests whose step raises are among them, with the error.
 
         Raises:
+            RunnerEndedError: at once.
             Exception: that of the model, after :data:`MAX_FAILURES` steps in a row that nobody is to blame for.
         """
         try:
             outputs = self._engine.step()
             self._failures = 0
+        except RunnerEndedError:
+            raise
         except Exception:  # of the model or our own: steps must go on for everybody else
             logger.exception("a step of the engine failed; trying its requests one by one")
             steps = self._engine.stats.steps

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from gossamer.errors import CheckpointError, GossamerError, UnsupportedModelError
 from gossamer.models.checkpoint import check_directory
@@ -93,7 +94,8 @@ def _load_directory(
         tokenizer = load_tokenizer(path)
         skip, as_stored = quantization.skip if quantization else None, options.weights == "as-stored"
         with open_checkpoint(path, config, skip=skip, as_stored=as_stored) as (reader, weights):
-            model = _load(path, config, weights, reader, options.dtype, attn_implementation, quantization)
+            ranks = options.tensor_parallel
+            model = _load(path, config, weights, reader, options.dtype, attn_implementation, quantization, ranks)
         load_generation_config(model, path)
     return model, tokenizer
 
@@ -189,8 +191,12 @@ def _load(
     dtype: str,
     attn_implementation: str | None,
     quantization: GossamerInt8Config | None,
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
-    """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for."""
+    """The model of a directory, or of a GGUF file (which has no reader), whose layers become int8 if asked for.
+
+    If there are several ``num_ranks``, its weights in floating point are shared by so many processes.
+    """
     stored = reader.stored_dtype() if reader else "float32"
     wanted = dtype if dtype != "auto" else str(config.dtype or stored).removeprefix("torch.")
     matrices = {name: weight for name, weight in weights.items() if isinstance(weight, StoredMatrix)}
@@ -199,7 +205,8 @@ def _load(
         with storing(matrices, str(path)) as placed:
             return _from_weights(path, config, others, reader, wanted, attn_implementation, quantization_config=placed)
     if not quantization or is_int8_checkpoint(config):
-        model = _from_weights(path, config, weights, reader, wanted, attn_implementation)
+        parts = {"distributed_config": DistributedConfig(tp_size=num_ranks, tp_plan="auto")} if num_ranks > 1 else {}
+        model = _from_weights(path, config, weights, reader, wanted, attn_implementation, **parts)
         if quantization:
             use_decomposition(model, quantization)
         return model

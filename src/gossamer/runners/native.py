@@ -71,6 +71,7 @@ class NativeRunner:
 
     name = "native"
     in_turn = True
+    num_ranks = 1
 
     def __init__(
         self,

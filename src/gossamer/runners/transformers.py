@@ -108,6 +108,7 @@ class TransformersRunner:
 
     name = "transformers"
     in_turn = False
+    num_ranks = 1
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter] = ()) -> None:
         """``model`` must have been loaded with ``attn_implementation="gossamer"``; rows may have these ``adapters``.
