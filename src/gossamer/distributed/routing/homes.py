@@ -22,7 +22,7 @@ class Rendezvous:
 
     >>> homes = Rendezvous(["a", "b", "c"])
     >>> homes.best(7, 2), Rendezvous(["c", "b", "a"]).best(7, 2)
-    (['b', 'a'], ['b', 'a'])
+    (['c', 'b'], ['c', 'b'])
     """
 
     def __init__(self, replicas: Iterable[str]) -> None:

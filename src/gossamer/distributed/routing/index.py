@@ -112,6 +112,11 @@ class PrefixIndex:
                 return depth
         return 0
 
+    def seen(self, chain: Sequence[int], depth: int) -> int:
+        """How many prompts began with the first ``depth`` hashes, as far as they are remembered."""
+        entry = self._entries.get(chain[depth - 1]) if 0 < depth <= len(chain) else None
+        return 0 if entry is None else entry.seen
+
     def repeated(self, chain: Sequence[int]) -> int:
         """How many leading hashes were part of two prompts or more."""
         for depth in range(len(chain), 0, -1):

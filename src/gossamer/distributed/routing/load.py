@@ -77,7 +77,7 @@ class Load:
 
     def in_flight(self, replica: str) -> float:
         known = self._replicas.get(replica)
-        return 0.0 if known is None else known.running + known.others_running
+        return 0.0 if known is None else float(known.running + known.others_running)
 
     def queued(self, replica: str) -> float:
         known = self._replicas.get(replica)

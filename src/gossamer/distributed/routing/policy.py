@@ -3,12 +3,19 @@
 A few candidates are scored: those believed to hold most of the prompt, the two homes of its anchor by rendezvous
 hashing, and one at random. The least score wins:
 
-    (tokens queued there + tokens of the prompt it would have to compute) x (requests in flight there + 1) / v
+    (tokens queued there + 8 x tokens of the prompt it would have to compute) x (requests in flight there + 4) / v
 
-with v the replica's measured prefill speed in tokens per second. Without v this is LMetric (arXiv 2603.15202), which
-has no parameter to tune. A candidate with more than 1.25 x the mean number of requests in flight + 4 is passed over;
-if all are, every replica is scored. So a prefix that is asked for more often than one replica can serve gets more
-homes by itself.
+with v the replica's measured prefill speed in tokens per second. With 1 in place of 8, 4 and v this is LMetric
+(arXiv 2603.15202), whose two factors are the wait for a first token and the slower steps of a larger batch. LMetric
+weighs this request's wait alone. But tokens computed a second time delay all that come later and push another prefix
+out of memory, and a batch of 1 is not twice as slow as one of 0: on two replicas LMetric computes 1.2 to 1.4 times
+what is needed, and its first tokens come later (`tests/test_routing.py`).
+
+A candidate with more than 1.5 x the mean number of requests in flight + 8 is passed over; if all are, every replica
+is scored. So a prefix that is asked for more often than one replica can serve gets more homes by itself.
+
+A match of less than half of the prompt that two prompts or more have had is a *common head*, such as a system prompt.
+It decides nothing: each replica computes it once, and whoever held it first would get everything.
 """
 
 from __future__ import annotations
@@ -24,9 +31,11 @@ from gossamer.distributed.routing.homes import Rendezvous
 from gossamer.distributed.routing.index import PrefixIndex
 from gossamer.distributed.routing.load import Load
 
-ANCHOR_BLOCKS = 8  # an anchor covers at least the first 2 kB, or heads that all prompts have would be anchors
+ANCHOR_BLOCKS = 8  # an anchor covers at least the first 2 kB, or short heads that all prompts have would be anchors
 HOMES = 2
-BOUND_FACTOR, BOUND_EXTRA = 1.25, 4  # a relative bound alone reacts to noise when little is in flight
+MISS_WEIGHT = 8.0
+BATCH_OFFSET = 4.0
+BOUND_FACTOR, BOUND_EXTRA = 1.5, 8.0  # a relative bound alone reacts to noise when little is in flight
 BYTES_PER_TOKEN = 4.0  # until answers have told
 RATIO_WEIGHT = 1_000_000  # tokens after which what answers told counts half
 
@@ -140,9 +149,12 @@ class PrefixRouter:
         """Candidates within the bound, the best first, then those beyond it."""
         among = self._speeds if len(eligible) == len(self._speeds) else set(eligible)
         homes = self._homes if len(eligible) == len(self._speeds) else Rendezvous(eligible)
-        anchor_depth = max(self._index.repeated(chain), min(ANCHOR_BLOCKS, len(chain)))
-        anchor = chain[anchor_depth - 1] if chain else 0
         depth, holders = self._index.deepest(chain, among)
+        anchor_depth = max(self._index.repeated(chain), min(ANCHOR_BLOCKS, len(chain)))
+        if 2 * depth * BLOCK_BYTES < prompt_bytes and self._index.seen(chain, depth) >= 2:  # a common head
+            anchor_depth = min(max(depth + 1, anchor_depth), len(chain))
+            depth, holders = 0, []
+        anchor = chain[anchor_depth - 1] if chain else 0
         matched = dict.fromkeys(holders, depth)
         for replica in (*homes.best(anchor, HOMES), self._random.choice(eligible)):
             if replica not in matched:
@@ -152,7 +164,8 @@ class PrefixRouter:
             missing = max(prompt_bytes - depth * BLOCK_BYTES, 0.0) / self._bytes_per_token
             in_flight = self._load.in_flight(replica)
             # at least the last token of a prompt is computed, so that the number in flight always counts
-            score = (self._load.queued(replica) + max(missing, 1.0)) * (in_flight + 1) / self._speeds[replica]
+            wait = self._load.queued(replica) + MISS_WEIGHT * max(missing, 1.0)
+            score = wait * (in_flight + BATCH_OFFSET) / self._speeds[replica]
             return score, in_flight, -homes.weight(anchor, replica)
 
         limit = BOUND_FACTOR * self._load.mean_in_flight + BOUND_EXTRA
@@ -160,9 +173,7 @@ class PrefixRouter:
         if len(full) == len(matched):
             self._counts["all_full"] += 1
             matched |= {each: self._index.depth(chain, each, depth) for each in eligible if each not in matched}
-            full = set()
-            best = min(matched, key=lambda each: key(each, matched[each]))
-            return [best, *sorted(each for each in homes.best(anchor, HOMES) if each != best)]
+            return [min(matched, key=lambda each: key(each, matched[each]))]
         return sorted(matched, key=lambda each: (each in full, key(each, matched[each])))
 
     @property
