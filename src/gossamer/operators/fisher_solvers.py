@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gossamer.errors import ConfigurationError
 from gossamer.operators.gradient_store import GradientStore, check_finite
+from gossamer.operators.ranks import from_first
 
 _GROUP_BYTES = 32 << 20  # of the blocks that are worked on at a time, in fp64
 _FIRST_JITTER, _LAST_JITTER = 1e-9, 1e-3  # relative to the mean of the diagonal
@@ -63,6 +64,8 @@ class Solver(Protocol):
 
 
 class FullDual:
+    """One K for all parameters. Its columns may be kept by several processes: vectors are of this one's then."""
+
     def __init__(self, store: GradientStore) -> None:
         self.store = store
         self.jitter = 0.0
@@ -75,9 +78,15 @@ class FullDual:
 
     def factor(self, damping: float) -> None:
         m = len(self.gram)
-        self.damping, factors = _cholesky(self.gram[None], m, damping, self.store.d, singular=True)
+
+        def make() -> Tensor:
+            used, factors = _cholesky(self.gram[None], m, damping, self.store.total, singular=True)
+            of_k = factors[0] * math.sqrt(m)  # K is m times the matrix that was factored
+            return torch.cat([of_k.new_tensor([used]), of_k.reshape(-1)])
+
+        found = from_first(self.store.ranks, make, 1 + m * m, f"damping {damping!r}").to(self.gram.device)
+        self.damping, self.cholesky = float(found[0]), found[1:].view(m, m)
         self.jitter = self.damping - damping
-        self.cholesky = factors[0] * math.sqrt(m)  # of K, which is m times the matrix that was factored
         self._whitened = None
 
     def solve(self, x: Tensor) -> Tensor:
@@ -103,12 +112,12 @@ class FullDual:
 
     def block(self, index: Tensor) -> Tensor:
         kept = self._whitened
-        white = self._whiten(self.store.columns(index)) if kept is None else kept[:, index]
+        white = self._whiten(self.store.columns(index)) if kept is None else self.store.pick(kept, index)
         same = (index[:, None] == index).to(torch.float64)
         return (same - white.T @ white) / self.damping
 
     def logdet(self) -> float:
-        m, d = len(self.gram), self.store.d
+        m, d = len(self.gram), self.store.total
         of_k = 2 * float(self.cholesky.diagonal().log().sum())
         return d * math.log(self.damping) + of_k - m * math.log(m * self.damping)
 
@@ -116,9 +125,9 @@ class FullDual:
         out = torch.empty(self.store.d // size, size, size, dtype=torch.float64, device=self.store.device)
         step = max(size, _GROUP_BYTES // (8 * len(self.gram)) // size * size)
         for first in range(0, self.store.d, step):
-            columns = torch.arange(first, min(first + step, self.store.d), device=self.store.device)
-            white = self._whiten(self.store.columns(columns))
-            out[first // size : first // size + len(columns) // size] = _gram_blocks(white, size, self.damping)
+            columns = self.store.rows[:, first : first + step].double()
+            white = self._whiten(columns)
+            out[first // size : first // size + columns.shape[1] // size] = _gram_blocks(white, size, self.damping)
         return out
 
     def product(self, x: Tensor) -> Tensor:
@@ -130,12 +139,14 @@ class FullDual:
 
     def joint(self, w: Tensor, keep: Tensor) -> Tensor:
         m = len(self.gram)
-        system = m * self.damping * torch.eye(m, dtype=torch.float64, device=self.store.device)
+        system = torch.zeros(m, m, dtype=torch.float64, device=self.store.device)
         right = system.new_zeros(m, 1)
         for columns, chunk in self.store.chunks():
             kept, dropped = chunk * keep[columns], ~keep[columns]
             system += kept @ kept.T
             right += chunk @ (w[columns] * dropped).to(torch.float64)[:, None]
+        system, right = self.store.ranks.add(torch.cat([system, right], 1)).split([m, 1], 1)
+        system.diagonal().add_(m * self.damping)
         weights = torch.cholesky_solve(right, torch.linalg.cholesky(system))
         out = -w.to(torch.float64)
         for columns, chunk in self.store.chunks():

@@ -17,6 +17,7 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.gradients import gram as gram_of
 from gossamer.operators.fisher_plan import check_memory
+from gossamer.operators.ranks import ALONE, Ranks, together
 
 STORE_TYPES = (torch.float32, torch.bfloat16)
 _CHUNK_BYTES = 4 << 20  # of a chunk of columns in fp64
@@ -27,12 +28,19 @@ Gradient = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 class GradientStore:
     """Rows of G, of which ``len(store)`` are filled.
 
+    Several processes may keep one G, each some of its columns: what they give and get is of these columns then, and
+    sums over all columns are sums over the processes.
+
     Args:
         m: most rows.
-        d: numbers of a gradient.
+        d: numbers of a gradient; those that this process keeps, of which there may be none.
         dtype: of the rows: ``torch.float32`` or ``torch.bfloat16``.
         device: where they are.
         memmap: a file to hold them instead of memory. It is made anew, and is the caller's to remove.
+        ranks: the processes that keep columns; each has to call the methods that sum over columns.
+
+    Attributes:
+        total: columns of all processes.
 
     Raises:
         ConfigurationError: a size below 1, another dtype, or more memory than there is.
@@ -55,12 +63,10 @@ class GradientStore:
         *,
         device: torch.device | str = "cpu",
         memmap: Path | str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        if m < 1 or d < 1:
-            raise ConfigurationError(f"a gradient store needs at least one row and one column, got m={m}, d={d}")
-        if dtype not in STORE_TYPES:
-            raise ConfigurationError(f"gradients are stored in float32 or bfloat16, got {dtype}")
-        self.m, self.d, self.dtype, self.device = m, d, dtype, torch.device(device)
+        self._join(m, d, dtype, ranks)
+        self.device = torch.device(device)
         if memmap is None:
             if self.device.type == "cpu":
                 check_memory(m * d * dtype.itemsize, f"{m} gradients of {d:,} numbers", "pass memmap=FILE")
@@ -75,21 +81,42 @@ class GradientStore:
         self._gram = torch.zeros(m, m, dtype=torch.float64, device=self.device)
         self._stale: set[int] = set()  # rows whose products are not in the Gram matrix yet
 
+    def _join(self, m: int, d: int, dtype: torch.dtype, ranks: Ranks) -> None:
+        """Checks the sizes together with the other processes, and learns which columns are whose."""
+        fault = None
+        least = 1 if ranks.size == 1 else 0
+        if dtype not in STORE_TYPES:
+            fault = f"gradients are stored in float32 or bfloat16, got {dtype}"
+        elif m < 1 or d < least:
+            fault = f"a gradient store needs at least one row and one column, got m={m}, d={d}"
+        columns = torch.zeros(ranks.size, dtype=torch.float64)
+        columns[ranks.rank] = d
+        columns = ranks.add(columns, fault, f"a store of {m} gradients in {dtype}")
+        self.m, self.d, self.dtype, self.ranks = m, d, dtype, ranks
+        self.total, self._first = int(columns.sum()), int(columns[: ranks.rank].sum())
+        if not self.total:
+            raise ConfigurationError("a gradient store needs at least one column, and no process keeps any")
+
     @classmethod
-    def of(cls, gradients: Tensor) -> GradientStore:
+    def of(cls, gradients: Tensor, ranks: Ranks = ALONE) -> GradientStore:
         """A store of the rows of a tensor (m, d); fp32 and bf16 ones are used in place, others become fp32.
+
+        Of several processes each gives its columns.
 
         >>> len(GradientStore.of(torch.ones(2, 3, dtype=torch.float64)))
         2
         """
-        if gradients.dim() != 2 or not gradients.numel():
-            raise ConfigurationError(f"gradients must be (m, d) with at least one each, got {tuple(gradients.shape)}")
         rows = gradients.detach()
-        rows = rows if rows.dtype in STORE_TYPES or rows.is_complex() else rows.float()
-        check_finite(rows, "the gradients")
+        with together(ranks, "storing gradients"):
+            if gradients.dim() != 2 or not (len(gradients) if ranks.size > 1 else gradients.numel()):
+                raise ConfigurationError(
+                    f"gradients must be (m, d) with at least one each, got {tuple(gradients.shape)}"
+                )
+            rows = rows if rows.dtype in STORE_TYPES or rows.is_complex() else rows.float()
+            check_finite(rows, "the gradients")
         store = cls.__new__(cls)
-        store.m, store.d = rows.shape
-        store.dtype, store.device, store._rows = rows.dtype, rows.device, rows
+        store._join(len(rows), rows.shape[1], rows.dtype, ranks)
+        store.device, store._rows = rows.device, rows
         store._count = store.m
         store._gram = torch.zeros(store.m, store.m, dtype=torch.float64, device=rows.device)
         store._stale = set(range(store.m))
@@ -132,11 +159,12 @@ class GradientStore:
 
     def _fill(self, index: int, gradient: Gradient) -> None:
         parts = named_parts(gradient)
-        size = sum(part.numel() for _, part in parts)
-        if size != self.d:
-            raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {size:,}")
-        for name, part in parts:
-            check_finite(part, name)
+        with together(self.ranks, f"filling row {index}"):
+            size = sum(part.numel() for _, part in parts)
+            if size != self.d:
+                raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {size:,}")
+            for name, part in parts:
+                check_finite(part, name)
         row, start = self._rows[index], 0
         for _, part in parts:
             row[start : start + part.numel()].copy_(part.detach().reshape(-1))
@@ -146,7 +174,7 @@ class GradientStore:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of G in order: where they are, and (len, columns) of them in fp64, valid until the next ones."""
         count = self._count
-        width = min(self.d, max(64, _CHUNK_BYTES // (8 * max(count, 1))))
+        width = max(1, min(self.d, max(64, _CHUNK_BYTES // (8 * max(count, 1)))))
         buffer = torch.empty(count * width, dtype=torch.float64, device=self.device)
         for start in range(0, self.d, width):
             columns = slice(start, min(start + width, self.d))
@@ -159,7 +187,7 @@ class GradientStore:
         out = torch.zeros(self._count, *x.shape[1:], dtype=torch.float64, device=self.device)
         for columns, chunk in self.chunks():
             out += chunk @ x[columns].to(self.device, torch.float64)
-        return out
+        return self.ranks.add(out)
 
     @property
     def T(self) -> _Transposed:
@@ -176,22 +204,33 @@ class GradientStore:
         return out
 
     def columns(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """(len, n): columns of G, fp64."""
+        """(len, n): columns of G, fp64, whichever process keeps them."""
         index = torch.as_tensor(indices, device=self.device)
-        if index.numel() and not -self.d <= int(index.min()) <= int(index.max()) < self.d:
-            raise ConfigurationError(f"a column lies outside of the {self.d:,} of a gradient")
-        return self.rows[:, index].double()
+        if index.numel() and not -self.total <= int(index.min()) <= int(index.max()) < self.total:
+            raise ConfigurationError(f"a column lies outside of the {self.total:,} of a gradient")
+        return self.pick(self.rows, index)
+
+    def pick(self, matrix: Tensor, index: Tensor) -> Tensor:
+        """(len, n) fp64: columns ``index``, counted over all processes, of a matrix (len, d) that is kept as G is."""
+        if self.ranks.size == 1:
+            return matrix[:, index].double()
+        places = index % self.total - self._first
+        found = torch.zeros(len(matrix), len(index), dtype=torch.float64, device=self.device)
+        here = (places >= 0) & (places < self.d)
+        found[:, here] = matrix[:, places[here]].double()
+        return self.ranks.add(found)
 
     def gram(self) -> Tensor:
         """``G G^T``, (len, len) fp64; only what has changed since the last call is computed. Not a copy."""
         n, gram = self._count, self._gram
         if len(self._stale) == n:
-            gram[:n, :n] = gram_of(self.rows)
+            gram[:n, :n] = self.ranks.add(gram_of(self.rows) if self.d else torch.zeros_like(gram[:n, :n]))
         elif self._stale:
             stale = torch.tensor(sorted(self._stale), device=self.device)
             made = torch.zeros(len(stale), n, dtype=torch.float64, device=self.device)
             for _, chunk in self.chunks():
                 made.addmm_(chunk[stale], chunk.T)
+            made = self.ranks.add(made)
             gram[stale, :n] = made
             gram[:n, stale] = made.T
         self._stale.clear()

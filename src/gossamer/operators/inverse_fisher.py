@@ -16,10 +16,15 @@ from gossamer.operators.fisher_plan import Solver as SolverChoice
 from gossamer.operators.fisher_plan import Structure, check_memory, plan_fisher
 from gossamer.operators.fisher_solvers import BlockDual, FisherBlocks, FullDual, Primal, Solver
 from gossamer.operators.gradient_store import GradientStore
+from gossamer.operators.ranks import ALONE, Ranks
 
 
 class InverseFisher:
     r"""``F^-1`` for ``F = lambda I + (1/m) sum_i g_i g_i^T``, never built: products, elements, blocks, determinant.
+
+    Several processes may keep the columns of one store (``GradientStore(..., ranks=...)``). Vectors, diagonals and
+    masks are then of this process's columns, indices and everything else of all; every process calls the same methods,
+    and each product sums one vector of m numbers over them.
 
     Args:
         gradients: (m, d): a tensor, a :class:`~gossamer.operators.gradient_store.GradientStore`, or the sums of
@@ -32,6 +37,7 @@ class InverseFisher:
             takes the smaller. Both give the same numbers.
 
     Attributes:
+        m, d: gradients, and numbers of each that this process keeps; ``total`` is those of all processes.
         damping: lambda as it is used. Where F has no inverse, or none in fp64, something was added, and there was a
             warning.
         jitter: what was added.
@@ -59,13 +65,14 @@ class InverseFisher:
         solver: SolverChoice = "auto",
     ) -> None:
         self._solver: Solver
+        self._ranks: Ranks = ALONE
         if isinstance(gradients, FisherBlocks):
             if not gradients.count:
                 raise ConfigurationError("no gradient was added to the blocks")
             if solver == "dual":
                 raise ConfigurationError("blocks that were summed up are inverted as they are: solver='primal'")
             self.m, self.d = gradients.count, gradients.layout.d
-            self.device = gradients.matrices.device
+            self.total, self.device = self.d, gradients.matrices.device
             size = gradients.layout.size
             self.plan = plan_fisher(self.m, self.d, structure="block", block_size=size, streaming=True)
             self._solver = Primal(gradients)
@@ -73,16 +80,24 @@ class InverseFisher:
             store = gradients if isinstance(gradients, GradientStore) else GradientStore.of(gradients)
             if not len(store):
                 raise ConfigurationError("the store has no gradients yet")
-            self.m, self.d, self.device = len(store), store.d, store.device
+            self.m, self.d, self.total, self.device = len(store), store.d, store.total, store.device
+            self._ranks = store.ranks
+            if self._ranks.size > 1:
+                if structure != "full" or solver == "primal":
+                    raise ConfigurationError(
+                        "several processes keep the columns of one whole matrix: structure='full', solver='dual'. "
+                        "Blocks have nothing in common; let each process have its own"
+                    )
+                solver = "dual"
             self.plan = plan_fisher(
-                self.m, self.d, structure=structure, block_size=block_size, solver=solver, dtype=store.dtype
+                self.m, self.total, structure=structure, block_size=block_size, solver=solver, dtype=store.dtype
             )
             check_memory(self.plan.factor_bytes, f"the factors of {self.plan}", "use structure='block'")
             size = self.plan.block_size
             if self.plan.solver == "primal":
                 self._solver = Primal.of(store, size)
             else:
-                self._solver = FullDual(store) if size == self.d else BlockDual(store, size)
+                self._solver = FullDual(store) if size == self.total else BlockDual(store, size)
         self.update_damping(damping, relative_damping=relative_damping)
 
     def update_damping(self, damping: float | None = None, *, relative_damping: float | None = None) -> None:
@@ -94,7 +109,7 @@ class InverseFisher:
         if (damping is None) == (relative_damping is None):
             raise ConfigurationError("pass either damping or relative_damping")
         if relative_damping is not None:
-            damping = relative_damping * self._solver.trace / self.d
+            damping = relative_damping * self._solver.trace / self.total
         assert damping is not None
         if not 0 <= damping < math.inf:
             raise ConfigurationError(f"damping must be a finite number of at least 0, got {damping}")
@@ -103,14 +118,14 @@ class InverseFisher:
         self.damping = damping + self.jitter
         if self.jitter:
             warnings.warn(
-                f"with damping {damping:g} the Fisher matrix of {self.m} gradients in {self.d:,} dimensions has no "
+                f"with damping {damping:g} the Fisher matrix of {self.m} gradients in {self.total:,} dimensions has no "
                 f"inverse; {self.jitter:g} was added",
                 stacklevel=3,
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.d, self.d
+        return self.total, self.total
 
     def mv(self, x: Tensor) -> Tensor:
         """``F^-1 x``: (d) or (d, k) -> the same shape and dtype; sums are in fp64."""
@@ -120,7 +135,7 @@ class InverseFisher:
                 f"{tuple(x.shape)} {x.dtype}"
             )
         wide = x.detach().to(self.device, torch.float64)
-        return self._solver.solve(wide.reshape(self.d, -1)).reshape(x.shape).to(x.dtype)
+        return self._solver.solve(wide[:, None] if x.dim() == 1 else wide).reshape(x.shape).to(x.dtype)
 
     __matmul__ = mv
 
@@ -142,13 +157,16 @@ class InverseFisher:
     def block(self, index: Tensor | list[int]) -> Tensor:
         """Rows and columns ``index`` (n) of ``F^-1``: (n, n) fp64."""
         wanted = torch.as_tensor(index, device=self.device)
-        if wanted.dim() != 1 or (len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.d):
-            raise ConfigurationError(f"a block is named by indices from 0 to {self.d - 1:,}")
+        if wanted.dim() != 1 or (len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.total):
+            raise ConfigurationError(f"a block is named by indices from 0 to {self.total - 1:,}")
         return self._solver.block(wanted)
 
     def quad(self, x: Tensor) -> float:
         """``x^T F^-1 x`` for x (d)."""
-        return float(x.detach().to(self.device, torch.float64) @ self.mv(x.detach().double()).to(self.device))
+        return self._dot(x.detach().to(self.device, torch.float64), self.mv(x.detach().double()).to(self.device))
+
+    def _dot(self, x: Tensor, y: Tensor) -> float:
+        return float(self._ranks.add((x @ y).reshape(1)))
 
     def diagonal_blocks(self, size: int) -> Tensor:
         """Squares along the diagonal of ``F^-1``, of ``size`` parameters each: (d / size, size, size) fp64.
@@ -157,14 +175,14 @@ class InverseFisher:
             ConfigurationError: ``size`` does not divide d and the blocks of F.
         """
         of_f = self.plan.block_size
-        if size < 1 or self.d % size or (of_f < self.d and of_f % size):
+        if size < 1 or self.d % size or (of_f < self.total and of_f % size):
             raise ConfigurationError(f"squares of {size} do not divide {self.d:,} parameters in blocks of {of_f:,}")
         return self._solver.diagonal_blocks(size)
 
     def curvature(self, x: Tensor) -> float:
         """``x^T F x`` for x (d): of F, not of its inverse. Half of it is the loss that F expects of a step x."""
         wide = x.detach().to(self.device, torch.float64)
-        return float(wide @ self._solver.product(wide))
+        return self._dot(wide, self._solver.product(wide))
 
     def joint_step(self, weights: Tensor, keep: Tensor) -> Tensor:
         """The step that prunes some weights and has all others make up for it together, at least cost in F.

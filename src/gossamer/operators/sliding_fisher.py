@@ -13,8 +13,10 @@ from gossamer.errors import ConfigurationError
 from gossamer.kernels.gradients import combine_rows, dot_rows
 from gossamer.operators.fisher_plan import check_memory
 from gossamer.operators.gradient_store import STORE_TYPES, Gradient, check_finite, named_parts
+from gossamer.operators.ranks import ALONE, Ranks, from_first
 
 _LARGEST = 1e18  # length of a gradient whose products fit into fp32
+_WIDTH = 1 << 14  # columns that are converted to fp64 at a time
 _MOST_JITTER = 1e-3  # relative to the mean of the Gram matrix's diagonal
 
 
@@ -31,6 +33,10 @@ class SlidingFisher:
 
     A push reads G once, a product once more. What is m x m is in fp64.
 
+    Several processes may keep the columns of one window, each the tensors, or parts of tensors, whose shapes it gives.
+    Gradients and products are of these then, and weights, ``gram`` and ``solve`` of all, equal everywhere. A push and a
+    product sum a vector of m numbers over the processes each; all of them have to call the same methods.
+
     Args:
         shapes: of the tensors that a gradient consists of.
         window: m, most gradients.
@@ -39,6 +45,7 @@ class SlidingFisher:
         device: where they are.
         scale: n is the number of gradients so far (``"filled"``), or the window from the beginning (``"window"``), as
             in the authors' code.
+        ranks: the processes that keep columns.
 
     Raises:
         ConfigurationError: an argument out of its range, or more memory than the system has.
@@ -58,12 +65,15 @@ class SlidingFisher:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         scale: Literal["filled", "window"] = "filled",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.shapes = [tuple(shape) for shape in shapes]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.d = sum(self.sizes)
-        if self.d < 1 or window < 1:
-            raise ConfigurationError(f"a window needs gradients of at least one number, got {self.d} x {window}")
+        self.d, self.ranks = sum(self.sizes), ranks
+        settings = f"window {window}\ndamping {damping!r}\nhistory in {dtype}\nscale {scale}"
+        total = int(ranks.add(torch.tensor([float(self.d)], dtype=torch.float64), agreed=settings))
+        if total < 1 or window < 1:
+            raise ConfigurationError(f"a window needs gradients of at least one number, got {total} x {window}")
         if not 0 < damping < math.inf:
             raise ConfigurationError(f"damping must be a finite number above 0, got {damping}")
         if dtype not in STORE_TYPES:
@@ -104,31 +114,64 @@ class SlidingFisher:
         """(len) int64: how many gradients came after that of each slot."""
         return (self.newest - torch.arange(len(self), device=self.device)) % self.window
 
-    def push(self, gradient: Gradient) -> int:
+    def push(self, gradient: Gradient, agreed: str = "") -> int:
         """Store a gradient, in place of the oldest if the window is full. O(d m). Returns its slot.
+
+        Args:
+            gradient: its tensors, or the parts of them that this process keeps.
+            agreed: what has to be the same in all processes.
 
         Raises:
             ConfigurationError: a number is not finite or far too large (the tensor is named), or a size is wrong;
                 nothing has changed.
         """
         parts = named_parts(gradient)
-        sizes = [part.numel() for _, part in parts]
-        if sum(sizes) != self.d:
-            raise ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {sum(sizes):,}")
-        for name, part in parts:
-            if part.is_complex() or not float(part.detach().float().norm()) < _LARGEST:
-                check_finite(part, name)
-                raise ConfigurationError(f"{name} is longer than {_LARGEST:g}, so that its products would overflow")
-        slot = self.count % self.window
-        row, rounded = self.rows[slot], self._rounded
-        for (_, part), own in zip(parts, row.split(sizes), strict=True):
-            own.copy_(part.detach().reshape(-1))
+        fault = self._fault(parts)
+        if fault is not None and self.ranks.size == 1:
+            raise ConfigurationError(fault)
+        count, slot = self.count, self.count % self.window
+        row = self.rows[slot]
+        oldest = row.clone() if self.ranks.size > 1 else None  # to be put back if another process has a fault
         self.count += 1
-        products = self._dot(rounded.copy_(row) if row.dtype != torch.float32 else row)
+        try:
+            products = torch.zeros(self.window, dtype=torch.float64, device=self.device)
+            if fault is None:
+                for (_, part), own in zip(parts, row.split([part.numel() for _, part in parts]), strict=True):
+                    own.copy_(part.detach().reshape(-1))
+                wide = self._rounded.copy_(row) if row.dtype != torch.float32 else row
+                products[: len(self)] = self._dot(wide)
+            products = self.ranks.add(products, fault, f"gradient {count}\n{agreed}")[: len(self)]
+        except BaseException:
+            self.count = count
+            if oldest is not None:
+                row.copy_(oldest)
+            raise
         self.gram[slot, : len(self)] = products
         self.gram[: len(self), slot] = products
         self._cholesky = None
         return slot
+
+    def skip(self, agreed: str) -> None:
+        """Pushes nothing, and changes nothing; with several processes all have to skip, with the same ``agreed``.
+
+        Raises:
+            ConfigurationError: another process does something else.
+        """
+        self.ranks.add(torch.zeros(0), agreed=agreed)
+
+    def _fault(self, parts: list[tuple[str, Tensor]]) -> str | None:
+        """Why a gradient cannot be stored."""
+        size = sum(part.numel() for _, part in parts)
+        if size != self.d:
+            return f"a gradient of {self.d:,} numbers is expected, got {size:,}"
+        for name, part in parts:
+            if part.is_complex() or not float(part.detach().float().norm()) < _LARGEST:
+                try:
+                    check_finite(part, name)
+                except ConfigurationError as error:
+                    return str(error)
+                return f"{name} is longer than {_LARGEST:g}, so that its products would overflow"
+        return None
 
     def widen(self, shapes: Sequence[Sequence[int]]) -> None:
         """Further tensors, of which the gradients so far have zeros: products among them stay as they are.
@@ -175,7 +218,7 @@ class SlidingFisher:
             raise ConfigurationError(f"there are {len(self)} gradients, and weights of shape {tuple(weights.shape)}")
         wide = weights.to(self.device, torch.float64)
         self._weights = wide
-        self._solution = self.n * torch.cholesky_solve(wide[:, None], self._factor())[:, 0]
+        self._solution = self.n * self._through(wide)
         return self._solution
 
     def natural_gradient(self, weights: Tensor | None = None, *, out: Tensor | None = None) -> list[Tensor]:
@@ -207,12 +250,37 @@ class SlidingFisher:
         wide = x.detach().to(self.device, torch.float32)
         if not len(self):
             return wide / self.damping
-        inner = torch.cholesky_solve(self._dot(wide)[:, None], self._factor())[:, 0]
+        inner = self._through(self.ranks.add(self._dot(wide)))
         return (wide - combine_rows(self.rows[: len(self)], inner)) / self.damping
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(d) -> views in the shapes of the tensors."""
         return [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+
+    def _dot(self, x: Tensor) -> Tensor:
+        """``G x`` over the columns of this process, (len) fp64.
+
+        One process sums some thousand columns in fp32. Several sum in fp64 only: to which of them a column belongs
+        makes a difference of 1e-16 then, and not of 1e-8, which small damping would magnify.
+        """
+        rows = self.rows[: len(self)]
+        if self.ranks.size == 1:
+            return dot_rows(rows, x)
+        out = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+        for start in range(0, self.d, _WIDTH):
+            out += rows[:, start : start + _WIDTH].double() @ x[start : start + _WIDTH].double()
+        return out
+
+    def _through(self, weights: Tensor) -> Tensor:
+        """``K^-1 w``, computed by the first process."""
+
+        def make() -> Tensor:
+            found = torch.cholesky_solve(weights[:, None], self._factor())[:, 0]
+            return torch.cat([found, found.new_tensor([self.jitter])])
+
+        found = from_first(self.ranks, make, len(self) + 1, f"damping {self.damping!r}")
+        self.jitter = float(found[-1])
+        return found[:-1].to(self.device)
 
     def _factor(self) -> Tensor:
         if self._cholesky is None:
@@ -230,10 +298,6 @@ class SlidingFisher:
                 kernel.diagonal().add_(more - self.jitter)
                 self.jitter = more
         return self._cholesky
-
-    def _dot(self, x: Tensor) -> Tensor:
-        """``G x``, (len) fp64."""
-        return dot_rows(self.rows[: len(self)], x)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if it had never stopped; tensors are not copied."""

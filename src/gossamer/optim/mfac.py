@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.gradients import gram as gram_of
+from gossamer.operators.ranks import ALONE, Ranks
 from gossamer.operators.sliding_fisher import SlidingFisher
+from gossamer.optim.parts import Parts, dense, local, real, slices
 
 Compat = Literal["paper"] | None
 
@@ -35,6 +38,11 @@ class MFACPreconditioner:
         clip: the longest step in the metric of the Fisher matrix, ``sqrt(u^T F u)``; longer ones are scaled down.
         history_dtype: of the stored gradients.
         compat: ``"paper"`` divides by the window before it is full, as the authors' code does.
+        group: the processes that share the window, :class:`gossamer.distributed.fisher.Group`; see
+            :mod:`~gossamer.optim.parts`. All of them have to take each step.
+
+    Raises:
+        ConfigurationError: an argument out of its range, or not the same in all processes.
 
     >>> layer = nn.Linear(2, 1)
     >>> preconditioner = MFACPreconditioner(layer, window=8, damping=1e-3)
@@ -54,6 +62,7 @@ class MFACPreconditioner:
         clip: float | None = None,
         history_dtype: torch.dtype = torch.float32,
         compat: Compat = None,
+        group: Ranks | None = None,
     ) -> None:
         self.params = list(params.parameters() if isinstance(params, nn.Module) else params)
         self._places = [place for place, parameter in enumerate(self.params) if parameter.requires_grad]
@@ -66,18 +75,37 @@ class MFACPreconditioner:
         if compat not in (None, "paper"):
             raise ConfigurationError(f"compat is None or 'paper', got {compat!r}")
         self.momentum, self.clip = momentum, clip
+        ranks: Ranks = group or ALONE
+        self.parts = Parts(self.params, ranks)
+        lines = [f"{place}: {tuple(p.shape)} {p.dtype} {p.requires_grad}" for place, p in enumerate(self.params)]
+        ranks.add(torch.zeros(0), agreed="\n".join(["parameters", *lines, f"momentum {momentum}", f"clip {clip}"]))
         self._settings: dict[str, Any] = {
             "window": window,
             "damping": damping,
             "dtype": history_dtype,
             "device": self.params[self._places[0]].device,
             "scale": "window" if compat == "paper" else "filled",
+            "ranks": ranks,
         }
         self.fisher = self._make_fisher(self._places)
         self._step = torch.empty(self.fisher.d, device=self.fisher.device)  # overwritten by the next one
 
     def _make_fisher(self, places: list[int]) -> SlidingFisher:
-        return SlidingFisher([_real(self.params[place]).shape for place in places], **self._settings)
+        return SlidingFisher([self.parts.shape(place) for place in places], **self._settings)
+
+    @property
+    def places(self) -> list[int]:
+        """Of the parameters that are in the matrix, in the order of its columns."""
+        return list(self._places)
+
+    def history(self) -> dict[int, Tensor]:
+        """The window of each parameter in the matrix, by place: views (m, *shape) of it, slots along m.
+
+        Where several processes keep it, a DTensor of the whole with the part that this one keeps.
+        """
+        columns = self.fisher.rows.split(self.fisher.sizes, 1)
+        cut = zip(self._places, columns, self.fisher.shapes, strict=True)
+        return {place: self.parts.spread(place, part.unflatten(1, shape)) for place, part, shape in cut}
 
     @torch.no_grad()
     def direction(self, gradients: Mapping[int, tuple[str, Tensor]]) -> dict[int, Tensor]:
@@ -87,28 +115,39 @@ class MFACPreconditioner:
             gradients: by the parameter's place among all: a name for messages, and the gradient.
 
         Returns:
-            The products by place, fp32, complex ones as pairs; valid until the next call.
+            The products by place, fp32, complex ones as pairs, those of DTensors as the local part; valid until the
+            next call.
 
         Raises:
             ConfigurationError: a gradient is not finite; nothing has changed.
         """
         if late := [place for place in gradients if place not in self._places]:
-            self.fisher.widen([_real(self.params[place]).shape for place in late])
+            self.fisher.skip(f"parameters join: {late}")
+            self.fisher.widen([self.parts.shape(place) for place in late])
             self._places += late
             self._step = torch.empty(self.fisher.d, device=self.fisher.device)
         row: dict[str, Tensor] = {}
         for place in self._places:
             name, gradient = gradients.get(place, (f"parameter {place}", None))
             own = torch.zeros_like(self.params[place]) if gradient is None else gradient
-            row[name if name not in row else f"{name}, number {place}"] = _real(own.to_dense())
-        self.fisher.push(row)
+            row[name if name not in row else f"{name}, number {place}"] = self.parts.of(place, own)
+        self.fisher.push(row, f"gradients of parameters {sorted(gradients)}")
         weights = self.fisher.ema_weights(self.momentum) if self.momentum else None
         direction = self.fisher.natural_gradient(weights, out=self._step)
         if self.clip is not None:
             length = math.sqrt(self.fisher.curvature()[0])
             if length > self.clip:
                 torch._foreach_mul_(direction, self.clip / length)
-        return {place: part for place, part in zip(self._places, direction, strict=True) if place in gradients}
+        found = {place: part for place, part in zip(self._places, direction, strict=True) if place in gradients}
+        return self.parts.steps(found)
+
+    def rest(self) -> None:
+        """A step without any gradient, which changes nothing.
+
+        Raises:
+            ConfigurationError: another process has some.
+        """
+        self.fisher.skip("no gradients")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -123,6 +162,7 @@ class MFACPreconditioner:
             if parameter.grad is not None
         }
         if not gradients:
+            self.rest()
             return
         for place, part in self.direction(gradients).items():
             gradient = self.params[place].grad
@@ -130,7 +170,36 @@ class MFACPreconditioner:
             if gradient.is_sparse:
                 self.params[place].grad = part.to(gradient.dtype)
             else:
-                _real(gradient).copy_(part)
+                real(local(gradient)).copy_(part)
+
+    def gathered(self, histories: Mapping[int, Tensor], count: int) -> dict[str, Any]:
+        """A state for :meth:`load_state_dict` from what :meth:`history` gave, and how many gradients were pushed.
+
+        Args:
+            histories: by place, tensors or DTensors (m, *shape).
+            count: of gradients ever pushed.
+
+        Raises:
+            ConfigurationError: a history is of another window, shape or type.
+        """
+        m, dtype, columns = self.fisher.window, self.fisher.rows.dtype, []
+        for place, history in histories.items():
+            if (tuple(history.shape), history.dtype) != ((m, *self.parts.whole(place)), dtype):
+                raise ConfigurationError(
+                    f"the history of parameter {place} is {tuple(history.shape)} in {history.dtype}; here it is "
+                    f"{(m, *self.parts.whole(place))} in {dtype}"
+                )
+            part = local(history)
+            if part.shape[1:] != self.parts.shape(place):  # each process was given all of it
+                part = part[:, slices(part.shape[1], self.parts.ranks.rank, self.parts.ranks.size)]
+            columns.append(part.reshape(m, -1))
+        rows = torch.cat(columns, 1).to(self.fisher.device)
+        filled = rows[: min(count, m)]
+        products = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+        if filled.numel():
+            products[: len(filled), : len(filled)] = gram_of(filled)
+        fisher = {"rows": rows, "gram": self.parts.ranks.add(products), "count": count}
+        return {"fisher": self.fisher.state_dict() | fisher, "places": list(histories)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"fisher": self.fisher.state_dict(), "places": list(self._places)}
@@ -151,7 +220,7 @@ class MFACPreconditioner:
 
 
 class MFAC(torch.optim.Optimizer):
-    """M-FAC as a PyTorch optimizer: ``p <- p - lr (F^-1 g + weight_decay p)``.
+    r"""M-FAC as a PyTorch optimizer: ``p <- p - lr (F^-1 g + weight_decay p)``.
 
     All parameters together make one matrix; learning rate and weight decay may differ between groups.
 
@@ -168,6 +237,12 @@ class MFAC(torch.optim.Optimizer):
         foreach: update all tensors of a group in one call; by default where there are several.
         history_dtype: of the stored gradients, ``torch.float32`` or ``torch.bfloat16``.
         compat: ``"paper"`` takes exactly the steps of the authors' code.
+        group: the processes that train together with DDP or FSDP2 (``fully_shard``), as
+            :class:`gossamer.distributed.fisher.Group`: each keeps a part of the window. See
+            ``docs/explanation/distributed-fisher.md``.
+
+    The window is in the state of the parameters from the beginning, as ``history`` (window, \*shape) and ``step``, so
+    that ``torch.distributed.checkpoint.state_dict`` finds it.
 
     Raises:
         ConfigurationError: an argument out of its range; or, from a step, a gradient that is not finite: nothing has
@@ -195,6 +270,7 @@ class MFAC(torch.optim.Optimizer):
         foreach: bool | None = None,
         history_dtype: torch.dtype = torch.float32,
         compat: Compat = None,
+        group: Ranks | None = None,
     ) -> None:
         if not float(lr) >= 0 or not weight_decay >= 0:
             raise ConfigurationError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}")
@@ -210,7 +286,9 @@ class MFAC(torch.optim.Optimizer):
             clip=clip,
             history_dtype=history_dtype,
             compat=compat,
+            group=group,
         )
+        self._show_history()
 
     @property
     def fisher(self) -> SlidingFisher:
@@ -231,8 +309,13 @@ class MFAC(torch.optim.Optimizer):
                 loss = closure()
         gradients = self._gradients()
         if not gradients:
+            self.preconditioner.rest()
             return loss
+        joined = len(self.preconditioner.places)
         steps = self.preconditioner.direction(gradients)
+        if len(self.preconditioner.places) > joined:
+            self._show_history()
+        self._pushed.fill_(self.fisher.count)
         places = itertools.count()
         for group in self.param_groups:
             # the parameters first: zip asks the second only where the first has one more
@@ -240,8 +323,19 @@ class MFAC(torch.optim.Optimizer):
             parts = [steps[place] for place, _ in moving]
             if self.compat == "paper" and self.momentum:
                 parts = [self._average(p, part) for (_, p), part in zip(moving, parts, strict=True)]
-            self._move(group, [_real(p) for _, p in moving], parts)
+            self._move(group, [self.preconditioner.parts.target(place) for place, _ in moving], parts)
         return loss
+
+    def take_window(self, state: dict[str, Any]) -> None:
+        """Goes on with the window of a :meth:`MFACPreconditioner.state_dict`, and nothing else of it."""
+        self.preconditioner.load_state_dict(state)
+        self._show_history()
+
+    def _show_history(self) -> None:
+        """The window in the state of the parameters, as views of it."""
+        self._pushed = torch.tensor(self.fisher.count)
+        for place, history in self.preconditioner.history().items():
+            self.state[self.preconditioner.params[place]] |= {"history": history, "step": self._pushed}
 
     def _gradients(self) -> dict[int, tuple[str, Tensor]]:
         """Of the parameters that have one, by place among all; with a name for messages."""
@@ -253,7 +347,7 @@ class MFAC(torch.optim.Optimizer):
             ]
             for name, parameter in zip(names, group["params"], strict=True):
                 if parameter.grad is not None:
-                    gradient = parameter.grad.to_dense()
+                    gradient = dense(parameter.grad)
                     if group["maximize"]:
                         gradient = -gradient
                     if self.compat == "paper" and group["weight_decay"]:
@@ -265,8 +359,8 @@ class MFAC(torch.optim.Optimizer):
     def _average(self, parameter: Tensor, step: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(step)
-        average: Tensor = state["momentum"]
+            state["momentum"] = torch.zeros_like(real(parameter.detach()), dtype=step.dtype)
+        average: Tensor = local(state["momentum"])
         return average.mul_(self.momentum).add_(step, alpha=1 - self.momentum)
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor], steps: list[Tensor]) -> None:
@@ -288,17 +382,29 @@ class MFAC(torch.optim.Optimizer):
         return super().state_dict() | self.preconditioner.state_dict() | {"momentum": self.momentum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on as if there had been no pause, history in bf16 included."""
+        """Goes on as if there had been no pause, history in bf16 included.
+
+        PyTorch's own part of a state dict is enough (``torch.distributed.checkpoint.state_dict`` saves no more): then
+        products of the gradients are computed again, which may round differently.
+        """
         own = dict(state_dict)
-        history: dict[str, Any] = {name: own.pop(name) for name in ("fisher", "places") if name in own}
-        momentum = own.pop("momentum")
+        window: dict[str, Any] = {name: own.pop(name) for name in ("fisher", "places") if name in own}
+        momentum = own.pop("momentum", self.momentum)
+        # PyTorch would give the history the type of the parameters
+        states = own["state"].items()
+        shown = {place: state for place, state in states if "history" in state}
+        own["state"] = {
+            place: {name: value for name, value in state.items() if name not in ("history", "step")}
+            for place, state in states
+        }
+        if not window and shown:
+            histories = {place: state["history"] for place, state in shown.items()}
+            counts = {int(state["step"]) for state in shown.values()}
+            if len(counts) > 1:
+                raise ConfigurationError(f"parameters saw {sorted(counts)} gradients: the states are of several times")
+            window = self.preconditioner.gathered(histories, counts.pop())
         super().load_state_dict(own)
-        self.preconditioner.load_state_dict(history)
+        self.take_window(window or self.preconditioner.state_dict())
         self.momentum = momentum
         if self.compat != "paper":
             self.preconditioner.momentum = momentum
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """The same numbers as a real tensor: a complex one as pairs, in a last dimension of 2."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
