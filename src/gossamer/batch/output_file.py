@@ -161,6 +161,28 @@ class OutputFile:
             raise
 
 
+class NoOutput:
+    """In place of an output file where another process writes the same answers.
+
+    Attributes:
+        answered: as in :class:`OutputFile`; to be filled with that process's.
+    """
+
+    def __init__(self) -> None:
+        self.answered: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Forget it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
 def cut_torn_line(path: Path) -> int:
     """Cut off a last line that is not complete. Returns the number of lines.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_lines
-from gossamer.batch.output_file import OutputFile
+from gossamer.batch.output_file import NoOutput, OutputFile
 from gossamer.batch.records import answer_record, invalid_record, read_body, refusal_record
 from gossamer.engine.detokenizer import decode
 from gossamer.engine.stepping import PatientSteps
@@ -80,7 +80,8 @@ class BatchRunner:
 
     Args:
         input_path: requests, in OpenAI's batch format.
-        output_path: answers, in OpenAI's batch output format; one complete line per request.
+        output_path: answers, in OpenAI's batch output format; one complete line per request. ``None`` in a process that
+            computes with another one, which writes them.
         resume: keep the answers of an earlier run in ``output_path`` and skip their requests, by ``custom_id``.
         overwrite: replace an existing ``output_path``.
         default_max_tokens: limit for bodies that give none; ``None`` is OpenAI's: 16, or for chat the whole context.
@@ -99,7 +100,7 @@ class BatchRunner:
     def __init__(
         self,
         input_path: str | Path,
-        output_path: str | Path,
+        output_path: str | Path | None,
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -108,18 +109,26 @@ class BatchRunner:
         progress: Callable[[BatchSummary], None] | None = None,
     ) -> None:
         self._input = Path(input_path)
-        if self._input.exists() and Path(output_path).exists() and self._input.samefile(output_path):
-            raise ConfigurationError(f"{output_path} is both input and output; choose another output")
+        if output_path is not None and self._input.exists() and Path(output_path).exists():
+            if self._input.samefile(output_path):
+                raise ConfigurationError(f"{output_path} is both input and output; choose another output")
         for name, value in (("max_tokens", default_max_tokens), ("max_in_flight", max_in_flight)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {value}")
         self.summary = BatchSummary(total=count_lines(self._input))
-        self._output = OutputFile(Path(output_path), resume=resume, overwrite=overwrite)
+        self._output = (
+            NoOutput() if output_path is None else OutputFile(Path(output_path), resume=resume, overwrite=overwrite)
+        )
         self._default_max_tokens = default_max_tokens
         self._max_in_flight = max_in_flight
         self._progress = progress
         self._in_flight: dict[str, tuple[_Job, int]] = {}
         self._started = 0.0
+
+    @property
+    def answered(self) -> set[str]:
+        """Custom ids that need no answer any more."""
+        return self._output.answered
 
     def run(self, llm: LLM) -> BatchSummary:
         """Answer what has no answer yet. The engine must be idle; it is idle again afterwards, whatever happens.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from gossamer.cli.engine_options import AsJson, Lora, Model, Threads, adapters_of, load_llm, takes_options
+from gossamer.cli.engine_options import AsJson, Lora, Model, Threads, adapters_of, load_llm, take_part, takes_options
 from gossamer.cli.terminal import notice, stderr
 from gossamer.options import Options
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PROMPTS_PER_SEQUENCE = 4
 
 
-@takes_options()
+@takes_options(parallel=True)
 def batch(
     model: Model,
     input: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format, one per line.", show_default=False)],
@@ -48,17 +48,20 @@ def batch(
     from gossamer.batch import BatchRunner
 
     adapters = adapters_of(lora, model)
+    ranks = take_part(options)
     progress = _BatchProgress()
     # First what can be wrong with the files: that should not take a loaded model to find out.
     work = BatchRunner(
         input,
-        output,
+        output if ranks is None or ranks.leads else None,
         resume=resume,
         overwrite=overwrite,
         default_max_tokens=max_tokens,
         max_in_flight=_PROMPTS_PER_SEQUENCE * Options.of(options).engine.max_num_seqs,
         progress=progress.update,
     )
+    if ranks is not None:
+        work.answered.update(ranks.first(sorted(work.answered)))
     with load_llm(model, options, threads, adapters) as llm:
         interrupted = False
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import Field
 from functools import wraps
 from inspect import Parameter, Signature
@@ -11,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from gossamer.cli.terminal import notice, tell_weights
+from gossamer.cli.terminal import notice, stderr, tell_weights
 from gossamer.errors import ConfigurationError
 from gossamer.models.lora_config import check_adapter_names
-from gossamer.options import GROUPS, option_fields
+from gossamer.options import GROUPS, Options, option_fields
 
 if TYPE_CHECKING:
     from gossamer import LLM
+    from gossamer.distributed.tensor_parallel import Ranks
 
 Model = Annotated[
     str,
@@ -42,7 +46,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 _NONE = "none"  # how a text says that there is no value, where that is not the default
 
 
-def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ...] = (), **defaults: Any) -> Any:
+def takes_options(
+    *groups: type[Any], compare: bool = False, parallel: bool = False, only: tuple[str, ...] = (), **defaults: Any
+) -> Any:
     """A decorator that gives a command a flag for each option, and hands it what was said about them.
 
     The command has a parameter ``options``, a dictionary of the options that are not at their default. A parameter of
@@ -51,6 +57,7 @@ def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ..
     Args:
         groups: whose options; all by default.
         compare: options that can be compared take several values, with commas between them; see :func:`combinations`.
+        parallel: the command may run in several processes, which :func:`take_part` lets meet.
         only: these of them.
         defaults: of this command, where they are other ones.
     """
@@ -70,7 +77,10 @@ def takes_options(*groups: type[Any], compare: bool = False, only: tuple[str, ..
         def run(**arguments: Any) -> None:
             given = {name: _value(known[name], arguments.pop(name)) for name in names}
             said = {name: value for name, value in given.items() if value != known[name].default}
-            command(**arguments, options=said)
+            if not parallel and "tensor_parallel" in said:
+                raise ConfigurationError("--tensor-parallel is for gossamer batch, and for Python programs of your own")
+            with _errors_are_told():
+                command(**arguments, options=said)
 
         parameters: list[Parameter] = []
         for each in own.parameters.values():
@@ -143,6 +153,39 @@ def load_llm(model: str, options: dict[str, Any], threads: int | None, adapters:
     if llm.runner_note:
         notice(f"Computed by transformers, not natively: {llm.runner_note}", "dim")
     return llm
+
+
+def take_part(options: dict[str, Any]) -> Ranks | None:
+    """Meet the other processes that compute the model, if there are any. All but the first are silent from now on.
+
+    Raises:
+        ConfigurationError: the options exclude each other, or there is another number of processes.
+    """
+    parallel = Options.of(options).model.tensor_parallel
+    if parallel == 1:
+        return None
+    from gossamer.distributed.tensor_parallel import join
+
+    ranks = join(parallel)
+    if not ranks.leads:
+        stderr.quiet = True
+        sys.stdout = open(os.devnull, "w")  # until the process ends
+    return ranks
+
+
+@contextmanager
+def _errors_are_told() -> Iterator[None]:
+    """A process that was silenced by :func:`take_part` tells an error all the same, and has no exit status otherwise.
+
+    The status of the command is that of the first process: torchrun ends all as soon as one has another than 0.
+    """
+    try:
+        yield
+    except typer.Exit:
+        if not stderr.quiet:
+            raise
+    finally:
+        stderr.quiet = False
 
 
 def _flag(option: Field[Any], default: Any, several: bool) -> Parameter:

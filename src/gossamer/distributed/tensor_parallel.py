@@ -21,11 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +50,11 @@ from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 
 TIMEOUT = timedelta(seconds=60)  # that a rank waits for the others in a step
 LOADING = timedelta(hours=2)  # and while they may still read weights
+STORE = timedelta(seconds=5)  # and for what another has said about its end
 _FAILURE = "gossamer/failure"  # where the store has the first one
+
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -107,36 +113,61 @@ class Ranks:
             raise RunnerEndedError(self._failure)
         try:
             yield
-        except RunnerEndedError as error:
-            self._end(str(error))
+        except RunnerEndedError as error:  # which all ranks raise
+            self._end(str(error), tell=False)
             raise
         except Exception as error:
-            if told := self._told():
-                self._failure = told
-            elif isinstance(error, GossamerError):
-                self._failure = str(error)
-            elif isinstance(error, RuntimeError) and "gloo" in str(error).lower():
+            if (lost := _lost(error)) is not None:
                 seconds = f"{TIMEOUT.total_seconds():g} seconds"
-                self._failure = f"another rank has ended, or did not answer within {seconds}: {error}"
+                reason = self._told() or f"another rank has ended, or did not answer within {seconds} ({lost})"
             else:
-                self._failure = f"{type(error).__name__}: {error}"
-            self._end(self._failure)
-            if isinstance(error, GossamerError) and not told:
+                reason = str(error) if isinstance(error, GossamerError) else f"{type(error).__name__}: {error}"
+            self._end(reason, tell=lost is None)
+            if lost is None and isinstance(error, GossamerError):
                 raise
-            raise RunnerEndedError(self._failure) from error
+            raise RunnerEndedError(reason) from error
 
     def _told(self) -> str:
-        """What the first rank that failed has said about it; empty if none has, or the store is gone with it."""
-        with suppress(RuntimeError):
-            if self._store.check([_FAILURE]):
-                return self._store.get(_FAILURE).decode()
-        return ""
+        """What the first rank that failed has said about it; empty if none has, or nobody answers any more."""
 
-    def _end(self, reason: str) -> None:
+        def read() -> str:
+            reason = self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else ""
+            self._store.set(f"{_FAILURE}/{self.rank}", "read")
+            return reason
+
+        return _soon(read) or ""
+
+    def _end(self, reason: str, *, tell: bool) -> None:
+        if tell:
+            _soon(lambda: self._store.compare_set(_FAILURE, "", f"rank {self.rank} has ended: {reason}"))
         self._failure = reason
-        with suppress(RuntimeError):
-            self._store.compare_set(_FAILURE, "", f"rank {self.rank} has ended: {reason}")
         dist.destroy_process_group()  # closes the connections, by which the others notice
+        if tell:  # the store may end with this process: first they read
+            others = [f"{_FAILURE}/{rank}" for rank in range(self.size) if rank != self.rank]
+            _soon(lambda: self._store.wait(others, STORE))
+
+
+def _soon(ask: Callable[[], T]) -> T | None:
+    """What a store answers, if it does: its process may be gone, or stand still."""
+    answers: list[T] = []
+
+    def run() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(STORE.total_seconds())
+    return answers[0] if answers else None
+
+
+def _lost(error: BaseException | None) -> str | None:
+    """What a connection to another rank says about its end, if that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
+            return re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
+        error = error.__cause__
+    return None
 
 
 _ranks: Ranks | None = None
@@ -196,7 +227,9 @@ def check_shards(config: PreTrainedConfig, size: int) -> None:
         raise UnsupportedModelError(f"transformers {transformers.__version__} has no tensor-parallel plan for {name}")
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise UnsupportedModelError(f"tensor_parallel is for layers of attention; {name} has {', '.join(sorted(kinds))}")
+        raise UnsupportedModelError(
+            f"tensor_parallel is for layers of attention; {name} has {', '.join(sorted(kinds))}"
+        )
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % size or kv_heads % size:

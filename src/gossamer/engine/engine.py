@@ -124,7 +124,12 @@ class Engine:
         self.planner = Planner(self.tree, per_row=options.sharing == "storage")
         max_cached = runner.layout.tokens_in(memory)
         self.intake = Intake(
-            tokenizer, runner.vocab_size, self.max_model_len, max_cached, runner.adapters, grammars=runner.num_ranks == 1
+            tokenizer,
+            runner.vocab_size,
+            self.max_model_len,
+            max_cached,
+            runner.adapters,
+            grammars=runner.num_ranks == 1,
         )
         self.factory = RequestFactory(self.intake, eos_token_ids, sharing=options.sharing != "off", seed=options.seed)
         self.results = ResultBuilder(self.factory.tokens)
