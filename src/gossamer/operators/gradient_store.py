@@ -86,9 +86,9 @@ class GradientStore:
         fault = None
         least = 1 if ranks.size == 1 else 0
         if dtype not in STORE_TYPES:
-            fault = f"gradients are stored in float32 or bfloat16, got {dtype}"
+            fault = ConfigurationError(f"gradients are stored in float32 or bfloat16, got {dtype}")
         elif m < 1 or d < least:
-            fault = f"a gradient store needs at least one row and one column, got m={m}, d={d}"
+            fault = ConfigurationError(f"a gradient store needs at least one row and one column, got m={m}, d={d}")
         columns = torch.zeros(ranks.size, dtype=torch.float64)
         columns[ranks.rank] = d
         columns = ranks.add(columns, fault, f"a store of {m} gradients in {dtype}")

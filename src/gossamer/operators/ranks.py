@@ -27,7 +27,7 @@ class Ranks(Protocol):
     def size(self) -> int:
         """How many there are."""
 
-    def add(self, sums: Tensor, fault: str | None = None, agreed: str = "") -> Tensor:
+    def add(self, sums: Tensor, fault: GossamerError | None = None, agreed: str = "") -> Tensor:
         """The sum of a tensor over all processes, fp64, equal in each bit everywhere.
 
         Args:
@@ -36,7 +36,8 @@ class Ranks(Protocol):
             agreed: what has to be the same in each, in lines.
 
         Raises:
-            ConfigurationError: in all processes, if something was wrong in one, or is not the same.
+            GossamerError: in all processes: the fault of one, which is named.
+            ConfigurationError: in all processes: they do not do the same.
         """
 
     def gather(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -61,9 +62,9 @@ class Alone:
 
     rank, size = 0, 1
 
-    def add(self, sums: Tensor, fault: str | None = None, agreed: str = "") -> Tensor:
+    def add(self, sums: Tensor, fault: GossamerError | None = None, agreed: str = "") -> Tensor:
         if fault is not None:
-            raise ConfigurationError(fault)
+            raise fault
         return sums
 
     def gather(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -103,7 +104,7 @@ def from_first(ranks: Ranks, make: Callable[[], Tensor], length: int, agreed: st
         try:
             made = make()
         except GossamerError as error:
-            fault = str(error)
+            fault = error
     return ranks.add(made, fault, agreed)
 
 
@@ -116,7 +117,7 @@ def together(ranks: Ranks, doing: str) -> Iterator[None]:
         doing: what the body does, for the message of an error that is not one of ours.
 
     Raises:
-        GossamerError: of the body; where it is another process's, or there are several, it names the process.
+        GossamerError: of the body; unless it is that of all processes, it names those whose it is.
 
     >>> with together(ALONE, "counting"):
     ...     raise ConfigurationError("there is nothing to count")
@@ -126,13 +127,12 @@ def together(ranks: Ranks, doing: str) -> Iterator[None]:
     if ranks.size == 1:
         yield
         return
-    fault, cause = None, None
+    fault: GossamerError | None = None
     try:
         yield
-    except Exception as error:
-        cause = error
-        fault = str(error) if isinstance(error, GossamerError) else f"{doing}: {type(error).__name__}: {error}"
-    try:
-        ranks.add(torch.zeros(0), fault, doing)
     except GossamerError as error:
-        raise error from cause
+        fault = error
+    except Exception as error:
+        fault = GossamerError(f"{doing}: {type(error).__name__}: {error}")
+        fault.__cause__ = error
+    ranks.add(torch.zeros(0), fault, doing)

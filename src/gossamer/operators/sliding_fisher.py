@@ -128,7 +128,7 @@ class SlidingFisher:
         parts = named_parts(gradient)
         fault = self._fault(parts)
         if fault is not None and self.ranks.size == 1:
-            raise ConfigurationError(fault)
+            raise fault
         count, slot = self.count, self.count % self.window
         row = self.rows[slot]
         oldest = row.clone() if self.ranks.size > 1 else None  # to be put back if another process has a fault
@@ -159,18 +159,19 @@ class SlidingFisher:
         """
         self.ranks.add(torch.zeros(0), agreed=agreed)
 
-    def _fault(self, parts: list[tuple[str, Tensor]]) -> str | None:
+    def _fault(self, parts: list[tuple[str, Tensor]]) -> ConfigurationError | None:
         """Why a gradient cannot be stored."""
         size = sum(part.numel() for _, part in parts)
         if size != self.d:
-            return f"a gradient of {self.d:,} numbers is expected, got {size:,}"
+            return ConfigurationError(f"a gradient of {self.d:,} numbers is expected, got {size:,}")
         for name, part in parts:
             if part.is_complex() or not float(part.detach().float().norm()) < _LARGEST:
                 try:
                     check_finite(part, name)
                 except ConfigurationError as error:
-                    return str(error)
-                return f"{name} is longer than {_LARGEST:g}, so that its products would overflow"
+                    return error
+                text = f"{name} is longer than {_LARGEST:g}, so that its products would overflow"
+                return ConfigurationError(text)
         return None
 
     def widen(self, shapes: Sequence[Sequence[int]]) -> None:

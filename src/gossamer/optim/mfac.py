@@ -390,18 +390,20 @@ class MFAC(torch.optim.Optimizer):
         own = dict(state_dict)
         window: dict[str, Any] = {name: own.pop(name) for name in ("fisher", "places") if name in own}
         momentum = own.pop("momentum", self.momentum)
-        # PyTorch would give the history the type of the parameters
-        states = own["state"].items()
-        shown = {place: state for place, state in states if "history" in state}
+        # by place, whatever the parameters are called there; PyTorch would give the history the type of the parameters
+        order = [name for group in own["param_groups"] for name in group["params"]]
+        shown = {
+            place: own["state"][name] for place, name in enumerate(order) if "history" in own["state"].get(name, {})
+        }
         own["state"] = {
-            place: {name: value for name, value in state.items() if name not in ("history", "step")}
-            for place, state in states
+            name: {key: value for key, value in state.items() if key not in ("history", "step")}
+            for name, state in own["state"].items()
         }
         if not window and shown:
-            histories = {place: state["history"] for place, state in shown.items()}
             counts = {int(state["step"]) for state in shown.values()}
             if len(counts) > 1:
                 raise ConfigurationError(f"parameters saw {sorted(counts)} gradients: the states are of several times")
+            histories = {place: state["history"] for place, state in shown.items()}
             window = self.preconditioner.gathered(histories, counts.pop())
         super().load_state_dict(own)
         self.take_window(window or self.preconditioner.state_dict())

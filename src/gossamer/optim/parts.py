@@ -33,9 +33,10 @@ def is_cut(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """What this process has of a tensor, the memory itself."""
-    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[operator]  # of a DTensor
+    own: Tensor = tensor.to_local() if is_cut(tensor) else tensor
+    return own
 
 
 def slices(length: int, rank: int, size: int) -> slice:

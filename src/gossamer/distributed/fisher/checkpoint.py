@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ def save_checkpoint(
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)
     with together(ranks, "writing a checkpoint"), _writing(target):
-        dcp.save(tensors, storage_writer=writer, process_group=group and group.process_group, no_dist=group is None)
+        dcp.save(tensors, storage_writer=writer, **_among(group))
     with together(ranks, "finishing a checkpoint"), _writing(target):
         if ranks.rank == 0:
             os.rename(draft, target)
@@ -99,7 +100,7 @@ def load_checkpoint(
     ranks.add(torch.zeros(0), agreed=f"loading {found.name}")
     with together(ranks, "reading a checkpoint"), _reading(found):
         reader = dcp.HuggingFaceStorageReader(str(found))
-        dcp.load(wanted, storage_reader=reader, process_group=group and group.process_group, no_dist=group is None)
+        dcp.load(wanted, storage_reader=reader, **_among(group))
     _take(optimizer, wanted)
     if model is not None:
         with torch.no_grad():
@@ -136,7 +137,8 @@ def _model(model: nn.Module | None) -> dict[str, Tensor]:
     """Parameters and buffers themselves."""
     if model is None:
         return {}
-    return {f"model.{name}": value.detach() for name, value in get_model_state_dict(model).items()}
+    state = get_model_state_dict(model).items()
+    return {f"model.{name}": value.detach() for name, value in state if isinstance(value, Tensor)}
 
 
 def _wanted(optimizer: MFAC, stored: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -194,7 +196,8 @@ def _stored(path: Path) -> Mapping[str, TensorStorageMetadata]:
         tensors: Any = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     if "window.gram" not in tensors:
         raise CheckpointError(f"{path} holds no window of gradients")
-    return tensors  # type: ignore[no-any-return]
+    found: Mapping[str, TensorStorageMetadata] = tensors
+    return found
 
 
 def _check(name: str, tensor: Tensor, stored: Mapping[str, TensorStorageMetadata], path: Path) -> None:
@@ -208,10 +211,16 @@ def _check(name: str, tensor: Tensor, stored: Mapping[str, TensorStorageMetadata
         )
 
 
+def _among(group: Group | None) -> dict[str, Any]:
+    return {"no_dist": True} if group is None else {"process_group": group.process_group}
+
+
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+            yield
     except ConfigurationError:
         raise
     except (OSError, dcp.api.CheckpointException) as error:
@@ -221,7 +230,9 @@ def _writing(target: Path) -> Iterator[None]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
     except Exception as error:  # safetensors, JSON and the planner each have their own
         raise CheckpointError(f"{path} cannot be read: {_first_cause(error)}") from error
 

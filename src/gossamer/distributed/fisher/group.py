@@ -1,9 +1,10 @@
 """Processes of ``torch.distributed`` that compute one thing: every call is checked before it is made.
 
 Gloo ends a process (SIGABRT) whose peer sends another number of bytes than it expects, and a process that left without
-a word keeps the others waiting. So each collective begins with a *frame*: a sum of one fixed size, in which each process
-has a slot for a digest of what it is about to do, or for the word that something is wrong with it. All see all slots,
-and come to the same decision. Up to 2,048 numbers travel inside of the frame: a product with m gradients is one sum.
+a word keeps the others waiting. So each collective begins with a *frame*: a sum of one fixed size, in which each
+process has a slot for a digest of what it is about to do, or for the word that something is wrong with it. All see all
+slots, and come to the same decision. Up to 2,048 numbers travel inside of the frame: a product with m gradients is one
+sum.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from gossamer import errors
 from gossamer.errors import ConfigurationError, GossamerError
 
 TIMEOUT = 60.0  # seconds
@@ -42,7 +44,8 @@ class Group:
         process_group: of gloo.
 
     Raises:
-        GossamerError: ``torch.distributed`` is not initialized, or a process did not come (it is named).
+        ConfigurationError: ``torch.distributed`` is not initialized.
+        GossamerError: a process did not come; over gloo it is named.
     """
 
     def __init__(self, processes: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
@@ -53,21 +56,20 @@ class Group:
         self._lost: str | None = None
         self._mesh: DeviceMesh | None = None
         try:
+            if "gloo" in str(dist.get_backend_config(processes)):  # others cannot say who is missing
+                dist.monitored_barrier(processes, self._wait, wait_all_ranks=True)
             self.process_group = dist.new_group(
                 members, timeout=self._wait, backend="gloo", use_local_synchronization=processes is not None
             )
-            self.rank, self.size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-            # opens all connections: later ones that a dead process does not answer might wait for ever
-            dist.monitored_barrier(self.process_group, self._wait, wait_all_ranks=True)
         except RuntimeError as error:
             raise GossamerError(f"not all processes of the group came within {timeout:g} s: {error}") from error
+        self.rank, self.size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
 
-    def add(self, sums: Tensor, fault: str | None = None, agreed: str = "") -> Tensor:
+    def add(self, sums: Tensor, fault: GossamerError | None = None, agreed: str = "") -> Tensor:
         """See :class:`~gossamer.operators.ranks.Ranks`.
 
         Raises:
-            ConfigurationError: in every process: something is wrong in one of them, or they do not do the same.
-            GossamerError: a process is gone, or does not answer.
+            GossamerError: in every process: the fault of one, or a process is gone, or does not answer.
         """
         inside = sums.numel() <= _INSIDE
         self._frame(sums if inside else sums.new_zeros(0), fault, f"{agreed}\nsum of {list(sums.shape)}")
@@ -79,7 +81,9 @@ class Group:
 
     def gather(self, part: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """See :class:`~gossamer.operators.ranks.Ranks`."""
-        fault = None if part.shape == (lengths[self.rank],) else f"{tuple(part.shape)} is not {lengths[self.rank]} long"
+        fault = None
+        if part.shape != (lengths[self.rank],):
+            fault = ConfigurationError(f"a part of {lengths[self.rank]} numbers is expected, got {tuple(part.shape)}")
         self._frame(torch.zeros(0), fault, f"gathering {list(lengths)} numbers, {part.dtype}")
         longest = max(lengths)  # gloo gathers parts of one length
         own = torch.nn.functional.pad(part.detach().cpu(), (0, longest - len(part)))
@@ -115,7 +119,7 @@ class Group:
             self._mesh = DeviceMesh.from_group(self.process_group, "cpu")
         return self._mesh
 
-    def _frame(self, sums: Tensor, fault: str | None, agreed: str) -> None:
+    def _frame(self, sums: Tensor, fault: GossamerError | None, agreed: str) -> None:
         """One sum of a fixed size; ``self._received`` is that of ``sums``."""
         count = sums.numel()
         frame = torch.zeros(_INSIDE + self.size, dtype=torch.float64)
@@ -125,9 +129,8 @@ class Group:
         self._call(dist.all_reduce, frame)
         slots = frame[_INSIDE:]
         if bool((slots == _FAULT).any()):
-            words = self._tell(fault or "")
-            wrong = {rank: words[rank] for rank in range(self.size) if slots[rank] == _FAULT}
-            raise ConfigurationError("; ".join(f"process {rank}: {text}" for rank, text in wrong.items()))
+            words = self._tell(f"{type(fault).__name__}\n{fault}" if fault is not None else "")
+            raise _error_of({rank: words[rank] for rank in range(self.size) if slots[rank] == _FAULT}, words) from fault
         if bool((slots != slots[0]).any()):
             raise ConfigurationError(_difference(self._tell(agreed)))
         self._received = frame[:count]
@@ -160,6 +163,21 @@ class Group:
 def _digest(text: str) -> float:
     """48 bits, which are a whole number in fp64."""
     return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()))
+
+
+def _error_of(wrong: Mapping[int, str], words: Sequence[str]) -> GossamerError:
+    """The error of all processes from the class and message of those that had one.
+
+    >>> _error_of({1: "CheckpointError\\nx is damaged"}, ["", "CheckpointError\\nx is damaged"])
+    CheckpointError('process 1: x is damaged')
+    """
+    kinds, texts = zip(*(text.split("\n", 1) for text in wrong.values()), strict=True)
+    kind: type[GossamerError] = getattr(errors, kinds[0], GossamerError)
+    if issubclass(kind, (errors.RequestError, errors.PeerError)):  # which take more than a message
+        kind = GossamerError
+    if len(set(words)) == 1:
+        return kind(texts[0])
+    return kind("; ".join(f"process {rank}: {text}" for rank, text in zip(wrong, texts, strict=True)))
 
 
 def _difference(texts: Sequence[str]) -> str:
