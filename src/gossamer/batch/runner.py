@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gossamer.batch.input_file import BatchLine, InvalidLine, count_lines, read_lines
 from gossamer.batch.output_file import NoOutput, OutputFile
@@ -75,60 +76,53 @@ class _Job:
     failed: bool = False
 
 
-class BatchRunner:
-    """Answers every request of a batch file.
+class Answers(AbstractContextManager[Any], Protocol):
+    """Where answers go: an :class:`OutputFile`, or what does the same.
+
+    Attributes:
+        answered: custom ids that need no answer any more.
+    """
+
+    answered: set[str]
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Keep a line of the output."""
+
+
+class LineRunner:
+    """Answers every request among lines.
 
     Args:
-        input_path: requests, in OpenAI's batch format.
-        output_path: answers, in OpenAI's batch output format; one complete line per request. ``None`` in a process that
-            computes with another one, which writes them.
-        resume: keep the answers of an earlier run in ``output_path`` and skip their requests, by ``custom_id``.
-        overwrite: replace an existing ``output_path``.
+        lines: read one at a time, as the engine has room for their prompts.
+        output: one complete line per request.
+        total: lines there are, for the summary.
         default_max_tokens: limit for bodies that give none; ``None`` is OpenAI's: 16, or for chat the whole context.
         max_in_flight: prompts given to the engine at a time; this, not the length of the file, bounds the memory.
         progress: called with the summary whenever it has changed.
 
     Raises:
-        ConfigurationError: a path cannot be used. Nothing has been written and no model is needed to find out.
-
-    Example::
-
-        with LLM("smollm2-135m") as llm:
-            summary = BatchRunner("requests.jsonl", "answers.jsonl").run(llm)
+        ConfigurationError: a limit is less than 1.
     """
 
     def __init__(
         self,
-        input_path: str | Path,
-        output_path: str | Path | None,
+        lines: Iterable[BatchLine | InvalidLine],
+        output: Answers,
         *,
-        resume: bool = False,
-        overwrite: bool = False,
+        total: int,
         default_max_tokens: int | None = None,
         max_in_flight: int = 1024,
         progress: Callable[[BatchSummary], None] | None = None,
     ) -> None:
-        self._input = Path(input_path)
-        if output_path is not None and self._input.exists() and Path(output_path).exists():
-            if self._input.samefile(output_path):
-                raise ConfigurationError(f"{output_path} is both input and output; choose another output")
-        for name, value in (("max_tokens", default_max_tokens), ("max_in_flight", max_in_flight)):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {value}")
-        self.summary = BatchSummary(total=count_lines(self._input))
-        self._output = (
-            NoOutput() if output_path is None else OutputFile(Path(output_path), resume=resume, overwrite=overwrite)
-        )
+        check_limits(default_max_tokens, max_in_flight)
+        self.summary = BatchSummary(total=total)
+        self._source = lines
+        self._output = output
         self._default_max_tokens = default_max_tokens
         self._max_in_flight = max_in_flight
         self._progress = progress
         self._in_flight: dict[str, tuple[_Job, int]] = {}
         self._started = 0.0
-
-    @property
-    def answered(self) -> set[str]:
-        """Custom ids that need no answer any more."""
-        return self._output.answered
 
     def run(self, llm: LLM) -> BatchSummary:
         """Answer what has no answer yet. The engine must be idle; it is idle again afterwards, whatever happens.
@@ -170,7 +164,7 @@ class BatchRunner:
 
     def _lines(self) -> Iterator[BatchLine]:
         """Lines that are requests, and have no answer yet."""
-        for line in read_lines(self._input):
+        for line in self._source:
             if isinstance(line, InvalidLine):
                 self._write_invalid(line)
             elif line.custom_id in self._output.answered:
@@ -232,7 +226,8 @@ class BatchRunner:
     def _submit(self, llm: LLM, job: _Job, index: int, prompt: Prompt, params: SamplingParams) -> None:
         request_id = f"line-{job.line.number}-prompt-{index}"
         try:
-            llm.engine.add_request(request_id, prompt, params)
+            draw = {} if job.line.draw is None else {"draw": job.line.draw + index}
+            llm.engine.add_request(request_id, prompt, params, **draw)
         except Exception as error:  # whatever it is, it belongs to this line alone
             self._fail(llm, job, error)
         else:
@@ -297,6 +292,58 @@ class BatchRunner:
         self.summary.seconds = time.perf_counter() - self._started
         if self._progress is not None:
             self._progress(self.summary)
+
+
+class BatchRunner(LineRunner):
+    """Answers every request of a batch file.
+
+    Args:
+        input_path: requests, in OpenAI's batch format.
+        output_path: answers, in OpenAI's batch output format; one complete line per request.
+        resume: keep the answers of an earlier run in ``output_path`` and skip their requests, by ``custom_id``.
+        overwrite: replace an existing ``output_path``.
+        default_max_tokens, max_in_flight, progress: as :class:`LineRunner` has them.
+
+    Raises:
+        ConfigurationError: a path cannot be used. Nothing has been written and no model is needed to find out.
+
+    Example::
+
+        with LLM("smollm2-135m") as llm:
+            summary = BatchRunner("requests.jsonl", "answers.jsonl").run(llm)
+    """
+
+    def __init__(
+        self,
+        input_path: str | Path,
+        output_path: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        default_max_tokens: int | None = None,
+        max_in_flight: int = 1024,
+        progress: Callable[[BatchSummary], None] | None = None,
+    ) -> None:
+        source, output = Path(input_path), Path(output_path)
+        if source.exists() and output.exists() and source.samefile(output):
+            raise ConfigurationError(f"{output_path} is both input and output; choose another output")
+        check_limits(default_max_tokens, max_in_flight)
+        total = count_lines(source)
+        super().__init__(
+            read_lines(source),
+            OutputFile(output, resume=resume, overwrite=overwrite),
+            total=total,
+            default_max_tokens=default_max_tokens,
+            max_in_flight=max_in_flight,
+            progress=progress,
+        )
+
+
+def check_limits(default_max_tokens: int | None, max_in_flight: int) -> None:
+    """Raises: ConfigurationError: one of the limits is less than 1."""
+    for name, value in (("max_tokens", default_max_tokens), ("max_in_flight", max_in_flight)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
 
 
 def _engine_prompt(llm: LLM, prompt: Prompt) -> Prompt:

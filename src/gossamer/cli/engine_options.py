@@ -169,7 +169,7 @@ def take_part(options: dict[str, Any]) -> Ranks | None:
     ranks = join(parallel)
     if not ranks.leads:
         stderr.quiet = True
-        sys.stdout = open(os.devnull, "w")  # until the process ends
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     return ranks
 
 

@@ -235,9 +235,8 @@ def check_shards(config: PreTrainedConfig, size: int) -> None:
     if heads % size or kv_heads % size:
         fit = [str(n) for n in range(2, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
         instead = f"{' or '.join(fit)} would" if fit else "no number does"
-        raise UnsupportedModelError(
-            f"tensor_parallel={size} does not divide the {heads} heads and {kv_heads} key-value heads of {name}; {instead}"
-        )
+        both = f"{heads} heads and {kv_heads} key-value heads"
+        raise UnsupportedModelError(f"tensor_parallel={size} does not divide the {both} of {name}; {instead}")
 
 
 def load_sharded(
