@@ -21,12 +21,19 @@ _FIELDS = ("custom_id", "method", "url", "body")
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A line that is a request; whether its body can be honoured is decided later."""
+    """A line that is a request; whether its body can be honoured is decided later.
+
+    Attributes:
+        number: its place in the input, from 1.
+        draw: selects the random stream of its first prompt if the body has no seed, that of the next prompt is the next
+            one; ``None``: the order in which lines reach the engine does.
+    """
 
     number: int
     custom_id: str
     url: str
     body: dict[str, Any]
+    draw: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ def count_lines(path: Path) -> int:
         raise ConfigurationError(f"{path} is not a regular file; a batch reads its input twice")
     try:
         with path.open("rb") as file:
-            return sum(1 for _ in _raw_lines(file))
+            return sum(1 for _ in raw_lines(file))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
 
@@ -65,11 +72,11 @@ def read_lines(path: Path) -> Iterator[BatchLine | InvalidLine]:
     """Every line that is not blank, in order. Holds one line and the ids seen so far."""
     first_seen: dict[str, int] = {}
     with path.open("rb") as file:
-        for number, raw in _raw_lines(file):
-            yield _parse(number, raw, first_seen)
+        for number, raw in raw_lines(file):
+            yield parse_line(number, raw, first_seen)
 
 
-def _raw_lines(file: BufferedReader) -> Iterator[tuple[int, bytes | None]]:
+def raw_lines(file: BufferedReader) -> Iterator[tuple[int, bytes | None]]:
     """Number and content of each line that is not blank; ``None`` stands for a line that is too long."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -95,7 +102,14 @@ def _skip_blank(file: BufferedReader) -> int:
     return number
 
 
-def _parse(number: int, raw: bytes | None, first_seen: dict[str, int]) -> BatchLine | InvalidLine:
+def parse_line(number: int, raw: bytes | None, first_seen: dict[str, int]) -> BatchLine | InvalidLine:
+    """A line as a request, or why it is none.
+
+    Args:
+        number: its place in the input.
+        raw: its bytes; ``None`` for a line that is too long.
+        first_seen: the ids before it, and their lines; its own is added.
+    """
     custom_id = None
     try:
         fields = _decode(raw)

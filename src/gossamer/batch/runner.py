@@ -124,6 +124,11 @@ class LineRunner:
         self._in_flight: dict[str, tuple[_Job, int]] = {}
         self._started = 0.0
 
+    @property
+    def answered(self) -> set[str]:
+        """Custom ids that need no answer any more."""
+        return self._output.answered
+
     def run(self, llm: LLM) -> BatchSummary:
         """Answer what has no answer yet. The engine must be idle; it is idle again afterwards, whatever happens.
 
@@ -299,7 +304,8 @@ class BatchRunner(LineRunner):
 
     Args:
         input_path: requests, in OpenAI's batch format.
-        output_path: answers, in OpenAI's batch output format; one complete line per request.
+        output_path: answers, in OpenAI's batch output format; one complete line per request. ``None`` in a process that
+            computes with another one, which writes them.
         resume: keep the answers of an earlier run in ``output_path`` and skip their requests, by ``custom_id``.
         overwrite: replace an existing ``output_path``.
         default_max_tokens, max_in_flight, progress: as :class:`LineRunner` has them.
@@ -316,7 +322,7 @@ class BatchRunner(LineRunner):
     def __init__(
         self,
         input_path: str | Path,
-        output_path: str | Path,
+        output_path: str | Path | None,
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -324,14 +330,15 @@ class BatchRunner(LineRunner):
         max_in_flight: int = 1024,
         progress: Callable[[BatchSummary], None] | None = None,
     ) -> None:
-        source, output = Path(input_path), Path(output_path)
-        if source.exists() and output.exists() and source.samefile(output):
-            raise ConfigurationError(f"{output_path} is both input and output; choose another output")
+        source = Path(input_path)
+        if output_path is not None and source.exists() and Path(output_path).exists():
+            if source.samefile(output_path):
+                raise ConfigurationError(f"{output_path} is both input and output; choose another output")
         check_limits(default_max_tokens, max_in_flight)
         total = count_lines(source)
         super().__init__(
             read_lines(source),
-            OutputFile(output, resume=resume, overwrite=overwrite),
+            NoOutput() if output_path is None else OutputFile(Path(output_path), resume=resume, overwrite=overwrite),
             total=total,
             default_max_tokens=default_max_tokens,
             max_in_flight=max_in_flight,
