@@ -12,6 +12,7 @@ from gossamer.cli.batch import batch
 from gossamer.cli.bench import bench_app
 from gossamer.cli.chat import chat
 from gossamer.cli.compress import compress
+from gossamer.cli.deploy import deploy
 from gossamer.cli.eval import evaluate
 from gossamer.cli.export import export
 from gossamer.cli.info import info
@@ -32,6 +33,7 @@ app.command()(pull)
 app.command()(batch)
 app.command()(chat)
 app.command()(serve)
+app.command()(deploy)
 app.command()(compress)
 app.command()(export)
 app.command("eval")(evaluate)

@@ -66,7 +66,7 @@ def serve(app: FastAPI, options: ServerOptions, on_ready: Callable[[str], None] 
         signal.signal(each, lambda number, frame: None)
     if not options.api_keys and not is_local(options.host):
         logger.warning("listening on %s without an API key: whoever reaches it may use it", options.host)
-    sockets = [_listen(options.host, options.port)]
+    sockets = [listen(options.host, options.port)]
     server = make_server(app, options, on_ready)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.serve(sockets))
@@ -76,14 +76,19 @@ def serve(app: FastAPI, options: ServerOptions, on_ready: Callable[[str], None] 
     return status
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """The socket, before a model is loaded for it.
+
+    Args:
+        shared: several processes listen at this address, all of them so; each gets some of the connections.
 
     Raises:
         ConfigurationError: the address is taken, or is none of this machine's.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, port))
     except OSError as error:

@@ -1,0 +1,127 @@
+"""One request, passed on to a replica, and its answer, passed back as it comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import aiohttp
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gossamer.distributed.serving import leases
+from gossamer.distributed.serving.prompts import RoutedPrompt, draw_of
+from gossamer.errors import GossamerError
+from gossamer.server.errors import HttpError, error_response
+from gossamer.server.forwarding import end_of_broken_stream, headers_back, headers_for
+from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
+
+if TYPE_CHECKING:
+    from gossamer.distributed.serving.ingress import Ingress, Lease
+
+ATTEMPTS = 3
+ELSEWHERE = (429, 503)  # what a replica says that is full, or ends
+
+
+class Elsewhere(GossamerError):
+    """The replica does not answer, and another may."""
+
+
+class PassedOn(Response):
+    """See the module's documentation.
+
+    As long as the client has had nothing, a request that a replica does not answer goes to another one, with the same
+    random stream; after that, the answer ends with an error: two halves of different answers are none.
+
+    Args:
+        ingress: chooses replicas.
+        request, body: what the client has sent.
+        prompt: what routing knows of it.
+    """
+
+    def __init__(self, ingress: Ingress, request: Request, body: bytes, prompt: RoutedPrompt) -> None:
+        super().__init__()
+        self._ingress, self._request, self._body, self._prompt = ingress, request, body, prompt
+        self._begun = self._streamed = False
+        self._told = 0  # events that the client has had
+        self._lost: list[str] = []  # replicas that did not answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._send(send), self._ingress.options.request_timeout)
+        except Disconnected:
+            scope["gossamer.status"] = CLIENT_GONE
+        except GossamerError as error:
+            scope["gossamer.error"] = str(error)
+            if not self._begun:
+                await error_response(error)(scope, receive, send)
+            elif self._streamed:
+                last = end_of_broken_stream(scope["path"], error, self._told)
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+            else:
+                raise  # the connection breaks, as the replica's has
+
+    async def _send(self, send: Send) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                await self._ask(send, last=attempt == ATTEMPTS)
+                return
+            except Elsewhere as error:
+                if self._begun:
+                    raise _lost(f"{error}, in the middle of the answer; ask again") from None
+        raise _lost(f"{len(self._lost)} replicas did not answer, one after the other; try again later")
+
+    async def _ask(self, send: Send, last: bool) -> None:
+        """Ask one replica.
+
+        Raises:
+            Elsewhere: it does not answer.
+        """
+        request = self._request
+        async with self._ingress.lease(self._prompt, tuple(self._lost)) as lease:
+            headers = headers_for(request, self._ingress.settings.key)
+            headers[leases.HEADER] = lease.id
+            headers["x-gossamer-draw"] = str(draw_of(request.scope["gossamer.request_id"]))
+            path, query = quote(request.scope["path"]), request.scope["query_string"].decode("latin-1")
+            url = f"{lease.address}{path}{'?' if query else ''}{query}"
+            try:
+                async with self._ingress.client.request(
+                    request.method, url, headers=headers, data=self._body or None, allow_redirects=False
+                ) as response:
+                    if response.status in ELSEWHERE and not last and len(self._ingress.fleet.replicas) > 1:
+                        raise Elsewhere(f"a replica has answered {response.status}")
+                    await self._pass_back(response, lease, send)
+            except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+                self._lost.append(lease.replica)
+                raise Elsewhere(f"a replica is gone ({type(error).__name__})") from None
+            except Elsewhere:
+                self._lost.append(lease.replica)
+                raise
+        if self._ingress.trace is not None and self._prompt.generates and lease.usage is not None:
+            self._ingress.trace.write(self._prompt, lease)
+        # Only now: with the end of the answer the client counts as gone.
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pass_back(self, response: aiohttp.ClientResponse, lease: Lease, send: Send) -> None:
+        self._streamed = response.headers.get("content-type", "").startswith("text/event-stream")
+        start = {"type": "http.response.start", "status": response.status}
+        start["headers"] = headers_back(response.raw_headers)
+        if not self._streamed:  # whole, so that what breaks on the way can be asked for elsewhere
+            body = await response.read()
+            lease.first_token()
+            await send(start)
+            self._begun = True
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            return
+        async for part in response.content.iter_any():
+            if not self._begun:
+                lease.first_token()
+                await send(start)
+                self._begun = True
+            self._told += part.count(b"\n\n")
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+def _lost(message: str) -> HttpError:
+    return HttpError(503, message, code="replica_lost", type="server_error", headers={"retry-after": "1"})
