@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -225,18 +226,24 @@ def check_shards(config: PreTrainedConfig, size: int) -> None:
         )
     if not text.base_model_tp_plan:
         raise UnsupportedModelError(f"transformers {transformers.__version__} has no tensor-parallel plan for {name}")
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "attention"}
     if kinds:
         raise UnsupportedModelError(
             f"tensor_parallel is for layers of attention; {name} has {', '.join(sorted(kinds))}"
         )
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if heads % size or kv_heads % size:
-        fit = [str(n) for n in range(2, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
-        instead = f"{' or '.join(fit)} would" if fit else "no number does"
-        both = f"{heads} heads and {kv_heads} key-value heads"
+    layers = [text.per_layer_config[layer] for layer in range(text.num_hidden_layers)]
+    heads = {each.num_attention_heads for each in layers}
+    kv_heads = {getattr(each, "num_key_value_heads", None) or each.num_attention_heads for each in layers}
+    common = math.gcd(*heads, *kv_heads)
+    if common % size:
+        both = f"{_any_of(heads)} heads and {_any_of(kv_heads)} key-value heads"
+        fit = [number for number in range(2, common + 1) if common % number == 0]
+        instead = f"{_any_of(fit)} would" if fit else "no number does"
         raise UnsupportedModelError(f"tensor_parallel={size} does not divide the {both} of {name}; {instead}")
+
+
+def _any_of(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
 
 
 def load_sharded(
@@ -278,7 +285,6 @@ class ShardedRunner(TransformersRunner):
         """``model`` must have been loaded with the option ``tensor_parallel``, on all ``ranks``."""
         super().__init__(model)
         self.num_ranks = ranks.size
-        self.num_heads //= ranks.size
         self._ranks = ranks
         self._steps = 0
 

@@ -91,6 +91,7 @@ class ShapeProbe:
     layers: list[int] = field(default_factory=list)
     shapes: list[LayerShape] = field(default_factory=list)
     settings: list[AttentionSettings] = field(default_factory=list)
+    num_heads: list[int] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -99,6 +100,7 @@ class ShapeProbe:
         self.layers.append(layer)
         self.shapes.append(LayerShape(key.shape[1], key.shape[3], value.shape[3]))
         self.settings.append(settings)
+        self.num_heads.append(query.shape[1])
         self.dtype = key.dtype
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
@@ -125,7 +127,6 @@ class TransformersRunner:
         missing = [n for n in ("num_attention_heads", "max_position_embeddings") if getattr(config, n, None) is None]
         if missing and self.layout.layers:
             raise UnsupportedModelError(f"the configuration of {type(model).__name__} does not say {missing[0]}")
-        self.num_heads: int = config.num_attention_heads if self.layout.layers else 0
         self.max_model_len: int = getattr(config, "max_position_embeddings", None) or WITHOUT_POSITIONS
         self.adapters = tuple(adapter.name for adapter in adapters)
         self.shared_outliers = _shared_outliers(model)
@@ -154,6 +155,7 @@ class TransformersRunner:
             )
         self._check_windows(probe)
         self.attention = probe.settings
+        self.num_heads = probe.num_heads[0] if probe.num_heads else 0
         states = 0 if run.after is None else sum(tensor.nbytes for tensor in run.after.batch)
         return KVLayout(tuple(probe.shapes), probe.dtype, self.model.device, states)
 
