@@ -231,7 +231,7 @@ class LineRunner:
     def _submit(self, llm: LLM, job: _Job, index: int, prompt: Prompt, params: SamplingParams) -> None:
         request_id = f"line-{job.line.number}-prompt-{index}"
         try:
-            draw = {} if job.line.draw is None else {"draw": job.line.draw + index}
+            draw: dict[str, Any] = {} if job.line.draw is None else {"draw": job.line.draw + index}
             llm.engine.add_request(request_id, prompt, params, **draw)
         except Exception as error:  # whatever it is, it belongs to this line alone
             self._fail(llm, job, error)
@@ -331,9 +331,9 @@ class BatchRunner(LineRunner):
         progress: Callable[[BatchSummary], None] | None = None,
     ) -> None:
         source = Path(input_path)
-        if output_path is not None and source.exists() and Path(output_path).exists():
-            if source.samefile(output_path):
-                raise ConfigurationError(f"{output_path} is both input and output; choose another output")
+        both = output_path is not None and source.exists() and Path(output_path).exists()
+        if both and source.samefile(output_path):  # type: ignore[arg-type]  # there is one
+            raise ConfigurationError(f"{output_path} is both input and output; choose another output")
         check_limits(default_max_tokens, max_in_flight)
         total = count_lines(source)
         super().__init__(
