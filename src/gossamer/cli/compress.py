@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -117,9 +118,15 @@ def compress(
 
         gossamer compress smollm2-135m -o smollm2.gguf --int4 --text mine.txt
 
+    Several processes, on one machine or more, share the work if torchrun starts them; the first one writes.
+
+        torchrun --nproc-per-node 2 -m gossamer.cli compress smollm2-135m -o smollm2-half --sparsity 0.5
+
     The output appears when it is complete, or not at all. Pruning or rounding that was interrupted goes on where it
     stopped when the same command is given again.
     """
+    if sparsity is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("several processes (torchrun) prune together, with --sparsity; run this in one")
     if not (int8 or int4) and sparsity is None:
         raise ConfigurationError(
             "say how to compress: --int8 makes the linear layers int8, --int4 rounds them to 4 bits, --sparsity 0.5 "
@@ -244,12 +251,16 @@ def _prune(
 ) -> None:
     from gossamer.cli.measured_text import describe_text, read
     from gossamer.compress.sparse import SparsityRecipe, compress_sparse
+    from gossamer.distributed.statistics import launched
+    from gossamer.operators.ranks import together
     from gossamer.sizes import parse_bytes
 
-    recipe = SparsityRecipe(**settings)
-    content = read(text)
-    notice(f"Calibrating on {describe_text(text)}", "dim")
-    with _Phases() as phases:
+    with launched() as ranks, _Phases(shown=ranks.rank == 0) as phases:
+        with together(ranks, "reading the text"):
+            recipe = SparsityRecipe(**settings)
+            content = read(text)
+        if ranks.rank == 0:
+            notice(f"Calibrating on {describe_text(text)}", "dim")
         report = compress_sparse(
             model,
             output,
@@ -261,7 +272,10 @@ def _prune(
             overwrite=overwrite,
             on_progress=phases.advance,
             on_bytes=phases.advance_bytes,
+            ranks=ranks,
         )
+    if ranks.rank:
+        return
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
@@ -278,8 +292,8 @@ def _prune(
 class _Phases:
     """A bar for each phase of a run, which begin when they are first heard of."""
 
-    def __init__(self) -> None:
-        self._bar = _bar()
+    def __init__(self, shown: bool = True) -> None:
+        self._bar = _bar(shown)
         self._tasks: dict[str, TaskID] = {}
 
     def advance(self, phase: str, done: int, total: int) -> None:
@@ -298,7 +312,7 @@ class _Phases:
         self._bar.stop()
 
 
-def _bar() -> Progress:
+def _bar(shown: bool = True) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -316,5 +330,5 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
-        disable=not stderr.is_terminal,
+        disable=not (shown and stderr.is_terminal),
     )

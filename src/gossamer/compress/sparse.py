@@ -23,6 +23,7 @@ from gossamer.models.shard_reader import ShardReader
 from gossamer.models.shards import Progress
 from gossamer.nn.experts import separate_experts
 from gossamer.nn.quantize import QuantizationReport
+from gossamer.operators.ranks import ALONE, Ranks, together
 from gossamer.options import ModelOptions
 from gossamer.pruning.blocks import decoder_blocks
 from gossamer.pruning.curvature import (
@@ -87,7 +88,7 @@ class SparsityRecipe:
         check_share(self.sparsity)
         parse_pattern(self.pattern).check_sparsity(self.sparsity)
 
-    def pruner(self, model: Any, memory: int | None, scratch: Path) -> Pruner:
+    def pruner(self, model: Any, memory: int | None, scratch: Path | None, ranks: Ranks = ALONE) -> Pruner:
         """The pruner of a language model."""
         curvature = CURVATURES[self.curvature]()
         scope: Scope = "row" if isinstance(curvature, Wanda) else "layer"  # Wanda's own; the others are better off so
@@ -103,6 +104,7 @@ class SparsityRecipe:
             reconstruction=Reconstruction(self.reconstruction) if self.reconstruction else None,
             memory=memory,
             scratch=scratch,
+            ranks=ranks,
         )
 
 
@@ -114,7 +116,7 @@ class SparseReport:
         path: the directory.
         bytes: its size; ``source_bytes`` that of what it was made from.
         pruning: what was pruned, with predicted and measured losses.
-        quantization: what was quantized, if anything was.
+        quantization: what was quantized, if anything was, in the process that wrote it.
         resumed: parts that an interrupted run had left.
     """
 
@@ -149,6 +151,7 @@ def compress_sparse(
     overwrite: bool = False,
     on_progress: OnProgress = lambda phase, done, total: None,
     on_bytes: Progress = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> SparseReport:
     """Prunes a model, and writes the result as a Hugging Face directory: dense with zeros, or int8.
 
@@ -167,31 +170,62 @@ def compress_sparse(
         overwrite: replace a checkpoint that is there.
         on_progress: called with the phase, what is done of it, and all of it.
         on_bytes: called with the bytes that are written and the bytes there will be.
+        ranks: the processes that do it together, each called with the same arguments; see
+            :class:`~gossamer.pruning.pruner.Pruner`. The first one keeps parts and writes. Where they run on several
+            machines, each finds the model on its own disk, and ``memory`` is for each.
 
     Raises:
         ConfigurationError: ``output`` cannot be used, the model is quantized, the text is too short, or memory does not
             suffice.
         GossamerError: what loading raises, or ``output`` cannot be written.
     """
-    ModelOptions(dtype=dtype)  # refuses an unknown one
     target = Path(output).resolve()
-    source = resolve_model(model)
-    check_output(source.resolve(), target, is_file=False, overwrite=overwrite)
-    stored = load_config(source)
-    if quantized := getattr(stored, "quantization_config", None):
-        raise ConfigurationError(
-            f"{source} is quantized already ({quantized.get('quant_method')}); prune the original checkpoint"
-        )
-    network, tokenizer = load_model(source, dtype="float32")
-    with ShardReader(source) as reader:
-        wanted = dtype if dtype != "auto" else str(stored.dtype or reader.stored_dtype()).removeprefix("torch.")
-    batches = calibration_batches(tokenizer, text, recipe.sequences, recipe.length)
-    packed = separate_experts(network)
-    pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), target.parent)
-    settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": digest(batches)}
+    first = ranks.rank == 0
+    with together(ranks, "loading the model"):
+        ModelOptions(dtype=dtype)  # refuses an unknown one
+        source = resolve_model(model)
+        if first:
+            check_output(source.resolve(), target, is_file=False, overwrite=overwrite)
+        stored = load_config(source)
+        if quantized := getattr(stored, "quantization_config", None):
+            raise ConfigurationError(
+                f"{source} is quantized already ({quantized.get('quant_method')}); prune the original checkpoint"
+            )
+        network, tokenizer = load_model(source, dtype="float32")
+        with ShardReader(source) as reader:
+            wanted = dtype if dtype != "auto" else str(stored.dtype or reader.stored_dtype()).removeprefix("torch.")
+        batches = calibration_batches(tokenizer, text, recipe.sequences, recipe.length)
+        packed = separate_experts(network)
+        scratch = target.parent if target.parent.is_dir() else None
+        pruner = recipe.pruner(network, _for_statistics(network, recipe, memory), scratch, ranks)
+        settings = {"model": str(model), "sparsity": asdict(recipe), "calibration_sha256": digest(batches)}
+    ranks.add(torch.zeros(0), agreed=f"{settings}\n{_sizes(source)}\n{int8}\n{wanted}")
     parts = Unfinished(parts_directory(target, source, settings))
     loss = None if recipe.curvature == "magnitude" and not recipe.reconstruction else _loss
     report = pruner.prune_to(recipe.sparsity, batches, loss, unfinished=parts, progress=on_progress)
+    quantization, written = None, 0
+    with together(ranks, "writing the model"):
+        if first:
+            quantization = _write(network, tokenizer, packed, pruner, int8, wanted, target, settings, report, on_bytes)
+            remove_parts(target)
+            written = size_of(target)
+    written = int(ranks.add(torch.tensor([written], dtype=torch.float64)))
+    return SparseReport(target, written, size_of(source), report, quantization, parts.taken)
+
+
+def _write(
+    network: Any,
+    tokenizer: Any,
+    packed: dict[str, Any],
+    pruner: Pruner,
+    int8: GossamerInt8Config | None,
+    dtype: str,
+    target: Path,
+    settings: dict[str, Any],
+    report: PruneReport,
+    on_bytes: Progress,
+) -> QuantizationReport | None:
+    """The pruned model, quantized if asked for; what was quantized."""
     quantization = None
     if int8 is None:
         for name, experts in packed.items():  # whose weights were pruned in place
@@ -206,15 +240,19 @@ def compress_sparse(
             outlier_store=int8.outlier_store,
         )
         settings |= {"int8": network.config.quantization_config.to_dict(), "skipped": quantization.skipped}
-    network = network.to(getattr(torch, wanted))
-    network.config.dtype = getattr(torch, wanted)
+    network = network.to(getattr(torch, dtype))
+    network.config.dtype = getattr(torch, dtype)
     with all_or_nothing(target) as unfinished:
         write_model(network, tokenizer, unfinished, on_bytes)
         if int8 is None:
             save_masks(unfinished / MASKS, pruner.masks)
         write_manifest(unfinished, settings | {"pruning": report.to_dict()})
-    remove_parts(target)
-    return SparseReport(target, size_of(target), size_of(source), report, quantization, parts.taken)
+    return quantization
+
+
+def _sizes(source: Path) -> dict[str, int]:
+    """Of the files of a model, for whether processes have the same."""
+    return {path.name: path.stat().st_size for path in sorted(source.iterdir()) if path.suffix == ".safetensors"}
 
 
 def _loss(outputs: Any, batch: Any) -> Tensor:

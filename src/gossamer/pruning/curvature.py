@@ -14,13 +14,18 @@ from torch import Tensor
 
 from gossamer.operators.gradient_store import GradientStore, check_finite
 from gossamer.operators.inverse_fisher import FisherBlocks, InverseFisher
+from gossamer.operators.ranks import Ranks
 from gossamer.pruning.quadratic import Diagonal, FisherForm, Quadratic, SharedGram
 
 Source = Literal["nothing", "inputs", "gradients"]
 
 
 class Statistic(Protocol):
-    """Of one weight."""
+    """Of one weight.
+
+    Several processes that see the inputs of different batches :meth:`total` them up. Gradients are sent to the process
+    that owns the weight instead: what is made of them is many times as large as they are.
+    """
 
     def add(self, seen: Tensor) -> None:
         """Rows of the layer's input (T, K), or a gradient (d)."""
@@ -35,6 +40,13 @@ class Statistic(Protocol):
 
     def quadratic(self, damping: float) -> Quadratic:
         """F, with an absolute damping."""
+
+
+class InputStatistic(Statistic, Protocol):
+    """Of the inputs of a layer."""
+
+    def total(self, ranks: Ranks) -> None:
+        """From here on it is the statistic of what all processes saw."""
 
 
 class Curvature(Protocol):
@@ -216,6 +228,9 @@ class _Squares:
         self.sums += rows.double().square().sum(0).reshape(self.sums.shape)
         self.count += len(rows)
 
+    def total(self, ranks: Ranks) -> None:
+        self.sums, self.count = _total(self.sums, self.count, ranks)
+
     @property
     def scale(self) -> float:
         return float(self.sums.mean()) / self.count
@@ -251,6 +266,9 @@ class Gram:
         self.sums += rows.T @ rows
         self.count += len(rows)
 
+    def total(self, ranks: Ranks) -> None:
+        self.sums, self.count = _total(self.sums, self.count, ranks)
+
     def mean(self) -> Tensor:
         """The mean of x^T x over the rows x that were seen, (K, K) fp64."""
         return self.sums / self.count
@@ -263,6 +281,11 @@ class Gram:
         matrix = self.mean()
         matrix.diagonal().add_(damping)
         return SharedGram(matrix, self.rounds)
+
+
+def _total(sums: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, int]:
+    found = ranks.add(torch.cat([sums.reshape(-1), sums.new_tensor([count])]))
+    return found[:-1].view(sums.shape), int(found[-1])
 
 
 class _Blocks:

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from gossamer.errors import ConfigurationError
 from gossamer.nn.experts import SeparateExperts
 from gossamer.nn.quantize import SKIP
-from gossamer.pruning.curvature import Curvature, Statistic
+from gossamer.operators.ranks import ALONE, Ranks, together
+from gossamer.pruning.curvature import Curvature
 from gossamer.pruning.job import Job, OnProgress
 from gossamer.pruning.masks import Hold, check_masks, load_masks, save_masks
 from gossamer.pruning.original import Original
+from gossamer.pruning.owners import Owners
 from gossamer.pruning.patterns import NM, Block, Pattern, Unstructured, subset_costs
 from gossamer.pruning.quadratic import Quadratic
 from gossamer.pruning.reconstruction import Reconstruction
 from gossamer.pruning.report import PrunedLayer, PruneReport
 from gossamer.pruning.statistics import (
     LossFn,
+    Seen,
     evaluating,
     mean_loss,
 )
@@ -58,6 +61,8 @@ class Pruner:
             groups of weights, each with gradients of its own.
         scratch: a directory for a copy of the weights while they are pruned, so that memory holds one; the system's
             directory for temporary files by default.
+        ranks: the processes that prune the same model together, each with the same calibration data: process r runs
+            batches r, r + W and so on, and solves for weights r, r + W and so on. All of them end with the same model.
 
     Attributes:
         targets: what is pruned, by name of the parameter.
@@ -90,7 +95,9 @@ class Pruner:
         reconstruction: Reconstruction | None = None,
         memory: int | None = None,
         scratch: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         if update not in ("none", "independent", "joint"):
             raise ConfigurationError(f"update is 'none', 'independent' or 'joint', got {update!r}")
         if recompute < 1:
@@ -108,6 +115,7 @@ class Pruner:
                 "those of others: recompute=1, and a pattern with the scope 'layer' or 'row'"
             )
         self.targets = find_targets(model, params, exclude)
+        self.owners = Owners.of(self.targets, ranks)
         for name, target in self.targets.items():
             self.pattern.check(name, target.shape[1])
         if (coupled := curvature.block_size) and coupled % self.pattern.size:
@@ -166,8 +174,12 @@ class Pruner:
         if self.curvature.source == "gradients" and loss_fn is None:
             raise ConfigurationError(f"{self.curvature} needs the loss of a batch: pass loss_fn")
         batches = list(loader) if loader is not None else []
+        if batches and len(batches) < self.ranks.size:
+            raise ConfigurationError(
+                f"{len(batches)} batches of calibration data are not enough for {self.ranks.size} processes"
+            )
         report = PruneReport(str(self.curvature), str(self.pattern), self.update)
-        job = Job(sparsity, batches, loss_fn, samples, vectorize, unfinished, progress, report)
+        job = Job(sparsity, batches, loss_fn, samples, vectorize, unfinished, progress, report, self.owners)
         with evaluating(self.model), self._all_or_nothing() as original:
             report.loss_before = self._loss(job)
             if not self.in_blocks:
@@ -218,31 +230,71 @@ class Pruner:
         """Whether which weights of a layer go depends on other layers."""
         return isinstance(self.pattern, Block) and self.pattern.scope == "global"
 
-    def reached(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        """Those of weights that were used. Experts that no token was sent to are left as they are."""
-        left = [name for name in statistics if name in self._of_experts and not _was_used(statistics[name])]
+    def reached(self, seen: Mapping[str, Seen]) -> dict[str, Seen]:
+        """Weights that were used. Experts that no token was sent to are left as they are."""
+        left = [name for name in seen if name in self._of_experts and not (seen[name].count and seen[name].scale > 0)]
         for name in left:
             parameter = self.targets[name].parameter
             self.masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device))
-        return {name: statistic for name, statistic in statistics.items() if name not in left}
+        return {name: each for name, each in seen.items() if name not in left}
 
     def prune_together(self, inside: Mapping[str, Target], forms: Mapping[str, Quadratic], job: Job) -> None:
         """Chooses masks for some targets, and applies them."""
         keep = {}
         if self.competes_globally:
-            keep = self.pattern.keep(
-                {name: self.costs(target, forms[name]) for name, target in inside.items()}, job.sparsity
-            )
-        for done, (name, target) in enumerate(inside.items(), 1):
-            form = forms[name]
-            self.apply(
-                target, keep[name] if keep else form.choose(target.read(), self.pattern, job.sparsity), form, job
-            )
-            job.progress("pruning", done, len(inside))
+            keep = self.pattern.keep(self.costs(inside, forms, job), job.sparsity)
+        self.apply_together(inside, keep, forms, job)
 
-    def costs(self, target: Target, form: Quadratic) -> Tensor:
-        """Of each subset that the pattern knows; see :func:`~.patterns.subset_costs`."""
-        return subset_costs(target.read(), form.inverse_blocks(self.pattern.size), self.pattern)
+    def costs(self, inside: Mapping[str, Target], forms: Mapping[str, Quadratic], job: Job) -> dict[str, Tensor]:
+        """For each target, of each subset that the pattern knows; see :func:`~.patterns.subset_costs`."""
+        found: dict[str, Tensor] = {}
+        with together(self.ranks, "computing costs"):
+            for name, target in inside.items():
+                if self.owners.mine(name):
+                    found[name] = subset_costs(
+                        target.read(), forms[name].inverse_blocks(self.pattern.size), self.pattern
+                    )
+        if self.ranks.size == 1:
+            return found
+        own = {name: {"costs": costs} for name, costs in found.items()}
+        return {name: self.ranks.share(own.get(name), self.owners[name])["costs"] for name in inside}
+
+    def apply_together(
+        self, inside: Mapping[str, Target], keep: Mapping[str, Tensor], forms: Mapping[str, Quadratic], job: Job
+    ) -> None:
+        """Prunes targets by their masks, each by its owner; all processes have the outcome.
+
+        Args:
+            inside: targets by name.
+            keep: masks (N, K); a target without one chooses by its form.
+            forms: by name; without one weights that are kept stay as they are.
+            job: of it.
+        """
+        with together(self.ranks, "pruning"):
+            for done, (name, target) in enumerate(inside.items(), 1):
+                if self.owners.mine(name):
+                    form = forms.get(name)
+                    mask = keep.get(name)
+                    if mask is None:
+                        assert form is not None
+                        mask = form.choose(target.read(), self.pattern, job.sparsity)
+                    self.apply(target, mask, form, job)
+                    job.progress("pruning", done, len(inside))
+        if self.ranks.size > 1:
+            for target in inside.values():
+                self._share(target, job)
+
+    def _share(self, target: Target, job: Job) -> None:
+        """What the owner of a target made of it is so in all processes."""
+        name, own = target.name, None
+        if self.owners.mine(name):
+            cost = torch.tensor(job.predicted.get(name, 0.0), dtype=torch.float64)
+            own = {"weight": target.parameter.detach(), "mask": self.masks[name], "cost": cost}
+        found = self.ranks.share(own, self.owners[name])
+        with torch.no_grad():
+            target.parameter.copy_(found["weight"])
+        self.masks[name] = found["mask"].to(target.parameter.device)
+        job.predicted[name] = float(found["cost"])
 
     def apply(self, target: Target, keep: Tensor, form: Quadratic | None, job: Job) -> None:
         """Prunes a target by a mask (N, K), and updates what is kept."""
@@ -272,7 +324,7 @@ class Pruner:
         if job.loss_fn is None or not job.batches:
             return None
         with job.report.timed("measuring"):
-            return mean_loss(self.model, job.batches, job.loss_fn)
+            return mean_loss(self.model, job.own_batches, job.loss_fn, job.ranks)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[Original]:
@@ -288,6 +340,3 @@ class Pruner:
             self.masks = masks
             raise
 
-
-def _was_used(statistic: Statistic) -> bool:
-    return statistic.count > 0 and statistic.scale > 0

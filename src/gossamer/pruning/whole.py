@@ -16,6 +16,7 @@ from gossamer.pruning.statistics import (
     begin,
     count_samples,
     groups_in_memory,
+    look,
     see_gradients,
     see_inputs,
 )
@@ -36,7 +37,7 @@ def prune_whole(pruner: Pruner, job: Job) -> None:
 
 
 def _stage(pruner: Pruner, job: Job) -> None:
-    groups = groups_in_memory(pruner.targets, pruner.curvature, pruner.memory)
+    groups = groups_in_memory(pruner.targets, pruner.curvature, pruner.memory, job.owners)
     if not pruner.competes_globally or len(groups) == 1:
         for group in groups:
             forms = _see(pruner, group, job)
@@ -47,27 +48,34 @@ def _stage(pruner: Pruner, job: Job) -> None:
     costs: dict[str, Tensor] = {}
     for group in groups:
         forms = _see(pruner, group, job)
-        costs |= {name: pruner.costs(group[name], form) for name, form in forms.items()}
+        costs |= pruner.costs({name: group[name] for name in forms}, forms, job)
     keep = pruner.pattern.keep(costs, job.sparsity)
     costs.clear()
     for group in groups:
         known = {} if pruner.update == "none" else _see(pruner, group, job)
-        for name, target in group.items():
-            if name in keep:
-                pruner.apply(target, keep[name], known.get(name), job)
+        pruner.apply_together({name: target for name, target in group.items() if name in keep}, keep, known, job)
 
 
 def _see(pruner: Pruner, group: Mapping[str, Target], job: Job) -> Mapping[str, Quadratic]:
     with job.report.timed("statistics"):
-        statistics = begin(group, pruner.curvature)
+        statistics = begin(group, pruner.curvature, job.owners)
         if pruner.curvature.source == "inputs":
-            see_inputs(pruner.model, group, statistics, job.batches)
+            see_inputs(pruner.model, group, statistics, job.own_batches, job.ranks)
         elif pruner.curvature.source == "gradients":
             assert job.loss_fn is not None
             samples = job.samples or count_samples(job.batches)
             samples = min(samples, pruner.curvature.most_samples or samples)
             progress = partial(job.progress, "gradients")
             see_gradients(
-                pruner.model, group, statistics, job.batches, job.loss_fn, samples, progress, vectorize=job.vectorize
+                pruner.model,
+                group,
+                statistics,
+                job.batches,
+                job.loss_fn,
+                samples,
+                progress,
+                vectorize=job.vectorize,
+                owners=job.owners,
             )
-        return Forms(pruner.reached(statistics), pruner.curvature.relative_damping)
+        seen = pruner.reached(look(group, statistics, job.owners))
+        return Forms(statistics, seen, pruner.curvature.relative_damping)

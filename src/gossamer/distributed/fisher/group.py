@@ -54,6 +54,7 @@ class Group:
         self._wait = datetime.timedelta(seconds=timeout)
         members = dist.get_process_group_ranks(processes or dist.group.WORLD)
         self._lost: str | None = None
+        self._told: GossamerError | None = None
         self._mesh: DeviceMesh | None = None
         try:
             if "gloo" in str(dist.get_backend_config(processes)):  # others cannot say who is missing
@@ -88,7 +89,7 @@ class Group:
         longest = max(lengths)  # gloo gathers parts of one length
         own = torch.nn.functional.pad(part.detach().cpu(), (0, longest - len(part)))
         found = [torch.empty_like(own) for _ in lengths]
-        self._call(dist.all_gather, found, own)
+        self._call(dist.all_gather, [each.view(torch.uint8) for each in found], own.view(torch.uint8))
         return [each[:length].to(part.device) for each, length in zip(found, lengths, strict=True)]
 
     def exchange(self, parts: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -100,7 +101,9 @@ class Group:
             raise ConfigurationError("the processes expect other numbers of each other than they send")
         own = parts.detach().cpu().contiguous()
         out = own.new_empty(sum(received))
-        self._call(dist.all_to_all_single, out, own, list(received), list(sent))
+        width = own.element_size()  # as bytes: gloo does not know every type
+        counts = ([width * count for count in each] for each in (received, sent))
+        self._call(dist.all_to_all_single, out.view(torch.uint8), own.view(torch.uint8), *counts)
         return out.to(parts.device)
 
     def share(self, tensors: Mapping[str, Tensor] | None, source: int) -> dict[str, Tensor]:
@@ -112,6 +115,15 @@ class Group:
         buffer = torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(length).byte()
         self._call(dist.broadcast, buffer, group_src=source)
         return dict(tensors or {}) if self.rank == source else load(buffer.numpy().tobytes())
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a process is gone, so that nothing can be done together any more."""
+        return self._lost is not None
+
+    def was_told(self, error: GossamerError) -> bool:
+        """Whether all processes have this error."""
+        return error is self._told
 
     def mesh(self) -> DeviceMesh:
         """See :class:`~gossamer.operators.ranks.Ranks`."""
@@ -130,9 +142,12 @@ class Group:
         slots = frame[_INSIDE:]
         if bool((slots == _FAULT).any()):
             words = self._tell(f"{type(fault).__name__}\n{fault}" if fault is not None else "")
-            raise _error_of({rank: words[rank] for rank in range(self.size) if slots[rank] == _FAULT}, words) from fault
+            wrong = {rank: words[rank] for rank in range(self.size) if slots[rank] == _FAULT}
+            self._told = _error_of(wrong, words)
+            raise self._told from fault
         if bool((slots != slots[0]).any()):
-            raise ConfigurationError(_difference(self._tell(agreed)))
+            self._told = ConfigurationError(_difference(self._tell(agreed)))
+            raise self._told
         self._received = frame[:count]
 
     def _tell(self, text: str) -> list[str]:
