@@ -135,23 +135,36 @@ def cluster_at(address: str, *, insecure: bool = False, timeout: float = 20.0) -
     Raises:
         ConfigurationError: it does not answer, refuses us, or asks nobody for a token.
     """
-    ray = require_ray()
-    if os.environ.get("RAY_AUTH_MODE", "token") == "disabled" and not insecure:
-        raise ConfigurationError(
-            "RAY_AUTH_MODE is disabled: whoever reaches the ports of the cluster can run code on it. Start it with "
-            "tokens (https://docs.ray.io/en/latest/ray-security/token-auth.html), or say --insecure if its network "
-            "is yours alone"
-        )
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if insecure else "token")
     _check_reachable(address, timeout)
+    ray = require_ray()
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # of many kinds; they all say why
         raise ConfigurationError(f"cannot use the Ray cluster at {address}: {_first_line(error)}") from None
     try:
+        if not insecure and not _asks_for_tokens(ray):
+            raise ConfigurationError(
+                f"the Ray cluster at {address} asks nobody for a token: whoever reaches its ports can run code on it. "
+                "Start it with RAY_AUTH_MODE=token (https://docs.ray.io/en/latest/ray-security/token-auth.html), or "
+                "say --insecure if its network is yours alone"
+            )
         yield ray
     finally:
         ray.shutdown()
+
+
+def _asks_for_tokens(ray: Any) -> bool:
+    """As the processes of the cluster see it, which inherit its mode."""
+
+    def asks() -> bool:
+        from ray._raylet import (  # type: ignore[attr-defined]  # made by Cython
+            AuthenticationMode,
+            get_authentication_mode,
+        )
+
+        return bool(get_authentication_mode() != AuthenticationMode.DISABLED)
+
+    return bool(ray.get(ray.remote(num_cpus=0)(asks).remote(), timeout=60))
 
 
 def _check_reachable(address: str, timeout: float) -> None:

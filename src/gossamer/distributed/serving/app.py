@@ -25,6 +25,11 @@ QUEUED_BESIDE = (
 ROUTING_STATS_EVERY = 1.0  # seconds; up to a hundred replicas
 ROUTING_STATS_RARELY = 10.0
 RUNNING = 2 << 30  # bytes that a process of ours takes beside weights and cache: PyTorch, and buffers of steps
+_ROUTERS = {
+    "prefix": "ray_router.PrefixRequestRouter",
+    "round-robin": "compared_routers.InTurn",
+    "ray": "compared_routers.RaysPrefixRouter",
+}
 
 
 def serve_app(
@@ -113,7 +118,7 @@ def application_of(settings: DeploymentSettings) -> Application:
     at_once = settings.max_num_seqs
     few = settings.most_replicas <= 100
     router = RequestRouterConfig(
-        request_router_class="gossamer.distributed.serving.ray_router.PrefixRequestRouter",
+        request_router_class=f"gossamer.distributed.serving.{_ROUTERS[settings.router]}",
         request_router_kwargs={"application": APPLICATION},
         request_routing_stats_period_s=ROUTING_STATS_EVERY if few else ROUTING_STATS_RARELY,
     )

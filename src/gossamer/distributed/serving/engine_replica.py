@@ -35,7 +35,7 @@ class EngineReplica:
         settings: see there.
     """
 
-    async def __init__(self, settings: DeploymentSettings) -> None:
+    async def __init__(self, settings: DeploymentSettings) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         import ray
         from ray import serve
 

@@ -6,7 +6,7 @@ Ray Serve's router, which learns of replicas, runs in a thread of its own; what 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ class Fleet:
         self._lock = threading.Lock()
         self._router = PrefixRouter()
         self._replicas: dict[str, Replica] = {}
+        #: Told of every choice: the lease, and the replica.
+        self.on_routed: Callable[[str, str], None] | None = None
 
     def update(self, replicas: Sequence[Replica], reports: dict[str, tuple[int, int]]) -> None:
         """These are there now, and say of themselves how many requests and tokens wait for them."""
@@ -72,6 +74,8 @@ class Fleet:
     def routed(self, lease_id: str, replica: str, chain: Sequence[int], size: int) -> None:
         with self._lock:
             self._router.routed(lease_id, replica, chain, size)
+        if self.on_routed is not None:
+            self.on_routed(lease_id, replica)
 
     def first_token(self, lease_id: str) -> None:
         with self._lock:

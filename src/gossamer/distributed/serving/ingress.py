@@ -45,7 +45,9 @@ class Ingress:
         settings: see there.
     """
 
-    async def __init__(self, engine: DeploymentHandle, settings: DeploymentSettings) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, engine: DeploymentHandle, settings: DeploymentSettings
+    ) -> None:
         from ray import serve
 
         from gossamer.distributed.serving.pins import Pins
@@ -172,7 +174,9 @@ class Ingress:
         """
         lease_id = uuid.uuid4().hex
         kept_by = None if prompt.tag is None else self.fleet.tagged(prompt.tag)
-        narrowed = {"only": None if kept_by is None else kept_by.id, "avoid": avoid}
+        narrowed: dict[str, Any] = {"only": None if kept_by is None else kept_by.id, "avoid": avoid}
+        if prompt.text:
+            narrowed["text"] = prompt.text
         arguments = (lease_id, prompt.chain, prompt.size)
         stack = AsyncExitStack()
         selection = await stack.enter_async_context(self._engine.choose_replica(*arguments, **narrowed))

@@ -112,7 +112,8 @@ async def _pass_on(request: Request) -> Response:
         raise HttpError(415, f"content-type must be application/json, got {kind!r}", code="unsupported_media_type")
 
     def read() -> RoutedPrompt:
-        return read_prompt(path, raw, ingress.hasher, ingress.options.model_names[0])
+        name, keeps_text = ingress.options.model_names[0], ingress.settings.router == "ray"
+        return read_prompt(path, raw, ingress.hasher, name, keeps_text=keeps_text)
 
     if len(raw) <= SHORT:
         return PassedOn(ingress, request, raw, read())

@@ -27,12 +27,14 @@ class RoutedPrompt:
         chain, size: as for :class:`~gossamer.distributed.routing.policy.PrefixRouter`.
         tag: of the replica that keeps what the request goes on from.
         generates: whether its answer is generated, so that its prompt stays in a cache.
+        text: the prompt, for the router of Ray, which wants it.
     """
 
     chain: tuple[int, ...] = ()
     size: int = 0
     tag: str | None = None
     generates: bool = False
+    text: str = ""
 
 
 def tag_of(text: str) -> str | None:
@@ -46,7 +48,7 @@ def draw_of(request_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=7).digest(), "little")
 
 
-def read_prompt(path: str, raw: bytes, hasher: ChainHasher, model: str) -> RoutedPrompt:
+def read_prompt(path: str, raw: bytes, hasher: ChainHasher, model: str, *, keeps_text: bool = False) -> RoutedPrompt:
     """What routing needs to know of a request with this body.
 
     Raises:
@@ -67,7 +69,8 @@ def read_prompt(path: str, raw: bytes, hasher: ChainHasher, model: str) -> Route
         return RoutedPrompt(size=len(raw), tag=tag, generates=True)
     texts = [rendered(prompt) for prompt in prompts]
     chain = hasher.chain(texts[0], scope=scope(prompts[0], body.model or model))
-    return RoutedPrompt(chain, sum(map(len, texts)), generates=True)
+    text = texts[0].decode(errors="replace") if keeps_text else ""
+    return RoutedPrompt(chain, sum(map(len, texts)), generates=True, text=text)
 
 
 def _goes_on_from(body: GeneratingBody) -> str | None:

@@ -13,17 +13,14 @@ from gossamer.distributed.serving.fleet import Fleet, Replica, fleet_of
 logger = logging.getLogger("gossamer.server")
 
 
-class PrefixRequestRouter(RequestRouter):
-    """Ranks replicas for calls of :meth:`~gossamer.distributed.serving.engine_replica.EngineReplica.hold`.
+class LearnsReplicas(RequestRouter):
+    """Tells the ingress of the replicas, as Ray tells its router."""
 
-    The arguments of a call say what it is for: ``(lease_id, chain, size)``, and the keyword ``routing`` may narrow the
-    choice. Inside a rank Ray takes the replica with the shortest queue.
-    """
-
-    _fleet: Fleet
+    fleet: Fleet
 
     def initialize_state(self, **settings: Any) -> None:
-        self._fleet = fleet_of(str(settings["application"]))
+        self.fleet = fleet_of(str(settings.pop("application")))
+        super().initialize_state(**settings)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -42,11 +39,19 @@ class PrefixRequestRouter(RequestRouter):
             known.append(Replica(id, str(about["address"]), str(about["tag"]), float(about["speed"])))
             if stats := each.routing_stats:
                 reports[id] = (int(stats.get("running", 0)), int(stats.get("queued", 0)))
-        self._fleet.update(known, reports)
+        self.fleet.update(known, reports)
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
         super().on_replica_actor_died(replica_id)
-        self._fleet.dead(replica_id.unique_id)
+        self.fleet.dead(replica_id.unique_id)
+
+
+class PrefixRequestRouter(LearnsReplicas):
+    """Ranks replicas for calls of :meth:`~gossamer.distributed.serving.engine_replica.EngineReplica.hold`.
+
+    The arguments of a call say what it is for: ``(lease_id, chain, size)``; the keywords ``only`` and ``avoid`` narrow
+    the choice. Inside a rank Ray takes the replica with the shortest queue.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -67,5 +72,5 @@ class PrefixRequestRouter(RequestRouter):
         by_id = {each.replica_id.unique_id: each for each in candidates}
         if only in by_id:
             return [[by_id[only]]]
-        ranks = self._fleet.rank(chain, size, by_id, avoid)
+        ranks = self.fleet.rank(chain, size, by_id, avoid)
         return [[by_id[id] for id in rank] for rank in ranks]

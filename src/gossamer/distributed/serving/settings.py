@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gossamer.errors import ConfigurationError
 from gossamer.server.options import ServerOptions
+
+Router = Literal["prefix", "round-robin", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class DeploymentSettings:
         routing_key: of the hashes of prompts, 32 bytes in hexadecimal digits.
         digest, version: of the weights and of Gossamer, which every replica must have; empty for any.
         memory: bytes that a replica needs.
+        router: how a replica is chosen: ``prefix`` (ours), or, to compare with, ``round-robin`` or ``ray``, the prefix
+            router that Ray has for language models.
         trace: a file for one line per request, without texts, which ``gossamer simulate`` reads.
 
     Raises:
@@ -51,12 +55,15 @@ class DeploymentSettings:
     digest: str = ""
     version: str = ""
     memory: int = 0
+    router: Router = "prefix"
     trace: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("replicas", "ingresses", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.router not in get_args(Router):
+            raise ConfigurationError(f"router must be {' or '.join(get_args(Router))}, got {self.router!r}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigurationError(f"max_replicas is {self.max_replicas}, less than the {self.replicas} replicas")
 
