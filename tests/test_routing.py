@@ -166,6 +166,7 @@ CALLS = st.one_of(
     st.tuples(st.just("update_replicas"), st.tuples(st.dictionaries(NAMES, ANY_NUMBER, max_size=4))),
     st.tuples(st.just("report"), st.tuples(NAMES, ANY_NUMBER, ANY_NUMBER)),
     st.tuples(st.just("rank"), st.tuples(ANY_CHAIN, ANY_NUMBER, st.none() | st.lists(NAMES))),
+    st.tuples(st.just("best"), st.tuples(ANY_CHAIN, ANY_NUMBER)),
     st.tuples(st.just("routed"), st.tuples(IDS, NAMES, ANY_CHAIN, ANY_NUMBER)),
     st.tuples(st.sampled_from(["first_token", "failed"]), st.tuples(IDS)),
     st.tuples(st.just("completed"), st.tuples(IDS, ANY_NUMBER, ANY_NUMBER)),
@@ -191,6 +192,8 @@ def test_no_call_raises_and_ranks_hold_each_candidate_once(calls: list[Any], max
             expected = known if arguments[2] is None else set(arguments[2])
             assert sorted(itertools.chain(*result)) == sorted(expected)
             assert all(result), "no rank is empty"
+        elif name == "best":
+            assert result in known or (result is None and not known)
     for request in ["1", "2", "3", ""]:
         router.failed(request)
     assert router.stats()["in_flight"] == 0
@@ -427,6 +430,7 @@ def test_every_rule_serves_everything_and_forgets_it(name: str) -> None:
     assert router.rank((1, 2), 512) == []
     fleet = run(router, shuffled(16, 8, 3), 12, 3, count=5)
     assert fleet.routed.total() == 128 and router.stats()["in_flight"] == 0
+    assert fleet.router.best((1, 2), 512) in fleet.names
     ranks = router.rank((1, 2), 512)
     assert sorted(itertools.chain(*ranks)) == sorted(fleet.names)
     router.dead("replica-0")

@@ -26,6 +26,8 @@ class Router(Protocol):
         self, chain: Sequence[int], prompt_bytes: int, candidates: Collection[str] | None = None
     ) -> list[list[str]]: ...
 
+    def best(self, chain: Sequence[int], prompt_bytes: int) -> str | None: ...
+
     def routed(self, request_id: str, replica: str, chain: Sequence[int], prompt_bytes: int) -> None: ...
 
     def first_token(self, request_id: str) -> None: ...
@@ -68,6 +70,9 @@ class _Compared:
             return []
         first = self._choose(chain, prompt_bytes, eligible)
         return [rank for rank in (first, [each for each in eligible if each not in first]) if rank]
+
+    def best(self, chain: Sequence[int], prompt_bytes: int) -> str | None:
+        return self._choose(chain, prompt_bytes, self._names)[0] if self._names else None
 
     def _choose(self, chain: Sequence[int], prompt_bytes: int, eligible: list[str]) -> list[str]:
         raise NotImplementedError

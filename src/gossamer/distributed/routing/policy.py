@@ -137,13 +137,22 @@ class PrefixRouter:
         Returns:
             Lists without common members that together hold each candidate once; [] without candidates.
         """
-        eligible = self._names if candidates is None else [each for each in candidates if each in self._speeds]
-        eligible = list(dict.fromkeys(eligible))
+        eligible = self._eligible(candidates)
         ranked = self._ranked(chain, _number(prompt_bytes), eligible) if eligible else []
         chosen = set(ranked)
         others = [each for each in eligible if each not in chosen]
         unknown = [] if candidates is None else [each for each in dict.fromkeys(candidates) if each not in self._speeds]
         return [[each] for each in ranked] + [rank for rank in (others, unknown) if rank]
+
+    def best(self, chain: Sequence[int], prompt_bytes: int) -> str | None:
+        """What :meth:`rank` puts first among all replicas, without the rest; ``None`` if there are none."""
+        return self._ranked(chain, _number(prompt_bytes), self._names)[0] if self._names else None
+
+    def _eligible(self, candidates: Collection[str] | None) -> list[str]:
+        """Those that are known, each once."""
+        if candidates is None:
+            return self._names
+        return [each for each in dict.fromkeys(candidates) if each in self._speeds]
 
     def _ranked(self, chain: Sequence[int], prompt_bytes: float, eligible: list[str]) -> list[str]:
         """Candidates within the bound, the best first, then those beyond it."""

@@ -72,7 +72,7 @@ class Outcome:
             requests of one token.
         seconds: from the first of these arrivals to the last end.
         requests_by_replica: these requests.
-        busy_by_replica: seconds in which a replica computed, of the whole run.
+        busy_by_replica: seconds in which a replica computed, of the whole run, which took ``whole_seconds``.
         peak_tokens: the most that any replica held; ``evicted_tokens``, ``preemptions``, ``steps``, ``events``: of the
             whole run and all replicas.
         router_stats: of the first ingress.
@@ -90,6 +90,7 @@ class Outcome:
     seconds: float = 0.0
     requests_by_replica: list[int] = field(default_factory=list)
     busy_by_replica: list[float] = field(default_factory=list)
+    whole_seconds: float = 0.0
     peak_tokens: int = 0
     evicted_tokens: int = 0
     preemptions: int = 0
@@ -173,6 +174,7 @@ class _Cluster:
         self.number = 0
         self.began: float | None = None
         self.unfinished = 0
+        self.last_end = 0.0
         self.waiting: dict[str, list[TraceRequest]] = {}  # by the id of the request they come after
         self.ended: dict[str, float] | None = {} if trace.dependent else None
 
@@ -211,7 +213,8 @@ class _Cluster:
         self.unfinished += 1
 
     def _came(self, event: simpy.Event) -> None:
-        request, goes_on = event.value
+        arrival: Any = event.value
+        request, goes_on = arrival
         self._arrive(request)
         if goes_on:
             self._next_arrival()
@@ -231,7 +234,8 @@ class _Cluster:
         # the routers count bytes: so many that a hash stands for BLOCK_BYTES of them
         size = request.prompt_tokens * BLOCK_BYTES // block
         router = self.routers[0] if len(self.routers) == 1 else self.random.choice(self.routers)
-        replica = router.rank(chain, size)[0][0]
+        replica = router.best(chain, size)
+        assert replica is not None
         flight = _InFlight(request, number, f"{number}", self.env.now, router, self.index[replica])
         router.routed(flight.id, replica, chain, size)
         text = Text(request.chain, block, request.prompt_tokens + request.output_tokens)
@@ -249,7 +253,7 @@ class _Cluster:
     def _end(self, sequence: Sequence) -> None:
         flight: _InFlight = sequence.request  # type: ignore[assignment]
         request, now = flight.request, self.env.now
-        self.unfinished -= 1
+        self.unfinished, self.last_end = self.unfinished - 1, now
         if sequence.first_token:
             flight.router.completed(flight.id, prompt_tokens=request.prompt_tokens, cached_tokens=sequence.cached)
         else:
@@ -298,6 +302,7 @@ class _Cluster:
     def _outcome(self) -> Outcome:
         outcome, engines = self.outcome, [replica.engine for replica in self.replicas]
         outcome.busy_by_replica = [replica.busy_seconds for replica in self.replicas]
+        outcome.whole_seconds = self.last_end
         outcome.peak_tokens = max(engine.budget.peak for engine in engines)
         outcome.evicted_tokens = sum(engine.tree.evicted_tokens for engine in engines)
         outcome.preemptions = sum(engine.preemptions for engine in engines)

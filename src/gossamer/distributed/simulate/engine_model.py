@@ -98,6 +98,7 @@ class EngineModel:
         self.failed: list[Sequence] = []
         self.preemptions = 0
         self.steps = 0
+        self.computed_tokens = 0
         self._number = 0
         self._tokens_left = 0
         self._refused_at = (0, 0)
@@ -178,6 +179,7 @@ class EngineModel:
         for work in works:
             sequence, count = work.sequence, work.count * repeats
             sequence.computed += count
+            self.computed_tokens += count
             if work.node is not None:
                 work.node.computed = max(work.node.computed, min(work.node.computed + work.count, len(work.node)))
                 continue

@@ -14,6 +14,7 @@ from gossamer.distributed.simulate.trace import Trace, TraceRequest
 from gossamer.errors import ConfigurationError
 
 _MASK = (1 << 64) - 1
+ODD = 0x9E3779B97F4A7C15  # its multiples differ modulo 2^64
 
 
 def key_of(*numbers: int) -> int:
@@ -71,13 +72,15 @@ def zipf_trace(
     class Requests:
         def __iter__(self) -> Iterator[TraceRequest]:
             rng, now = np.random.default_rng(seed), 0.0
+            heads = [key_of(i) for i in range(common)]
             for start in range(0, requests, 65536):
                 count = min(65536, requests - start)
                 waits = rng.exponential(1 / rate, count).tolist()
                 drawn = np.searchsorted(cumulative, rng.random(count), side="right").clip(max=prefixes - 1).tolist()
                 for number, (wait, prefix) in enumerate(zip(waits, drawn, strict=True), start=start):
                     now += wait
-                    chain = tuple(key_of(i) if i < common else key_of(prefix, i, 1) for i in range(blocks))
+                    own = key_of(prefix, 1)
+                    chain = (*heads, *[(own + i * ODD) & _MASK for i in range(common, blocks)])
                     yield TraceRequest(now, chain, prefix_tokens + suffix_tokens, output_tokens, str(number))
 
     return Trace(Requests(), block, prefix_tokens + suffix_tokens + output_tokens)

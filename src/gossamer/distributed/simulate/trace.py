@@ -30,6 +30,7 @@ from gossamer.errors import ConfigurationError
 
 FORMAT = "gossamer-trace-1"
 REQUIRED = ("t", "chain", "prompt_tokens", "output_tokens")
+MAX_SECONDS = 1e12
 OPTIONAL = ("id", "after", "prompt_bytes", "cached_tokens", "ttft", "replica")
 
 
@@ -145,7 +146,7 @@ def _request(values: dict[str, Any], where: str) -> TraceRequest:
             _count(values, name, where, least=least)
     for name in ("t", "ttft"):
         value = values.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_SECONDS:
             raise ConfigurationError(f"{where}: {name} must be seconds >= 0, got {value!r}")
     for name in ("id", "after", "replica"):
         if not isinstance(values.get(name), str | None):
