@@ -49,8 +49,8 @@ class Ranks(Protocol):
     def share(self, tensors: Mapping[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         """What process ``source`` has; the others give nothing."""
 
-    def mesh(self) -> Any:
-        """A ``torch.distributed.device_mesh.DeviceMesh`` of the processes."""
+    def mesh(self, device_type: str) -> Any:
+        """A ``torch.distributed.device_mesh.DeviceMesh`` of the processes, for tensors on such devices."""
 
 
 class Alone:
@@ -76,7 +76,7 @@ class Alone:
     def share(self, tensors: Mapping[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         return dict(tensors or {})
 
-    def mesh(self) -> Any:
+    def mesh(self, device_type: str) -> Any:
         raise ConfigurationError("one process has no mesh")
 
 

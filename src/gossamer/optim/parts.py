@@ -135,7 +135,7 @@ class Parts:
         from torch.distributed.tensor import DTensor, Shard
 
         parameter: Any = self.params[place]
-        mesh = parameter.device_mesh if is_cut(parameter) else self.ranks.mesh()
+        mesh = parameter.device_mesh if is_cut(parameter) else self.ranks.mesh(history.device.type)
         shape = torch.Size([len(history), *self.whole(place)])
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(history, mesh, [Shard(1)], run_check=False, shape=shape, stride=strides)

@@ -339,4 +339,3 @@ class Pruner:
         except BaseException:
             self.masks = masks
             raise
-

@@ -202,9 +202,7 @@ def see_gradients(
             progress(first + senders, samples)
 
 
-def _by_weight(
-    gradient: Tensor, order: Sequence[str], targets: Mapping[str, Target]
-) -> Iterator[tuple[str, Tensor]]:
+def _by_weight(gradient: Tensor, order: Sequence[str], targets: Mapping[str, Target]) -> Iterator[tuple[str, Tensor]]:
     """Of one gradient what belongs to each weight, row by row of its matrix."""
     parts = gradient.split([targets[name].parameter.numel() for name in order])
     for name, part in zip(order, parts, strict=True):
@@ -254,9 +252,7 @@ class Forms(Mapping[str, Quadratic]):
         ConfigurationError: a weight was not used, or nothing but zeros was seen.
     """
 
-    def __init__(
-        self, statistics: Mapping[str, Statistic], seen: Mapping[str, Seen], relative_damping: float
-    ) -> None:
+    def __init__(self, statistics: Mapping[str, Statistic], seen: Mapping[str, Seen], relative_damping: float) -> None:
         if unseen := [name for name, each in seen.items() if not each.count]:
             raise ConfigurationError(
                 f"{unseen[0]} was not used with the calibration data, so that nothing is known of it: exclude it, or "

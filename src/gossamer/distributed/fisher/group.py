@@ -55,7 +55,7 @@ class Group:
         members = dist.get_process_group_ranks(processes or dist.group.WORLD)
         self._lost: str | None = None
         self._told: GossamerError | None = None
-        self._mesh: DeviceMesh | None = None
+        self._meshes: dict[str, DeviceMesh] = {}
         try:
             if "gloo" in str(dist.get_backend_config(processes)):  # others cannot say who is missing
                 dist.monitored_barrier(processes, self._wait, wait_all_ranks=True)
@@ -125,11 +125,11 @@ class Group:
         """Whether all processes have this error."""
         return error is self._told
 
-    def mesh(self) -> DeviceMesh:
+    def mesh(self, device_type: str) -> DeviceMesh:
         """See :class:`~gossamer.operators.ranks.Ranks`."""
-        if self._mesh is None:
-            self._mesh = DeviceMesh.from_group(self.process_group, "cpu")
-        return self._mesh
+        if device_type not in self._meshes:
+            self._meshes[device_type] = DeviceMesh.from_group(self.process_group, device_type)
+        return self._meshes[device_type]
 
     def _frame(self, sums: Tensor, fault: GossamerError | None, agreed: str) -> None:
         """One sum of a fixed size; ``self._received`` is that of ``sums``."""
