@@ -222,5 +222,5 @@ def test_what_is_wrong_is_said_once(source: Path, tmp_path: Path) -> None:
 
 def test_only_pruning_is_for_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigurationError, match="several processes .* prune together, with --sparsity"):
+    with pytest.raises(ConfigurationError, match=r"several processes .* prune together, with --sparsity"):
         CliRunner().invoke(app, ["compress", "x", "-o", str(tmp_path / "out"), "--int8"], catch_exceptions=False)
