@@ -23,6 +23,7 @@ pytest.importorskip("ray")
 
 from gossamer import LLM, SamplingParams
 from gossamer.distributed.serving.deploying import Deployment
+from gossamer.distributed.simulate.trace import read_trace
 from gossamer.errors import ConfigurationError
 
 PORT = 18311
@@ -226,7 +227,7 @@ def test_metrics_tell_replicas_apart(served: Client) -> None:
 
 def test_the_trace_has_no_texts(served: Client) -> None:
     def lines() -> list[Any]:
-        return [json.loads(line) for line in served.trace.read_text().splitlines()]  # type: ignore[attr-defined]
+        return [json.loads(line) for line in served.trace.read_text().splitlines()[1:]]  # type: ignore[attr-defined]
 
     before = len(lines())
     for _ in range(2):
@@ -235,6 +236,7 @@ def test_the_trace_has_no_texts(served: Client) -> None:
     first, second = lines()[-2:]
     assert first["chain"] == second["chain"] and len(first["chain"]) == 2 and first["output_tokens"] == 3
     assert second["cached_tokens"] > 0 and "secret" not in json.dumps(lines())
+    assert read_trace(served.trace).block_tokens == 256  # type: ignore[attr-defined]  # one token per byte
 
 
 def test_nothing_is_computed_for_a_client_that_has_left(served: Client) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer.cli.bench_attention import attention
+from gossamer.cli.bench_deploy import deploy
 from gossamer.cli.bench_embed import embed
 from gossamer.cli.bench_fisher import fisher
 from gossamer.cli.bench_format import Isa, names, numbers, optional
@@ -106,6 +107,7 @@ bench_app.command()(fisher)
 bench_app.command()(kernel)
 bench_app.command()(serve)
 bench_app.command()(restart)
+bench_app.command()(deploy)
 bench_app.command()(embed)
 bench_app.command()(tools)
 bench_app.command()(speculate)

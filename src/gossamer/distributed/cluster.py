@@ -107,6 +107,7 @@ def check_room(count: int, *, cpus: float, memory: int, what: str) -> None:
 def local_cluster(*, cpus: int | None = None) -> Iterator[Any]:
     """A cluster of this machine alone, for as long as the block lasts; nothing of it listens beyond loopback."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what it tells is told better by commands
     # Ray takes loopback addresses for a mistake on Linux, unless this is set before it is imported.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     ray = require_ray()

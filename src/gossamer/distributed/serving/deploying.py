@@ -143,14 +143,17 @@ class Deployment:
 
     def wait(self) -> None:
         """Until SIGTERM or SIGINT; then what is running is finished, and everything ends."""
-        from ray import serve
-
         ended = threading.Event()
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, lambda number, frame: ended.set())
         ended.wait()
+        self.end()
+
+    def end(self) -> None:
+        """Finish what is running, and end."""
+        from ray import serve
+
         serve.delete(APPLICATION)
-        serve.shutdown()
 
 
 def _look_at_node(model: str, version: str, digest: str) -> str | None:

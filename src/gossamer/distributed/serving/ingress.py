@@ -62,7 +62,7 @@ class Ingress:
         self.hasher = ChainHasher(bytes.fromhex(settings.routing_key))
         self.fleet: Fleet = fleet_of(application)
         self.pins = Pins(self)
-        self.trace = RequestTrace(settings.trace) if settings.trace else None
+        self.trace = RequestTrace(settings.trace, self.options.model_names[0]) if settings.trace else None
         self.client = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0), auto_decompress=False
         )
@@ -212,19 +212,18 @@ class Lease:
     Attributes:
         id: what the request that has it says in a header.
         replica, address: whose it is, and where that is.
-        began: when, in seconds since 1970.
         usage: what the answer took, once the lease has ended.
+        first_token_at: when it began, in seconds of ``time.monotonic``.
     """
 
     def __init__(self, fleet: Fleet, id: str, replica: str, address: str) -> None:
         self.id, self.replica, self.address = id, replica, address
         self.usage: dict[str, Any] | None = None
-        self.began = time.time()
+        self.first_token_at: float | None = None
         self._fleet = fleet
-        self._begun = False
 
     def first_token(self) -> None:
         """The answer has begun."""
-        if not self._begun:
-            self._begun = True
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
             self._fleet.first_token(self.id)

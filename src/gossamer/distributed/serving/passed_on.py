@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import aiohttp
@@ -46,8 +47,11 @@ class PassedOn(Response):
         self._begun = self._streamed = False
         self._told = 0  # events that the client has had
         self._lost: list[str] = []  # replicas that did not answer
+        self._lease: Lease | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        trace = self._ingress.trace if self._prompt.generates else None
+        came, asked = (0.0 if trace is None else trace.begin()), time.monotonic()
         try:
             await while_connected(receive, self._send(send), self._ingress.options.request_timeout)
         except Disconnected:
@@ -61,6 +65,24 @@ class PassedOn(Response):
                 await send({"type": "http.response.body", "body": last, "more_body": False})
             else:
                 raise  # the connection breaks, as the replica's has
+        finally:
+            if trace is not None:
+                trace.end(came, self._traced(asked))
+
+    def _traced(self, asked: float) -> dict[str, Any] | None:
+        """What a trace has of the request; nothing if it was not answered."""
+        lease = self._lease
+        if lease is None or not lease.usage or not lease.usage["completion_tokens"]:
+            return None
+        return {
+            "chain": [f"{each:016x}" for each in self._prompt.chain],
+            "prompt_bytes": self._prompt.size,
+            "prompt_tokens": lease.usage["prompt_tokens"],
+            "cached_tokens": lease.usage["prompt_tokens_details"]["cached_tokens"],
+            "output_tokens": lease.usage["completion_tokens"],
+            "ttft": round((lease.first_token_at or asked) - asked, 4),
+            "replica": lease.replica,
+        }
 
     async def _send(self, send: Send) -> None:
         for attempt in range(1, ATTEMPTS + 1):
@@ -80,6 +102,7 @@ class PassedOn(Response):
         """
         request = self._request
         async with self._ingress.lease(self._prompt, tuple(self._lost)) as lease:
+            self._lease = lease
             headers = headers_for(request, self._ingress.settings.key)
             headers[leases.HEADER] = lease.id
             headers["x-gossamer-draw"] = str(draw_of(request.scope["gossamer.request_id"]))
@@ -98,8 +121,6 @@ class PassedOn(Response):
             except Elsewhere:
                 self._lost.append(lease.replica)
                 raise
-        if self._ingress.trace is not None and self._prompt.generates and lease.usage is not None:
-            self._ingress.trace.write(self._prompt, lease)
         # Only now: with the end of the answer the client counts as gone.
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

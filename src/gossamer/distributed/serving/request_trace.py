@@ -1,47 +1,49 @@
-"""A line per answered request, without texts: what ``gossamer simulate`` replays."""
+"""A line per answered request, without texts, in the form of :mod:`gossamer.distributed.simulate.trace`."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from gossamer.distributed.routing.chain import BLOCK_BYTES
-from gossamer.distributed.serving.prompts import RoutedPrompt
+from gossamer.distributed.simulate.trace import FORMAT
 from gossamer.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from gossamer.distributed.serving.ingress import Lease
 
 
 class RequestTrace:
-    """Appends to a file; every line reaches the operating system at once.
+    """Appends to a file, in the order in which requests came: a line waits for those of requests that came earlier.
 
     Args:
-        path: of the file; it is made, or goes on.
+        path: of the file; it is made anew.
+        model: that the requests are for.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, model: str) -> None:
         try:
-            self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  for the server's life
+            self._file = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  for the server's life
         except OSError as error:
             raise ConfigurationError(f"cannot write the trace {path}: {error.strerror}") from None
+        self._file.write(json.dumps({"format": FORMAT, "model": model}) + "\n")
+        self._start = time.monotonic()
+        self._open: set[float] = set()  # when requests came that have not ended
+        self._ended: list[tuple[float, str]] = []
 
-    def write(self, prompt: RoutedPrompt, lease: Lease) -> None:
-        """A request that has been answered."""
-        usage = lease.usage or {}
-        line = {
-            "t": round(lease.began, 4),
-            "chain": [f"{each:016x}" for each in prompt.chain],
-            "block_tokens": round(BLOCK_BYTES * usage["prompt_tokens"] / max(prompt.size, 1), 2),
-            "prompt_tokens": usage["prompt_tokens"],
-            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-            "output_tokens": usage["completion_tokens"],
-            "seconds": round(time.time() - lease.began, 4),
-            "replica": lease.replica,
-        }
-        self._file.write(json.dumps(line) + "\n")
+    def begin(self) -> float:
+        """A request has come. Returns when, in seconds since the start; what :meth:`end` is to be told."""
+        now = time.monotonic() - self._start
+        self._open.add(now)
+        return now
+
+    def end(self, came: float, line: dict[str, Any] | None) -> None:
+        """It has ended; ``line`` is what to write of it, if anything."""
+        self._open.discard(came)
+        if line is not None:
+            heapq.heappush(self._ended, (came, json.dumps({"t": round(came, 4)} | line)))
+        earliest = min(self._open, default=float("inf"))
+        while self._ended and self._ended[0][0] < earliest:
+            self._file.write(heapq.heappop(self._ended)[1] + "\n")

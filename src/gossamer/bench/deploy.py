@@ -1,0 +1,247 @@
+"""Measures a deployment of two replicas: what its router saves, what Ray costs, and how long it takes to recover.
+
+Everything is started here and ends here: a Ray cluster of this machine for each contestant, so that none finds what
+another has left.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer.bench.fleet_load import Answered, Load, drive
+from gossamer.bench.machine import describe
+from gossamer.bench.server_process import ServerProcess, free_port
+from gossamer.errors import ConfigurationError
+
+Progress = Callable[[str], None]
+ROUTERS = ("prefix", "round-robin", "ray")
+READY_SECONDS = 600.0
+RUNNING_SEQUENCES = 16  # that memory is left for beside the prefixes, where memory is scarce
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is deployed.
+
+    Attributes:
+        model, quantization, threads, max_num_seqs: of each replica.
+        replicas: how many.
+        memory: of each, for keys and values.
+    """
+
+    model: str
+    quantization: str | None = "int8"
+    threads: int = 1
+    replicas: int = 2
+    max_num_seqs: int = 32
+    memory: str = "1GB"
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Options of :class:`gossamer.LLM`."""
+        quantization = {} if self.quantization is None else {"quantization": self.quantization}
+        return {"memory": self.memory, "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": 256} | quantization
+
+
+@contextmanager
+def deployed(setting: Setting, router: str, *, ingresses: int = 1) -> Iterator[str]:
+    """A deployment of its own. Its address."""
+    from gossamer.distributed.cluster import local_cluster
+    from gossamer.distributed.serving.deploying import Deployment
+
+    deployment = Deployment.of(
+        setting.model,
+        engine=setting.engine,
+        server={"model_names": ("model",), "drain_timeout": 10.0},
+        replicas=setting.replicas,
+        threads=setting.threads,
+        ingresses=ingresses,
+        host="127.0.0.1",
+        port=free_port(),
+        router=router,
+    )
+    with local_cluster(cpus=setting.replicas * setting.threads):
+        yield deployment.start()
+        deployment.end()
+
+
+def bench_routing(
+    setting: Setting, load: Load, *, routers: tuple[str, ...], concurrency: int, scarce: int | None, progress: Progress
+) -> dict[str, Any]:
+    """Prompt tokens that are computed, for each router.
+
+    Args:
+        setting, load: what is asked of what.
+        routers: names of :data:`~gossamer.distributed.serving.settings.Router`.
+        concurrency: requests at once.
+        scarce: prefixes that the memory of a replica holds; ``None`` takes the setting's.
+        progress: told what is being done.
+    """
+    tokenizer, bytes_per_token = _of_model(setting)
+    load.prepare(tokenizer, "model")
+    if scarce is not None:
+        tokens = scarce * load.prefix + RUNNING_SEQUENCES * (load.suffix + load.new + 64)
+        setting = Setting(**(vars(setting) | {"memory": str(tokens * bytes_per_token)}))
+    rows = []
+    for router in routers:
+        progress(f"{router}: starting {setting.replicas} replicas")
+        with deployed(setting, router) as url:
+            progress(f"{router}: {len(load.bodies)} requests")
+            answers, seconds = drive([url], load.bodies, concurrency)
+        rows.append({"router": router} | _summary(answers, seconds))
+    own_tail = max(a.usage["prompt_tokens"] for a in answers if a.usage) - load.prefix
+    ideal = load.groups * load.prefix + load.groups * load.each * own_tail
+    return {
+        "kind": "routing",
+        "machine": describe(),
+        "setting": vars(setting),
+        "load": {name: value for name, value in vars(load).items() if name != "bodies"},
+        "concurrency": concurrency,
+        "scarce": scarce,
+        "ideal": ideal,
+        "results": rows,
+    }
+
+
+def bench_overhead(
+    setting: Setting, load: Load, *, concurrency: int, rounds: int, progress: Progress
+) -> dict[str, Any]:
+    """Streamed tokens per second through a deployment, and from as many plain servers behind the same clients."""
+    tokenizer, _ = _of_model(setting)
+    load.prepare(tokenizer, "model")
+    measured: dict[str, list[dict[str, Any]]] = {"plain servers": [], "deployment": []}
+    for number in range(rounds):
+        progress(f"round {number + 1} of {rounds}: plain servers")
+        with plain_servers(setting) as urls:
+            drive(urls, load.bodies[: 2 * len(urls)], 2 * len(urls))
+            measured["plain servers"].append(_summary(*drive(urls, load.bodies, concurrency)))
+        progress(f"round {number + 1} of {rounds}: deployment")
+        with deployed(setting, "prefix") as url:
+            drive([url], load.bodies[:4], 4)
+            measured["deployment"].append(_summary(*drive([url], load.bodies, concurrency)))
+    rows = [
+        {
+            "what": what,
+            "tokens_per_second": statistics.median(each["tokens_per_second"] for each in rounds_),
+            "rounds": [each["tokens_per_second"] for each in rounds_],
+            "ttft_p50": statistics.median(each["ttft_p50"] for each in rounds_),
+            "errors": sum(each["errors"] for each in rounds_),
+        }
+        for what, rounds_ in measured.items()
+    ]
+    return {
+        "kind": "overhead",
+        "machine": describe(),
+        "setting": vars(setting),
+        "concurrency": concurrency,
+        "ratio": rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"],
+        "results": rows,
+    }
+
+
+def bench_kills(setting: Setting, load: Load, *, kills: int, concurrency: int, progress: Progress) -> dict[str, Any]:
+    """What becomes of requests while processes are killed, in turn a replica and the ingress."""
+    tokenizer, _ = _of_model(setting)
+    load.prepare(tokenizer, "model")
+    recovered: list[dict[str, Any]] = []
+    answers: list[Answered] = []
+    with deployed(setting, "prefix") as url, ThreadPoolExecutor(1) as pool:
+        alone, _ = drive([url], load.bodies[:1], 1)
+        for number in range(kills):
+            what = "engine" if number % 4 != 3 else "ingress"
+            bodies = load.bodies[number * concurrency % len(load.bodies) :][:concurrency]
+            running = pool.submit(drive, [url], bodies * 2, concurrency)
+            time.sleep(random.Random(number).uniform(0.3, 2.0))
+            before = _processes(what)
+            killed, start = random.Random(number).choice(sorted(before)), time.perf_counter()
+            os.kill(killed, signal.SIGKILL)
+            answers += running.result()[0]
+            while len(_processes(what) - {killed}) < len(before) or not _healthy(url, setting.replicas):
+                if time.perf_counter() - start > READY_SECONDS:
+                    raise ConfigurationError(f"the {what} that was killed has not been replaced")
+                time.sleep(0.05)
+            recovered.append({"killed": what, "seconds": time.perf_counter() - start})
+            progress(f"kill {number + 1} of {kills}: {what}, whole again after {recovered[-1]['seconds']:.1f} s")
+    outcomes = Counter("answered" if each.error is None else each.error for each in answers)
+    return {
+        "kind": "kills",
+        "machine": describe(),
+        "setting": vars(setting),
+        "requests": len(answers),
+        "outcomes": dict(outcomes),
+        "without_end": sum(each.error is None and each.usage is None for each in answers),
+        "recovered": recovered,
+        "answered_before": len(alone),
+    }
+
+
+def _processes(deployment: str) -> set[int]:
+    """Those of a deployment, which Ray names so."""
+    import psutil
+
+    name = f"ray::ServeReplica:gossamer:{deployment}"
+    return {each.pid for each in psutil.process_iter(["cmdline"]) if name in " ".join(each.info["cmdline"] or [])}
+
+
+def _healthy(url: str, replicas: int) -> bool:
+    import json
+
+    from gossamer.bench.server_process import get
+
+    response = get(url, "/health")
+    return response is not None and response.status == 200 and json.loads(response.body)["replicas"] == replicas
+
+
+@contextmanager
+def plain_servers(setting: Setting) -> Iterator[list[str]]:
+    """As many servers as replicas, each alone. Their addresses."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in setting.engine.items()]
+    command = [sys.executable, "-m", "gossamer.cli", "serve", setting.model, "--port", "0", *options]
+    command += ["--threads", str(setting.threads), "--served-model-name", "model"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads)}
+    servers = []
+    try:
+        for _ in range(setting.replicas):
+            servers.append(ServerProcess("gossamer serve", command, environment))
+        for each in servers:
+            each.wait_ready("/health", READY_SECONDS)
+        yield [each.url for each in servers]
+    finally:
+        for each in servers:
+            each.stop()
+
+
+def _summary(answers: list[Answered], seconds: float) -> dict[str, Any]:
+    good = [each for each in answers if each.error is None and each.usage is not None]
+    if not good:
+        raise ConfigurationError(f"no request was answered: {answers[0].error if answers else 'there was none'}")
+    ttfts = sorted(each.ttft or 0.0 for each in good)
+    generated = sum(each.usage["completion_tokens"] for each in good if each.usage)
+    return {
+        "computed": sum(each.computed for each in good),
+        "prompt_tokens": sum(each.usage["prompt_tokens"] for each in good if each.usage),
+        "seconds": seconds,
+        "tokens_per_second": generated / seconds,
+        "ttft_p50": statistics.median(ttfts),
+        "ttft_p95": ttfts[int(0.95 * (len(ttfts) - 1))],
+        "errors": len(answers) - len(good),
+    }
+
+
+def _of_model(setting: Setting) -> tuple[Any, int]:
+    """Its tokenizer, and the bytes of keys and values of a token."""
+    from gossamer import LLM
+
+    with LLM(setting.model, **setting.engine) as llm:
+        return llm.tokenizer, llm.engine.tree.layout.bytes_per_token
