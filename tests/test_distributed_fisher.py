@@ -45,6 +45,7 @@ def operators() -> None:
     for number, (m, d, kind) in enumerate([(9, 23, "normal"), (6, 50, "low rank"), (8, 31, "duplicates"), (4, 2, "")]):
         check_static(group, gradients(m, d, kind, number))
     check_window(group)
+    check_models(group)
     check_refusals(group)
 
 
@@ -61,7 +62,7 @@ def check_conditions(group: Group) -> None:
 def check_static(group: Group, rows: Tensor) -> None:
     """Every method against the dense matrix in fp64, and the same bits at each try."""
     d = rows.shape[1]
-    columns = own_columns(d, group)
+    columns = own_columns(d, group.rank, group.size)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(d, 3, generator=generator, dtype=torch.float64)
     keep = torch.rand(d, generator=generator) > 0.4
@@ -111,7 +112,7 @@ def check_window(group: Group) -> None:
     """The last gradients against the dense matrix, past the point where old ones are replaced."""
     d, m = 41, 4
     rows = gradients(7, d, "normal", 3)
-    columns = own_columns(d, group)
+    columns = own_columns(d, group.rank, group.size)
     runs = []
     for _ in range(2):
         fisher = SlidingFisher([(columns.stop - columns.start,)], m, 0.05, ranks=group)
@@ -131,6 +132,28 @@ def check_window(group: Group) -> None:
         assert error(fisher.mv(x[columns]), wanted) < 1e-5
         runs.append(solution)
     assert torch.equal(*runs) and everywhere(group, runs[0])
+
+
+def check_models(group: Group) -> None:
+    """Gradients that the processes share out, more than there are samples and fewer than there are processes."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(size, 4), torch.randint(3, (size,))) for size in (2, 1, 3)]
+    for m, per_sample in ((5, True), (8, True), (1, True), (4, False)):
+        found = InverseFisher.from_model(
+            model, nn.functional.cross_entropy, data, m, per_sample=per_sample, damping=0.1, ranks=group
+        )
+        one = InverseFisher.from_model(
+            model, nn.functional.cross_entropy, data, m, per_sample=per_sample, damping=0.1, solver="dual"
+        )
+        assert (found.m, found.total) == (m, one.d)
+        columns = own_columns(one.d, group.rank, group.size)
+        assert torch.allclose(found.diag(), one.diag()[columns], rtol=1e-6)
+        assert found.logdet() == pytest.approx(one.logdet(), rel=1e-8)
+    bad = [(x.clone(), y) for x, y in data]
+    bad[0][0][1] = torch.nan
+    with pytest.raises(ConfigurationError, match=r"^process 1: the gradient of 0.weight has NaN"):
+        InverseFisher.from_model(model, nn.functional.cross_entropy, bad, 4, damping=0.1, ranks=group)
 
 
 def check_refusals(group: Group) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 from gossamer.errors import ConfigurationError
 from gossamer.operators.batches import as_tree, run_batch, samples_of
 from gossamer.operators.drawn_targets import TargetDrawing
+from gossamer.operators.ranks import Ranks, own_columns, together
 
 Parameters = str | Iterable[str]
 
@@ -108,6 +110,60 @@ def gradients_of(
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def shared_gradients(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    m: int,
+    ranks: Ranks,
+    *,
+    per_sample: bool = True,
+    **settings: Any,
+) -> Iterator[Tensor | None]:
+    """The same gradients by several processes, in rounds: gradient W k + r of all is process r's in round k.
+
+    Args:
+        model, loss_fn, loader, m, per_sample, settings: as for :func:`gradients_of`, the same in each process; what m
+            gradients need of the loader is kept. Samples are computed one by one.
+        ranks: the processes.
+
+    Yields:
+        This process's gradient; ``None`` in the last round, if there are none left for it.
+
+    Raises:
+        GossamerError: in all processes, what one of them met.
+    """
+    with together(ranks, "reading data"):
+        pieces = chain.from_iterable(samples_of(batch) for batch in loader) if per_sample else iter(loader)
+        known = list(islice(pieces, m))
+        if not known:
+            raise ConfigurationError("the loader gave no batch")
+        own = [known[number % len(known)] for number in range(ranks.rank, m, ranks.size)]
+    gradients = gradients_of(model, loss_fn, own, max(len(own), 1), per_sample=False, **settings)
+    for first in range(0, m, ranks.size):
+        with together(ranks, "computing a gradient"):
+            gradient = next(gradients) if first + ranks.rank < m else None
+        yield gradient
+
+
+def cut_gradients(gradients: Iterable[Tensor | None], m: int, ranks: Ranks) -> Iterator[Tensor]:
+    """Of m gradients that :func:`shared_gradients` gives, in order, the columns that this process keeps."""
+    sizes: list[int] = []
+    for number, gradient in enumerate(gradients):
+        senders = min(ranks.size, m - number * ranks.size)
+        if not sizes:
+            d = (
+                int(ranks.add(torch.tensor([0.0 if gradient is None else len(gradient)], dtype=torch.float64)))
+                // senders
+            )
+            cuts = [own_columns(d, rank, ranks.size) for rank in range(ranks.size)]
+            sizes = [cut.stop - cut.start for cut in cuts]
+        sending = torch.empty(0) if gradient is None else gradient
+        sent = [0] * ranks.size if gradient is None else sizes
+        received = [sizes[ranks.rank] * (rank < senders) for rank in range(ranks.size)]
+        yield from ranks.exchange(sending, sent, received).split([sizes[ranks.rank]] * senders)
 
 
 def _gradient(

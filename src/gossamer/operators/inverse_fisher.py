@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.fisher_gradients import Parameters, gradients_of
+from gossamer.operators.fisher_gradients import Parameters, cut_gradients, gradients_of, shared_gradients
 from gossamer.operators.fisher_plan import Solver as SolverChoice
 from gossamer.operators.fisher_plan import Structure, check_memory, plan_fisher
 from gossamer.operators.fisher_solvers import BlockDual, FisherBlocks, FullDual, Primal, Solver
@@ -228,6 +228,7 @@ class InverseFisher:
         dtype: torch.dtype = torch.float32,
         streaming: bool = False,
         vectorize: bool = False,
+        ranks: Ranks = ALONE,
         **settings: Any,
     ) -> InverseFisher:
         """Of the gradients of a model at its data; see :func:`~gossamer.operators.fisher_gradients.gradients_of`.
@@ -236,11 +237,17 @@ class InverseFisher:
             model, loss_fn, loader, m, per_sample, fisher, params, vectorize: as there.
             dtype: of the stored gradients.
             streaming: sum up blocks of ``block_size`` gradient by gradient, and store none.
+            ranks: processes with the same model and data, which each compute some of the gradients and keep some of the
+                columns, r d / W up to (r + 1) d / W. Targets that are drawn are drawn by each with its own generator.
             settings: as for :class:`InverseFisher`.
         """
-        gradients = gradients_of(
-            model, loss_fn, loader, m, per_sample=per_sample, fisher=fisher, params=params, vectorize=vectorize
-        )
+        kinds: dict[str, Any] = {"per_sample": per_sample, "fisher": fisher, "params": params}
+        if ranks.size > 1 and streaming:
+            raise ConfigurationError("blocks have nothing in common: let each process sum up its own")
+        if ranks.size > 1:
+            gradients = cut_gradients(shared_gradients(model, loss_fn, loader, m, ranks, **kinds), m, ranks)
+        else:
+            gradients = gradients_of(model, loss_fn, loader, m, vectorize=vectorize, **kinds)
         first = next(gradients)
         sink: GradientStore | FisherBlocks
         if streaming:
@@ -251,7 +258,7 @@ class InverseFisher:
             sink = FisherBlocks(first.numel(), settings["block_size"], device=first.device)
             add: Callable[[Tensor], Any] = sink.add
         else:
-            sink = GradientStore(m, first.numel(), dtype, device=first.device)
+            sink = GradientStore(m, first.numel(), dtype, device=first.device, ranks=ranks)
             add = sink.append
         add(first)
         for gradient in gradients:

@@ -83,13 +83,13 @@ class Alone:
 ALONE = Alone()
 
 
-def own_columns(d: int, ranks: Ranks) -> slice:
-    """Which of d columns this process keeps: r d / W up to (r + 1) d / W.
+def own_columns(d: int, rank: int, size: int) -> slice:
+    """Which of d columns process ``rank`` of ``size`` keeps: r d / W up to (r + 1) d / W.
 
-    >>> own_columns(10, ALONE)
-    slice(0, 10, None)
+    >>> [own_columns(10, rank, 3) for rank in range(3)]
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
     """
-    return slice(ranks.rank * d // ranks.size, (ranks.rank + 1) * d // ranks.size)
+    return slice(rank * d // size, (rank + 1) * d // size)
 
 
 def from_first(ranks: Ranks, make: Callable[[], Tensor], length: int, agreed: str = "") -> Tensor:

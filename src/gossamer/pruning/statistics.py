@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.operators.batches import run_batch, samples_of, size_of
-from gossamer.operators.fisher_gradients import gradients_of
+from gossamer.operators.batches import run_batch, size_of
+from gossamer.operators.fisher_gradients import gradients_of, shared_gradients
 from gossamer.operators.ranks import ALONE, Ranks, together
 from gossamer.pruning.curvature import Curvature, InputStatistic, Statistic
 from gossamer.pruning.masks import trainable
@@ -187,14 +187,12 @@ def see_gradients(
                     statistics[name].add(part)
                 progress(done, samples)
             return
-        singles = [sample for batch in loader for sample in samples_of(batch)]
-        own = [singles[number % len(singles)] for number in range(ranks.rank, samples, ranks.size)]
-        gradients = gradients_of(model, loss_fn, own, len(own), params=order) if own else iter(())
         sizes = {name: targets[name].parameter.numel() for name in order}
-        for first in range(0, samples, ranks.size):
+        rounds = shared_gradients(model, loss_fn, loader, samples, ranks, params=order)
+        for number, shared in enumerate(rounds):
+            first = number * ranks.size
             senders = min(ranks.size, samples - first)
-            with together(ranks, "computing a gradient"):
-                made = dict(_by_weight(next(gradients), order, targets)) if ranks.rank < senders else {}
+            made = {} if shared is None else dict(_by_weight(shared, order, targets))
             received = _to_owners(made, sizes, senders, owners)
             with together(ranks, "adding a gradient"):
                 for name, part in received:

@@ -53,7 +53,7 @@ def correlated_gradients(m: int, d: int, noise: float, seed: int = 0) -> Tensor:
 def measure(ranks: Ranks, seed: int = 0) -> Iterator[Row]:
     """A row for each case; the whole matrix is computed by each process, and compared in all its columns."""
     x = torch.randn(_D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    columns = own_columns(_D, ranks)
+    columns = own_columns(_D, ranks.rank, ranks.size)
     for noise, damping in _CASES:
         gradients = correlated_gradients(_M, _D, noise, seed)
         own = gradients[:, columns].contiguous()
