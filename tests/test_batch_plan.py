@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from fake_llm import FakeLLM
 from gossamer.batch.input_file import BatchLine
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, refusal_record
+from gossamer.cli.app import app
 from gossamer.distributed.batch import grouping
 from gossamer.distributed.batch.attempts import MOST_ALONE, Attempts, Record, groups, histories
 from gossamer.distributed.batch.grouping import bounds, common, cuts, prompt_bytes, sort_key
+from gossamer.distributed.batch.job import RayBatch
 from gossamer.distributed.batch.job_directory import JobDirectory, complete_lines, read_json, write_json
 from gossamer.distributed.batch.merge import merge
 from gossamer.distributed.batch.ownership import Claim, OwnershipLost, Run, SeenClaim
-from gossamer.distributed.batch.part_runner import PartOutput
+from gossamer.distributed.batch.part_runner import ActorTask, PartOutput, PartRunner
 from gossamer.distributed.batch.plan import answer_options, check_same, make_plan, read_plan, read_rows, row_places
+from gossamer.distributed.batch.ray_job import _Watch
 from gossamer.distributed.batch.source import Source
 from gossamer.errors import CheckpointError, ConfigurationError, EngineError, OutputError
 from test_batch import chat, completion, write
@@ -336,6 +342,148 @@ def test_a_killed_command_is_not_held_against_its_rows(tmp_path: Path) -> None:
     assert histories(files, {1}, 9) == {}
     Attempts(job.attempts(0, 9), 9).begin(1)  # an actor dies, and another one of the same run takes the part
     assert histories([*files, job.attempts(0, 9)], {1}, 9) == {1: Record(1, 1, 1, 1)}
+
+
+# --- an actor, in this process ----------------------------------------------------------------------------------------
+
+
+class Drawing(FakeLLM):
+    """The fake engine, which draws nothing, and so has no use for what selects draws; it notes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        add, self.draws = self.engine.add_request, []
+
+        def add_request(*arguments: Any, draw: int, **options: Any) -> None:
+            self.draws.append(draw)
+            add(*arguments, **options)
+
+        self.engine.add_request = add_request  # type: ignore[method-assign]
+
+
+class Local(PartRunner):
+    llm: Any
+
+    def load(self) -> Any:
+        return Drawing()
+
+
+class Broken(PartRunner):
+    def load(self) -> Any:
+        raise ConfigurationError("this model cannot be loaded")
+
+
+def actor(job: JobDirectory, run: int, kind: type[PartRunner] = Local) -> Callable[[int], dict[str, Any]]:
+    runner = kind(ActorTask(str(job.path), run, "fake", "fake"))
+    return lambda part: json.loads(runner({"part": [part]})["report"][0])
+
+
+def test_an_actor_answers_its_part_and_goes_on_where_another_one_stopped(tmp_path: Path, monkeypatch: Any) -> None:
+    job, _ = planned(tmp_path, *(completion(name, name) for name in "abcde"), completion("f", "FAIL"))
+    run = Run(job.path)
+    real_write, calls = os.write, []
+
+    def filling(handle: int, data: bytes) -> int:
+        calls.append(data)
+        if b"batch_req" in data and sum(b"batch_req" in each for each in calls) > 3:
+            raise OSError(28, "No space left on device")
+        return real_write(handle, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", filling)
+        report = actor(job, run.number)(0)
+    kind, message = report["error"]
+    assert kind == "OutputError" and "No space left" in message and "--resume" in message
+    kept = {json.loads(each)["custom_id"] for each in complete_lines(job.answer_files(0)[-1])}
+    assert len(kept) == 3
+    report = actor(job, run.number)(0)
+    assert (report["answered"], report["failed"], report["error"]) == (5, 1, None)
+    assert report["failures"][0][0] == 6
+    begun = job.attempts(0, 2).read_text().splitlines()[1:-1]
+    assert len(begun) == 3 and not {"abcdef"[int(each) - 1] for each in begun} & kept
+    assert read_json(job.done(0))["answered"] == 5 and not job.progress(0).exists()
+    run.close()
+    with Run(job.path):  # another command has begun
+        assert actor(job, run.number)(0)["error"][0] == "OwnershipLost"
+
+
+def test_an_error_of_an_actor_is_told_and_not_raised(tmp_path: Path) -> None:
+    job, _ = planned(tmp_path, completion("a"))
+    with Run(job.path) as run:
+        assert actor(job, run.number, Broken)(0)["error"] == ["ConfigurationError", "this model cannot be loaded"]
+        assert actor(job, run.number)(7)["error"][0] == "EngineError"  # there is no such part
+        watch = _Watch(job, run, 1, lambda _: None)
+        watch.look()
+        for _ in range(3):  # no process is left to say that it was done
+            PartRunner._note_load(Local(ActorTask(str(job.path), run.number, "", "")), "begun")
+        watch._beaten = 0.0
+        watch.look()  # each was done once
+        for _ in range(4):
+            with job.loads.open("a") as file:
+                file.write(json.dumps([run.number, "begun"]) + "\n")
+        watch._beaten = 0.0
+        with pytest.raises(EngineError, match="died while they loaded the model"):
+            watch.look()
+
+
+def test_a_process_that_hangs_ends_itself(tmp_path: Path) -> None:
+    job, _ = planned(tmp_path, completion("a"))
+    run = Run(job.path)
+    code = (
+        "import sys, time; from gossamer.distributed.batch import part_runner as module\n"
+        "module.STUCK_SECONDS = 0.2\n"
+        "class Stuck(module.PartRunner):\n"
+        "    def load(self): return None\n"
+        "    def _answer_group(self, *_): time.sleep(60)\n"
+        "runner = Stuck(module.ActorTask(sys.argv[1], int(sys.argv[2]), '', ''))\n"
+        "time.sleep(0.5); runner({'part': [0]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(job.path), str(run.number)], check=False, timeout=60)
+    assert done.returncode == 70
+    run.close()
+
+
+def test_what_can_be_seen_without_a_cluster_is_refused_before_there_is_one(tmp_path: Path, monkeypatch: Any) -> None:
+    source = write(tmp_path / "in.jsonl", completion("a"))
+
+    def batch(**changes: Any) -> RayBatch:
+        return RayBatch("model", **{"input": source, "output": tmp_path / "out", "address": "local"} | changes)
+
+    assert batch().output_file == tmp_path / "out" / "answers.jsonl"
+    assert batch(format="parquet").output_file == tmp_path / "out" / "answers.parquet"
+    assert batch(output=tmp_path / "a.parquet").output_format == "parquet"
+    for changes, message in (
+        ({"input": tmp_path / "nowhere"}, "not there"),
+        ({"output": tmp_path / "no" / "where" / "a"}, "does not exist"),
+        ({"output": source, "overwrite": True}, "both input and output"),
+        ({"resume": True, "overwrite": True}, "one of them"),
+        ({"format": "csv"}, "jsonl or parquet"),
+        ({"options": {"memory": "much"}}, "much"),
+        ({"default_max_tokens": 0}, "max_tokens must be at least 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            batch(**changes)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "answers.jsonl").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"--resume .* --overwrite"):
+        batch()
+    with pytest.raises(ConfigurationError, match="nothing to go on from"):
+        batch(resume=True)
+    (tmp_path / "out" / "answers.jsonl.parts").mkdir()
+    (tmp_path / "out" / "answers.jsonl.parts" / "notes").write_text("mine")
+    with pytest.raises(ConfigurationError, match="not the directory of a batch"):
+        batch(overwrite=True)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'gossamer\[ray\]'"):
+        batch()
+
+
+@pytest.mark.parametrize("flag", ["--actors=2", "--format=parquet", "--insecure"])
+def test_flags_of_ray_need_it(tmp_path: Path, flag: str) -> None:
+    arguments = ["batch", "model", str(write(tmp_path / "in", completion("a"))), "-o", str(tmp_path / "out"), flag]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigurationError) and "goes with --ray" in str(result.exception)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

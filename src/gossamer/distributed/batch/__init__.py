@@ -10,6 +10,8 @@ all of them see. A job from its first file to its last::
     attempts          rows that were begun, so that one that kills its process is found
     part_runner       an actor: a model that answers part after part
     ray_job           parts over actors, and how far they are
+    quiet             Ray's own messages, kept to itself
+    nodes, tokens     whether a cluster, and each machine of it, can work on the job
     merge             one file, in the order of the input
     job               all of it, as the command runs it
 """

@@ -21,6 +21,7 @@ from gossamer.distributed.batch.nodes import choose_workers
 from gossamer.distributed.batch.ownership import Run
 from gossamer.distributed.batch.part_runner import ActorTask, PartRunner, answered
 from gossamer.distributed.batch.plan import Plan, answer_options, check_same, make_plan, read_plan, refusals, row_places
+from gossamer.distributed.batch.quiet import quiet_ray
 from gossamer.distributed.batch.ray_job import answer_parts
 from gossamer.distributed.batch.source import Source
 from gossamer.distributed.batch.tally import Tally
@@ -134,7 +135,7 @@ class RayBatch:
         """
         directory = self.directory
         started = time.perf_counter()
-        with self._cluster():
+        with quiet_ray(), self._cluster():
             _make(directory)
             with Run(directory.path) as run:
                 if self.overwrite:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from gossamer import errors
@@ -15,8 +13,8 @@ from gossamer.distributed.batch.job_directory import JobDirectory, read_json
 from gossamer.distributed.batch.nodes import Workers
 from gossamer.distributed.batch.ownership import BEAT, Run
 from gossamer.distributed.batch.part_runner import ActorTask, PartRunner
+from gossamer.distributed.batch.quiet import quiet_ray_data
 from gossamer.distributed.batch.tally import Tally
-from gossamer.distributed.cluster import require_ray
 
 #: Processes that may die one after the other while they load the model, for each actor.
 MOST_LOADS = 3
@@ -44,7 +42,7 @@ def answer_parts(
     """
     directory = JobDirectory(task.directory)
     watch = _Watch(directory, run, workers.actors, progress)
-    with _quiet_ray_data() as data:
+    with quiet_ray_data() as data:
         blocks = data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         reports = blocks.map_batches(
             runner,
@@ -158,34 +156,3 @@ class _Watch:
 
     def __exit__(self, *exception: object) -> None:
         pass
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[Any]:
-    """Ray Data, with what it shows and gives up on by default changed for the time of a job."""
-    require_ray()
-    import ray.data as data
-
-    context = data.DataContext.get_current()
-    wanted = {
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-        # A part may take hours, and passes nothing on before its end: our own watch looks at every step.
-        "execution_no_progress_timeout_s": -1,
-        # A row that kills its process comes as an error line; a part that Ray gives up on would be rows that are lost.
-        "max_errored_blocks": 0,
-    }
-    before = {name: getattr(context, name) for name in wanted}
-    loggers = {name: logging.getLogger(name) for name in ("ray.data", "ray")}
-    levels = {name: logger.level for name, logger in loggers.items()}
-    try:
-        for name, value in wanted.items():
-            setattr(context, name, value)
-        for logger in loggers.values():
-            logger.setLevel(logging.CRITICAL)
-        yield data
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
