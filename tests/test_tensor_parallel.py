@@ -102,11 +102,11 @@ ACCIDENT = """
 import os, signal, sys, torch
 from datetime import timedelta
 from gossamer import LLM, SamplingParams
-from gossamer.distributed import tensor_parallel
+from gossamer.distributed import ranks
 from test_tensor_parallel import OPTIONS, PROMPTS
 
 torch.set_num_threads(1)
-tensor_parallel.TIMEOUT = timedelta(seconds=4)
+ranks.TIMEOUT = timedelta(seconds=8)
 accident, prompts = sys.argv[2], list(PROMPTS)
 llm = LLM(sys.argv[1], tensor_parallel=2, **OPTIONS)
 call, calls = llm.engine.runner._call, []
@@ -190,8 +190,8 @@ def test_too_many_ranks_are_refused_before_weights_are_read(
     [
         ("ask", "the ranks differ in step ", "the ranks differ in step "),
         ("raise", "rank 1 has ended: MemoryError: there is none left", "MemoryError: there is none left"),
-        ("kill", "another rank has ended, or did not answer within 4 seconds", None),
-        ("stop", "another rank has ended, or did not answer within 4 seconds", None),
+        ("kill", "another rank has ended, or did not answer within 8 seconds", None),
+        ("stop", "another rank has ended, or did not answer within 8 seconds", None),
     ],
 )
 def test_when_one_rank_cannot_go_on_all_end(
@@ -266,6 +266,20 @@ def test_a_batch_is_answered_by_two_ranks_and_written_by_one(
     assert len(output.read_text().splitlines()) == len(found) == 12
     for name, body in texts.items():
         assert found[name].get("choices") == body.get("choices")
+
+
+def test_a_batch_that_one_rank_cannot_write_ends_all(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    (tmp_path / "out.jsonl").write_text("")
+    script = "from gossamer.cli.app import main\nmain()"
+    files = [tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl"]
+    first, second = start(2, script, "batch", tiny, *files, "--tensor-parallel", 2)
+    _, errors = first.communicate()
+    assert first.returncode == 2
+    assert "out.jsonl exists; add --resume" in errors
+    _, errors = second.communicate()
+    assert second.returncode == 2
+    assert errors.splitlines()[-1].startswith("error: another rank has ended")
 
 
 @pytest.mark.parametrize(

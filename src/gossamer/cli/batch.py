@@ -138,7 +138,8 @@ def batch(
         progress=progress.update,
     )
     if ranks is not None:
-        work.answered.update(ranks.first(sorted(work.answered)))
+        with ranks.together():
+            work.answered.update(ranks.first(sorted(work.answered)))
     with load_llm(model, options, threads, adapters) as llm:
         interrupted = False
         try:

@@ -12,23 +12,16 @@ The ranks must plan the same steps. Therefore
 * before each step the ranks compare digests of what they are about to compute, and all end if these differ;
 * what depends on time in other ways is switched off: drafts, and grammars.
 
-A rank that fails tells the others why, through the store in which torchrun's processes meet, and closes its
-connections; one that is killed or stands still is noticed by its connections, or after :data:`TIMEOUT`.
+Whatever fails on one rank ends all of them: see :mod:`gossamer.distributed.ranks`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,171 +31,19 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 import gossamer
+from gossamer.distributed.ranks import Ranks, join
 from gossamer.engine.plan import Rows, StepPlan
-from gossamer.engine.runner import Logits, RunnerEndedError
+from gossamer.engine.runner import Logits
 from gossamer.engine.sampling import Sampled, Sampler, SamplingState
 from gossamer.engine.sampling.logprobs import chosen_logprobs
-from gossamer.errors import ConfigurationError, GossamerError, UnsupportedModelError
+from gossamer.errors import ConfigurationError, UnsupportedModelError
 from gossamer.models.load import load_config, load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.options import Options
 from gossamer.runners.loading import LoadedModel, weights_of
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 
-TIMEOUT = timedelta(seconds=60)  # that a rank waits for the others in a step
-LOADING = timedelta(hours=2)  # and while they may still read weights
-STORE = timedelta(seconds=5)  # and for what another has said about its end
-_FAILURE = "gossamer/failure"  # where the store has the first one
-
-
-T = TypeVar("T")
-
-
-class Ranks:
-    """The processes that compute one model together, seen from one of them.
-
-    Attributes:
-        rank: this one's number.
-        size: how many there are.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self._store = store
-        self._failure = ""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the one that chooses tokens, writes and prints."""
-        return self.rank == 0
-
-    def all(self, value: Any) -> list[Any]:
-        """What each rank gives, as JSON has it."""
-        data = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(int(size) for size in sizes)
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
-        return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
-
-    def first(self, value: Any) -> Any:
-        """What rank 0 gives, as JSON has it."""
-        return self.all(value if self.leads else None)[0]
-
-    def compare(self, value: Mapping[str, Any], what: str) -> None:
-        """Whether all ranks give the same.
-
-        Raises:
-            RunnerEndedError: on all of them, if they do not; it names the first difference.
-        """
-        digest = hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=8).digest()
-        digests = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(digests, torch.from_numpy(np.frombuffer(digest, np.int64).copy()))
-        if len({int(each) for each in digests}) > 1:
-            raise RunnerEndedError(f"the ranks differ in {what}: {_difference(self.all(value))}")
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Whatever fails inside ends all ranks: the others learn why.
-
-        Raises:
-            GossamerError: of this rank, as it was raised.
-            RunnerEndedError: for anything else, and for what has happened to others.
-        """
-        if self._failure:
-            raise RunnerEndedError(self._failure)
-        try:
-            yield
-        except RunnerEndedError as error:  # which all ranks raise
-            self._end(str(error), tell=False)
-            raise
-        except Exception as error:
-            if (lost := _lost(error)) is not None:
-                seconds = f"{TIMEOUT.total_seconds():g} seconds"
-                reason = self._told() or f"another rank has ended, or did not answer within {seconds} ({lost})"
-            else:
-                reason = str(error) if isinstance(error, GossamerError) else f"{type(error).__name__}: {error}"
-            self._end(reason, tell=lost is None)
-            if lost is None and isinstance(error, GossamerError):
-                raise
-            raise RunnerEndedError(reason) from error
-
-    def _told(self) -> str:
-        """What the first rank that failed has said about it; empty if none has, or nobody answers any more."""
-
-        def read() -> str:
-            reason = self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else ""
-            self._store.set(f"{_FAILURE}/{self.rank}", "read")
-            return reason
-
-        return _soon(read) or ""
-
-    def _end(self, reason: str, *, tell: bool) -> None:
-        if tell:
-            _soon(lambda: self._store.compare_set(_FAILURE, "", f"rank {self.rank} has ended: {reason}"))
-        self._failure = reason
-        dist.destroy_process_group()  # closes the connections, by which the others notice
-        if tell:  # the store may end with this process: first they read
-            others = [f"{_FAILURE}/{rank}" for rank in range(self.size) if rank != self.rank]
-            _soon(lambda: self._store.wait(others, STORE))
-
-
-def _soon(ask: Callable[[], T]) -> T | None:
-    """What a store answers, if it does: its process may be gone, or stand still."""
-    answers: list[T] = []
-
-    def run() -> None:
-        with suppress(RuntimeError):
-            answers.append(ask())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(STORE.total_seconds())
-    return answers[0] if answers else None
-
-
-def _lost(error: BaseException | None) -> str | None:
-    """What a connection to another rank says about its end, if that is what an error comes from."""
-    while error is not None:
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
-            return re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]
-        error = error.__cause__
-    return None
-
-
-_ranks: Ranks | None = None
-
-
-def join(size: int) -> Ranks:
-    """Meet the other processes that torchrun has started; a second call returns the same.
-
-    Raises:
-        ConfigurationError: torchrun has started another number of them, or none; or they could not compute on the CPU.
-    """
-    global _ranks
-    start = f"torchrun --nproc-per-node {size} -m gossamer.cli batch ..."
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise ConfigurationError(
-            f"tensor_parallel={size} takes {size} processes, and this one was started alone: start them with `{start}`"
-        )
-    if (world := int(os.environ["WORLD_SIZE"])) != size:
-        raise ConfigurationError(
-            f"tensor_parallel={size} takes {size} processes, and torchrun has started {world}: give both the same "
-            f"number, as in `{start} --tensor-parallel {size}`"
-        )
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
-        raise ConfigurationError(
-            f"tensor_parallel computes on CPUs, and this PyTorch is made for {accelerator.type}, which transformers "
-            "would use: install a build of PyTorch for the CPU"
-        )
-    if _ranks is None:
-        if dist.is_initialized():
-            raise ConfigurationError("tensor_parallel makes the process group itself: do not call init_process_group")
-        store, rank, _ = next(dist.rendezvous("env://", timeout=5 * TIMEOUT))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        _ranks = Ranks(store, rank, size)
-    return _ranks
+LOADING = timedelta(hours=2)  # that a rank waits for others which still read weights
 
 
 def check_shards(config: PreTrainedConfig, size: int) -> None:
@@ -213,7 +54,7 @@ def check_shards(config: PreTrainedConfig, size: int) -> None:
             that cannot be divided.
 
     >>> from transformers import LlamaConfig
-    >>> check_shards(LlamaConfig(num_attention_heads=9, num_key_value_heads=3), 2)
+    >>> check_shards(LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3), 2)
     Traceback (most recent call last):
     gossamer.errors.UnsupportedModelError: tensor_parallel=2 does not divide the 9 heads and 3 key-value heads of ...
     """
@@ -273,7 +114,7 @@ def load_sharded(
         said = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
         ranks.compare(versions | said | options.arguments(), "versions, configurations and options")
         network, tokenizer = load_model(path, attn_implementation=IMPLEMENTATION, options=options.model)
-        dist.monitored_barrier(timeout=LOADING)  # disks differ
+        dist.monitored_barrier(timeout=LOADING)
         runner = ShardedRunner(network, ranks)
     return LoadedModel(path, network, tokenizer, runner, "", weights_of(network), ""), SharedSampler(ranks)
 
@@ -337,22 +178,3 @@ def _described(plan: StepPlan) -> dict[str, list[Any]]:
 
 def _listed(rows: Rows) -> list[int]:
     return [rows.start, rows.stop] if isinstance(rows, slice) else rows.tolist()
-
-
-def _difference(values: list[dict[str, Any]]) -> str:
-    """Where the first rank that differs from rank 0 does so first.
-
-    >>> _difference([{"tokens": [1, 2]}, {"tokens": [1, 2]}, {"tokens": [1, 3]}])
-    'tokens[1] is 2 in rank 0 and 3 in rank 2'
-    """
-    rank = next(number for number, value in enumerate(values) if value != values[0])
-    ours, others = values[0], values[rank]
-    name = next(name for name in [*ours, *others] if ours.get(name) != others.get(name))
-    one, other = ours.get(name), others.get(name)
-    if isinstance(one, list) and isinstance(other, list):
-        if len(one) != len(other):
-            name, one, other = f"the number of {name}", len(one), len(other)
-        else:
-            place = next(place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
-            name, one, other = f"{name}[{place}]", one[place], other[place]
-    return f"{name} is {one} in rank 0 and {other} in rank {rank}"
