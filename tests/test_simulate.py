@@ -465,3 +465,83 @@ def test_reports_show_every_router_and_say_what_was_simulated() -> None:
     assert shown.count("<rect") == 8 and "http" not in shown
     empty = summary(Outcome("prefix"), options)
     json.loads(json.dumps(as_json([empty, *results], options, SPEEDS), allow_nan=False))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command() -> Callable[..., str]:
+    """``gossamer simulate`` with these arguments; returns what it prints to stdout."""
+    import typer
+    from typer.testing import CliRunner
+
+    from gossamer.cli.simulate import simulate
+
+    app = typer.Typer()
+    app.command()(simulate)
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
+
+
+def test_the_command_makes_a_trace_and_replays_it_with_each_router(
+    command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.__version__", "0")
+    trace, speeds, report = tmp_path / "t.jsonl", tmp_path / "speeds.json", tmp_path / "report.html"
+    SPEEDS.write(speeds)
+    made = ("--generate", "zipf", "--requests", 60, "--rate", 20, "--prefixes", 6, "--prefix-tokens", 256)
+    command(*made, "--seed", 4, "-o", trace)
+    fleet = ("--speeds", speeds, "--replicas", 3, "--memory", "100KB", "--seed", 4, "--json")
+    told = json.loads(command(trace, *fleet, "--report", report))
+    assert [each["router"] for each in told["results"]] == list(ROUTERS)
+    assert all(each["requests"] == 60 and each["prompt_tokens"] == 60 * 288 for each in told["results"])
+    assert told["fleet"]["memory_tokens"] == 1000 and told["speeds"]["model"] == "tiny"
+    assert json.loads(command(*made, *fleet))["results"] == told["results"], "without a file in between"
+    assert "round-robin" in report.read_text()
+    assert "round-robin" in command(trace, *fleet[:-1], "--router", "prefix,round-robin")
+
+
+def test_the_command_refuses_what_does_not_go_together(command: Callable[..., str], tmp_path: Path) -> None:
+    speeds = tmp_path / "speeds.json"
+    SPEEDS.write(speeds)
+    (tmp_path / "t.jsonl").write_text(json.dumps(HEADER) + "\n" + json.dumps(LINE))
+    trace = tmp_path / "t.jsonl"
+    for arguments, says in [
+        ((), "give one of these"),
+        ((trace, "--generate", "zipf"), "give one of these"),
+        ((trace,), "say how long steps take"),
+        ((trace, "--speeds", speeds), "measured by Gossamer 0"),
+        ((trace, "--speeds", tmp_path / "none"), "cannot read speeds"),
+        ((trace, "-o", tmp_path / "x"), "-o is for"),
+        ((trace, "--threads", 2), "for --measure"),
+        (("--generate", "many"), "zipf or agents"),
+        (("--measure", "tiny"), "-o FILE"),
+    ]:
+        with pytest.raises(ConfigurationError, match=says):
+            command(*arguments)
+
+
+def test_speeds_of_the_real_engine_are_measured(model: str, tmp_path: Path) -> None:
+    import gossamer
+    from gossamer import LLM
+    from gossamer.distributed.simulate import measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "BATCHES", (1, 4, 8))
+        llm = LLM(model, memory=10**7, speculation="off")
+        speeds = measure.measure_speeds(llm, model="tiny", rounds=1)
+        with pytest.raises(ConfigurationError, match="drafts"):
+            measure.measure_speeds(LLM(model, memory=10**7), model="tiny")
+    assert speeds.kv_bytes_per_token == llm.engine.tree.layout.bytes_per_token
+    assert speeds.version == gossamer.__version__ and speeds.residuals["steps"] > 100
+    assert speeds.step + speeds.row > 0 and speeds.segments["per_private_pair"] >= 0
+    speeds.write(tmp_path / "speeds.json")
+    assert read_speeds(tmp_path / "speeds.json", model="tiny", version=gossamer.__version__) == speeds
+    outcome = replay(grouped(4, 4, 256, 0), speeds, FleetOptions(memory_tokens=5000))
+    assert outcome.requests == 16 and outcome.seconds > 0
