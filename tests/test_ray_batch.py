@@ -174,13 +174,15 @@ def begun(directory: JobDirectory, since: dict[str, int] | None = None) -> list[
 
 
 def standing(directory: JobDirectory) -> tuple[set[str], dict[str, int]]:
-    """Ids that have an answer now, and how long the journals were just before."""
-    lengths = {path.name: len(path.read_text().split()) for path in directory.path.glob("part-*.attempts.*")}
-    answered = set()
+    """Ids that have an answer now, and how long the journals were just after."""
+    answered: set[str] = set()
     for path in directory.path.glob("part-*.answers.*"):
-        complete = path.read_bytes().rpartition(b"\n")[0]
+        try:
+            complete = path.read_bytes().rpartition(b"\n")[0]
+        except FileNotFoundError:  # its successor has taken over what it had
+            return standing(directory)
         answered |= {json.loads(line)["custom_id"] for line in complete.splitlines()}
-    return answered, lengths
+    return answered, {path.name: len(path.read_text().split()) for path in directory.path.glob("part-*.attempts.*")}
 
 
 def test_answers_are_those_of_one_engine_and_prefixes_are_computed_as_often(
@@ -278,7 +280,7 @@ def test_what_is_finished_outlives_the_command_an_actor_and_a_machine(
 
     def progress(more: int) -> Callable[[], bool]:
         goal = len(kept) + more
-        return lambda: directory.path.exists() and len(standing(directory)[0]) >= goal
+        return lambda: len(standing(directory)[0]) >= goal
 
     first = start(tiny, cluster, tmp_path)
     wait_for(progress(12), first)
@@ -329,6 +331,53 @@ def test_a_row_that_kills_its_process_gets_an_error_and_parquet_comes_back_as_pa
     assert error["code"] == "engine_error" and "died 1 times" in error["message"] and error["line"] == 10
     assert {name: body["choices"][0]["text"] for name, body in got.items()} == expected
     assert (summary.completed, summary.failed) == (len(rows) - 1, 1)
+
+
+@pytest.mark.slow
+def test_twenty_kills_cost_no_finished_row(
+    cluster: Any, tiny: Path, tmp_path: Path, job: Callable[..., RayBatch]
+) -> None:
+    """The command or an actor is killed at a random moment, twenty times; prints how long until the next answer."""
+    rows = requests(64, 8, seed=1)
+    expected, _ = by_one_engine(tiny, rows, tmp_path / "one")
+    directory, rng = job(rows).directory, random.Random(2)
+    process, recoveries, again = start(tiny, cluster, tmp_path), [], 0
+
+    def more_than(count: int) -> Callable[[], bool]:
+        return lambda: len(standing(directory)[0]) > count
+
+    try:
+        for number in range(20):
+            wait_for(more_than(len(standing(directory)[0])), process, 300)
+            time.sleep(rng.uniform(0, 0.5))
+            what = rng.choice(["command", "actor"])
+            killed = time.monotonic()
+            kept, lengths = standing(directory)
+            if what == "command":
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                process = start(tiny, cluster, tmp_path, "--resume")
+            else:
+                os.kill(wait_for(lambda: actor_of(directory), process), signal.SIGKILL)
+            if len(kept) == len(rows):
+                break
+            wait_for(more_than(len(kept)), process, 300)
+            recoveries.append((what, time.monotonic() - killed))
+            again += len(kept & set(begun(directory, lengths)))
+            print(f"kill {number + 1}: {what}, {len(kept)} rows were finished, next after {recoveries[-1][1]:.1f} s")
+        _, stderr = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stderr
+    assert again == 0
+    assert len(recoveries) == 20
+    found = lines(tmp_path / "out" / "answers.jsonl")
+    assert [each["custom_id"] for each in found] == [row["custom_id"] for row in rows]
+    assert texts(found) == expected
+    times = sorted(seconds for _, seconds in recoveries)
+    print(
+        f"recovery: median {times[10]:.1f} s, worst {times[-1]:.1f} s; {len(begun(directory)) - len(rows)} rows twice"
+    )
 
 
 # --- what is refused before anything starts ---------------------------------------------------------------------------

@@ -52,13 +52,12 @@ def answer_parts(
             num_cpus=workers.threads,
             memory=workers.memory,
         )
-        with watch:
-            for row in _interruptible(reports.iter_rows(), watch):
-                report = json.loads(row["report"])
-                if report["error"] is not None:
-                    kind, message = report["error"]
-                    raise getattr(errors, kind, errors.OutputError)(message)
-                watch.finished(report)
+        for row in _interruptible(reports.iter_rows(), watch):
+            report = json.loads(row["report"])
+            if report["error"] is not None:
+                kind, message = report["error"]
+                raise getattr(errors, kind, errors.OutputError)(message)
+            watch.finished(report)
 
 
 def _interruptible(rows: Any, watch: _Watch) -> Iterator[Any]:
@@ -150,9 +149,3 @@ class _Watch:
             if part is not None:
                 total = total.plus(Tally(**part))
         self._progress(total)
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass

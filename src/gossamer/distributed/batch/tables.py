@@ -21,8 +21,8 @@ def parquet_lines(path: Path) -> Iterator[bytes]:
     Raises:
         ConfigurationError: it is no Parquet file, or lacks a column.
     """
-    import pyarrow as arrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(path) as file:
