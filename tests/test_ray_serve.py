@@ -236,7 +236,7 @@ def test_the_trace_has_no_texts(served: Client) -> None:
     first, second = lines()[-2:]
     assert first["chain"] == second["chain"] and len(first["chain"]) == 2 and first["output_tokens"] == 3
     assert second["cached_tokens"] > 0 and "secret" not in json.dumps(lines())
-    assert read_trace(served.trace).block_tokens == 256  # type: ignore[attr-defined]  # one token per byte
+    assert 250 < read_trace(served.trace).block_tokens <= 256  # type: ignore[attr-defined]  # about a token per byte
 
 
 def test_nothing_is_computed_for_a_client_that_has_left(served: Client) -> None:
@@ -344,3 +344,58 @@ def test_it_is_not_imported_without_need() -> None:
 
     code = "import gossamer, gossamer.cli.app, sys; assert not {'ray', 'simpy', 'aiohttp'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def config_of(path: Path) -> Any:
+    import yaml
+
+    content = yaml.safe_load(path.read_text())
+    return yaml.safe_load(content["spec"]["serveConfigV2"]) if "spec" in content else content
+
+
+class TestConfigFiles:
+    DEPLOY = Path(__file__).parents[1] / "deploy"
+
+    @pytest.mark.parametrize("name", ["ray-serve.yaml", "kuberay.yaml"])
+    def test_ray_and_we_understand_them(self, model: Path, name: str) -> None:
+        from ray.serve.schema import ServeDeploySchema
+
+        from gossamer.distributed.serving.app import build_app
+
+        config = config_of(self.DEPLOY / name)
+        ServeDeploySchema(**config)
+        [application] = config["applications"]
+        assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
+        build_app(application["args"] | {"model": str(model)})
+
+    def test_what_a_dry_run_prints_can_be_deployed(self, model: Path) -> None:
+        import subprocess
+        import sys
+
+        import yaml
+
+        from gossamer.distributed.serving.app import build_app
+
+        command = [sys.executable, "-m", "gossamer.cli", "deploy", str(model), "--replicas", "1", "--dry-run"]
+        printed = subprocess.run([*command, "--memory", "64MiB"], check=True, capture_output=True, text=True)
+        config = yaml.safe_load(printed.stdout)
+        [application] = config["applications"]
+        assert application["args"]["memory"] == "64MiB" and "key" not in application["args"]
+        build_app(application["args"])
+
+    def test_behind_the_proxies_of_ray(self, served: Client, model: Path) -> None:
+        """As a config file has it; the last test, as it ends the other deployment."""
+        from ray import serve
+
+        from gossamer.distributed.serving.app import build_app
+
+        serve.shutdown()
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT + 1})
+        serve.run(build_app(OPTIONS | {"model": str(model), "replicas": 2}), name="another-name")
+        client = Client(f"http://127.0.0.1:{PORT + 1}")
+        wait_for(lambda: client.call("/health")[0] == 200)
+        assert client.complete("Once", max_tokens=3)["usage"]["completion_tokens"] == 3
+        body = {"prompt": "Once", "stream": True, "max_tokens": 3, "ignore_eos": True}
+        with client.open("/v1/completions", body) as response:
+            assert response.read().endswith(b"data: [DONE]\n\n")
+        assert client.call("/v1/models", authorization="Bearer wrong")[0] == 401

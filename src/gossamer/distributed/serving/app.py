@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gossamer
 from gossamer.distributed.cluster import require_ray
-from gossamer.distributed.serving.settings import DeploymentSettings
+from gossamer.distributed.serving.settings import DeploymentSettings, Router
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def serve_app(
     lora: dict[str, str] | None = None,
     server: dict[str, Any] | None = None,
     check_digest: bool = True,
+    pinned: Sequence[str] = (),
+    router: Router = "prefix",
     trace: str | None = None,
     key: str | None = None,
     routing_key: str | None = None,
@@ -54,7 +57,7 @@ def serve_app(
 
     Args:
         model: a name, a Hugging Face id, a directory or a GGUF file, which all nodes find by this name.
-        replicas, max_replicas, threads, ingresses, host, port, lora, trace: see
+        replicas, max_replicas, threads, ingresses, host, port, lora, pinned, router, trace: see
             :class:`~gossamer.distributed.serving.settings.DeploymentSettings`; without a host, Ray Serve's own proxies
             take the requests.
         served_model_name: the name in requests and answers; the model's own by default.
@@ -91,6 +94,8 @@ def serve_app(
         digest=_digest(model) if check_digest else "",
         version=gossamer.__version__,
         memory=replica_memory(model, options),
+        pinned=tuple(pinned),
+        router=router,
         trace=trace,
     )
     return application_of(settings)
@@ -119,7 +124,6 @@ def application_of(settings: DeploymentSettings) -> Application:
     few = settings.most_replicas <= 100
     router = RequestRouterConfig(
         request_router_class=f"gossamer.distributed.serving.{_ROUTERS[settings.router]}",
-        request_router_kwargs={"application": APPLICATION},
         request_routing_stats_period_s=ROUTING_STATS_EVERY if few else ROUTING_STATS_RARELY,
     )
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}

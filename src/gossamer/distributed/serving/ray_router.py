@@ -19,7 +19,7 @@ class LearnsReplicas(RequestRouter):
     fleet: Fleet
 
     def initialize_state(self, **settings: Any) -> None:
-        self.fleet = fleet_of(str(settings.pop("application")))
+        self.fleet = fleet_of(str(self._deployment_id.app_name))
         super().initialize_state(**settings)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
