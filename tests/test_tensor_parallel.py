@@ -33,10 +33,10 @@ COMMON = "A beginning that all of these prompts have in common, long enough to b
 PROMPTS = [COMMON + "Some of them go on in the same way, too: " + end for end in ("one", "two", "three")]
 PROMPTS += [COMMON + "Others do not.", "And this one stands alone."]
 PARAMS = [
-    SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
-    SamplingParams(temperature=1, seed=11, max_tokens=24, logprobs=3),
-    SamplingParams(temperature=0.7, top_p=0.9, n=3, max_tokens=20),
-    SamplingParams(temperature=1, top_k=20, repetition_penalty=1.2, min_tokens=5, max_tokens=30, stop=["a", "Q"]),
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=1, seed=11, max_tokens=20, logprobs=3),
+    SamplingParams(temperature=0.7, top_p=0.9, n=3, max_tokens=16),
+    SamplingParams(temperature=1, top_k=20, repetition_penalty=1.2, min_tokens=5, max_tokens=24, stop=["a", "Q"]),
     SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1),
 ]
 OPTIONS: dict[str, Any] = {
@@ -69,7 +69,7 @@ def come_and_go(llm: LLM) -> dict[str, list[int]]:
     step = 0
     while step <= max(arrivals) or engine.has_unfinished_requests():
         for number, place in enumerate(arrivals.get(step, ())):
-            params = SamplingParams(temperature=number % 2, max_tokens=30, ignore_eos=True)
+            params = SamplingParams(temperature=number % 2, max_tokens=20, ignore_eos=True)
             engine.add_request(f"{step}-{number}", PROMPTS[place], params)
         if step in cancelled:
             engine.abort(cancelled[step])
@@ -341,7 +341,7 @@ def test_one_process_is_what_it_was(tiny: Path, reference: Any) -> None:
     assert llm.engine.runner.num_ranks == 1
     ids = llm.tokenizer.encode(PROMPTS[0])
     (output,) = llm.generate(PROMPTS[0], PARAMS[0], False)
-    assert output.outputs[0].token_ids == greedy(reference, ids, 24, eos_token_id=None)
+    assert output.outputs[0].token_ids == greedy(reference, ids, 20, eos_token_id=None)
 
 
 @pytest.mark.slow
