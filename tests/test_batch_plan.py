@@ -22,7 +22,7 @@ from gossamer.batch.input_file import BatchLine
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, refusal_record
 from gossamer.cli.app import app
-from gossamer.distributed.batch import grouping
+from gossamer.distributed.batch import grouping, nodes
 from gossamer.distributed.batch.attempts import MOST_ALONE, Attempts, Record, groups, histories
 from gossamer.distributed.batch.grouping import bounds, common, cuts, prompt_bytes, sort_key
 from gossamer.distributed.batch.job import RayBatch
@@ -33,6 +33,7 @@ from gossamer.distributed.batch.part_runner import ActorTask, PartOutput, PartRu
 from gossamer.distributed.batch.plan import answer_options, check_same, make_plan, read_plan, read_rows, row_places
 from gossamer.distributed.batch.ray_job import _Watch
 from gossamer.distributed.batch.source import Source
+from gossamer.distributed.cluster import Node
 from gossamer.errors import CheckpointError, ConfigurationError, EngineError, OutputError
 from test_batch import chat, completion, write
 
@@ -477,6 +478,29 @@ def test_what_can_be_seen_without_a_cluster_is_refused_before_there_is_one(tmp_p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'gossamer\[ray\]'"):
         batch()
+
+
+def test_machines_that_differ_are_refused_by_name() -> None:
+    node = Node("id", "10.0.0.7", 4, 8 << 30)
+    good = {"gossamer": nodes.gossamer.__version__, "host": "one", "error": None, "digest": "a" * 64, "lora": {}}
+    nodes._check(node, good, None)
+    nodes._check(node, good | {"host": "two"}, good)
+    for told, message in (
+        ({"gossamer": "0.0.1"}, r"10\.0\.0\.7 \(one\) has Gossamer 0\.0\.1, this one"),
+        ({"digest": "b" * 64}, "another model or adapter"),
+        ({"lora": {"sql": "b" * 64}}, "another model or adapter"),
+        ({"error": "it does not see /shared"}, "does not see /shared"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            nodes._check(node, good | told, good)
+
+
+def test_a_machine_tells_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "witness", completion("a"))
+    told = nodes.look(str(tmp_path / "nowhere"), {}, str(tmp_path / "witness"))
+    assert "cannot find the model" in told["error"]
+    assert "does not see" in nodes.look("x", {}, str(tmp_path / "parts" / "run.1"))["error"]
 
 
 @pytest.mark.parametrize("flag", ["--actors=2", "--format=parquet", "--insecure"])

@@ -83,7 +83,7 @@ class Poisoned(PartRunner):
 
         def deadly() -> Any:
             for request in llm.engine.requests.values():
-                if "POISON" in bytes(token - 1 for token in request.prompt_token_ids if token).decode("latin-1"):
+                if "POISON" in (request.prompt or ""):
                     os.kill(os.getpid(), signal.SIGKILL)
             return step()
 
@@ -402,7 +402,7 @@ def test_an_address_is_looked_at_before_ray_is(cluster: Any, monkeypatch: pytest
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nothing = f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
-    with pytest.raises(ConfigurationError, match=r"no Ray cluster answers at .* UNAVAILABLE"):
+    with pytest.raises(ConfigurationError, match=r"no Ray cluster answers at .*UNAVAILABLE"):
         check_address(nothing, insecure=True)
     with pytest.raises(ConfigurationError, match=r"give local, auto .* or HOST:PORT"):
         check_address("somewhere", insecure=False)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,14 +21,13 @@ from gossamer.distributed.batch.nodes import choose_workers
 from gossamer.distributed.batch.ownership import Run
 from gossamer.distributed.batch.part_runner import ActorTask, PartRunner, answered
 from gossamer.distributed.batch.plan import Plan, answer_options, check_same, make_plan, read_plan, refusals, row_places
-from gossamer.distributed.batch.quiet import quiet_ray
+from gossamer.distributed.batch.quiet import muted, quiet_ray
 from gossamer.distributed.batch.ray_job import answer_parts
 from gossamer.distributed.batch.source import Source
 from gossamer.distributed.batch.tally import Tally
 from gossamer.distributed.batch.tokens import check_address
 from gossamer.distributed.cluster import check_ray, cluster_at, local_cluster
 from gossamer.errors import ConfigurationError, OutputError
-from gossamer.models.resolve import local_path
 from gossamer.options import Options
 
 _PROMPTS_PER_SEQUENCE = 4  # in the engine at a time, so that it sees which of them share a prefix
@@ -135,7 +134,9 @@ class RayBatch:
         """
         directory = self.directory
         started = time.perf_counter()
-        with quiet_ray(), self._cluster():
+        with quiet_ray(), ExitStack() as stack:
+            with muted():
+                stack.enter_context(self._cluster())
             _make(directory)
             with Run(directory.path) as run:
                 if self.overwrite:
@@ -154,7 +155,7 @@ class RayBatch:
         known = {name: _absolute(self.options[name]) for name in paths if os.path.exists(self.options[name])}
         if self.options.get("prefix_dir"):
             known["prefix_dir"] = _absolute(self.options["prefix_dir"])
-        model = self.model if local_path(self.model) is None else _absolute(self.model)
+        model = _absolute(self.model) if os.path.exists(Path(self.model).expanduser()) else self.model
         return model, {name: _absolute(each) for name, each in self.lora.items()}, self.options | known
 
     def _run(

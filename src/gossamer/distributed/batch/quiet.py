@@ -34,10 +34,27 @@ class _WithoutRay:
 @contextmanager
 def quiet_ray() -> Iterator[None]:
     """For as long as there is a connection to a cluster."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ writes to standard error, here and in all it starts
+    # Read when Ray is imported. C++ writes to standard error; and what is held back to be told once for several comes
+    # at the end, from whichever thread disconnects.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     stream: Any = _WithoutRay(sys.stdout)
     with redirect_stdout(stream):
         yield
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Standard error of all of this process is nowhere: while Ray connects, its C++ says that it will say nothing."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 @contextmanager
