@@ -196,6 +196,15 @@ def test_every_request_ends_once_and_every_token_is_computed_or_saved(
             assert fed >= expected
 
 
+def test_requests_that_outgrow_the_memory_fail_and_the_others_go_on() -> None:
+    """As in the engine: a prompt fits, and its answer then does not."""
+    requests = [TraceRequest(0.0, (key_of(i),), 150 if i % 2 else 20, 150 if i % 2 else 20, str(i)) for i in range(8)]
+    for in_flight in (None, 3):
+        options = FleetOptions(replicas=1, memory_tokens=300, in_flight=in_flight)
+        outcome = replay(trace_of(requests), SPEEDS, options)
+        assert (outcome.failed, outcome.requests) == (4, 4)
+
+
 def test_one_request_after_the_other_takes_the_time_of_the_formula() -> None:
     """No sharing: chunks of the prompt, then the last token alone, then one token per step."""
     prompt, output, chunk = 1000, 50, 256

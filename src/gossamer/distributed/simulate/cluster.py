@@ -254,7 +254,7 @@ class _Cluster:
         flight: _InFlight = sequence.request  # type: ignore[assignment]
         request, now = flight.request, self.env.now
         self.unfinished, self.last_end = self.unfinished - 1, now
-        if sequence.first_token:
+        if not sequence.failed:
             flight.router.completed(flight.id, prompt_tokens=request.prompt_tokens, cached_tokens=sequence.cached)
         else:
             flight.router.failed(flight.id)
@@ -269,7 +269,7 @@ class _Cluster:
 
     def _count(self, sequence: Sequence, flight: _InFlight) -> None:
         outcome = self.outcome
-        if not sequence.first_token:
+        if sequence.failed:
             outcome.failed += 1
             return
         outcome.requests += 1

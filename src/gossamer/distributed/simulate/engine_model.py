@@ -33,12 +33,14 @@ class Sequence:
             stands at ``private_start``.
         cached: tokens of the prompt that others had computed.
         computed: tokens fed for it, over again after a preemption.
+        failed: it does not fit into the memory, even alone.
     """
 
     __slots__ = (
         "cached",
         "computed",
         "counted",
+        "failed",
         "filled",
         "first_token",
         "length",
@@ -52,7 +54,7 @@ class Sequence:
         "shareable",
         "slot",
         "text",
-    )  # fmt: skip
+    )
 
     def __init__(self, number: int, request: object, text: Text, prompt_tokens: int, output_tokens: int) -> None:
         self.number, self.request, self.text = number, request, text
@@ -62,7 +64,7 @@ class Sequence:
         self.node: Node | None = None
         self.slot: Slot | None = None
         self.filled = self.private_start = self.cached = self.computed = 0
-        self.running = self.counted = self.first_token = False
+        self.running = self.counted = self.first_token = self.failed = False
 
     @property
     def tokens_left(self) -> int:
@@ -369,6 +371,7 @@ class EngineModel:
                 return None
             else:
                 self._release(sequence)
+                sequence.failed = True
                 self.failed.append(sequence)
                 return None
         return result

@@ -18,8 +18,7 @@ class ReplicaModel:
     Args:
         env: the simulation.
         engine: see there.
-        on_first_token, on_end: called with a sequence when it had its first token, and when it has ended; the latter
-            also if it could never fit, with no token.
+        on_first_token, on_end: called with a sequence when it had its first token, and when it has ended or failed.
     """
 
     def __init__(
@@ -39,9 +38,12 @@ class ReplicaModel:
         self._first_step = 0.0  # seconds
         self._growth = 0.0  # seconds by which each further step takes longer
         self._serial = 0  # of the event that ends these steps; those of other serials are void
+        self._between = False  # two steps, telling of the first; requests that come by this are in the next
 
     def wake(self) -> None:
         """A request has been added."""
+        if self._between:
+            return
         if not self._works:
             self._begin()
         elif self._repeats > 1 and len(self.engine.active) < self.engine.max_num_seqs:
@@ -51,18 +53,30 @@ class ReplicaModel:
                 self._end_at(self._began + self._seconds(done))
 
     def _begin(self) -> None:
-        while self.engine.busy:
+        """Start the next step, if there is anything to do."""
+        while True:
             self._works, self._repeats = self.engine.plan()
-            if self._works:
-                counts, speeds = self.engine.counts(self._works), self.engine.speeds
-                self._first_step, self._growth = speeds.seconds(counts), speeds.private_pair * counts.rows
-                self._began = self.env.now
-                self._end_at(self._began + self._seconds(self._repeats))
-                return
             failed, self.engine.failed = self.engine.failed, []
-            for sequence in failed:
-                self.on_end(sequence)
-        self._works = []
+            if failed:
+                self._tell([], failed)
+                self._repeats = min(self._repeats, 1)  # that may have brought new requests
+            if self._works or not self.engine.busy:
+                break
+            if not failed:
+                raise RuntimeError("the simulated scheduler found nothing to do for unfinished requests; report this")
+        if self._works:
+            counts, speeds = self.engine.counts(self._works), self.engine.speeds
+            self._first_step, self._growth = speeds.seconds(counts), speeds.private_pair * counts.rows
+            self._began = self.env.now
+            self._end_at(self._began + self._seconds(self._repeats))
+
+    def _tell(self, first: list[Sequence], ended: list[Sequence]) -> None:
+        self._between = True
+        for sequence in first:
+            self.on_first_token(sequence)
+        for sequence in ended:
+            self.on_end(sequence)
+        self._between = False
 
     def _seconds(self, steps: int) -> float:
         return steps * self._first_step + self._growth * (steps * (steps - 1) / 2)
@@ -92,10 +106,5 @@ class ReplicaModel:
         self.events += 1
         self.busy_seconds += self.env.now - self._began
         first, ended = self.engine.commit(self._works, self._repeats)
-        self._works = []
-        for sequence in first:
-            self.on_first_token(sequence)
-        for sequence in ended:
-            self.on_end(sequence)
-        if not self._works:  # ends may have brought new requests, which began
-            self._begin()
+        self._tell(first, ended)
+        self._begin()
