@@ -542,7 +542,7 @@ def test_speeds_of_the_real_engine_are_measured(model: str, tmp_path: Path) -> N
     from gossamer.distributed.simulate import measure
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "BATCHES", (1, 4, 8))
+        patch.setattr(measure, "SHARED", (0, 512))
         llm = LLM(model, memory=10**7, speculation="off")
         speeds = measure.measure_speeds(llm, model="tiny", rounds=1)
         with pytest.raises(ConfigurationError, match="drafts"):
