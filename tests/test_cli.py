@@ -67,12 +67,12 @@ def test_help_imports_only_what_prints_it():
     script = f"import sys; sys.argv = ['gossamer', '--help']\ntry: {MAIN}\nexcept SystemExit: pass\n"
     script += "print(*{name.split('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
     imported = set(run_main(script=script).stdout.splitlines()[-1].split())
-    prints = {"typer", "annotated_doc", "shellingham", "rich", "pygments", "markdown_it", "mdurl"}
+    prints = {"typer", "annotated_doc", "shellingham", "rich", "pygments", "markdown_it", "mdurl", "attr"}
     installed = {name for name in imported if name.startswith(("_", "sitecustomize", "distutils-"))}
     assert imported - prints - installed == {"gossamer"}
 
 
-@pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench"])
+@pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench", "deploy"])
 def test_every_command_has_help(command):
     assert command in invoke("--help").output
     assert invoke(command, "--help").exit_code == 0

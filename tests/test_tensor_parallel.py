@@ -22,9 +22,9 @@ from forked import Program
 from gossamer import LLM, SamplingParams
 from gossamer.batch import BatchRunner
 from gossamer.cli.app import app
-from gossamer.distributed import tensor_parallel
 from gossamer.errors import ConfigurationError, GossamerError, UnsupportedModelError
 from gossamer.outputs import RequestOutput
+from gossamer.runners import tensor_parallel
 from gossamer.sampling_params import BeamSearchParams
 from references import greedy
 
@@ -102,7 +102,7 @@ ACCIDENT = """
 import os, signal, sys, torch
 from datetime import timedelta
 from gossamer import LLM, SamplingParams
-from gossamer.distributed import ranks
+from gossamer.runners import ranks
 from test_tensor_parallel import OPTIONS, PROMPTS
 
 torch.set_num_threads(1)

@@ -133,7 +133,7 @@ class LLM:
     def _load_generating(self, model: str | Path, lora: Mapping[str, str | Path] | None) -> None:
         engine, sampler = self.options.engine, None
         if self.options.model.tensor_parallel > 1:
-            from gossamer.distributed.tensor_parallel import load_sharded  # and torch.distributed
+            from gossamer.runners.tensor_parallel import load_sharded  # and torch.distributed
 
             loaded, sampler = load_sharded(model, self.options, lora)
         else:

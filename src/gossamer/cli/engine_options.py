@@ -21,7 +21,7 @@ from gossamer.options import GROUPS, Options, option_fields
 
 if TYPE_CHECKING:
     from gossamer import LLM
-    from gossamer.distributed.ranks import Ranks
+    from gossamer.runners.ranks import Ranks
 
 Model = Annotated[
     str,
@@ -164,7 +164,7 @@ def take_part(options: dict[str, Any]) -> Ranks | None:
     parallel = Options.of(options).model.tensor_parallel
     if parallel == 1:
         return None
-    from gossamer.distributed.ranks import join
+    from gossamer.runners.ranks import join
 
     ranks = join(parallel)
     if not ranks.leads:

@@ -85,7 +85,9 @@ class EngineReplica:
 
     def _load(self) -> LLM:
         """The model, as it is to be everywhere. Runs in a thread."""
-        from gossamer.cli.engine_options import load_llm
+        import torch
+
+        from gossamer import LLM
         from gossamer.models.resolve import resolve_model
         from gossamer.models.weights_digest import weights_digest
 
@@ -97,7 +99,8 @@ class EngineReplica:
                         f"{self.settings.model} on node {os.uname().nodename} ({path}) has other weights than where "
                         "the deployment was started; copy the same files to all nodes"
                     )
-            llm = load_llm(self.settings.model, self.settings.engine, self.settings.threads, self.settings.lora)
+            torch.set_num_threads(self.settings.threads)
+            llm = LLM(self.settings.model, lora=self.settings.lora, **self.settings.engine)
             if llm.generates:
                 self._speed = prefill_speed(llm)
             return llm

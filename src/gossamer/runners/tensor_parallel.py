@@ -12,7 +12,7 @@ The ranks must plan the same steps. Therefore
 * before each step the ranks compare digests of what they are about to compute, and all end if these differ;
 * what depends on time in other ways is switched off: drafts, and grammars.
 
-Whatever fails on one rank ends all of them: see :mod:`gossamer.distributed.ranks`.
+Whatever fails on one rank ends all of them: see :mod:`gossamer.runners.ranks`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 import gossamer
-from gossamer.distributed.ranks import Ranks, join
 from gossamer.engine.plan import Rows, StepPlan
 from gossamer.engine.runner import Logits
 from gossamer.engine.sampling import Sampled, Sampler, SamplingState
@@ -41,6 +40,7 @@ from gossamer.models.load import load_config, load_model
 from gossamer.models.resolve import resolve_model
 from gossamer.options import Options
 from gossamer.runners.loading import LoadedModel, weights_of
+from gossamer.runners.ranks import Ranks, join
 from gossamer.runners.transformers import IMPLEMENTATION, TransformersRunner
 
 LOADING = timedelta(hours=2)  # that a rank waits for others which still read weights
