@@ -31,6 +31,7 @@ from gossamer.distributed.batch.merge import merge
 from gossamer.distributed.batch.ownership import Claim, OwnershipLost, Run, SeenClaim
 from gossamer.distributed.batch.part_runner import ActorTask, PartOutput, PartRunner
 from gossamer.distributed.batch.plan import answer_options, check_same, make_plan, read_plan, read_rows, row_places
+from gossamer.distributed.batch.quiet import quiet_ray
 from gossamer.distributed.batch.ray_job import _Watch
 from gossamer.distributed.batch.source import Source
 from gossamer.distributed.cluster import Node
@@ -425,6 +426,13 @@ def test_an_error_of_an_actor_is_told_and_not_raised(tmp_path: Path) -> None:
         watch._beaten = 0.0
         with pytest.raises(EngineError, match="died while they loaded the model"):
             watch.look()
+
+
+def test_ray_does_not_write_between_our_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet_ray():
+        for text in ("\x1b[33m(raylet)\x1b[0m A worker died", "{}", "(autoscaler +3s) more", "(rayleigh)"):
+            print(text)
+    assert capsys.readouterr().out == "{}\n(rayleigh)\n"
 
 
 def test_a_process_that_hangs_ends_itself(tmp_path: Path) -> None:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 from gossamer.distributed.cluster import require_ray
 
-_LISTENER = "ray_listen_error_messages"
+_RAYS_OWN = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b")
 
 
 class _WithoutRay:
-    """A stream that what Ray's listener writes does not reach.
+    """A stream that what Ray tells of its own does not reach.
 
-    That thread prints the death of every process to ``sys.stdout``, ``log_to_driver=False`` or not (Ray 2.60).
+    Ray prints the death of every process to ``sys.stdout``, ``log_to_driver=False`` or not (2.60), from a thread of its
+    own, and what it held back of that when it disconnects.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._dropped = False
 
     def write(self, text: str) -> int:
-        return len(text) if threading.current_thread().name == _LISTENER else self._stream.write(text)
+        self._dropped = bool(_RAYS_OWN.match(text)) or (self._dropped and text == "\n")  # print() ends lines apart
+        return len(text) if self._dropped else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -34,10 +37,7 @@ class _WithoutRay:
 @contextmanager
 def quiet_ray() -> Iterator[None]:
     """For as long as there is a connection to a cluster."""
-    # Read when Ray is imported. C++ writes to standard error; and what is held back to be told once for several comes
-    # at the end, from whichever thread disconnects.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ writes to standard error, here and in all it starts
     stream: Any = _WithoutRay(sys.stdout)
     with redirect_stdout(stream):
         yield
