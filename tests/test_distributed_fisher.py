@@ -23,6 +23,7 @@ from gossamer import MFAC, GradientStore, InverseFisher, MFACPreconditioner, Sli
 from gossamer.distributed.fisher import Group, load_checkpoint, save_checkpoint
 from gossamer.distributed.fisher.condition import measure
 from gossamer.errors import CheckpointError, ConfigurationError, GossamerError
+from gossamer.operators.adapters import to_scipy
 from gossamer.operators.ranks import own_columns
 from process_groups import run_ranks, start_ranks
 
@@ -180,6 +181,8 @@ def check_refusals(group: Group) -> None:
     with pytest.raises(ConfigurationError, match=f"^process {last}: a gradient of 5 numbers is expected, got 4"):
         store.replace(0, torch.ones(4 if rank == last else 5))
     assert len(store) == 1 and torch.equal(store.rows, kept)
+    with pytest.raises(ConfigurationError, match=f"keeps 5 of {5 * group.size} columns, and other libraries"):
+        to_scipy(InverseFisher(store, 0.1))
     with pytest.raises(ConfigurationError, match="let each process have its own"):
         InverseFisher(store, 0.1, structure="block", block_size=2)
     assert float(InverseFisher(store, 1.0).quad(torch.ones(5))) == pytest.approx(5 * group.size / (1 + 5 * group.size))
@@ -293,6 +296,11 @@ def check_faults(group: Group, kind: str) -> None:
     """NaN in one process, and a gradient that only one has, stop all, and change nothing."""
     last = group.size - 1
     model, inside = wrapped(kind)
+    if kind == "fsdp":
+        with pytest.raises(
+            ConfigurationError, match=f"cut over {group.size} processes, and the group has 1: pass group="
+        ):
+            MFAC(inside.parameters())
     optimizer = MFAC(inside.named_parameters(), group=group, **SETTINGS)
     train(model, optimizer, range(7))
     before, rows = flat(inside), optimizer.fisher.rows.clone()
@@ -356,10 +364,16 @@ def check_thawing(group: Group) -> None:
     assert "history" not in optimizer.state[model.first.weight]
     model.first.requires_grad_(True)
     alone.first.requires_grad_(True)
+    loss(model, 2).backward()
+    assert model.first.bias.grad is not None
+    model.first.bias.grad[:] = torch.nan
+    with pytest.raises(ConfigurationError, match=r"gradient of parameter 1 of group 0 has NaN"):
+        optimizer.step()
     train(model, optimizer, range(2, 6))
     train(alone, one, range(2, 6))
     assert same(model, alone)
-    assert optimizer.state[model.first.weight]["history"].shape == one.state[alone.first.weight]["history"].shape
+    shown = optimizer.state[model.first.weight]["history"]
+    assert torch.allclose(shown.full_tensor(), one.state[alone.first.weight]["history"], atol=1e-4)
 
 
 def check_preconditioner(group: Group) -> None:

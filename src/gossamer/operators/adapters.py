@@ -20,11 +20,12 @@ def to_scipy(inverse: InverseFisher, dtype: Any = np.float64) -> Any:
     """A :class:`scipy.sparse.linalg.LinearOperator`, symmetric, for vectors in NumPy; for instance to precondition.
 
     Raises:
-        ConfigurationError: SciPy is not installed.
+        ConfigurationError: SciPy is not installed, or several processes keep the matrix.
 
     >>> operator = to_scipy(inverse)  # doctest: +SKIP
     >>> operator @ np.ones(inverse.d)  # doctest: +SKIP
     """
+    _check_whole(inverse)
     linalg = _import("scipy.sparse.linalg", "scipy")
 
     def multiply(x: Any) -> Any:
@@ -37,8 +38,9 @@ def to_linear_operator(inverse: InverseFisher, dtype: torch.dtype = torch.float6
     """A :class:`linear_operator.LinearOperator` (GPyTorch's), with its diagonal.
 
     Raises:
-        ConfigurationError: linear_operator is not installed.
+        ConfigurationError: linear_operator is not installed, or several processes keep the matrix.
     """
+    _check_whole(inverse)
     base = _import("linear_operator", "linear_operator").LinearOperator
 
     class InverseFisherOperator(base):  # type: ignore[misc,valid-type]  # its base is not known before
@@ -65,9 +67,11 @@ def to_curvlinops(inverse: InverseFisher, shapes: list[tuple[int, ...]], dtype: 
     """A ``PyTorchLinearOperator`` of curvlinops, for vectors that are flat or lists of tensors of these shapes.
 
     Raises:
-        ConfigurationError: curvlinops is not installed, or the shapes do not make up d numbers.
+        ConfigurationError: curvlinops is not installed, several processes keep the matrix, or the shapes do not make
+            up d numbers.
     """
     base = _import("curvlinops._torch_base", "curvlinops-for-pytorch").PyTorchLinearOperator
+    _check_whole(inverse)
     sizes = [torch.Size(shape).numel() for shape in shapes]
     if sum(sizes) != inverse.d:
         raise ConfigurationError(f"the shapes make up {sum(sizes):,} numbers, and the matrix has {inverse.d:,} rows")
@@ -92,6 +96,14 @@ def to_curvlinops(inverse: InverseFisher, shapes: list[tuple[int, ...]], dtype: 
             return [part.reshape(*shape, -1) for part, shape in zip(found, shapes, strict=True)]
 
     return InverseFisherOperator()
+
+
+def _check_whole(inverse: InverseFisher) -> None:
+    if inverse.d != inverse.total:
+        raise ConfigurationError(
+            f"this process keeps {inverse.d:,} of {inverse.total:,} columns, and other libraries take whole vectors: "
+            "use the matrix itself"
+        )
 
 
 def _import(module: str, package: str) -> Any:

@@ -112,10 +112,12 @@ class MFAC(torch.optim.Optimizer):
         if not gradients:
             self.preconditioner.rest()
             return loss
-        joined = len(self.preconditioner.places)
-        steps = self.preconditioner.direction(gradients)
-        if len(self.preconditioner.places) > joined:
-            self._show_history()
+        known = len(self.preconditioner.places)
+        try:
+            steps = self.preconditioner.direction(gradients)
+        finally:
+            if len(self.preconditioner.places) > known:
+                self._show_history()
         self._pushed.fill_(self.fisher.count)
         places = itertools.count()
         for group in self.param_groups:
