@@ -31,7 +31,8 @@ def simulate(
     router: Annotated[
         str,
         typer.Option(
-            help="prefix, round-robin, random, power-of-two, consistent-hash, ray-prefix; several with commas, or all.",
+            help="prefix, lmetric, round-robin, random, power-of-two, consistent-hash, ray-prefix; several with "
+            "commas; or all.",
             rich_help_panel=_FLEET,
         ),
     ] = "all",

@@ -103,6 +103,12 @@ class _Compared:
         return {"replicas": len(self._names), "in_flight": len(self._where)}
 
 
+class LMetric(PrefixRouter):
+    """Gossamer's candidates, chosen among by LMetric's score (arXiv 2603.15202)."""
+
+    miss_weight, batch_offset = 1.0, 1.0
+
+
 class RoundRobin(_Compared):
     """One after the other."""
 
@@ -236,6 +242,7 @@ def character_chain(text: str) -> tuple[int, ...]:
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "prefix": PrefixRouter,
+    "lmetric": LMetric,
     "round-robin": RoundRobin,
     "random": Random,
     "power-of-two": PowerOfTwo,

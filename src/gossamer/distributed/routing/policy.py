@@ -5,11 +5,12 @@ hashing, and one at random. The least score wins:
 
     (tokens queued there + 8 x tokens of the prompt it would have to compute) x (requests in flight there + 4) / v
 
-with v the replica's measured prefill speed in tokens per second. With 1 in place of 8, 4 and v this is LMetric
-(arXiv 2603.15202), whose two factors are the wait for a first token and the slower steps of a larger batch. LMetric
-weighs this request's wait alone. But tokens computed a second time delay all that come later and push another prefix
-out of memory, and a batch of 1 is not twice as slow as one of 0: on two replicas LMetric computes 1.2 to 1.4 times
-what is needed, and its first tokens come later (`tests/test_routing.py`).
+with v the replica's measured prefill speed in tokens per second. With 1 in place of 8 and 4, and without v, this is
+LMetric (arXiv 2603.15202), whose two factors are the wait for a first token and the slower steps of a larger batch.
+LMetric weighs what this request waits for. But tokens that are computed a second time delay all that come later, and
+push another prefix out of memory; and a batch of two is not twice as slow as one of one. On small fleets LMetric
+computes 1.2 to 1.4 times what is needed, and first tokens come later for it: ``gossamer simulate --router
+prefix,lmetric`` compares.
 
 A candidate with more than 1.5 x the mean number of requests in flight + 8 is passed over; if all are, every replica
 is scored. So a prefix that is asked for more often than one replica can serve gets more homes by itself.
@@ -33,8 +34,6 @@ from gossamer.distributed.routing.load import Load
 
 ANCHOR_BLOCKS = 8  # an anchor covers at least the first 2 kB, or short heads that all prompts have would be anchors
 HOMES = 2
-MISS_WEIGHT = 8.0
-BATCH_OFFSET = 4.0
 BOUND_FACTOR, BOUND_EXTRA = 1.5, 8.0  # a relative bound alone reacts to noise when little is in flight
 BYTES_PER_TOKEN = 4.0  # until answers have told
 RATIO_WEIGHT = 1_000_000  # tokens after which what answers told counts half
@@ -72,6 +71,8 @@ class PrefixRouter:
     True
     >>> router.completed("request-1", prompt_tokens=1024, cached_tokens=0)
     """
+
+    miss_weight, batch_offset = 8.0, 4.0  # of the score; see the module's documentation
 
     def __init__(self, *, seed: int = 0, max_entries: int = 1_000_000) -> None:
         self._random = random.Random(seed)
@@ -173,8 +174,8 @@ class PrefixRouter:
             missing = max(prompt_bytes - depth * BLOCK_BYTES, 0.0) / self._bytes_per_token
             in_flight = self._load.in_flight(replica)
             # at least the last token of a prompt is computed, so that the number in flight always counts
-            wait = self._load.queued(replica) + MISS_WEIGHT * max(missing, 1.0)
-            score = wait * (in_flight + BATCH_OFFSET) / self._speeds[replica]
+            wait = self._load.queued(replica) + self.miss_weight * max(missing, 1.0)
+            score = wait * (in_flight + self.batch_offset) / self._speeds[replica]
             return score, in_flight, -homes.weight(anchor, replica)
 
         limit = BOUND_FACTOR * self._load.mean_in_flight + BOUND_EXTRA
