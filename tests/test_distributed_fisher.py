@@ -192,9 +192,10 @@ def check_refusals(group: Group) -> None:
     received = [other + 1 for other in range(group.size)]
     found = group.exchange(torch.full((sum(sent),), float(rank)), sent, received)
     assert found.tolist() == [float(other) for other in range(group.size) for _ in range(other + 1)]
-    big = {"a": torch.arange(5000.0), "b": torch.tensor([True])}
+    big = {"a": (torch.arange((1 << 24) + 3) % 251).byte(), "b": torch.tensor([True])}  # bytes that fp32 cannot count
     shared = group.share(big if rank == last else None, last)
     assert torch.equal(shared["a"], big["a"]) and shared["b"].dtype == torch.bool
+    assert group.share({} if rank == last else None, last) == {}
     assert torch.equal(
         group.add(torch.full((60, 60), rank + 1.0)), torch.full((60, 60), sum(range(group.size + 1)) + 0.0)
     )

@@ -70,7 +70,7 @@ class Group:
         """See :class:`~gossamer.operators.ranks.Ranks`.
 
         Raises:
-            GossamerError: in every process: the fault of one, or a process is gone, or does not answer.
+            GossamerError: the fault of a process, in all of them; or one is gone, or does not answer.
         """
         inside = sums.numel() <= _INSIDE
         self._frame(sums if inside else sums.new_zeros(0), fault, f"{agreed}\nsum of {list(sums.shape)}")
@@ -111,8 +111,11 @@ class Group:
         packed = b""
         if self.rank == source:
             packed = save({name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()})
-        length = int(self.add(torch.tensor([float(len(packed))]), None, f"sharing what process {source} has"))
-        buffer = torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(length).byte()
+        size = torch.tensor([len(packed)], dtype=torch.float64)
+        length = int(self.add(size, None, f"sharing what process {source} has"))
+        buffer = torch.empty(length, dtype=torch.uint8)
+        if packed:
+            buffer = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         self._call(dist.broadcast, buffer, group_src=source)
         return dict(tensors or {}) if self.rank == source else load(buffer.numpy().tobytes())
 
