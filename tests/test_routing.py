@@ -133,6 +133,7 @@ def test_a_replica_that_leaves_moves_only_what_it_was_home_of(names: set[str], k
     order = homes.best(key, len(names))
     assert sorted(order) == sorted(names)
     assert order == sorted(names, key=lambda name: -homes.weight(key, name))
+    assert homes.best_among(key, 2, names - {gone}) == [name for name in order if name != gone][:2]
     assert Rendezvous(names - {gone}).best(key, len(names)) == [name for name in order if name != gone]
     assert all(homes.best(key, count) == order[:count] for count in range(1, len(names) + 2))
 

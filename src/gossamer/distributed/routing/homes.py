@@ -8,7 +8,7 @@ it is or was the home of.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,15 @@ class Rendezvous:
                 self._known.clear()
             self._known[key, count] = known
         return known
+
+    def best_among(self, key: int, count: int, among: Collection[str]) -> list[str]:
+        """As :meth:`best`, if there were only those of ``among``."""
+        asked = count
+        while True:
+            found = [replica for replica in self.best(key, asked) if replica in among][:count]
+            if len(found) == count or asked >= len(self._names):
+                return found
+            asked *= 4
 
     def weight(self, key: int, replica: str) -> int:
         """The weight of one pair, in [0, 2^64)."""

@@ -157,8 +157,7 @@ class PrefixRouter:
 
     def _ranked(self, chain: Sequence[int], prompt_bytes: float, eligible: list[str]) -> list[str]:
         """Candidates within the bound, the best first, then those beyond it."""
-        among = self._speeds if len(eligible) == len(self._speeds) else set(eligible)
-        homes = self._homes if len(eligible) == len(self._speeds) else Rendezvous(eligible)
+        among: Collection[str] = self._speeds if len(eligible) == len(self._speeds) else set(eligible)
         depth, holders = self._index.deepest(chain, among)
         anchor_depth = max(self._index.repeated(chain), min(ANCHOR_BLOCKS, len(chain)))
         if 2 * depth * BLOCK_BYTES < prompt_bytes and self._index.seen(chain, depth) >= 2:  # a common head
@@ -166,7 +165,7 @@ class PrefixRouter:
             depth, holders = 0, []
         anchor = chain[anchor_depth - 1] if chain else 0
         matched = dict.fromkeys(holders, depth)
-        for replica in (*homes.best(anchor, HOMES), self._random.choice(eligible)):
+        for replica in (*self._homes.best_among(anchor, HOMES, among), self._random.choice(eligible)):
             if replica not in matched:
                 matched[replica] = self._index.depth(chain, replica, depth)
 
@@ -176,7 +175,7 @@ class PrefixRouter:
             # at least the last token of a prompt is computed, so that the number in flight always counts
             wait = self._load.queued(replica) + self.miss_weight * max(missing, 1.0)
             score = wait * (in_flight + self.batch_offset) / self._speeds[replica]
-            return score, in_flight, -homes.weight(anchor, replica)
+            return score, in_flight, -self._homes.weight(anchor, replica)
 
         limit = BOUND_FACTOR * self._load.mean_in_flight + BOUND_EXTRA
         full = {replica for replica in matched if self._load.in_flight(replica) > limit}
