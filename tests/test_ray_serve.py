@@ -297,6 +297,36 @@ def test_an_ingress_that_is_killed(served: Client) -> None:
         assert served.complete(text, max_tokens=2)["usage"]["prompt_tokens_details"]["cached_tokens"] > 800
 
 
+@pytest.mark.slow
+def test_a_node_that_is_lost(model: Path, alone: LLM) -> None:
+    """What its replica had not begun is answered by the other one; then there is one replica."""
+    from ray import serve
+
+    before = os.environ.get("GOSSAMER_API_KEY")
+    os.environ["GOSSAMER_API_KEY"] = KEY
+    try:
+        with ray_clusters.cluster() as made:
+            client = Client(deployment(model, port=PORT + 2).start())
+            wait_for(lambda: client.call("/health")[1].get("replicas") == 2)
+            texts = [f"{place} " + "waits " * 60 for place in range(12)]
+            whole = {"max_tokens": 60, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            with ThreadPoolExecutor(12) as pool:
+                asked = [pool.submit(client.call, "/v1/completions", whole | {"prompt": text}) for text in texts]
+                time.sleep(0.1)
+                made.remove_node(made.worker_nodes.copy().pop(), allow_graceful=False)
+                answers = [each.result() for each in asked]
+            assert [status for status, _ in answers] == [200] * len(texts), answers
+            params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+            for (_, got), output in zip(answers, alone.generate(texts, params, False), strict=True):
+                assert got["choices"][0]["token_ids"] == output.outputs[0].token_ids
+            wait_for(lambda: client.call("/health")[1].get("replicas") == 1, 60)
+            serve.shutdown()
+    finally:
+        os.environ.pop("GOSSAMER_API_KEY")
+        if before is not None:
+            os.environ["GOSSAMER_API_KEY"] = before
+
+
 class TestRefusedBeforeItStarts:
     def test_more_than_there_is_room_for(self, cluster: Any, model: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"3 x replicas of .* there is room for 2"):
