@@ -173,7 +173,7 @@ def _replay(
         typer.echo(json.dumps(reports.as_json(results, fleet, speeds), indent=2))
     else:
         console = Console()
-        console.width = max(console.width, 140)  # a narrow terminal may wrap the table; columns cut short help nobody
+        console.width = max(console.width, 160)  # a narrow terminal may wrap the table; columns cut short help nobody
         console.print(
             f"{told}; {fleet.replicas:,} replicas of {fleet.memory_tokens:,} tokens; steps of {speeds.model} on "
             f"{speeds.machine}, {speeds.threads} threads"

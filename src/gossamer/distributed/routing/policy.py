@@ -8,9 +8,10 @@ hashing, and one at random. The least score wins:
 with v the replica's measured prefill speed in tokens per second. With 1 in place of 8 and 4, and without v, this is
 LMetric (arXiv 2603.15202), whose two factors are the wait for a first token and the slower steps of a larger batch.
 LMetric weighs what this request waits for. But tokens that are computed a second time delay all that come later, and
-push another prefix out of memory; and a batch of two is not twice as slow as one of one. On small fleets LMetric
-computes 1.2 to 1.4 times what is needed, and first tokens come later for it: ``gossamer simulate --router
-prefix,lmetric`` compares.
+push another prefix out of memory; and a batch of two is not twice as slow as one of one. On two replicas LMetric
+computes 1.2 to 1.4 times what is needed. Where replicas are mostly idle its first tokens come a little earlier, since
+there is an idle one to compute it all again; where they are busy they come much later
+(``docs/explanation/thousand-replicas.md``).
 
 A candidate with more than 1.5 x the mean number of requests in flight + 8 is passed over; if all are, every replica
 is scored. So a prefix that is asked for more often than one replica can serve gets more homes by itself.
