@@ -418,12 +418,10 @@ def test_an_error_of_an_actor_is_told_and_not_raised(tmp_path: Path) -> None:
         watch.look()
         for _ in range(3):  # no process is left to say that it was done
             PartRunner._note_load(Local(ActorTask(str(job.path), run.number, "", "")), "begun")
-        watch._beaten = 0.0
         watch.look()  # each was done once
         for _ in range(4):
             with job.loads.open("a") as file:
                 file.write(json.dumps([run.number, "begun"]) + "\n")
-        watch._beaten = 0.0
         with pytest.raises(EngineError, match="died while they loaded the model"):
             watch.look()
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,11 @@ class RayBatch:
                 self.default_max_tokens,
                 _PROMPTS_PER_SEQUENCE * engine.max_num_seqs,
             )
-            answer_parts(opened, task, workers, run, show, runner=self.runner)
+            try:
+                answer_parts(opened, task, workers, run, show, runner=self.runner)
+            except KeyboardInterrupt:
+                show(reduce(Tally.plus, (_written(directory, part) for part in opened)))
+                raise
         run.check()
         merge(directory, plan, self.output_file, self.output_format)
         total = Tally(failures=refused)

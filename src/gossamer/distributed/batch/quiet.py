@@ -38,6 +38,7 @@ class _WithoutRay:
 def quiet_ray() -> Iterator[None]:
     """For as long as there is a connection to a cluster."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ writes to standard error, here and in all it starts
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # its threads would look for another cluster after the end
     stream: Any = _WithoutRay(sys.stdout)
     with redirect_stdout(stream):
         yield

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from gossamer import errors
@@ -18,7 +19,7 @@ from gossamer.distributed.batch.tally import Tally
 
 #: Processes that may die one after the other while they load the model, for each actor.
 MOST_LOADS = 3
-_POLL_SECONDS = 0.5
+_SECONDS = BEAT / 3
 
 
 def answer_parts(
@@ -52,60 +53,68 @@ def answer_parts(
             num_cpus=workers.threads,
             memory=workers.memory,
         )
-        for row in _interruptible(reports.iter_rows(), watch):
-            report = json.loads(row["report"])
-            if report["error"] is not None:
-                kind, message = report["error"]
-                raise getattr(errors, kind, errors.OutputError)(message)
-            watch.finished(report)
-
-
-def _interruptible(rows: Any, watch: _Watch) -> Iterator[Any]:
-    """Rows from a thread of their own, so that what the watch finds ends the wait for the next one."""
-    got: list[Any] = []
-    there = threading.Condition()
-    end = object()
-
-    def read() -> None:
-        try:
+        with _told_as_ours(watch), watch, closing(iter(reports.iter_rows())) as rows:
             for row in rows:
-                with there:
-                    got.append(row)
-                    there.notify()
-            last: Any = end
-        except BaseException as error:
-            last = error
-        with there:
-            got.append(last)
-            there.notify()
+                report = json.loads(row["report"])
+                if report["error"] is not None:
+                    kind, message = report["error"]
+                    raise getattr(errors, kind, errors.OutputError)(message)
+                watch.finished(report)
 
-    threading.Thread(target=read, daemon=True, name="gossamer-reports").start()
-    while True:
-        with there:
-            if not got:
-                there.wait(_POLL_SECONDS)
-            row = got.pop(0) if got else None
-        watch.look()
-        if row is end:
-            return
-        if isinstance(row, BaseException):
-            reason = next((line for line in reversed(str(row).splitlines()) if line.strip()), repr(row))
-            raise errors.EngineError(f"Ray ended the job: {reason.strip()}; go on later with --resume") from row
-        if row is not None:
-            yield row
+
+@contextmanager
+def _told_as_ours(watch: _Watch) -> Iterator[None]:
+    """What ends the wait for Ray, as an error of ours."""
+    try:
+        yield
+    except (KeyboardInterrupt, errors.GossamerError):
+        if watch.error is not None:
+            raise watch.error from None
+        raise
+    except Exception as error:  # of Ray, of many kinds
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
+        raise errors.EngineError(f"Ray ended the job: {reason.strip()}; go on later with --resume") from error
+    if watch.error is not None:
+        raise watch.error
 
 
 class _Watch:
     """Shows that the command lives, and how far its parts are; finds actors that die while they load the model.
 
-    Ray starts an actor again whatever it died of, and a part waits for it in silence.
+    Ray starts an actor again whatever it died of, and a part waits for it in silence. So this runs beside the wait for
+    Ray, and interrupts it as Ctrl-C does.
+
+    Attributes:
+        error: why the job cannot go on.
     """
 
     def __init__(self, directory: JobDirectory, run: Run, actors: int, progress: Callable[[Tally], None]) -> None:
+        self.error: Exception | None = None
         self._directory, self._run, self._progress = directory, run, progress
         self._most_loads = MOST_LOADS * actors
         self._done = Tally()
-        self._beaten = 0.0
+        self._showing = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="gossamer-watch")
+        self._may_interrupt = threading.current_thread() is threading.main_thread()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            try:
+                self.look()
+            except Exception as error:
+                self.error = error
+                if self._may_interrupt:
+                    _thread.interrupt_main()
+                return
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def finished(self, report: dict[str, Any]) -> None:
         """A part is done."""
@@ -118,10 +127,6 @@ class _Watch:
         Raises:
             GossamerError: the job cannot go on.
         """
-        now = time.monotonic()
-        if now - self._beaten < BEAT / 3:
-            return
-        self._beaten = now
         self._run.beat()
         self._show()
         loads = self._loads()
@@ -143,9 +148,10 @@ class _Watch:
         return count
 
     def _show(self) -> None:
-        total = self._done
-        for path in self._directory.running.glob("part-*"):
-            part = read_json(path)
-            if part is not None:
-                total = total.plus(Tally(**part))
-        self._progress(total)
+        with self._showing:
+            total = self._done
+            for path in self._directory.running.glob("part-*"):
+                part = read_json(path)
+                if part is not None:
+                    total = total.plus(Tally(**part))
+            self._progress(total)
