@@ -429,3 +429,27 @@ class TestConfigFiles:
         with client.open("/v1/completions", body) as response:
             assert response.read().endswith(b"data: [DONE]\n\n")
         assert client.call("/v1/models", authorization="Bearer wrong")[0] == 401
+
+
+def test_the_command_finishes_what_is_running(model: Path) -> None:
+    """As with `gossamer serve`, SIGTERM is the end of new requests only. On a cluster of its own."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "gossamer.cli", "deploy", str(model), "--replicas", "1", "--port", str(PORT + 3)]
+    command += ["--memory", "64MiB", "--dtype", "float32", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        started = json.loads(process.stdout.readline())
+        client = Client(started["address"])
+        body = {"prompt": "Once", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        with client.open("/v1/completions", body) as response:
+            response.read(100)
+            process.send_signal(signal.SIGTERM)
+            assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    with pytest.raises(OSError):
+        client.open("/health")

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from ray.serve.exceptions import RayServeException
 
 from gossamer.distributed.routing.chain import ChainHasher
 from gossamer.distributed.serving.fleet import Fleet, Replica, fleet_of
@@ -20,6 +21,7 @@ from gossamer.distributed.serving.prompts import RoutedPrompt
 from gossamer.distributed.serving.settings import DeploymentSettings
 from gossamer.errors import EngineError, GossamerError
 from gossamer.server.errors import unavailable
+from gossamer.server.run import GRACE, Server, listen, make_server
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -29,10 +31,6 @@ logger = logging.getLogger("gossamer.server")
 LEASE_ENDS_WITHIN = 5.0  # seconds after the answer
 HOT_PREFIXES = 64  # that each replica is asked for
 LOOKS_EVERY = 0.5  # seconds between two looks at which replicas there are
-
-
-class ReplicaLost(EngineError):
-    """A replica has ended, or cannot be reached."""
 
 
 class Ingress:
@@ -70,9 +68,11 @@ class Ingress:
         self._all = engine
         self._look = asyncio.create_task(self._look_after())
         self._settling: set[asyncio.Task[None]] = set()
-        self._serving: asyncio.Task[None] | None = None
+        self._server: Server | None = None
         if settings.host is not None:
-            self._serving = asyncio.create_task(self._listen(settings.host))
+            self._server = make_server(self.app, self.options)
+            listening = listen(settings.host, settings.port, shared=settings.ingresses > 1)
+            self._serving = asyncio.create_task(self._server.serve([listening]))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, for Ray Serve."""
@@ -101,12 +101,6 @@ class Ingress:
             "keys": len(self.options.api_keys),
         }
 
-    async def _listen(self, host: str) -> None:
-        from gossamer.server.run import listen, make_server
-
-        server = make_server(self.app, self.options)
-        await server.serve([listen(host, self.settings.port, shared=self.settings.ingresses > 1)])
-
     # --- its life ----------------------------------------------------------------------------------------------
 
     @property
@@ -122,8 +116,8 @@ class Ingress:
 
     def check_health(self) -> None:
         """Of the process, for Ray Serve: it is well even if no replica is."""
-        if self._serving is not None and self._serving.done() and not self._serving.cancelled():
-            raise EngineError(f"the ingress does not listen any more: {self._serving.exception()}")
+        if self._server is not None and self._serving.done():
+            raise EngineError("the ingress does not listen any more")
 
     def check_ready(self) -> None:
         """Whether requests are answered.
@@ -160,6 +154,10 @@ class Ingress:
             await self.pins.restore(replica)
 
     async def __del__(self) -> None:
+        """At the end: Ray Serve does not know of the streams that come by the listener, and would not wait for them."""
+        if self._server is not None:
+            self._server.should_exit = True
+            await asyncio.wait([self._serving], timeout=self.options.drain_timeout + GRACE)
         self._look.cancel()
         await self.client.close()
 
@@ -179,7 +177,10 @@ class Ingress:
             narrowed["text"] = prompt.text
         arguments = (lease_id, prompt.chain, prompt.size)
         stack = AsyncExitStack()
-        selection = await stack.enter_async_context(self._engine.choose_replica(*arguments, **narrowed))
+        try:
+            selection = await stack.enter_async_context(self._engine.choose_replica(*arguments, **narrowed))
+        except RayServeException as error:
+            raise unavailable(f"there is no replica: {error}") from None
         lease = Lease(self.fleet, lease_id, selection.replica_id, selection.replica_metadata["address"])
         self.fleet.routed(lease_id, lease.replica, prompt.chain, prompt.size)
         held = self._engine.dispatch(selection, *arguments)
