@@ -106,7 +106,10 @@ class _Compared:
 class LMetric(PrefixRouter):
     """Gossamer's candidates, chosen among by LMetric's score (arXiv 2603.15202)."""
 
-    miss_weight, batch_offset = 1.0, 1.0
+    batch_offset = 1.0
+
+    def _miss_weight(self) -> float:
+        return 1.0
 
 
 class RoundRobin(_Compared):

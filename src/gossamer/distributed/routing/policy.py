@@ -3,15 +3,15 @@
 A few candidates are scored: those believed to hold most of the prompt, the two homes of its anchor by rendezvous
 hashing, and one at random. The least score wins:
 
-    (tokens queued there + 8 x tokens of the prompt it would have to compute) x (requests in flight there + 4) / v
+    (tokens queued there + w x tokens of the prompt it would have to compute) x (requests in flight there + 4) / v
 
-with v the replica's measured prefill speed in tokens per second. With 1 in place of 8 and 4, and without v, this is
-LMetric (arXiv 2603.15202), whose two factors are the wait for a first token and the slower steps of a larger batch.
-LMetric weighs what this request waits for. But tokens that are computed a second time delay all that come later, and
-push another prefix out of memory; and a batch of two is not twice as slow as one of one. On two replicas LMetric
-computes 1.2 to 1.4 times what is needed. Where replicas are mostly idle its first tokens come a little earlier, since
-there is an idle one to compute it all again; where they are busy they come much later
-(``docs/explanation/thousand-replicas.md``).
+with v the replica's measured prefill speed in tokens per second, and w = 2 + the mean number of requests in flight per
+replica: what is computed keeps this request waiting, and as many others, and pushes as much of another prefix out of
+memory. With 1 in place of w and 4, and without v, this is LMetric (arXiv 2603.15202), whose two factors are the wait
+for a first token and the slower steps of a larger batch. LMetric weighs what this request waits for alone, so that
+prefixes are computed again wherever a replica happens to be idle: on two replicas 1.2 to 1.4 times as many tokens as
+needed. And a batch of two is not twice as slow as one of one, hence the 4.
+``docs/explanation/thousand-replicas.md`` compares.
 
 A candidate with more than 1.5 x the mean number of requests in flight + 8 is passed over; if all are, every replica
 is scored. So a prefix that is asked for more often than one replica can serve gets more homes by itself.
@@ -73,7 +73,7 @@ class PrefixRouter:
     >>> router.completed("request-1", prompt_tokens=1024, cached_tokens=0)
     """
 
-    miss_weight, batch_offset = 8.0, 4.0  # of the score; see the module's documentation
+    batch_offset = 4.0  # of the score; see the module's documentation
 
     def __init__(self, *, seed: int = 0, max_entries: int = 1_000_000) -> None:
         self._random = random.Random(seed)
@@ -170,11 +170,13 @@ class PrefixRouter:
             if replica not in matched:
                 matched[replica] = self._index.depth(chain, replica, depth)
 
+        miss_weight = self._miss_weight()
+
         def key(replica: str, depth: int) -> tuple[float, float, int]:
             missing = max(prompt_bytes - depth * BLOCK_BYTES, 0.0) / self._bytes_per_token
             in_flight = self._load.in_flight(replica)
             # at least the last token of a prompt is computed, so that the number in flight always counts
-            wait = self._load.queued(replica) + self.miss_weight * max(missing, 1.0)
+            wait = self._load.queued(replica) + miss_weight * max(missing, 1.0)
             score = wait * (in_flight + self.batch_offset) / self._speeds[replica]
             return score, in_flight, -self._homes.weight(anchor, replica)
 
@@ -185,6 +187,9 @@ class PrefixRouter:
             matched |= {each: self._index.depth(chain, each, depth) for each in eligible if each not in matched}
             return [min(matched, key=lambda each: key(each, matched[each]))]
         return sorted(matched, key=lambda each: (each in full, key(each, matched[each])))
+
+    def _miss_weight(self) -> float:
+        return 2.0 + self._load.mean_in_flight
 
     @property
     def _bytes_per_token(self) -> float:
