@@ -22,7 +22,8 @@ from gossamer.batch.input_file import BatchLine
 from gossamer.batch.output_file import OutputFile
 from gossamer.batch.records import answer_record, refusal_record
 from gossamer.cli.app import app
-from gossamer.distributed.batch import grouping, nodes
+from gossamer.distributed import nodes
+from gossamer.distributed.batch import grouping
 from gossamer.distributed.batch.attempts import MOST_ALONE, Attempts, Record, groups, histories
 from gossamer.distributed.batch.grouping import bounds, common, cuts, prompt_bytes, sort_key
 from gossamer.distributed.batch.job import RayBatch
@@ -31,10 +32,10 @@ from gossamer.distributed.batch.merge import merge
 from gossamer.distributed.batch.ownership import Claim, OwnershipLost, Run, SeenClaim
 from gossamer.distributed.batch.part_runner import ActorTask, PartOutput, PartRunner
 from gossamer.distributed.batch.plan import answer_options, check_same, make_plan, read_plan, read_rows, row_places
-from gossamer.distributed.batch.quiet import quiet_ray
 from gossamer.distributed.batch.ray_job import _Watch
 from gossamer.distributed.batch.source import Source
-from gossamer.distributed.cluster import Node
+from gossamer.distributed.nodes import Node
+from gossamer.distributed.quiet import quiet_ray
 from gossamer.errors import CheckpointError, ConfigurationError, EngineError, OutputError
 from test_batch import chat, completion, write
 

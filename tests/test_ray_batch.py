@@ -27,7 +27,7 @@ from gossamer.distributed.batch.job_directory import JobDirectory
 from gossamer.distributed.batch.ownership import latest
 from gossamer.distributed.batch.part_runner import PartRunner
 from gossamer.distributed.batch.plan import draw_of, read_rows
-from gossamer.distributed.batch.tokens import check_address
+from gossamer.distributed.tokens import check_address
 from gossamer.errors import ConfigurationError
 from test_batch import completion, write
 

@@ -58,6 +58,7 @@ class Setting:
 def deployed(setting: Setting, router: str, *, ingresses: int = 1) -> Iterator[str]:
     """A deployment of its own. Its address."""
     from gossamer.distributed.cluster import local_cluster
+    from gossamer.distributed.quiet import quiet_ray
     from gossamer.distributed.serving.deploying import Deployment
 
     deployment = Deployment.of(
@@ -71,7 +72,7 @@ def deployed(setting: Setting, router: str, *, ingresses: int = 1) -> Iterator[s
         port=free_port(),
         router=router,
     )
-    with local_cluster(cpus=setting.replicas * setting.threads):
+    with quiet_ray(), local_cluster(cpus=setting.replicas * setting.threads):
         yield deployment.start()
         deployment.end()
 

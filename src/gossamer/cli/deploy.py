@@ -111,6 +111,7 @@ def deploy(
     Without, Ctrl-C and SIGTERM finish what is running and end it. Needs the extra: pip install 'gossamer[ray]'.
     """
     from gossamer.distributed.cluster import check_ray, cluster_at, local_cluster
+    from gossamer.distributed.quiet import quiet_ray
     from gossamer.distributed.serving.deploying import Deployment, as_config
 
     check_ray()
@@ -139,7 +140,7 @@ def deploy(
     )
     if dry_run:
         if address is not None:
-            with cluster_at(address, insecure=insecure):
+            with quiet_ray(), cluster_at(address, insecure=insecure):
                 deployment.check_cluster()
         else:
             deployment.check_machine()
@@ -148,13 +149,13 @@ def deploy(
         return
     notice(f"Starting {replicas} replicas of {model}", "dim")
     if address is not None:
-        with cluster_at(address, insecure=insecure):
+        with quiet_ray(), cluster_at(address, insecure=insecure):
             url = deployment.start()
             _tell(url, deployment, as_json)
             notice("It stays: `serve status` looks at it, `serve delete gossamer` ends it.")
         return
     deployment.check_machine()
-    with local_cluster():
+    with quiet_ray(), local_cluster():
         url = deployment.start()
         _tell(url, deployment, as_json)
         deployment.wait()

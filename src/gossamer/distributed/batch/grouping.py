@@ -7,11 +7,11 @@ what they have in common, once more; parts are cut where neighbours share least.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 
 from gossamer.batch.input_file import BatchLine
 from gossamer.batch.records import read_body
+from gossamer.distributed.routing.rendered import rendered, scope
 from gossamer.errors import GossamerError
 from gossamer.protocol import GeneratingBody
 
@@ -35,13 +35,13 @@ def sort_key(line: BatchLine) -> bytes:
 
 
 def prompt_bytes(line: BatchLine) -> bytes:
-    """The prompt as bytes that begin alike where token sequences do; no tokenizer and no template are needed for it.
+    r"""The prompt as bytes that begin alike where token sequences do; no tokenizer and no template are needed for it.
 
     >>> def chat(*said):
     ...     messages = [{"role": "user", "content": each} for each in said]
     ...     return prompt_bytes(BatchLine(1, "a", "/v1/chat/completions", {"messages": messages}))
     >>> chat("Hello", "one").startswith(chat("Hello")), chat("Hello")
-    (True, b'[null,null][][{},true][{"content":"Hello","role":"user"}')
+    (True, b'\x00\x00[][{},true][{"content":"Hello","role":"user"}')
     """
     try:
         body = read_body(line)
@@ -50,24 +50,8 @@ def prompt_bytes(line: BatchLine) -> bytes:
         prompt = body.engine_prompts()[0]
     except (GossamerError, ValueError, RecursionError, IndexError):  # refused by who answers it, with the reason
         return b""
-    apart = _json([body.model, prompt.get("cache_salt")])  # another adapter or salt shares nothing
-    if "messages" in prompt:
-        form = [prompt.get("template_kwargs") or {}, prompt.get("add_generation_prompt", True)]
-        messages = b",".join(_json(each) for each in prompt["messages"])
-        return apart + _json(prompt.get("tools") or []) + _json(form) + b"[" + messages
-    if "prompt_token_ids" in prompt:
-        return apart + b"".join(_token_bytes(each) for each in prompt["prompt_token_ids"])
-    return apart + str(prompt["prompt"]).encode("utf-8", "surrogatepass")
-
-
-def _json(value: object) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _token_bytes(token: object) -> bytes:
-    valid = isinstance(token, int) and 0 <= token < 2**32
-    return token.to_bytes(4, "big") if valid else b"\xff" * 4  # type: ignore[attr-defined]
+    apart = "\0".join((*scope(prompt, body.model or ""), ""))  # another adapter or salt shares nothing
+    return apart.encode("utf-8", "surrogatepass") + rendered(prompt)
 
 
 def common(one: bytes, other: bytes) -> int:

@@ -18,16 +18,15 @@ import gossamer
 from gossamer.batch.runner import BatchSummary, check_limits
 from gossamer.distributed.batch.job_directory import JobDirectory, complete_lines, read_json
 from gossamer.distributed.batch.merge import merge
-from gossamer.distributed.batch.nodes import choose_workers
 from gossamer.distributed.batch.ownership import Run
 from gossamer.distributed.batch.part_runner import ActorTask, PartRunner, answered
 from gossamer.distributed.batch.plan import Plan, answer_options, check_same, make_plan, read_plan, refusals, row_places
-from gossamer.distributed.batch.quiet import muted, quiet_ray
 from gossamer.distributed.batch.ray_job import answer_parts
 from gossamer.distributed.batch.source import Source
 from gossamer.distributed.batch.tally import Tally
-from gossamer.distributed.batch.tokens import check_address
+from gossamer.distributed.batch.workers import choose_workers
 from gossamer.distributed.cluster import check_ray, cluster_at, local_cluster
+from gossamer.distributed.quiet import muted, quiet_ray
 from gossamer.errors import ConfigurationError, OutputError
 from gossamer.options import Options
 
@@ -148,7 +147,7 @@ class RayBatch:
     def _cluster(self) -> AbstractContextManager[Any]:
         if self.address == "local":
             return local_cluster()
-        return cluster_at(check_address(self.address, insecure=self.insecure), insecure=self.insecure)
+        return cluster_at(self.address, insecure=self.insecure)
 
     def _from_the_root(self) -> tuple[str, dict[str, str], dict[str, Any]]:
         """Model, adapters and options with paths that mean the same to actors, which work elsewhere."""

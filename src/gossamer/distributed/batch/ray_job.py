@@ -11,11 +11,11 @@ from typing import Any
 
 from gossamer import errors
 from gossamer.distributed.batch.job_directory import JobDirectory, read_json
-from gossamer.distributed.batch.nodes import Workers
 from gossamer.distributed.batch.ownership import BEAT, Run
 from gossamer.distributed.batch.part_runner import ActorTask, PartRunner
-from gossamer.distributed.batch.quiet import quiet_ray_data
 from gossamer.distributed.batch.tally import Tally
+from gossamer.distributed.batch.workers import Workers
+from gossamer.distributed.quiet import quiet_ray_data
 
 #: Processes that may die one after the other while they load the model, for each actor.
 MOST_LOADS = 3

@@ -5,7 +5,6 @@ bytes begin with in common, in the order in which chat templates write it.
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,24 +14,20 @@ def rendered(prompt: Mapping[str, Any]) -> bytes:
 
     >>> rendered({"prompt": "Once"})
     b'Once'
-    >>> rendered({"messages": [{"role": "user", "content": "Hi"}]})
-    b'\\x00user\\x00Hi'
+    >>> first, *_ = conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    >>> rendered({"messages": [first]})
+    b'[][{},true][{"content":"Hi","role":"user"}'
+    >>> rendered({"messages": conversation}).startswith(rendered({"messages": [first]}))
+    True
     """
     if "messages" in prompt:
-        parts = []
-        if tools := prompt.get("tools"):
-            parts.append(_json([[tool.name, tool.description, tool.parameters] for tool in tools]))
-        if settings := prompt.get("template_kwargs"):
-            parts.append(_json(settings))
-        for message in prompt["messages"]:
-            parts += ["\0", str(message.get("role")), "\0", str(message.get("content") or "")]
-            if calls := message.get("tool_calls"):
-                parts.append(_json(calls))
-        return "".join(parts).encode("utf-8", "surrogatepass")
-    if "prompt_token_ids" in prompt:
-        return array("q", prompt["prompt_token_ids"]).tobytes()
-    text = prompt["prompt"]
-    return array("q", text).tobytes() if isinstance(text, list) else text.encode("utf-8", "surrogatepass")
+        form = [prompt.get("template_kwargs") or {}, prompt.get("add_generation_prompt", True)]
+        messages = b",".join(_json(each) for each in prompt["messages"])
+        return _json(prompt.get("tools") or []) + _json(form) + b"[" + messages
+    given = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+    if isinstance(given, list):
+        return b"".join(_token_bytes(each) for each in given)
+    return str(given).encode("utf-8", "surrogatepass")
 
 
 def scope(prompt: Mapping[str, Any], model: str) -> tuple[str, ...]:
@@ -40,5 +35,11 @@ def scope(prompt: Mapping[str, Any], model: str) -> tuple[str, ...]:
     return model, prompt.get("cache_salt") or ""
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+def _json(value: object) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _token_bytes(token: object) -> bytes:
+    valid = isinstance(token, int) and 0 <= token < 2**32
+    return token.to_bytes(4, "big") if valid else b"\xff" * 4  # type: ignore[attr-defined]

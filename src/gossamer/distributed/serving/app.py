@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gossamer
 from gossamer.distributed.cluster import require_ray
+from gossamer.distributed.nodes import PROCESS
 from gossamer.distributed.serving.settings import DeploymentSettings, Router
 from gossamer.errors import ConfigurationError
 
@@ -25,7 +26,6 @@ QUEUED_BESIDE = (
 )
 ROUTING_STATS_EVERY = 1.0  # seconds; up to a hundred replicas
 ROUTING_STATS_RARELY = 10.0
-RUNNING = 2 << 30  # bytes that a process of ours takes beside weights and cache: PyTorch, and buffers of steps
 _ROUTERS = {
     "prefix": "ray_router.PrefixRequestRouter",
     "round-robin": "compared_routers.InTurn",
@@ -165,7 +165,7 @@ def replica_memory(model: str, options: dict[str, Any]) -> int:
     path = resolve_model(model, as_file=True)
     files = [path] if path.is_file() else [*path.glob("*.safetensors")]
     weights = sum(file.stat().st_size for file in files)
-    return weights + Options.of(options).engine.memory_bytes + RUNNING
+    return weights + Options.of(options).engine.memory_bytes + PROCESS
 
 
 def _digest(model: str) -> str:

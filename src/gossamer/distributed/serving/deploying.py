@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import gossamer
-from gossamer.distributed.cluster import check_room, nodes, require_ray
+from gossamer.distributed.nodes import look_at, nodes, places
 from gossamer.distributed.serving.app import (
     APPLICATION,
     application_of,
@@ -88,26 +88,22 @@ class Deployment:
         Raises:
             ConfigurationError: names the node, and what is missing there.
         """
-        check_room(self.settings.replicas, cpus=self.settings.threads, memory=self.settings.memory, what=self._what)
-        ray = require_ray()
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        look = ray.remote(num_cpus=0)(_look_at_node)
         own = self.settings
-        asked = {
-            node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-                own.model, own.version, own.digest
+        there = [each for each in nodes() if each.cpus >= own.threads]
+        room = sum(places(each, cpus=own.threads, memory=own.memory) for each in there)
+        if room < own.replicas:
+            listed = ", ".join(f"{each.address} has {each.cpus:g} and {each.memory / 1e9:.1f} GB" for each in nodes())
+            raise ConfigurationError(
+                f"{own.replicas} {self._what} of {own.threads} CPUs and {own.memory / 1e9:.1f} GB each do not fit, "
+                f"there is room for {room}: {listed}. Take fewer --replicas or --threads, a smaller --memory, or more "
+                "nodes"
             )
-            for node in nodes()
-            if node.cpus >= own.threads
-        }
-        for node, answer in asked.items():
-            try:
-                wrong = ray.get(answer, timeout=300)
-            except Exception as error:  # of any kind: the node could not even be asked
-                wrong = f"cannot be asked: {str(error).splitlines()[-1]}"
-            if wrong:
-                raise ConfigurationError(f"node {node.address} {wrong}")
+        for node, told in zip(there, look_at(there, own.model, own.lora), strict=True):
+            if own.digest and told["digest"] != own.digest:
+                raise ConfigurationError(
+                    f"node {node.address} ({told['host']}) has other weights under the name {own.model} than this "
+                    f"machine (SHA-256 {told['digest'][:12]} and {own.digest[:12]}); copy the same files everywhere"
+                )
 
     def start(self) -> str:
         """Deploy, and wait until all replicas answer. Returns the address.
@@ -154,26 +150,6 @@ class Deployment:
         from ray import serve
 
         serve.delete(APPLICATION)
-
-
-def _look_at_node(model: str, version: str, digest: str) -> str | None:
-    """What is wrong with this node for a replica of the model; runs there."""
-    try:
-        import gossamer
-        from gossamer.errors import GossamerError
-        from gossamer.models.resolve import resolve_model
-        from gossamer.models.weights_digest import weights_digest
-    except ImportError as error:
-        return f"has no Gossamer that can be imported ({error}): install it there"
-    if gossamer.__version__ != version:
-        return f"has Gossamer {gossamer.__version__}, and {version} is deployed: install the same version everywhere"
-    try:
-        found = weights_digest(resolve_model(model, as_file=True))
-    except (GossamerError, OSError) as error:
-        return f"does not have the model: {error}"
-    if found != digest:
-        return f"has other weights under the name {model}: copy the same files to all nodes"
-    return None
 
 
 def _wait_until_ready(timeout: float = 60.0) -> str:

@@ -1,4 +1,4 @@
-"""Whether machines of a cluster can work on a job: the same Gossamer, the same model, the same files, enough room."""
+"""The machines of a cluster: what room they have, and whether they have the same Gossamer and the same model."""
 
 from __future__ import annotations
 
@@ -8,38 +8,66 @@ from pathlib import Path
 from typing import Any
 
 import gossamer
-from gossamer.distributed.cluster import Node, nodes, places, require_ray
+from gossamer.distributed.cluster import require_ray
 from gossamer.errors import ConfigurationError, GossamerError
 
 #: Bytes of a process beside weights and cache: PyTorch, Ray, the tokenizer, a step's numbers.
 PROCESS = 1 << 30
 
 
-@dataclass(frozen=True)
-class Workers:
-    """What a job runs on.
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the cluster, and what it has free for actors.
 
     Attributes:
-        actors: how many.
-        threads: of each.
-        memory: bytes of each.
-        model, adapters: digests of what they load.
+        id, address: Ray's id, and its IP address.
+        cpus: processors.
+        memory: bytes.
     """
 
-    actors: int
-    threads: int
+    id: str
+    address: str
+    cpus: float
     memory: int
-    model: str
-    adapters: dict[str, str]
 
 
-def look(model: str, lora: dict[str, str], witness: str) -> dict[str, Any]:
-    """What a machine has; runs on that machine. Errors are told, not raised, so that their words arrive."""
+def nodes() -> list[Node]:
+    """Those that are alive."""
+    ray = require_ray()
+    return [
+        Node(
+            each["NodeID"],
+            each["NodeManagerAddress"],
+            each["Resources"].get("CPU", 0.0),
+            int(each["Resources"].get("memory", 0)),
+        )
+        for each in ray.nodes()
+        if each["Alive"]
+    ]
+
+
+def places(node: Node, *, cpus: float, memory: int) -> int:
+    """How many actors of this size a node has room for.
+
+    >>> places(Node("a", "127.0.0.1", cpus=2.0, memory=8 << 30), cpus=1, memory=3 << 30)
+    2
+    """
+    by_cpu = int(node.cpus // cpus) if cpus else 1_000_000
+    return min(by_cpu, node.memory // memory) if memory else by_cpu
+
+
+def look(model: str, lora: dict[str, str], witness: str | None = None) -> dict[str, Any]:
+    """What a machine has; runs on that machine. Errors are told, not raised, so that their words arrive.
+
+    Args:
+        model, lora: as it is to load them.
+        witness: a file that it has to see.
+    """
     from gossamer.models.resolve import resolve_model
     from gossamer.models.weights_digest import weights_digest
 
     told: dict[str, Any] = {"gossamer": gossamer.__version__, "host": platform.node(), "error": None}
-    if not Path(witness).exists():
+    if witness is not None and not Path(witness).exists():
         return told | {"error": f"it does not see {Path(witness).parent}, which all machines need at the same path"}
     try:
         path = resolve_model(model, as_file=True)
@@ -53,53 +81,12 @@ def look(model: str, lora: dict[str, str], witness: str) -> dict[str, Any]:
     return told
 
 
-def choose_workers(
-    model: str,
-    lora: dict[str, str],
-    witness: Path,
-    *,
-    actors: int | None,
-    threads: int | None,
-    cache_bytes: int,
-) -> Workers:
-    """Look at all machines of the cluster, and decide what runs where.
-
-    Args:
-        model, lora: as each machine is to load them.
-        witness: a file of the job, which each machine has to see.
-        actors: how many; by default as many as there is room for.
-        threads: of each; by default a machine's processors are shared out among its actors, or all given to one.
-        cache_bytes: of keys and values of each.
+def look_at(there: list[Node], model: str, lora: dict[str, str], witness: str | None = None) -> list[dict[str, Any]]:
+    """What each of these machines has; see :func:`look`.
 
     Raises:
-        ConfigurationError: a machine has another Gossamer, another model or not the files; or there is too little room.
+        ConfigurationError: one has another Gossamer than this one, another model than the first, or not the files.
     """
-    there = [each for each in nodes() if each.cpus >= 1]  # a head without processors runs no actors
-    if not there:
-        raise ConfigurationError("no machine of the cluster has processors for actors; `ray status` lists them")
-    seen = _look_at(there, model, lora, str(witness))
-    first = seen[0]
-    memory = first["bytes"] + cache_bytes + PROCESS
-    smallest = int(min(each.cpus for each in there))
-    if threads is None:
-        each_node = 1 if actors is None else -(-actors // len(there))
-        threads = max(smallest // each_node, 1)
-    room = sum(places(each, cpus=threads, memory=memory) for each in there)
-    if room < (actors or 1):
-        listed = ", ".join(f"{each.address} has {each.cpus:g} and {_gb(each.memory)}" for each in there)
-        parts = f"weights {_gb(first['bytes'])}, --memory {_gb(cache_bytes)}, {_gb(PROCESS)} for the process"
-        raise ConfigurationError(
-            f"{actors or 1} actors of {threads} CPUs and {_gb(memory)} each ({parts}) do not fit, there is room for "
-            f"{room}: {listed}. Take fewer --actors, fewer --threads, a smaller --memory, or more machines"
-        )
-    return Workers(actors or room, threads, memory, first["digest"], first["lora"])
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
-def _look_at(there: list[Node], model: str, lora: dict[str, str], witness: str) -> list[dict[str, Any]]:
     ray = require_ray()
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -27,8 +27,8 @@ def check_address(address: str, *, insecure: bool) -> str:
     require_ray()
     if address.startswith("ray://"):
         raise ConfigurationError(
-            "--ray takes no ray:// address, as Ray's client passes all through one proxy; run this command on a "
-            "machine of the cluster, with --ray auto or --ray HOST:PORT (6379 by default)"
+            "a ray:// address is not taken, as Ray's client passes all through one proxy; run this command on a "
+            "machine of the cluster, with the address auto or HOST:PORT (6379 by default)"
         )
     found = _resolved(address)
     asks = _answers(found, {})
@@ -52,7 +52,7 @@ def _resolved(address: str) -> str:
         found = None
     if not found:
         raise ConfigurationError(
-            f"there is no Ray cluster at {address!r}: give local, auto (on a machine of a cluster) or HOST:PORT; "
+            f"there is no Ray cluster at {address!r}: give auto (on a machine of a cluster) or HOST:PORT; "
             "`ray start --head` starts one"
         )
     return str(found)
