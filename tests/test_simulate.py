@@ -86,7 +86,7 @@ def test_steps_memory_and_cache_hits_are_those_of_the_real_engine(
     ours = EngineModel(speeds_with(COSTS[cost]), memory_tokens=memory, max_num_seqs=6, max_num_batched_tokens=64)
     rng = random.Random(f"{memory} {cost} {together}")
     prompts = Prompts(rng, depth=12, branches=3)
-    sequences, outputs, waiting = {}, {}, 30
+    sequences, outputs, waiting = {}, {}, 24
     planned: list[StepCounts] = []
     plan = engine.planner.plan
 
@@ -118,7 +118,7 @@ def test_steps_memory_and_cache_hits_are_those_of_the_real_engine(
     assert not ours.busy
     cached = {name: output.num_cached_tokens for name, output in outputs.items() if output.error is None}
     assert {name: sequences[name].cached for name in cached} == cached
-    assert sum(cached.values()) > 300, "the trace is worth it"
+    assert sum(cached.values()) > 200, "the trace is worth it"
     assert ours.tree.evicted_tokens == engine.tree.evicted_tokens
     assert ours.preemptions == engine.scheduler.num_preemptions
 
