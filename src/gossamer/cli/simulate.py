@@ -230,13 +230,15 @@ def _measure(
 ) -> None:
     if output is None:
         raise ConfigurationError("say where the speeds go: -o FILE")
+    from gossamer.bench.machine import describe
     from gossamer.distributed.simulate.measure import measure_speeds
     from gossamer.distributed.simulate.speeds import as_report
     from gossamer.report.html import check_writable
 
     check_writable(output)
     with load_llm(model, options | {"speculation": "off"}, threads) as llm, stderr.status("starting") as status:
-        speeds = measure_speeds(llm, model=model, rounds=rounds, seed=seed, progress=status.update)
+        machine = describe()["cpu"]
+        speeds = measure_speeds(llm, model=model, machine=machine, rounds=rounds, seed=seed, progress=status.update)
     speeds.write(output)
     numbers = as_report(speeds)
     if as_json:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import gossamer
-from gossamer.bench.machine import describe
 from gossamer.distributed.simulate.speeds import SEGMENT_TERMS, Speeds, StepCounts, fit
 from gossamer.engine.engine import Engine
 from gossamer.engine.scheduler import Work
@@ -79,12 +78,18 @@ class StepTimes:
 
 
 def measure_speeds(
-    llm: LLM, *, model: str, rounds: int = 2, seed: int = 0, progress: Callable[[str], None] = lambda note: None
+    llm: LLM,
+    *,
+    model: str,
+    machine: str = "",
+    rounds: int = 2,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda note: None,
 ) -> Speeds:
     """Time steps of prompts and of decoding, with and without common prefixes, and fit the coefficients.
 
     Each case is a number of prompts at once; all come in random order, ``rounds`` times, so that what else the machine
-    does meets all of them.
+    does meets all of them. ``model`` and ``machine`` are what the speeds say they are of.
 
     Raises:
         ConfigurationError: the model uses drafts or recurrent layers, which the simulator does not know, or its
@@ -113,14 +118,13 @@ def measure_speeds(
             times.seconds.clear()
     coefficients, residuals = fit(times.counts, times.seconds)
     cost = engine.scheduler.cost
-    machine = describe()
     return Speeds(
         **coefficients,
         segments={name: 0.0 if cost is None else getattr(cost, name) for name in SEGMENT_TERMS},
         kv_bytes_per_token=engine.tree.layout.bytes_per_token,
         model=model,
         version=gossamer.__version__,
-        machine=machine["cpu"],
+        machine=machine,
         threads=torch.get_num_threads(),
         residuals=residuals,
     )
