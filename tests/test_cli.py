@@ -72,7 +72,23 @@ def test_help_imports_only_what_prints_it():
     assert imported - prints - installed == {"gossamer"}
 
 
-@pytest.mark.parametrize("command", ["pull", "batch", "chat", "compress", "eval", "inspect", "export", "info", "bench", "deploy"])
+COMMANDS = [
+    "pull",
+    "batch",
+    "chat",
+    "serve",
+    "deploy",
+    "simulate",
+    "compress",
+    "eval",
+    "inspect",
+    "export",
+    "info",
+    "bench",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     assert command in invoke("--help").output
     assert invoke(command, "--help").exit_code == 0

@@ -351,12 +351,12 @@ class TestRefusedBeforeItStarts:
     def test_no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import sys
 
-        from gossamer.distributed import cluster as clusters
+        from gossamer.distributed.extra import check_ray
 
         monkeypatch.setitem(sys.modules, "ray", None)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ConfigurationError, match=r"pip install 'gossamer\[ray\]'"):
-            clusters.check_ray()
+            check_ray()
 
     @pytest.mark.parametrize("changes", [{"replicas": 0}, {"max_replicas": 1}, {"threads": 0}, {"ingresses": -1}])
     def test_numbers(self, model: Path, changes: dict[str, int]) -> None:

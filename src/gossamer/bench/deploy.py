@@ -242,7 +242,10 @@ def _summary(answers: list[Answered], seconds: float) -> dict[str, Any]:
 
 def _of_model(setting: Setting) -> tuple[Any, int]:
     """Its tokenizer, and the bytes of keys and values of a token."""
+    import torch
+
     from gossamer import LLM
 
+    torch.set_num_threads(setting.threads)
     with LLM(setting.model, **setting.engine) as llm:
         return llm.tokenizer, llm.engine.tree.layout.bytes_per_token

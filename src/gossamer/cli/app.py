@@ -19,6 +19,7 @@ from gossamer.cli.info import info
 from gossamer.cli.inspect import inspect
 from gossamer.cli.pull import pull
 from gossamer.cli.serve import serve
+from gossamer.cli.simulate import simulate
 from gossamer.cli.terminal import print_error
 from gossamer.errors import GossamerError
 
@@ -34,6 +35,7 @@ app.command()(batch)
 app.command()(chat)
 app.command()(serve)
 app.command()(deploy)
+app.command()(simulate)
 app.command()(compress)
 app.command()(export)
 app.command("eval")(evaluate)

@@ -58,7 +58,7 @@ def deploy(
     """
     from gossamer.bench.deploy import ROUTERS, Setting, bench_kills, bench_overhead, bench_routing
     from gossamer.bench.fleet_load import Load
-    from gossamer.distributed.cluster import check_ray
+    from gossamer.distributed.extra import check_ray
     from gossamer.errors import ConfigurationError
 
     check_ray()

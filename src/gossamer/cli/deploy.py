@@ -110,7 +110,8 @@ def deploy(
     With --address the deployment stays after the command: `serve status` looks at it, `serve delete gossamer` ends it.
     Without, Ctrl-C and SIGTERM finish what is running and end it. Needs the extra: pip install 'gossamer[ray]'.
     """
-    from gossamer.distributed.cluster import check_ray, cluster_at, local_cluster
+    from gossamer.distributed.cluster import cluster_at, local_cluster
+    from gossamer.distributed.extra import check_ray
     from gossamer.distributed.quiet import quiet_ray
     from gossamer.distributed.serving.deploying import Deployment, as_config
 

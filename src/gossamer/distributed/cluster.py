@@ -7,7 +7,6 @@ says otherwise.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import secrets
@@ -15,32 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gossamer.distributed.extra import require_ray
 from gossamer.errors import ConfigurationError
 
 OBJECT_STORE = 512 * 2**20  # bytes of a cluster that is started here: only ids and requests pass through it
-
-
-def check_ray() -> None:
-    """Whether Ray is there, without importing it.
-
-    Raises:
-        ConfigurationError: it is not installed; names the extra.
-    """
-    if importlib.util.find_spec("ray") is None:
-        require_ray()
-
-
-def require_ray() -> Any:
-    """The module.
-
-    Raises:
-        ConfigurationError: it is not installed; names the extra.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise ConfigurationError("this needs Ray, which is not installed: pip install 'gossamer[ray]'") from None
-    return ray
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gossamer
-from gossamer.distributed.cluster import require_ray
+from gossamer.distributed.extra import require_ray
 from gossamer.errors import ConfigurationError, GossamerError
 
 #: Bytes of a process beside weights and cache: PyTorch, Ray, the tokenizer, a step's numbers.

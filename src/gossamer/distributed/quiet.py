@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-from gossamer.distributed.cluster import require_ray
+from gossamer.distributed.extra import require_ray
 
 _RAYS_OWN = re.compile(r"(\x1b\[\d+m)?\((raylet|autoscaler)\b")
 

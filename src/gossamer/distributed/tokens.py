@@ -6,7 +6,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-from gossamer.distributed.cluster import require_ray
+from gossamer.distributed.extra import require_ray
 from gossamer.errors import ConfigurationError
 
 _SECONDS = 10.0

@@ -25,7 +25,8 @@ from gossamer.distributed.batch.ray_job import answer_parts
 from gossamer.distributed.batch.source import Source
 from gossamer.distributed.batch.tally import Tally
 from gossamer.distributed.batch.workers import choose_workers
-from gossamer.distributed.cluster import check_ray, cluster_at, local_cluster
+from gossamer.distributed.cluster import cluster_at, local_cluster
+from gossamer.distributed.extra import check_ray
 from gossamer.distributed.quiet import muted, quiet_ray
 from gossamer.errors import ConfigurationError, OutputError
 from gossamer.options import Options

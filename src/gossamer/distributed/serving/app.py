@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gossamer
-from gossamer.distributed.cluster import require_ray
+from gossamer.distributed.extra import require_ray
 from gossamer.distributed.nodes import PROCESS
 from gossamer.distributed.serving.settings import DeploymentSettings, Router
 from gossamer.errors import ConfigurationError

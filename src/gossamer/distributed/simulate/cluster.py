@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gossamer.distributed.extra import require_simpy
 from gossamer.distributed.routing.chain import BLOCK_BYTES
 from gossamer.distributed.routing.policies_compared import ROUTERS, Router
 from gossamer.distributed.simulate.engine_model import EngineModel, Sequence
@@ -144,8 +145,7 @@ class _InFlight:
 
 class _Cluster:
     def __init__(self, trace: Trace, speeds: Speeds, options: FleetOptions, router: str) -> None:
-        import simpy
-
+        simpy = require_simpy()
         self.trace, self.options = trace, options
         self.env = simpy.Environment()
         self.names = [f"replica-{i}" for i in range(options.replicas)]
