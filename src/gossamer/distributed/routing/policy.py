@@ -214,6 +214,11 @@ class PrefixRouter:
         self._counts["prompt_bytes"] += int(size)
         self._counts["matched_bytes"] += int(size - missing)
 
+    def replica_of(self, request_id: str) -> str | None:
+        """Where a request that has not ended was routed."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.replica
+
     def first_token(self, request_id: str) -> None:
         """The prompt is computed, and its tokens are no longer queued."""
         request = self._requests.get(request_id)

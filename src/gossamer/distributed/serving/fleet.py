@@ -37,6 +37,9 @@ class Fleet:
         self._lock = threading.Lock()
         self._router = PrefixRouter()
         self._replicas: dict[str, Replica] = {}
+        #: Whether other ingresses send requests too, of which only the replicas know. Of its own requests, this one
+        #: knows more than what replicas said a second ago.
+        self.is_one_of_several = False
         #: Told of every choice: the lease, and the replica.
         self.on_routed: Callable[[str, str], None] | None = None
 
@@ -58,11 +61,17 @@ class Fleet:
         return next((each for each in self.replicas if each.tag == tag), None)
 
     def rank(
-        self, chain: Sequence[int], size: int, candidates: Collection[str], avoid: Collection[str]
+        self, lease_id: str, chain: Sequence[int], size: int, candidates: Collection[str], avoid: Collection[str]
     ) -> list[list[str]]:
-        """Which of the candidates a prompt should go to, in ranks; those to be avoided come last, together."""
+        """Which of the candidates a prompt should go to, in ranks; those to be avoided come last, together.
+
+        The first one counts as chosen at once, or prompts that come together would not know of each other; if another
+        one takes it, :meth:`routed` says so.
+        """
         with self._lock:
             ranks = self._router.rank(chain, size, [each for each in candidates if each not in avoid])
+            if ranks:
+                self._router.routed(lease_id, ranks[0][0], chain, size)
         last = [each for each in candidates if each in avoid]
         return [*ranks, last] if last else ranks
 
@@ -72,8 +81,10 @@ class Fleet:
             self._router.dead(id)
 
     def routed(self, lease_id: str, replica: str, chain: Sequence[int], size: int) -> None:
+        """The replica has a place for the prompt."""
         with self._lock:
-            self._router.routed(lease_id, replica, chain, size)
+            if self._router.replica_of(lease_id) != replica:
+                self._router.routed(lease_id, replica, chain, size)
         if self.on_routed is not None:
             self.on_routed(lease_id, replica)
 

@@ -59,6 +59,7 @@ class Ingress:
         self.bodies = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self.hasher = ChainHasher(bytes.fromhex(settings.routing_key))
         self.fleet: Fleet = fleet_of(application)
+        self.fleet.is_one_of_several = settings.ingresses > 1
         self.pins = Pins(self)
         self.trace = RequestTrace(settings.trace, self.options.model_names[0]) if settings.trace else None
         self.client = aiohttp.ClientSession(
@@ -179,8 +180,11 @@ class Ingress:
         stack = AsyncExitStack()
         try:
             selection = await stack.enter_async_context(self._engine.choose_replica(*arguments, **narrowed))
-        except RayServeException as error:
-            raise unavailable(f"there is no replica: {error}") from None
+        except BaseException as error:
+            self.fleet.failed(lease_id)
+            if isinstance(error, RayServeException):
+                raise unavailable(f"there is no replica: {error}") from None
+            raise
         lease = Lease(self.fleet, lease_id, selection.replica_id, selection.replica_metadata["address"])
         self.fleet.routed(lease_id, lease.replica, prompt.chain, prompt.size)
         held = self._engine.dispatch(selection, *arguments)

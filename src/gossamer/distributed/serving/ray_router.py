@@ -37,7 +37,7 @@ class LearnsReplicas(RequestRouter):
                 continue  # it has only just begun
             id = each.replica_id.unique_id
             known.append(Replica(id, str(about["address"]), str(about["tag"]), float(about["speed"])))
-            if stats := each.routing_stats:
+            if (stats := each.routing_stats) and self.fleet.is_one_of_several:
                 reports[id] = (int(stats.get("running", 0)), int(stats.get("queued", 0)))
         self.fleet.update(known, reports)
 
@@ -67,10 +67,10 @@ class PrefixRequestRouter(LearnsReplicas):
             return [candidate_replicas]
 
     def _ranked(self, candidates: list[RunningReplica], pending: PendingRequest) -> list[list[RunningReplica]]:
-        _, chain, size = pending.args[:3]
+        lease_id, chain, size = pending.args[:3]
         only, avoid = pending.kwargs.get("only"), pending.kwargs.get("avoid", ())
         by_id = {each.replica_id.unique_id: each for each in candidates}
         if only in by_id:
             return [[by_id[only]]]
-        ranks = self.fleet.rank(chain, size, by_id, avoid)
+        ranks = self.fleet.rank(lease_id, chain, size, by_id, avoid)
         return [[by_id[id] for id in rank] for rank in ranks]
