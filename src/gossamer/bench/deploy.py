@@ -10,13 +10,16 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gossamer.bench.fleet_load import Answered, Load, drive
@@ -27,6 +30,7 @@ from gossamer.errors import ConfigurationError
 Progress = Callable[[str], None]
 ROUTERS = ("prefix", "round-robin", "ray")
 READY_SECONDS = 600.0
+STEP_TOKENS = 256  # that a replica computes in one step, as `gossamer serve` does
 RUNNING_SEQUENCES = 16  # that memory is left for beside the prefixes, where memory is scarce
 
 
@@ -38,6 +42,7 @@ class Setting:
         model, quantization, threads, max_num_seqs: of each replica.
         replicas: how many.
         memory: of each, for keys and values.
+        speculation: whether they draft; the simulator does not.
     """
 
     model: str
@@ -46,16 +51,18 @@ class Setting:
     replicas: int = 2
     max_num_seqs: int = 32
     memory: str = "1GB"
+    speculation: str = "auto"
 
     @property
     def engine(self) -> dict[str, Any]:
         """Options of :class:`gossamer.LLM`."""
         quantization = {} if self.quantization is None else {"quantization": self.quantization}
-        return {"memory": self.memory, "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": 256} | quantization
+        steps = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": STEP_TOKENS}
+        return {"memory": self.memory, "speculation": self.speculation} | steps | quantization
 
 
 @contextmanager
-def deployed(setting: Setting, router: str, *, ingresses: int = 1) -> Iterator[str]:
+def deployed(setting: Setting, router: str, *, trace: Path | None = None) -> Iterator[str]:
     """A deployment of its own. Its address."""
     from gossamer.distributed.cluster import local_cluster
     from gossamer.distributed.quiet import quiet_ray
@@ -67,7 +74,7 @@ def deployed(setting: Setting, router: str, *, ingresses: int = 1) -> Iterator[s
         server={"model_names": ("model",), "drain_timeout": 10.0},
         replicas=setting.replicas,
         threads=setting.threads,
-        ingresses=ingresses,
+        trace=None if trace is None else str(trace),
         host="127.0.0.1",
         port=free_port(),
         router=router,
@@ -101,8 +108,9 @@ def bench_routing(
             progress(f"{router}: {len(load.bodies)} requests")
             answers, seconds = drive([url], load.bodies, concurrency)
         rows.append({"router": router} | _summary(answers, seconds))
-    own_tail = max(a.usage["prompt_tokens"] for a in answers if a.usage) - load.prefix
-    ideal = load.groups * load.prefix + load.groups * load.each * own_tail
+    longest = max(each.usage["prompt_tokens"] for each in answers if each.usage)
+    head = longest - load.prefix - load.suffix  # tokens of what all begin with, and what the tokenizer makes at seams
+    ideal = head + load.groups * (load.prefix + load.each * load.suffix)
     return {
         "kind": "routing",
         "machine": describe(),
@@ -185,6 +193,73 @@ def bench_kills(setting: Setting, load: Load, *, kills: int, concurrency: int, p
         "recovered": recovered,
         "answered_before": len(alone),
     }
+
+
+def bench_simulation(setting: Setting, load: Load, *, concurrency: int, progress: Progress) -> dict[str, Any]:
+    """What replicas do, and what :func:`~gossamer.distributed.simulate.cluster.replay` says they would.
+
+    The simulator has the log of the requests, and step times that as many processes as there are replicas measured at
+    the same time, since they share the machine's memory.
+    """
+    from gossamer.distributed.simulate.cluster import FleetOptions, replay
+    from gossamer.distributed.simulate.report import summary
+    from gossamer.distributed.simulate.speeds import read_speeds
+    from gossamer.distributed.simulate.trace import read_trace
+    from gossamer.sizes import parse_bytes
+
+    tokenizer, _ = _of_model(setting)
+    load.prepare(tokenizer, "model")
+    with tempfile.TemporaryDirectory() as directory:
+        files = [Path(directory) / f"speeds-{number}.json" for number in range(setting.replicas)]
+        progress("measuring steps")
+        with ExitStack() as stack:
+            for each in [stack.enter_context(_measuring(setting, file)) for file in files]:
+                if each.wait() != 0:
+                    raise ConfigurationError("the times of steps could not be measured: see above")
+        speeds = read_speeds(files[0])
+        log = Path(directory) / "trace.jsonl"
+        progress(f"a deployment: {len(load.bodies)} requests")
+        with deployed(setting, "prefix", trace=log) as url:
+            answers, seconds = drive([url], load.bodies, concurrency)
+        trace = read_trace(log)
+    trace.model = speeds.model  # the deployment calls it by another name
+    options = FleetOptions(
+        replicas=setting.replicas,
+        memory_tokens=parse_bytes(setting.memory) // speeds.kv_bytes_per_token,
+        max_num_seqs=setting.max_num_seqs,
+        max_num_batched_tokens=STEP_TOKENS,
+        in_flight=concurrency,
+    )
+    progress("simulating")
+    outcome = replay(trace, speeds, options)
+    simulated = {
+        "computed": outcome.computed_tokens,
+        "tokens_per_second": outcome.output_tokens / outcome.seconds,
+        "seconds": outcome.seconds,
+        "ttft_p50": statistics.median(outcome.ttft),
+        "ttft_p95": sorted(outcome.ttft)[int(0.95 * (len(outcome.ttft) - 1))],
+    }
+    real = _summary(answers, seconds)
+    return {
+        "kind": "simulation",
+        "machine": describe(),
+        "setting": vars(setting),
+        "concurrency": concurrency,
+        "fit": speeds.residuals,
+        "summary": summary(outcome, options),
+        "results": [
+            {"what": name, "real": real[name], "simulated": value, "off": value / real[name] - 1}
+            for name, value in simulated.items()
+        ],
+    }
+
+
+def _measuring(setting: Setting, file: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "gossamer.cli", "simulate", "--measure", setting.model, "-o", str(file)]
+    if setting.quantization is not None:
+        command += ["--quantization", setting.quantization]
+    environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads)}
+    return subprocess.Popen([*command, "--threads", str(setting.threads)], env=environment, stdout=subprocess.DEVNULL)
 
 
 def _processes(deployment: str) -> set[int]:

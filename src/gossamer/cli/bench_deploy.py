@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ class What(StrEnum):
     routing = "routing"
     overhead = "overhead"
     kills = "kills"
+    simulation = "simulation"
 
 
 def deploy(
@@ -27,7 +29,8 @@ def deploy(
         What,
         typer.Argument(
             help="routing: prompt tokens computed, by router; overhead: streamed tokens/s beside plain servers; kills: "
-            "requests whose replica or ingress is killed."
+            "requests whose replica or ingress is killed; simulation: what `gossamer simulate` says of the same "
+            "requests."
         ),
     ] = What.routing,
     model: Annotated[str, typer.Option(help="As for `gossamer deploy`.")] = "smollm2-135m",
@@ -56,7 +59,14 @@ def deploy(
     **routing** sends groups of prompts in shuffled order, and counts what is computed; `ideal` is each prefix once, and
     all that is behind. With `ray` it is Ray's own prefix router for language models, with its defaults.
     """
-    from gossamer.bench.deploy import ROUTERS, Setting, bench_kills, bench_overhead, bench_routing
+    from gossamer.bench.deploy import (
+        ROUTERS,
+        Setting,
+        bench_kills,
+        bench_overhead,
+        bench_routing,
+        bench_simulation,
+    )
     from gossamer.bench.fleet_load import Load
     from gossamer.distributed.extra import check_ray
     from gossamer.errors import ConfigurationError
@@ -83,6 +93,9 @@ def deploy(
             )
         elif what is What.overhead:
             report = bench_overhead(setting, load, concurrency=concurrency, rounds=rounds, progress=status.update)
+        elif what is What.simulation:
+            setting = replace(setting, speculation="off")
+            report = bench_simulation(setting, load, concurrency=concurrency, progress=status.update)
         else:
             report = bench_kills(setting, load, kills=kills, concurrency=concurrency, progress=status.update)
     typer.echo(json.dumps(report, indent=2)) if as_json else _print(report)
@@ -124,6 +137,11 @@ def _print(report: dict[str, Any]) -> None:
             rounds = ", ".join(f"{each:,.0f}" for each in row["rounds"])
             ttft = f"{1e3 * row['ttft_p50']:,.0f}"
             table.add_row(row["what"], f"{row['tokens_per_second']:,.0f}", rounds, ttft, str(row["errors"]))
+    elif report["kind"] == "simulation":
+        for name in ("", "real", "simulated", "off by"):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for row in report["results"]:
+            table.add_row(row["what"], f"{row['real']:,.4g}", f"{row['simulated']:,.4g}", f"{100 * row['off']:+.1f} %")
     else:
         for name in ("killed", "times", "median s", "longest s"):
             table.add_column(name, justify="left" if name == "killed" else "right", no_wrap=True)

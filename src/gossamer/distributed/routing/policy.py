@@ -36,6 +36,7 @@ from gossamer.distributed.routing.load import Load
 ANCHOR_BLOCKS = 8  # an anchor covers at least the first 2 kB, or short heads that all prompts have would be anchors
 HOMES = 2
 BOUND_FACTOR, BOUND_EXTRA = 1.5, 8.0  # a relative bound alone reacts to noise when little is in flight
+FEW = 64.0  # tokens that are computed beside everybody's next one in a step; less is not worth unequal batches
 BYTES_PER_TOKEN = 4.0  # until answers have told
 RATIO_WEIGHT = 1_000_000  # tokens after which what answers told counts half
 
@@ -175,8 +176,7 @@ class PrefixRouter:
         def key(replica: str, depth: int) -> tuple[float, float, int]:
             missing = max(prompt_bytes - depth * BLOCK_BYTES, 0.0) / self._bytes_per_token
             in_flight = self._load.in_flight(replica)
-            # at least the last token of a prompt is computed, so that the number in flight always counts
-            wait = self._load.queued(replica) + miss_weight * max(missing, 1.0)
+            wait = self._load.queued(replica) + miss_weight * max(missing, FEW)
             score = wait * (in_flight + self.batch_offset) / self._speeds[replica]
             return score, in_flight, -self._homes.weight(anchor, replica)
 

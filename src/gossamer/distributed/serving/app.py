@@ -24,8 +24,9 @@ BUSY = 0.7  # of the sequences that a replica computes at once; beyond it anothe
 QUEUED_BESIDE = (
     64  # requests that Ray lets through beyond what a replica takes, which says 429 to them in its own words
 )
-ROUTING_STATS_EVERY = 1.0  # seconds; up to a hundred replicas
-ROUTING_STATS_RARELY = 10.0
+# Seconds between two reports of a replica, which every ingress gets. One that is alone knows more than they do.
+REPORTS_OFTEN, REPORTS_RARELY = 1.0, 10.0
+MANY_REPLICAS = 100
 _ROUTERS = {
     "prefix": "ray_router.PrefixRequestRouter",
     "round-robin": "compared_routers.InTurn",
@@ -121,10 +122,10 @@ def application_of(settings: DeploymentSettings) -> Application:
 
     limits = ServerOptions(**settings.server)
     at_once = settings.max_num_seqs
-    few = settings.most_replicas <= 100
+    often = 1 < settings.ingresses and settings.most_replicas <= MANY_REPLICAS
     router = RequestRouterConfig(
         request_router_class=f"gossamer.distributed.serving.{_ROUTERS[settings.router]}",
-        request_routing_stats_period_s=ROUTING_STATS_EVERY if few else ROUTING_STATS_RARELY,
+        request_routing_stats_period_s=REPORTS_OFTEN if often else REPORTS_RARELY,
     )
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas is not None:
