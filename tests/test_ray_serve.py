@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -335,6 +336,13 @@ class TestRefusedBeforeItStarts:
     def test_more_than_this_machine_has(self, model: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"need 1,000 CPUs|this machine has"):
             deployment(model, threads=1000).check_machine()
+
+    def test_a_port_that_is_taken(self, model: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(ConfigurationError, match="cannot listen on"):
+                deployment(model, port=taken.getsockname()[1]).check_machine()
 
     def test_another_model_on_a_node(self, cluster: Any, model: Path) -> None:
         from dataclasses import replace

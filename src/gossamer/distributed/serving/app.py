@@ -122,7 +122,7 @@ def application_of(settings: DeploymentSettings) -> Application:
 
     limits = ServerOptions(**settings.server)
     at_once = settings.max_num_seqs
-    often = 1 < settings.ingresses and settings.most_replicas <= MANY_REPLICAS
+    often = settings.ingresses > 1 and settings.most_replicas <= MANY_REPLICAS
     router = RequestRouterConfig(
         request_router_class=f"gossamer.distributed.serving.{_ROUTERS[settings.router]}",
         request_routing_stats_period_s=REPORTS_OFTEN if often else REPORTS_RARELY,

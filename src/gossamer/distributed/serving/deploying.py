@@ -26,6 +26,7 @@ from gossamer.models.resolve import resolve_model
 from gossamer.models.weights_digest import weights_digest
 from gossamer.options import Options
 from gossamer.server.options import ServerOptions
+from gossamer.server.run import listen
 
 STARTS_WITHIN = 900.0  # seconds that all replicas have to load the model
 IMPORT_PATH = "gossamer.distributed.serving.app:build_app"
@@ -66,10 +67,10 @@ class Deployment:
         return f"replicas of {self.settings.model}"
 
     def check_machine(self) -> None:
-        """Whether this machine alone has room.
+        """Whether this machine alone has room, and the port is free.
 
         Raises:
-            ConfigurationError: it has not.
+            ConfigurationError: it has not, or it is not.
         """
         import psutil
 
@@ -81,6 +82,8 @@ class Deployment:
                 f"machine has {cpus} CPUs and {memory / 1e9:.1f} GB available. Take fewer --replicas or --threads, or "
                 "a smaller --memory"
             )
+        if own.host is not None:
+            listen(own.host, own.port).close()
 
     def check_cluster(self) -> None:
         """Whether the cluster has room, and this version and this model on every node that may get a replica.
@@ -109,8 +112,8 @@ class Deployment:
         """Deploy, and wait until all replicas answer. Returns the address.
 
         Raises:
-            ConfigurationError: the port is taken, or a node does not fit.
-            EngineError: a replica could not start; nothing is left.
+            ConfigurationError: a node does not fit.
+            EngineError: a replica or the ingress could not start; nothing is left.
         """
         from ray import serve
 
