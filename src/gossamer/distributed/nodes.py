@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,26 @@ def places(node: Node, *, cpus: float, memory: int) -> int:
     """
     by_cpu = int(node.cpus // cpus) if cpus else 1_000_000
     return min(by_cpu, node.memory // memory) if memory else by_cpu
+
+
+def from_the_root(
+    model: str, lora: Mapping[str, str], options: Mapping[str, Any]
+) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Model, adapters and options of :class:`gossamer.LLM`, with paths that mean the same where actors work.
+
+    >>> from_the_root("smollm2-135m", {}, {"prefix_dir": "/prefixes", "seed": 1})
+    ('smollm2-135m', {}, {'prefix_dir': '/prefixes', 'seed': 1})
+    """
+    paths = {"chat_template", "generation_config"} & options.keys()
+    known = {name: _absolute(options[name]) for name in paths if os.path.exists(options[name])}
+    if options.get("prefix_dir"):
+        known["prefix_dir"] = _absolute(options["prefix_dir"])
+    found = _absolute(model) if os.path.exists(Path(model).expanduser()) else model
+    return found, {name: _absolute(each) for name, each in lora.items()}, {**options, **known}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def look(model: str, lora: dict[str, str], witness: str | None = None) -> dict[str, Any]:

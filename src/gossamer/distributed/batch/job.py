@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from gossamer.distributed.batch.tally import Tally
 from gossamer.distributed.batch.workers import choose_workers
 from gossamer.distributed.cluster import cluster_at, local_cluster
 from gossamer.distributed.extra import check_ray
+from gossamer.distributed.nodes import from_the_root
 from gossamer.distributed.quiet import muted, quiet_ray
 from gossamer.errors import ConfigurationError, OutputError
 from gossamer.options import Options
@@ -150,20 +150,11 @@ class RayBatch:
             return local_cluster()
         return cluster_at(self.address, insecure=self.insecure)
 
-    def _from_the_root(self) -> tuple[str, dict[str, str], dict[str, Any]]:
-        """Model, adapters and options with paths that mean the same to actors, which work elsewhere."""
-        paths = {"chat_template", "generation_config"} & self.options.keys()
-        known = {name: _absolute(self.options[name]) for name in paths if os.path.exists(self.options[name])}
-        if self.options.get("prefix_dir"):
-            known["prefix_dir"] = _absolute(self.options["prefix_dir"])
-        model = _absolute(self.model) if os.path.exists(Path(self.model).expanduser()) else self.model
-        return model, {name: _absolute(each) for name, each in self.lora.items()}, self.options | known
-
     def _run(
         self, run: Run, directory: JobDirectory, progress: Callable[[BatchSummary], None], started: float
     ) -> BatchSummary:
         engine = Options.of(self.options).engine
-        model, lora, options = self._from_the_root()
+        model, lora, options = from_the_root(self.model, self.lora, self.options)
         workers = choose_workers(
             model,
             lora,
@@ -226,10 +217,6 @@ class RayBatch:
         summary = _summary(plan, before, total, started)
         progress(summary)
         return summary
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 def _make(directory: JobDirectory) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 import gossamer
-from gossamer.distributed.nodes import look_at, nodes, places
+from gossamer.distributed.nodes import from_the_root, look_at, nodes, places
 from gossamer.distributed.serving.app import (
     APPLICATION,
     application_of,
@@ -48,10 +48,12 @@ class Deployment:
         Options.of(engine)
         ServerOptions(**server)
         path = resolve_model(model, as_file=True)
+        model, lora, engine = from_the_root(model, settings.pop("lora", {}), engine)
         return cls(
             DeploymentSettings(
-                model=str(path.absolute()) if path.exists() and os.path.exists(model) else model,
+                model=model,
                 engine=engine,
+                lora=lora,
                 server=server,
                 key=secrets.token_hex(32),
                 routing_key=secrets.token_hex(32),
