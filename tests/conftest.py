@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Files that take longest, first: what begins last in one process keeps the others waiting for it.
 LONGEST = (
     "test_kernel_assembly.py",
+    "test_ray_serve.py",
+    "test_ray_batch.py",
     "test_smollm2.py",
     "test_exactness.py",
     "test_int8_loading.py",

@@ -411,7 +411,7 @@ def test_an_address_is_looked_at_before_ray_is(cluster: Any, monkeypatch: pytest
         nothing = f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
     with pytest.raises(ConfigurationError, match=r"no Ray cluster answers at .*UNAVAILABLE"):
         check_address(nothing, insecure=True)
-    with pytest.raises(ConfigurationError, match=r"give local, auto .* or HOST:PORT"):
+    with pytest.raises(ConfigurationError, match=r"give auto .* or HOST:PORT"):
         check_address("somewhere", insecure=False)
     with pytest.raises(ConfigurationError, match="ray://"):
         check_address("ray://somewhere:10001", insecure=False)
