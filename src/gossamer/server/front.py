@@ -13,16 +13,15 @@ import httpx2
 from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 import gossamer
-from gossamer.errors import GossamerError, RequestError
+from gossamer.errors import RequestError
 from gossamer.protocol.decoding import InvalidJsonError, decode_json
 from gossamer.server import routes_batches, routes_playground
 from gossamer.server.app import all_routers, surround
-from gossamer.server.errors import HttpError, error_response, not_found
-from gossamer.server.forwarding import end_of_broken_stream, headers_back, headers_for
-from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
+from gossamer.server.errors import HttpError, not_found
+from gossamer.server.forwarding import PassedOn, headers_back, headers_for
 from gossamer.server.model_pool import ModelPool, ModelSpec
 from gossamer.server.model_process import ProcessEnded
 from gossamer.server.options import ServerOptions
@@ -138,30 +137,12 @@ async def _named(request: Request, body: bytes) -> str | None:
     return named
 
 
-class _Forwarded(Response):
-    """The answer of a model's server, passed on as it comes."""
+class _Forwarded(PassedOn):
+    """The answer of a model's server."""
 
     def __init__(self, request: Request, name: str, body: bytes) -> None:
-        super().__init__()
+        super().__init__(_models(request).options.request_timeout)
         self._request, self._name, self._body = request, name, body
-        self._begun = self._streamed = False
-        self._told = 0  # events that the client has had
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        timeout = _models(self._request).options.request_timeout
-        try:
-            await while_connected(receive, self._send(send), timeout)
-        except Disconnected:
-            scope["gossamer.status"] = CLIENT_GONE
-        except GossamerError as error:
-            scope["gossamer.error"] = str(error)
-            if not self._begun:
-                await error_response(error)(scope, receive, send)
-            elif self._streamed:
-                last = end_of_broken_stream(scope["path"], error, self._told)
-                await send({"type": "http.response.body", "body": last, "more_body": False})
-            else:
-                raise  # the connection breaks, as the model's has
 
     async def _send(self, send: Send) -> None:
         try:

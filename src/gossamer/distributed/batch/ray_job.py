@@ -102,7 +102,7 @@ class _Watch:
         while not self._ended.wait(_SECONDS):
             try:
                 self.look()
-            except Exception as error:
+            except Exception as error:  # whatever it is, it is raised again in the thread that waits
                 self.error = error
                 if self._may_interrupt:
                     _thread.interrupt_main()

@@ -6,6 +6,7 @@ Each knows what the name says and nothing else. They see the same calls, so that
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -43,7 +44,7 @@ class Router(Protocol):
     def stats(self) -> dict[str, Any]: ...
 
 
-class _Compared:
+class _Compared(ABC):
     """Counts what is in flight; subclasses say where a prompt goes."""
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -74,8 +75,9 @@ class _Compared:
     def best(self, chain: Sequence[int], prompt_bytes: int) -> str | None:
         return self._choose(chain, prompt_bytes, self._names)[0] if self._names else None
 
+    @abstractmethod
     def _choose(self, chain: Sequence[int], prompt_bytes: int, eligible: list[str]) -> list[str]:
-        raise NotImplementedError
+        """The first rank: one or more of the eligible."""
 
     def _fewest(self, replicas: Sequence[str]) -> str:
         return min(replicas, key=self._load.in_flight)
@@ -85,7 +87,8 @@ class _Compared:
         self._load.start(replica, 0.0)
 
     def first_token(self, request_id: str) -> None:
-        pass
+        """None of these rules asks how many tokens are queued."""
+        return None
 
     def completed(self, request_id: str, *, prompt_tokens: int | None = None, cached_tokens: int | None = None) -> None:
         replica = self._where.pop(request_id, None)

@@ -41,5 +41,6 @@ def _json(value: object) -> bytes:
 
 
 def _token_bytes(token: object) -> bytes:
-    valid = isinstance(token, int) and 0 <= token < 2**32
-    return token.to_bytes(4, "big") if valid else b"\xff" * 4  # type: ignore[attr-defined]
+    if isinstance(token, int) and 0 <= token < 2**32:
+        return token.to_bytes(4, "big")
+    return b"\xff" * 4  # whoever answers refuses it

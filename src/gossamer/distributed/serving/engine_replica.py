@@ -104,7 +104,7 @@ class EngineReplica:
             if llm.generates:
                 self._speed = prefill_speed(llm)
             return llm
-        except Exception as error:
+        except Exception as error:  # models can raise anything; kept, so that it is told in its own words
             self._failure = error
             raise
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import gossamer
-from gossamer.distributed.serving.passed_on import PassedOn
+from gossamer.distributed.serving.passed_on import AnsweredByReplica
 from gossamer.distributed.serving.prompts import RoutedPrompt, read_prompt, tag_of
 from gossamer.protocol import BODIES
 from gossamer.protocol.decoding import SHORT
@@ -105,7 +105,7 @@ async def _pass_on(request: Request) -> Response:
         raise not_found(f"a server of several replicas has no {path}: use gossamer batch --ray")
     raw = await request.body()
     if path not in BODIES or request.method != "POST":
-        return PassedOn(ingress, request, raw, RoutedPrompt(size=len(raw), tag=tag_of(path)))
+        return AnsweredByReplica(ingress, request, raw, RoutedPrompt(size=len(raw), tag=tag_of(path)))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Web pages may send other types anywhere without asking first.
@@ -116,5 +116,7 @@ async def _pass_on(request: Request) -> Response:
         return read_prompt(path, raw, ingress.hasher, name, keeps_text=keeps_text)
 
     if len(raw) <= SHORT:
-        return PassedOn(ingress, request, raw, read())
-    return PassedOn(ingress, request, raw, await asyncio.get_running_loop().run_in_executor(ingress.bodies, read))
+        return AnsweredByReplica(ingress, request, raw, read())
+    return AnsweredByReplica(
+        ingress, request, raw, await asyncio.get_running_loop().run_in_executor(ingress.bodies, read)
+    )

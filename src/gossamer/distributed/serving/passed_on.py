@@ -8,15 +8,13 @@ from urllib.parse import quote
 
 import aiohttp
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gossamer.distributed.serving import leases
 from gossamer.distributed.serving.prompts import RoutedPrompt, draw_of
 from gossamer.errors import GossamerError
-from gossamer.server.errors import HttpError, error_response
-from gossamer.server.forwarding import end_of_broken_stream, headers_back, headers_for
-from gossamer.server.http import CLIENT_GONE, Disconnected, while_connected
+from gossamer.server.errors import HttpError
+from gossamer.server.forwarding import PassedOn, headers_back, headers_for
 
 if TYPE_CHECKING:
     from gossamer.distributed.serving.ingress import Ingress, Lease
@@ -29,7 +27,7 @@ class Elsewhere(GossamerError):
     """The replica does not answer, and another may."""
 
 
-class PassedOn(Response):
+class AnsweredByReplica(PassedOn):
     """See the module's documentation.
 
     As long as the client has had nothing, a request that a replica does not answer goes to another one, with the same
@@ -42,32 +40,21 @@ class PassedOn(Response):
     """
 
     def __init__(self, ingress: Ingress, request: Request, body: bytes, prompt: RoutedPrompt) -> None:
-        super().__init__()
+        super().__init__(ingress.options.request_timeout)
         self._ingress, self._request, self._body, self._prompt = ingress, request, body, prompt
-        self._begun = self._streamed = False
-        self._told = 0  # events that the client has had
         self._lost: list[str] = []  # replicas that did not answer
         self._lease: Lease | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         trace = self._ingress.trace if self._prompt.generates else None
-        came, asked = (0.0 if trace is None else trace.begin()), time.monotonic()
+        if trace is None:
+            await super().__call__(scope, receive, send)
+            return
+        came, asked = trace.begin(), time.monotonic()
         try:
-            await while_connected(receive, self._send(send), self._ingress.options.request_timeout)
-        except Disconnected:
-            scope["gossamer.status"] = CLIENT_GONE
-        except GossamerError as error:
-            scope["gossamer.error"] = str(error)
-            if not self._begun:
-                await error_response(error)(scope, receive, send)
-            elif self._streamed:
-                last = end_of_broken_stream(scope["path"], error, self._told)
-                await send({"type": "http.response.body", "body": last, "more_body": False})
-            else:
-                raise  # the connection breaks, as the replica's has
+            await super().__call__(scope, receive, send)
         finally:
-            if trace is not None:
-                trace.end(came, self._traced(asked))
+            trace.end(came, self._traced(asked))
 
     def _traced(self, asked: float) -> dict[str, Any] | None:
         """What a trace has of the request; nothing if it was not answered."""
